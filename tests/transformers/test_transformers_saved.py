@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -183,6 +185,63 @@ def test_a_length_of_the_users(tmp_path):
     # Who stretches it again begins at what was trained.
     with extend(loaded(tmp_path), "pi", factor=2.0) as handle:
         assert handle.length == 2 * TRAINED
+    with extend(model, "self_extend", window=8, factor=4) as handle, pytest.warns(UserWarning):
+        handle.save_pretrained(tmp_path, length=handle.length)
+    with extend_from_saved(loaded(tmp_path), tmp_path) as again:
+        assert again.length == handle.length == 8 + 4 * (TRAINED - 8)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "length"),
+    [
+        ({"window": 8, "factor": math.inf}, None),  # ReRoPE
+        ({"window": 2 * TRAINED, "factor": 4.0}, TRAINED),  # nothing lies past the window
+    ],
+)
+def test_lengths_of_leaky_rerope(parameters, length):
+    with extend(build("llama"), "leaky_rerope", **parameters) as handle:
+        assert handle.length == length
+
+
+def test_numbers_of_numpy(tmp_path):
+    model = build("llama").double()
+    factors = [np.float32(factor) for factor in FACTORS]
+    own = {"short_factor": factors, "long_factor": factors, "factor": np.float32(4)}
+    with pytest.warns(UserWarning, match="of self_extend with these"):
+        want = saved(
+            model,
+            tmp_path,
+            ("longrope", own),
+            ("self_extend", {"window": np.int64(8), "factor": np.int64(4)}),
+        )
+    plain = loaded(tmp_path)
+    assert plain.config.rope_parameters["factor"] == 4
+    with extend_from_saved(plain, tmp_path):
+        assert torch.equal(logits(plain, IDS), want)
+
+
+def test_kinds_of_layers_whose_heads_differ(tmp_path):
+    """Gemma 4: heads of 32 dims where a layer sees all keys, of 16 in a window."""
+    model = tiny_models.build("Gemma4ForCausalLM")
+    own = logits(model, IDS)
+    with extend(model, "pi", factor=2.0, layers="all"), pytest.warns(UserWarning):
+        want = logits(model, IDS)
+        model.save_pretrained(tmp_path)
+    assert not torch.equal(want, own)
+    with extend_from_saved(model, tmp_path):
+        assert torch.equal(logits(model, IDS), want)
+
+
+def test_what_only_one_process_writes(tmp_path):
+    model = build("llama")
+    with extend(model, "yarn", factor=4.0) as handle:
+        model.save_pretrained(tmp_path, is_main_process=False)
+        handle.save_pretrained(tmp_path, is_main_process=False)
+        assert not list(tmp_path.iterdir())
+        for each in (model, handle):
+            with pytest.raises(ValueError, match="extend: push_to_hub must be left out"):
+                each.save_pretrained(tmp_path, push_to_hub=True)
+        assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_saved_or_read(tmp_path):

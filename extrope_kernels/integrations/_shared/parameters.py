@@ -55,6 +55,13 @@ class ModelValues:
         return self.values["dim"]
 
 
+def plain(value: Any) -> Any:
+    """Return numbers of torch and numpy as Python's, and tensors as lists: JSON has no others."""
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
     """Return a transformers configuration's values for parameters of methods.
 

@@ -284,9 +284,10 @@ class Extension:
         the length and what the model's class does not take, with a warning. extrope.json beside it
         has everything for `extend_from_saved`, except a mesh.
 
-        length: max_position_embeddings of the config; by default the handle's `length`, or the
-            model's own if that is longer.
-        options: for the model's own `save_pretrained`.
+        length: max_position_embeddings of the config; by default the length that its frequencies
+            reach, or the model's own if that is longer.
+        options: for the model's own `save_pretrained`; without push_to_hub, which would upload the
+            plain model's config.
 
         Raises ValueError after `restore`, TypeError if it is not a model of transformers.
         """

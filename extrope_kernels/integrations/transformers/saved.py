@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...methods import METHODS
 from ...scores import SCORES
-from .._shared.parameters import bind_method, values_for
+from .._shared.parameters import bind_method, plain, values_for
 from .find import Override, RotarySite, attribute_of, find_sites, generator_of
 from .frequencies import values_of
 
-_FILE = "extrope.json"
+FILE = "extrope.json"
 _ON_OWNER = "_extrope_extensions"
 _STILL = 1e30  # factor of a pair that does not rotate; in float32 there is no difference
 # Methods with a name in configs: that name, and its parameters.
@@ -101,14 +101,14 @@ def describe(
     if method not in SCORES:
         first, *others = (values_for(method, each) for each in values)
         shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
-        del shared["dim"]
-    parameters = {
-        name: value.tolist() if isinstance(value, Tensor) else value
-        for name, value in (shared | dict(parameters)).items()
-    }
+        shared.pop("dim", None)
+    parameters = {name: plain(value) for name, value in (shared | dict(parameters)).items()}
     known, before = dict(values[0].values), vars(sites[0].owner).get(_ON_OWNER)
+    unscaled = sites[0].parameters(sites[0].layer_types[0]).get("rope_type", "default") == "default"
     if before is not None:
         known["max_position_embeddings"] = before.length
+    elif unscaled:  # a saved config has the extended length
+        known["max_position_embeddings"] = known.get("original_max_position_embeddings")
     length = _length(method, {**known, **parameters})
     return Saved(method, parameters, layers, length, before, cache)
 
@@ -117,10 +117,11 @@ def _length(method: str, values: Mapping[str, Any]) -> int | None:
     """Return the tokens that a method reaches; values: the model's and the method's parameters."""
     factor, longest = values.get("factor"), values.get("max_position_embeddings")
     if method in SCORES:
-        if method not in _STRETCHING_SCORES or longest is None:
+        if method not in _STRETCHING_SCORES or longest is None or factor == math.inf:
             return None
         # Frequencies reach `longest`; a score stretches the part past the window.
-        return values["window"] + int((longest - values["window"]) * factor)
+        window = min(values["window"], longest)
+        return window + int((longest - window) * factor)
     trained = values.get("original_max_position_embeddings")
     if "seq_len" in values or method == "rope":
         return values.get("seq_len", trained)
@@ -148,11 +149,14 @@ def _save_plain(
     **options: Any,
 ) -> None:
     """Replace `save_pretrained` of an extended model, whose config is the plain model's."""
+    _refuse_upload(options)
     type(model).save_pretrained(model, save_directory, *args, **options)
+    if not options.get("is_main_process", True):
+        return
     _write(saved.all(), save_directory)
     warnings.warn(
         f"extend: config.json in {save_directory} is the plain model's; its extension by "
-        f"{saved.method} is in {_FILE}, which extend_from_saved reads. save_pretrained of "
+        f"{saved.method} is in {FILE}, which extend_from_saved reads. save_pretrained of "
         "what extend returned writes a config that other programs read",
         stacklevel=2,
     )
@@ -169,8 +173,11 @@ def save(
             f"extend: save_pretrained needs a model of transformers, got {type(model).__name__}; "
             "merge adapters, or save them and the model apart"
         )
+    _refuse_upload(options)
     extensions = vars(find_sites(model)[0].owner)[_ON_OWNER].all()
     type(model).save_pretrained(model, folder, **options)  # completes its config too
+    if not options.get("is_main_process", True):
+        return
     config = copy.deepcopy(model.config)
     unknown = [each.method for each in extensions if each.method in SCORES]
     # The last one replaces the scaling of those before it.
@@ -187,8 +194,17 @@ def save(
         warnings.warn(
             f"extend: a config cannot tell transformers, vLLM and GGUF converters of "
             f"{' and '.join(unknown)} with these parameters, so config.json in {folder} is without "
-            f"it; extend_from_saved applies it from {_FILE}",
+            f"it; extend_from_saved applies it from {FILE}",
             stacklevel=3,
+        )
+
+
+def _refuse_upload(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an upload, which transformers does before the extension is written."""
+    if options.get("push_to_hub"):
+        raise ValueError(
+            "extend: push_to_hub must be left out in save_pretrained, got True; upload the folder "
+            "afterwards (huggingface_hub.upload_folder)"
         )
 
 
@@ -346,14 +362,14 @@ def _write(extensions: Sequence[Saved], folder: str | os.PathLike) -> None:
     names = ("method", "parameters", "layers", "length", "cache")
     stored = [{name: getattr(each, name) for name in names} for each in extensions]
     text = json.dumps({"extensions": stored}, indent=2)
-    Path(folder, _FILE).write_text(text + "\n", encoding="utf-8")
+    Path(folder, FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read(folder: str | os.PathLike) -> list[Saved]:
     """Return the extensions stored in a folder; raise ValueError if there are none."""
-    path = Path(folder, _FILE)
+    path = Path(folder, FILE)
     if not path.is_file():
-        raise ValueError(f"extend_from_saved: folder must have a file {_FILE}, got {folder}")
+        raise ValueError(f"extend_from_saved: folder must have a file {FILE}, got {folder}")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return [Saved(**each) for each in stored["extensions"]]
