@@ -217,7 +217,7 @@ def test_no_time_left_is_told(call, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"length": 900}, "story.txt, first half: 600 tokens, too short for 900"),
+        ({"length": 580}, "story.txt, first half: 600 tokens, too short for 610"),
         ({"length": 479}, "--length must be >= 480, got 479"),
         ({"budget": 0}, "--budget must be > 0, got 0"),
         ({"held_out": "/nowhere/text"}, "--held-out /nowhere/text: No such file or directory"),

@@ -45,7 +45,7 @@ def test_written_configurations_give_the_logits_of_extend(own, tmp_path):
     with Candidate("rope").extending(model):
         rounding = (logits(unscaled, ids) - logits(model, ids)).abs().max()
     published = frequency_methods(LENGTH, TRAINED)
-    for candidate in (Candidate(), *published):
+    for candidate in (Candidate(), *published, Candidate()):
         write_config(model, candidate, LENGTH, tmp_path)
         config = AutoConfig.from_pretrained(tmp_path)
         written = LlamaForCausalLM(config).eval()
@@ -56,7 +56,9 @@ def test_written_configurations_give_the_logits_of_extend(own, tmp_path):
         # factor of LongRoPE is rounded itself, and its product with a wavelength.
         often = 4 if config.rope_parameters["rope_type"] == "longrope" else 2
         assert (logits(written, ids) - wanted).abs().max() <= often * rounding, candidate.name
-        if candidate.method != "plain":
+        if candidate.method == "plain":
+            assert not (tmp_path / "extrope.json").exists()
+        else:
             assert (wanted - plain).abs().max() > 100 * rounding, candidate.name
             assert config.max_position_embeddings == LENGTH
 

@@ -49,11 +49,15 @@ class Piece(NamedTuple):
         return counts / counts.sum()
 
 
+def tokens_for(length: int) -> int:
+    """Return the tokens of text that a piece takes: its own, and its passages after them."""
+    return length + sum(passage.tokens for passage in repeats(length, *distances(length)))
+
+
 def cut(text: Text, length: int, index: int, seed: int) -> Piece:
     """Return a piece of a text; its passages are the tokens after it."""
     found = repeats(length, *distances(length))
-    more = sum(passage.tokens for passage in found)
-    ids = text.piece(length, index, seed, more)
+    ids = text.piece(length, index, seed, tokens_for(length) - length)
     return Piece(repeated(ids, length, found), found)
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...integrations.transformers.find import find_sites
+from ...integrations.transformers.saved import FILE
 from ...scores import SCORES
 from .. import UsageError, models, options, plots, report
 from ..digests import model_digest
 from ..models import after_each_layer
 from ..texts import Text, check_tokens, read_text, read_texts
 from .candidates import Candidate
-from .pieces import NUMBERS, OBJECTIVES, SHORTEST
+from .pieces import NUMBERS, OBJECTIVES, SHORTEST, tokens_for
 from .stages import Search
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def search(
     files, on = models.prepared(model, device)
     tokenizer = models.load_tokenizer(files)
     names = [texts] if isinstance(texts, str) else texts
-    to_search, decides = split_texts(tokenizer, names, held_out, length)
+    to_search, decides = split_texts(tokenizer, names, held_out, tokens_for(length))
     loaded = models.load_model(files, dtype, on)
     if why := options.refusal(loaded, "rope", {}):
         raise UsageError(why)
@@ -211,6 +212,7 @@ def write_config(model: PreTrainedModel, best: Candidate, length: int, folder: P
         del config.quantization_config  # it describes the GGUF file, not the loaded weights
     if best.method == "plain":
         config.save_pretrained(folder)
+        (folder / FILE).unlink(missing_ok=True)  # of an earlier search with a smaller budget
     else:
         with torch.device("meta"):
             shell = type(model)(config)
