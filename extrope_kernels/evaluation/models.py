@@ -18,6 +18,7 @@ from torch import nn
 
 from .._ext import cache_dirs
 from ..integrations.transformers import register_interface
+from ..integrations.transformers.find import generator_of
 from . import UsageError
 from .options import require
 
@@ -113,14 +114,20 @@ def load_model(files: ModelFiles, dtype: str, device: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load("model", AutoModelForCausalLM, files, dtype=getattr(torch, dtype))
-    if model.base_model is model:
-        raise UsageError(f"{type(model).__name__} has no body apart from its head")
+    model = with_body(_load("model", AutoModelForCausalLM, files, dtype=getattr(torch, dtype)))
     if device.startswith("cpu"):  # where our op is faster than torch's
         register_interface()
         with contextlib.suppress(ValueError):  # of layers that cannot attend by it
             model.set_attn_implementation("extrope")
     return model.to(device).eval()
+
+
+def with_body(model: nn.Module) -> PreTrainedModel:
+    """Return a model, without a wrapper (PEFT's); raises UsageError unless body and head differ."""
+    model = generator_of(model)
+    if getattr(model, "base_model", model) is model:
+        raise UsageError(f"{type(model).__name__} has no body apart from its head")
+    return model
 
 
 def _load(what: str, auto: Any, files: ModelFiles, **options: Any) -> Any:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..integrations.transformers import PARAMETERS, extend
+from ..integrations._shared.parameters import PARAMETERS, plain
+from ..integrations.transformers import extend
 from ..methods import METHODS
 from ..scores import SCORES
 from . import UsageError
@@ -113,7 +114,10 @@ def check_methods(
         if wrong := [name for name in given if name not in known]:
             listed = ", ".join(known)
             raise UsageError(f"--param: {method} has no {wrong[0]}; it has {listed}")
-    return {method: dict(given) for method, given in named.items()}
+    return {
+        method: {name: plain(value) for name, value in given.items()}
+        for method, given in named.items()
+    }
 
 
 def check_lengths(lengths: int | Iterable[int]) -> list[int]:

@@ -138,7 +138,7 @@ class Rows:
             write_atomic(self.path, text.encode() + b"\n")
 
     def _key(self, row: dict[str, Any]) -> str:
-        return json.dumps([row[key] for key in self._keys], sort_keys=True)
+        return json.dumps(_finite([row[key] for key in self._keys]), sort_keys=True)
 
 
 def _read(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:

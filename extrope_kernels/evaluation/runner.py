@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from ..integrations.transformers import extend
+from ..integrations.transformers.trial import without_dropout
 from . import UsageError, models, options, plots, report, texts
 from .digests import model_digest
 from .loss import LossTask
@@ -78,8 +79,10 @@ def evaluate(
     if isinstance(model, str | os.PathLike):
         files, device = models.prepared(os.fspath(model), device)
         tokenizer = models.load_tokenizer(files)
-    elif tokenizer is None:
-        raise UsageError("a loaded model needs its tokenizer")
+    else:
+        model = models.with_body(model)
+        if tokenizer is None:
+            raise UsageError("a loaded model needs its tokenizer")
     read = texts.read_texts(tokenizer, [text] if isinstance(text, str) else text)
     texts.check_tokens(read, max(wanted) + measured.more)
     loaded = model if files is None else models.load_model(files, dtype, device)
@@ -97,10 +100,10 @@ def evaluate(
         "trials": trials,
         "seed": seed,
     }
-    planned = _planned(loaded, params, wanted)
-    rows = report.Rows(path, header, ("method", "length", "params"))
-
-    _measure(measured, loaded, read, planned, rows, table or io.StringIO())
+    with without_dropout(loaded):
+        planned = _planned(loaded, params, wanted)
+        rows = report.Rows(path, header, ("method", "length", "params"))
+        _measure(measured, loaded, read, planned, rows, table or io.StringIO())
     return rows.results
 
 

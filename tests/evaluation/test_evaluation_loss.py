@@ -6,6 +6,7 @@ import math
 import statistics
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_model import CONFIG, TRAINED, check_image, results, save_tokenizer
@@ -104,6 +105,9 @@ def test_evaluate_as_a_function(run, folder, text, tokenizer, tmp_path):
         evaluate(folder, "rope", 70, dtype="int8")
     with pytest.raises(UsageError, match=r"--trials must be >= 1, got 1\.5"):
         evaluate(folder, "rope", 70, trials=1.5)
+    head = "LlamaModel has no body apart from its head"
+    with pytest.raises(UsageError, match=head):
+        evaluate(model.model, "rope", 70, tokenizer=tokenizer)
     for mistake, message in (
         (([], 70), "--methods must list at least one"),
         (("rope", [70, 1.5]), "--lengths must be whole numbers of tokens >= 2, got 1.5"),
@@ -112,6 +116,19 @@ def test_evaluate_as_a_function(run, folder, text, tokenizer, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             evaluate(model, *mistake, **given)
+
+
+def test_a_model_in_training_is_measured_without_dropout(text, tokenizer, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG, attention_dropout=0.5)).eval()
+    methods = {"rope": {}, "rerope": {"window": np.int64(8)}, "leaky_rerope": {"factor": math.inf}}
+    given = {"tokenizer": tokenizer, "text": str(text), "bucket": 16, "trials": 1}
+    wanted = [row["loss"] for row in evaluate(model, methods, 70, **given)["rows"]]
+    model.model.train()
+    wrapper = torch.nn.Sequential(model)  # as PEFT wraps one
+    for _ in range(2):  # an infinite factor is read back, too
+        found = evaluate(wrapper, methods, 70, out=tmp_path, **given)
+        assert [row["loss"] for row in found["rows"]] == wanted
+    assert model.model.training and not model.training
 
 
 def test_logits_in_small_chunks(run, tmp_path, monkeypatch):

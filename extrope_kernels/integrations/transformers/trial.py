@@ -176,17 +176,24 @@ def run_on_trial(owner: nn.Module, backwards: bool = False, **options: Tensor) -
     tokens = torch.arange(_TOKENS, device=_device_of(weights))[None]
     options = {name: value.to(tokens.device) for name, value in options.items()}
     tokens = tokens.flip(1) if backwards else tokens
+    with without_dropout(owner):
+        output = owner(input_ids=tokens, use_cache=False, **options)
+    for module in _fsdp_modules(owner):
+        module.reshard()  # the root keeps its parameters whole for a backward
+    return output
+
+
+@contextmanager
+def without_dropout(owner: nn.Module) -> Iterator[None]:
+    """Put the modules that are in training into evaluation mode for a while."""
     training = [module for module in owner.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        output = owner(input_ids=tokens, use_cache=False, **options)
+        yield
     finally:
         for module in training:
             module.training = True
-    for module in _fsdp_modules(owner):
-        module.reshard()  # the root keeps its parameters whole for a backward
-    return output
 
 
 def refuse_without_weights(owner: nn.Module, method: str) -> None:
