@@ -80,7 +80,9 @@ def _groups(length: int, trained: int, given: dict[str, Any]) -> dict[str, Any]:
     Their group is the smallest that keeps the largest relative position below two thirds of the
     training length. The window is rounded down to a multiple of it.
     """
-    window = given.get("window") or max(1, trained // 4)
+    window = given.get("window")
+    if type(window) is not int or window < 1:  # the method refuses it
+        window = max(1, trained // 4)
     room = max(1, 2 * trained // 3 - window)
     group = 1 if length <= trained else min(window, math.ceil((length - window) / room))
     group = given.get("factor", group)

@@ -82,6 +82,8 @@ def test_parameters_that_a_method_refuses(run, tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
     assert run(methods="rope,self_extend", param="self_extend.factor=2.5") == 2
     assert "self_extend: factor must be a whole number, got 2.5" in capsys.readouterr().err
+    assert run(methods="self_extend", param="self_extend.window=half") == 2
+    assert "self_extend: window must be an int, got str" in capsys.readouterr().err
 
 
 def without(monkeypatch, missing):

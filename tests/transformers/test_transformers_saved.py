@@ -31,6 +31,8 @@ NAMED = [
     # As factors of LongRoPE.
     ("yarn", {"factor": 4.0, "ramp": "rotations"}, 128, 128),
     ("pi", {"factor": 2.0, "resonance": True}, 64, 64),
+    ("mrrope", {"factor": 4.0}, 128, 128),
+    ("dynamic_ntk", {"factor": 4.0, "seq_len": 100}, 100, 100),
     ("giraffe_power", {"power": 0.1}, None, TRAINED),
     ("giraffe_truncation", {"truncate_pos": 4 * TRAINED}, None, TRAINED),
 ]

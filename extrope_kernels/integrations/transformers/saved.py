@@ -62,7 +62,10 @@ _AMPLITUDES = ("short_mscale", "long_mscale")  # of LongRoPE, as vLLM and Phimoe
 _SCALING = {name for _, names in _TYPES.values() for name in names}
 _SCALING |= {"rope_type", "type", "rope_theta", "alpha", *_AMPLITUDES}
 # Methods that stretch the trained length by their factor.
-_STRETCHING = ("pi", "ntk_aware", "ntk_by_parts", "ntk_mixed", "yarn", "llama3", "longrope")
+_STRETCHING = (
+    *("pi", "ntk_aware", "ntk_by_parts", "ntk_mixed", "yarn", "mrrope", "llama3"),
+    "longrope",
+)
 _STRETCHING_SCORES = ("leaky_rerope", "self_extend")
 
 
@@ -244,11 +247,11 @@ def _written(
                 text.rope_parameters = {**text.rope_parameters, layer_type: entries}
     if getattr(text, "rope_scaling_layers", None) is not None:  # Molmo 2 scales these alone
         text.rope_scaling_layers = list(range(text.num_hidden_layers))
-    if extension.method == "dynamic_ntk":  # its type takes the longest for the trained length
-        text.max_position_embeddings = extension.parameters["max_position_embeddings"]
-    elif extension.length is not None:
+    if extension.length is not None:
         longest = getattr(text, "max_position_embeddings", None) or 0
         _set_longest(text, max(extension.length, longest))
+    elif extension.method == "dynamic_ntk":  # its type takes the longest for the trained length
+        text.max_position_embeddings = extension.parameters["max_position_embeddings"]
     return config
 
 
