@@ -221,6 +221,7 @@ def missing(
 
 def run(given: argparse.Namespace, methods: dict[tuple[str, str], Method], path: Path) -> None:
     """Measure what is missing, a task and a length after the other; each step is kept."""
+    models.stay_offline()
     _, device = models.prepared(given.model, given.device)
     folder = models.unpacked(given.model)
     model = models.load_model(models.ModelFiles(folder), "bfloat16", device)

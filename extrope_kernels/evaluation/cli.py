@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import UsageError, plots
+from .models import stay_offline
 from .options import DTYPES
 from .runner import TASKS, evaluate
 
@@ -54,6 +55,7 @@ def run_command(
 ) -> int:
     """Run a command and return its exit code; print any error in one line, under this name."""
     given = {option: value for option, value in vars(args).items() if option != "command"}
+    stay_offline()
     if not plots.available():
         print(f"{name}: no plot will be drawn: matplotlib is not installed", file=sys.stderr)
     try:

@@ -154,12 +154,13 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def quiet() -> None:
-    """Keep transformers off the network, and its progress bars off the terminal.
-
-    Call it before the import of transformers, which reads the environment.
-    """
+def stay_offline() -> None:
+    """Keep this process off the network: for commands, before the import of transformers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and warnings off the terminal."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

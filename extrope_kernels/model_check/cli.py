@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..evaluation import UsageError
-from ..evaluation.models import quiet
+from ..evaluation.models import quiet, stay_offline
 from .advice import Advice, advise
 from .facts import IGNORED, Facts, Rotation, gather
 from .source import read_source
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.length is not None and args.length < 1:
             raise UsageError(f"--length must be >= 1, got {args.length}")
+        stay_offline()
         quiet()
         source = read_source(args.model)
         try:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import statistics
 from types import SimpleNamespace
 
@@ -89,9 +90,12 @@ def test_loss_agrees_with_transformers(run, folder, text, tokenizer, tmp_path, c
     assert lines[-1].split()[2:] == [f"{b['loss']:.3f}" for b in last["buckets"]]
 
 
-def test_evaluate_as_a_function(run, folder, text, tokenizer, tmp_path):
+def test_evaluate_as_a_function(run, folder, text, tokenizer, tmp_path, monkeypatch):
     assert run(methods="rope,yarn", lengths="70", param="yarn.beta_fast=16") == 0
     wanted = results(tmp_path)["rows"]
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # which the command set
+    evaluate(folder, "rope", 32, text=str(text), trials=1)
+    assert "HF_HUB_OFFLINE" not in os.environ
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     given = {"text": str(text), "bucket": 16, "trials": 1}
     methods = {"rope": {}, "yarn": {"beta_fast": 16}}
