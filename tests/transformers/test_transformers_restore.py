@@ -96,6 +96,8 @@ def test_nested_extensions_restore_last_first():
     assert torch.equal(logits(model, IDS), with_pi)
     outer.restore()
     assert torch.equal(logits(model, IDS), before)
+    with pytest.raises(ValueError, match="a handle must be entered before restore"), outer:
+        pass
 
 
 def test_other_models_of_the_class_are_untouched():

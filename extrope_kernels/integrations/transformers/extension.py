@@ -320,6 +320,8 @@ class Extension:
             self.before.restore()
 
     def __enter__(self) -> Extension:
+        if not self._overrides:  # the block would run the plain model
+            raise ValueError("extend: a handle must be entered before restore, got it after")
         return self
 
     def __exit__(
