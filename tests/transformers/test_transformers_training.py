@@ -156,6 +156,21 @@ def test_inference_mode_first_and_training_after():
         assert torch.equal(got[name], want[name]), name
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("yarn", {"factor": 4.0}), ("rerope", {"window": 6})]
+)
+def test_an_extension_made_in_inference_mode_trains(method, parameters):
+    model = build("llama")
+    with torch.inference_mode():
+        handle = extend(model, method, **parameters)
+    got = gradients(model, IDS, use_cache=False)
+    handle.restore()
+    with extend(model, method, **parameters):
+        want = gradients(model, IDS, use_cache=False)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
 def with_lora(model: nn.Module) -> nn.Module:
     """The model with adapters that change it from the start."""
     peft = pytest.importorskip("peft")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ...distributed.layout import Balance, Mesh
 
 
+@torch.inference_mode(False)  # its tensors would have no part in a later backward
 def extend(
     model: nn.Module,
     method: str,

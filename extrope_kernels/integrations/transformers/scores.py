@@ -63,7 +63,7 @@ def read_score(
     """Return the score method in `extend`'s arguments; a model may add parameters of dual_chunk."""
     config = sites[0].rotary.config
     if method == "dual_chunk" and getattr(config, DUAL_CHUNKS, None):
-        warnings.warn(f"extend: {SPARSE}", stacklevel=3)
+        warnings.warn(f"extend: {SPARSE}", stacklevel=4)
         parameters = score_values_in(config, method) | dict(parameters)
     score, log_n = bind_score("extend", method, parameters)
     if cache is not None or not _stores(score, sites):
