@@ -83,6 +83,28 @@ def test_restore_after_an_exception():
         assert torch.equal(got, logits(model, IDS[:, :8]))
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("pi", {"factor": 2.0}), ("rerope", {"window": 7})]
+)
+def test_a_function_that_replaces_the_models_own_later(method, parameters, monkeypatch):
+    """As Liger does, also in a Trainer that starts after `extend`."""
+    model = build("llama")
+    with extend(model, method, **parameters):
+        want = logits(model, IDS)
+    own = logits(model, IDS)
+    module, function = sys.modules[type(model).__module__], apply_of(model)
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", function)  # which comes back at the end
+
+    def theirs(*args):
+        return function(*args)
+
+    with extend(model, method, **parameters):
+        module.apply_rotary_pos_emb = theirs
+        assert torch.equal(logits(model, IDS), want)
+    assert apply_of(model) is theirs
+    assert torch.equal(logits(model, IDS), own)
+
+
 def test_nested_extensions_restore_last_first():
     model = build("llama")
     before = logits(model, IDS)

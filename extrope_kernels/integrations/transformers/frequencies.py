@@ -128,6 +128,9 @@ class Rotary:
             return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
         freqs = self.freqs_on(layer_type, x.device)
         if self.fused is not None and position_ids.dim() == 2 and not exports_to_onnx():
+            if not torch.compiler.is_compiling():
+                # Again, as Liger may have replaced the function since (a Trainer's option).
+                wrap_apply(self.fused.modeling, self)
             return Rotation(freqs, position_ids, self.fused.interleaved), None
         made = self.tables(layer_type, freqs, x, position_ids)
         if self.fused is not None and made[0].dim() != 3:
