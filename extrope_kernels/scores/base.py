@@ -112,10 +112,7 @@ class PairMap:
                 f"PairMap: offset must be a number or as divisor {tuple(divisor.shape)}, "
                 f"got shape {tuple(offset.shape)}"
             )
-        known = divisor.detach()
-        if not (known > 0).all() or (self.floor and (known != known.round()).any()):
-            kind = "whole numbers > 0 with floor" if self.floor else "> 0"
-            raise ValueError(f"PairMap: divisor must be {kind}, got {known.tolist()}")
+        _check_values(divisor.detach(), offset.detach(), self.floor)
         object.__setattr__(self, "divisor", divisor)
         object.__setattr__(self, "offset", offset.expand(divisor.shape))
 
@@ -140,6 +137,14 @@ class PairMap:
         if any(x.requires_grad for x in tensors):
             return False
         return torch.equal(self.divisor, other.divisor) and torch.equal(self.offset, other.offset)
+
+
+def _check_values(divisor: Tensor, offset: Tensor, floor: bool) -> None:
+    if not (divisor > 0).all() or (floor and (divisor != divisor.round()).any()):
+        kind = "whole numbers > 0 with floor" if floor else "> 0"
+        raise ValueError(f"PairMap: divisor must be {kind}, got {divisor.tolist()}")
+    if not offset.isfinite().all():
+        raise ValueError(f"PairMap: offset must be finite, got {offset.tolist()}")
 
 
 def map_pairs(
@@ -185,6 +190,8 @@ class Score:
     _copies: dict[torch.device, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for by in (*[x for _, *maps in self.regions for x in maps], self.stored):
+            _check_map(self.name, by)
         rows: list[PairMap] = []
         starts = [float(region.start) for region in self.regions]
         q_maps = [x for region in self.regions for x in _plain(region.q_map, rows).numbers()]
@@ -215,6 +222,21 @@ class Score:
     def plain(self) -> Score:
         """The same score in numbers only: each PairMap is a row of `pair_maps`."""
         return self._in_rows or self
+
+
+def _check_map(name: str, by: PositionMap | PairMap) -> None:
+    """Raise ValueError for numbers that kernels would not all read alike."""
+    if not (0 <= by.modulus < math.inf and by.modulus == int(by.modulus)):
+        raise ValueError(f"{name}: a map's modulus must be a whole number >= 0, got {by.modulus}")
+    if isinstance(by, PairMap):
+        return
+    if not (by.divisor > 0 or by.row is not None) or not abs(by.offset) < math.inf:
+        raise ValueError(f"{name}: a map must have a divisor > 0 and a finite offset, got {by}")
+    if by.cap == math.inf:
+        return
+    whole = by.floor or by.divisor in (1, math.inf)
+    if not (whole and by.offset == int(by.offset) and by.cap == int(by.cap)):
+        raise ValueError(f"{name}: a map with a cap must have whole numbers only, got {by}")
 
 
 def _plain(of_pairs: PositionMap | PairMap, rows: list[PairMap]) -> PositionMap:

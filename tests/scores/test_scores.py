@@ -1,11 +1,13 @@
 """Score methods as data: regions and maps give the relative positions of the definition."""
 
+import math
+
 import pytest
 import torch
 from score_examples import EXAMPLES, OF_PAIRS, by_regions, indices
 
 from extrope_kernels import methods
-from extrope_kernels.scores import SCORES, PositionMap
+from extrope_kernels.scores import FIRST_KEY, SCORES, PairMap, PositionMap, Region, Score
 
 INF = float("inf")
 
@@ -117,3 +119,30 @@ def test_position_map():
 def test_nonsense_is_refused(name, parameters, refusal):
     with pytest.raises((TypeError, ValueError), match=refusal):
         SCORES[name](*parameters)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (PositionMap(modulus=-5), "a map's modulus must be a whole number >= 0, got -5"),
+        (PositionMap(modulus=2.5), "a map's modulus must be a whole number >= 0, got 2.5"),
+        (PairMap([1.0, 2.0], modulus=-5), "a map's modulus must be a whole number >= 0, got -5"),
+        (PositionMap(divisor=0), "a map must have a divisor > 0 and a finite offset"),
+        (PositionMap(divisor=math.nan), "a map must have a divisor > 0 and a finite offset"),
+        (PositionMap(offset=math.inf), "a map must have a divisor > 0 and a finite offset"),
+        (PositionMap(divisor=2, cap=3), "a map with a cap must have whole numbers only"),
+        (PositionMap(offset=0.5, cap=3), "a map with a cap must have whole numbers only"),
+        (PositionMap(cap=3.5), "a map with a cap must have whole numbers only"),
+    ],
+)
+@pytest.mark.parametrize("place", ["q_map", "k_map", "stored"])
+def test_maps_that_kernels_would_read_otherwise_are_refused(place, wrong, message):
+    maps = {name: PositionMap() for name in ("q_map", "k_map", "stored")} | {place: wrong}
+    region = Region(FIRST_KEY, maps["q_map"], maps["k_map"])
+    with pytest.raises(ValueError, match=f"^mine: {message}"):
+        Score("mine", (region,), stored=maps["stored"])
+
+
+def test_offsets_are_finite():
+    with pytest.raises(ValueError, match=r"^PairMap: offset must be finite, got \[0.0, nan\]"):
+        PairMap([1.0, 2.0], [0.0, math.nan])
