@@ -162,6 +162,8 @@ def check_of_pairs(function: str, name: str, values: Sequence[Any] | Tensor) -> 
     """Return numbers > 0, one a pair or one a head and pair, as float64 with a tensor's graph."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence | Tensor):
         raise TypeError(f"{function}: {name} must be a list of numbers, got {values!r}")
+    if isinstance(values, Tensor) and torch.compiler.is_compiling():  # no values to read
+        return values.double()
     listed = values.tolist() if isinstance(values, Tensor) else values
     by_head = isinstance(listed, Sequence) and listed and isinstance(listed[0], list | tuple)
     rows = listed if by_head else [listed]

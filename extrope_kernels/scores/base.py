@@ -112,13 +112,15 @@ class PairMap:
                 f"PairMap: offset must be a number or as divisor {tuple(divisor.shape)}, "
                 f"got shape {tuple(offset.shape)}"
             )
-        _check_values(divisor.detach(), offset.detach(), self.floor)
+        if not torch.compiler.is_compiling():  # in a graph it has no values to read
+            _check_values(divisor.detach(), offset.detach(), self.floor)
         object.__setattr__(self, "divisor", divisor)
         object.__setattr__(self, "offset", offset.expand(divisor.shape))
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Map positions (any shape) for each pair: (..., *divisor.shape) float64."""
-        return map_pairs(positions, self.modulus, self.divisor, self.floor, self.offset)
+        divisor, offset = (x.to(positions.device) for x in (self.divisor, self.offset))
+        return map_pairs(positions, self.modulus, divisor, self.floor, offset)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PairMap):
@@ -187,7 +189,7 @@ class Score:
     numbers: list[float] = field(init=False, repr=False, compare=False)
     pair_maps: Tensor | None = field(init=False, repr=False, compare=False)
     _in_rows: Score | None = field(init=False, repr=False, compare=False)
-    _copies: dict[torch.device, Tensor] = field(init=False, repr=False, compare=False)
+    _copies: dict[tuple[torch.device, bool], Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for by in (*[x for _, *maps in self.regions for x in maps], self.stored):
@@ -210,13 +212,26 @@ class Score:
         object.__setattr__(self, "_copies", {})
 
     def pair_maps_on(self, x: Tensor) -> Tensor | None:
-        """Return `pair_maps` on the device of x, copied there once."""
+        """Return `pair_maps` on the device of x, copied there once, for training once more."""
         maps = self.pair_maps
         if maps is None or maps.device == x.device or maps.requires_grad:
             return maps if maps is None else maps.to(x.device)
-        if x.device not in self._copies:
-            self._copies[x.device] = maps.to(x.device)
-        return self._copies[x.device]
+        # Copies made in inference mode cannot be saved for a backward.
+        key = (x.device, torch.is_grad_enabled())
+        found = self._copies.get(key)
+        if found is None:
+            found = maps.to(x.device)
+            if type(found) is Tensor:  # no fake one, as while torch.export makes a graph
+                self._copies[key] = found
+        return found
+
+    def stored_at(self, positions: Tensor) -> Tensor:
+        """Map positions (...) by `stored`: (...), or (..., pairs) by a PairMap of all heads."""
+        maps = self.pair_maps_on(positions)
+        if maps is None or isinstance(self.stored, PositionMap):
+            return self.stored(positions)
+        divisor, offset = maps[self.plain.stored.row, :, 0]  # type: ignore[union-attr]
+        return map_pairs(positions, self.stored.modulus, divisor, self.stored.floor, offset)
 
     @property
     def plain(self) -> Score:
@@ -243,7 +258,9 @@ def _plain(of_pairs: PositionMap | PairMap, rows: list[PairMap]) -> PositionMap:
     """Return the map in numbers; add a PairMap's divisors and offsets to the rows."""
     if isinstance(of_pairs, PositionMap):
         return of_pairs
-    row = next((n for n, x in enumerate(rows) if x.same_row(of_pairs)), len(rows))
+    readable = not torch.compiler.is_compiling()  # values can be compared
+    same = (n for n, x in enumerate(rows) if x is of_pairs or (readable and x.same_row(of_pairs)))
+    row = next(same, len(rows))
     if row == len(rows):
         rows.append(of_pairs)
     return PositionMap(of_pairs.modulus, -1.0 - row, of_pairs.floor)

@@ -176,6 +176,18 @@ def test_append_writes_as_attention_does(kind, any_backend):
         torch.testing.assert_close(got.float(), want.float(), rtol=1e-6, atol=1e-6)
 
 
+def test_a_raw_cache_in_a_graph():
+    one = example("factors", 2)
+    q, k, v = make_qkv(2, 3, CAPACITY, 4, 2, 32)
+
+    def step(q, k, v, cache_seqlens):
+        given = {"cache_seqlens": cache_seqlens, "stored": "raw"}
+        return rope_attention_with_kvcache(q, k, v, one.freqs, one.score, **given)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, ints(*LENGTHS)), step(q, k, v, ints(*LENGTHS)))
+
+
 def test_nothing_to_do(any_backend):
     one = example("groups", 2)
     for batch, seqlen_q, seqlen_k in ((0, 3, 3), (2, 0, 5), (2, 0, 0), (1, 4, 0)):
@@ -219,6 +231,15 @@ BAD = [
     ({"freqs": RopeFreqs(torch.ones(3, 2, PAIRS))}, "inv_freq must be"),
     ({"freqs": RopeFreqs(torch.ones(1, 1, 2, PAIRS))}, "inv_freq must be"),
 ]  # fmt: skip
+
+
+def test_frequencies_that_are_no_tensor_are_refused():
+    q, k, v = make_qkv(2, 9, 9, 4, 2, 32)
+    call = {"freqs": RopeFreqs([1.0] * PAIRS), "score": stretched(6, FACTORS)}
+    with pytest.raises(TypeError, match=r"^stretched: inv_freq must be a Tensor, got list"):
+        rope_attention(q, k, v, **call)
+    with pytest.raises(TypeError, match=r"^stretched: inv_freq must be a Tensor, got list"):
+        rope_attention_with_kvcache(q, k, v, **call, cache_seqlens=9)
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)

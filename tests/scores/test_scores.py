@@ -6,7 +6,7 @@ import pytest
 import torch
 from score_examples import EXAMPLES, OF_PAIRS, by_regions, indices
 
-from extrope_kernels import methods
+from extrope_kernels import methods, rope_attention, scores
 from extrope_kernels.scores import FIRST_KEY, SCORES, PairMap, PositionMap, Region, Score
 
 INF = float("inf")
@@ -146,3 +146,36 @@ def test_maps_that_kernels_would_read_otherwise_are_refused(place, wrong, messag
 def test_offsets_are_finite():
     with pytest.raises(ValueError, match=r"^PairMap: offset must be finite, got \[0.0, nan\]"):
         PairMap([1.0, 2.0], [0.0, math.nan])
+
+
+# -------------------------------------------------------------------------------------------------
+# On another device; meta stands for a GPU
+
+
+def test_stored_positions_are_on_the_positions_device():
+    score, meta = scores.dpe(8, [1, 2, 4]), torch.arange(5, device="meta")
+    assert score.stored_at(meta).device == score.stored(meta).device == meta.device
+    for positions in (torch.arange(20), torch.arange(20).view(4, 5)):
+        assert torch.equal(score.stored_at(positions), score.stored(positions))
+
+
+def test_copies_serve_a_later_training():
+    score, freqs = scores.dpe(4, [1, 2, 4]), methods.rope(6).to("meta")
+    q = torch.zeros(1, 9, 2, 8, device="meta")
+    with torch.inference_mode():
+        rope_attention(q, q, q, freqs, score)
+    rope_attention(q.requires_grad_(), q, q, freqs, score).sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_copies_are_real():
+    """Those that a graph is made of are not."""
+    score, freqs = scores.dpe(4, [1, 2, 4]), methods.rope(6).to("meta")
+    q = torch.zeros(1, 9, 2, 8, device="meta")
+
+    class Attend(torch.nn.Module):
+        def forward(self, q):
+            return rope_attention(q, q, q, freqs, score)
+
+    torch.export.export(Attend(), (q,), strict=False)
+    assert type(score.pair_maps_on(q)) is torch.Tensor

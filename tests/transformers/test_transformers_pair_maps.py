@@ -43,6 +43,13 @@ def test_a_cache_gives_the_same(family, by_head):
     assert_same(logits(model, IDS), plain)
 
 
+def test_maps_follow_a_model_to_its_device():
+    model = build("llama")
+    with extend(model, "dpe", window=8, group_sizes=sizes("llama")):
+        model.to("meta")  # stands for a GPU
+        assert logits(model, IDS.to("meta")).shape[:2] == IDS.shape
+
+
 def test_another_score_refuses_the_cache():
     """The same regions with other groups keep keys elsewhere."""
     model = build("llama")

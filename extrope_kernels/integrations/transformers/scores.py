@@ -230,7 +230,7 @@ class ScoreRotary(Rotary):
         """Return the `Attending` of the forward in progress, without tables yet."""
         freqs, rows, positions = self.freqs_on(layer_type, device), self.rows.to(device), None
         if self.score.stored != UNROTATED:
-            positions = self.score.stored(self.rows.positions).to(device)
+            positions = self.score.stored_at(self.rows.positions).to(device)
             if positions.dim() > self.rows.positions.dim():  # one per pair
                 positions = positions.movedim(-1, 0)
         raw_queries = self.fused is not None

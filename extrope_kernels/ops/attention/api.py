@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from ...scores import Score
-from ...scores.base import UNROTATED
+from ...scores import UNROTATED, Score
 from .._shared import backends as _backends
 from .._shared.checks import REFUSALS, check_boundaries, raise_as_value_error, refuse_flags
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
 from . import axes, flash_attn, heads, op
-from .call import PLAIN, AttentionCall, KVCache, make_call
+from .call import AttentionCall, KVCache, make_call
 from .checks import (
     check_attention,
     check_decode,
@@ -193,9 +192,9 @@ def rope_attention_with_kvcache(
         its stored number times its head's scale. Writes divide by the scale, round to nearest even,
         and clamp at 448 either way.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
-    freqs, score: as for `rope_attention`. All calls on one cache must have the same freqs and
-        score.stored, unless it is raw. XPOS's log_decay is refused except for scores that store
-        keys by blocks.
+    freqs, score: as for `rope_attention`; heads that differ are k's. All calls on one cache must
+        have the same freqs and score.stored, unless it is raw. XPOS's log_decay is refused except
+        for scores that store keys by blocks.
     softmax_scale, log_n, query_scale, softcap, sinks, sliding_window, interleaved, return_lse: as
         for `rope_attention`.
     stored: "raw" keeps keys unrotated; every call rotates all of them, by its own freqs. So
@@ -216,9 +215,9 @@ def rope_attention_with_kvcache(
     name = name if score is None else getattr(score, "name", name)
     refuse_flags(name, interleaved=interleaved, return_lse=return_lse)
     check_method(name, freqs, score)
-    if stored is not None:
-        score = _raw(name, stored, score)
-    _check_stored_decay(name, freqs, score)
+    if stored not in (None, "raw"):
+        raise ValueError(f"{name}: stored must be None or 'raw', got {stored!r}")
+    _check_stored_decay(name, freqs, None if stored else score)
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = cache_lengths(name, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
     call = make_call(
@@ -234,6 +233,8 @@ def rope_attention_with_kvcache(
         softcap=softcap,
         sliding_window=sliding_window,
     )
+    if stored is not None:
+        call = call._replace(score=replace(call.score, stored=UNROTATED))
     check_kinds(name, call)
     appended = k.shape[1] if isinstance(k, Tensor) and not k.is_nested and k.dim() == 4 else 0
     cached = (cache_seqlens, block_table, cache_leftpad, Scales(k_scale, v_scale))
@@ -301,13 +302,6 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
     if not 0 <= start < 2**31:
         raise ValueError(f"{op}: {name} must be between 0 and 2**31, got {start}")
     return torch.full((1,), start, dtype=torch.int32, device=q.device)
-
-
-def _raw(op: str, stored: str, score: Score | None) -> Score:
-    """Return the score with keys stored raw."""
-    if stored != "raw":
-        raise ValueError(f"{op}: stored must be None or 'raw', got {stored!r}")
-    return replace(score or PLAIN, stored=UNROTATED)
 
 
 def _check_stored_decay(op: str, freqs: RopeFreqs, score: Score | None) -> None:

@@ -29,6 +29,8 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = Fa
     """Check the types of frequencies (one axis unless `axes`) and of a score method or None."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    if not isinstance(freqs.inv_freq, Tensor):
+        raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(freqs.inv_freq).__name__}")
     if freqs.axes is not None and not axes:
         raise ValueError(
             f"{op}: positions must be given with freqs of several axes (mRoPE), got none"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from ...scores.base import MAP_NUMBERS, SAME, UNROTATED, PairMap, PositionMap, Score, map_pairs
+from ...scores.base import MAP_NUMBERS, SAME, UNROTATED, PairMap, PositionMap, Score
 from .._shared import backends as _backends
 from .._shared.autograd import call_unrecorded, note_writes, refuse_backward
 from .._shared.checks import (
@@ -184,19 +184,16 @@ def _placed_by_pair(
     score: Score, tensors: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Any, ...]:
     """Replace positions by stored ones of `score`, with an axis for each pair."""
-    call, stored = Append(*tensors, **options), score.stored
+    call, shape = Append(*tensors, **options), score.stored.divisor.shape
     check(_OP, call)
     check_values(_OP, call)
-    pairs, shape = call.inv_freq.shape[-1], stored.divisor.shape
+    pairs = call.inv_freq.shape[-1]
     if shape[-1] != pairs or shape.numel() != pairs:
         raise ValueError(
             f"{_OP}: {score.name} must store keys by a map of {pairs} pairs, the same for all "
             f"heads, got divisors of shape {tuple(shape)}"
         )
-    maps = (stored.divisor, stored.offset)
-    divisor, offset = (x.detach().to(call.k.device).reshape(pairs) for x in maps)
-    at = map_pairs(call.token_positions(), stored.modulus, divisor, stored.floor, offset)
-    places = at.movedim(-1, 0)
+    places = score.stored_at(call.token_positions()).detach().movedim(-1, 0)
     places = places if places.dim() == 3 else places[:, None]
     axes = torch.arange(pairs, dtype=torch.int32, device=call.k.device)
     return (*tensors[:_POSITIONS], places, None, axes, *tensors[_POSITIONS + 3 :])
