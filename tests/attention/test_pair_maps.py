@@ -314,6 +314,52 @@ def test_gradients_of_frequencies_and_divisors(kind, any_backend):
         assert_within_budget(name, got, low, want.to(got.dtype).double(), noise=noise)
 
 
+def losses(q, k, v, window=6):
+    """A loss of frequencies and divisors by the fused kernels, and both."""
+
+    def loss(inv_freq, divisors):
+        score = scores.far_frequencies(window, divisors)
+        return rope_attention(q, k, v, RopeFreqs(inv_freq), score).square().sum()
+
+    inv_freq = example("heads", 2).freqs.inv_freq
+    return loss, (inv_freq, (0.5 + 8 * drawn(PAIRS)).to(q.device))
+
+
+def test_gradients_of_frequencies_within_torch_func():
+    loss, leaves = losses(*qkv())
+    shifted = tuple(x + 0.1 for x in leaves)
+    want = []
+    for given in (leaves, shifted):
+        given = [x.clone().requires_grad_() for x in given]
+        want.append(torch.autograd.grad(loss(*given), given))
+    found = torch.func.grad(loss, (0, 1))(*leaves)
+    by_freq = torch.func.grad(lambda inv_freq: loss(inv_freq, leaves[1]))
+    several = torch.func.vmap(by_freq)(torch.stack((leaves[0], shifted[0])))
+    for got, wanted in zip((*found, several[0]), (*want[0], want[0][0]), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_gradients_of_frequencies_have_none_of_their_own():
+    """They say so, in place of a zero."""
+    loss, leaves = losses(*qkv())
+    leaves = [x.requires_grad_() for x in leaves]
+    first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    for found in first:
+        with pytest.raises(NotImplementedError, match="attention: the fused kernels have first"):
+            torch.autograd.grad(found.square().sum(), leaves, retain_graph=True)
+
+
+@pytest.mark.thorough
+def test_divisors_are_learned_in_a_graph():
+    """A score that is made anew in every step is part of the graph."""
+    loss, leaves = losses(*qkv())
+    leaves = [x.requires_grad_() for x in leaves]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    for got, wanted in zip(torch.autograd.grad(compiled(*leaves), leaves), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 # -------------------------------------------------------------------------------------------------
 # Positions of several axes
 

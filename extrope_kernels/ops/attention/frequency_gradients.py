@@ -8,12 +8,13 @@ gradient from one region.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .._shared.autograd import in_func_transform
 from .._shared.pairs import cross
 from .._shared.positions import sequence_of_token
 from .call import AttentionCall
@@ -47,19 +48,34 @@ def backward_with_frequencies(
 def _of_angles(
     by_region: list[tuple[Tensor, Tensor]], q: Tensor, k: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor | None]:
-    inv_freq = call.inv_freq.detach().double().requires_grad_()
-    maps = None if call.pair_maps is None else call.pair_maps.detach().requires_grad_()
-    total = torch.zeros((), dtype=torch.float64, device=q.device)
+    gradients = [(_of_angle(q, dq, call), _of_angle(k, dk, call)) for dq, dk in by_region]
+
+    def total(inv_freq: Tensor, *maps: Tensor) -> Tensor:
+        """Return the sum of all angles times their gradients."""
+        own = call._replace(inv_freq=inv_freq, pair_maps=maps[0] if maps else None)
+        at = places(q, k, own)
+        of_regions = (
+            (_angle(place.q, own, q) * of_q).sum() + (_angle(place.k, own, k) * of_k).sum()
+            for place, (of_q, of_k) in zip(at, gradients)
+        )
+        return sum(of_regions)
+
+    leaves = [call.inv_freq.double(), *([] if call.pair_maps is None else [call.pair_maps])]
+    of_freq, *of_maps = _gradient(total, leaves)
+    return of_freq.to(call.inv_freq.dtype), of_maps[0] if of_maps else None
+
+
+def _gradient(function: Callable[..., Tensor], leaves: list[Tensor]) -> Sequence[Tensor]:
+    """Return the gradient; a derivative of it reaches the op's backward, which has none."""
+    if in_func_transform():
+        value, backward = torch.func.vjp(function, *leaves)  # elsewhere it would import a compiler
+        return backward(torch.ones_like(value))
+    leaves = [x.detach().requires_grad_() for x in leaves]
     with torch.enable_grad():
-        own = call._replace(inv_freq=inv_freq, pair_maps=maps)
-        for (dq, dk), place in zip(by_region, places(q, k, own)):
-            for x, dx, at in ((q, dq, place.q), (k, dk, place.k)):
-                gradient = _of_angle(x, dx, call)
-                total = total + (_angle(at, own, x) * gradient).sum()
-    leaves = [inv_freq] if maps is None else [inv_freq, maps]
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
-    return found[0].to(call.inv_freq.dtype), None if maps is None else found[1]
+        value = function(*leaves)
+    return torch.autograd.grad(
+        value, leaves, create_graph=torch.is_grad_enabled(), materialize_grads=True
+    )
 
 
 def _of_angle(x: Tensor, dx: Tensor, call: AttentionCall) -> Tensor:
