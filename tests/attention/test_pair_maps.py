@@ -419,6 +419,32 @@ def test_positions_of_axes(name, dtype, any_backend):
         assert_within_budget(name, got, near, want, noise=noise)
 
 
+def test_gradients_of_divisors_with_axes(any_backend):
+    """As the slope between two values in float64."""
+    if any_backend == "flash_attn":
+        pytest.skip("the composition rotates by one position a token")
+    tensors = qkv(seqlen_q=13, seqlen_k=19)
+    freqs = dataclasses.replace(example("groups").freqs, axes=AXES.to(tensors[0].device))
+    factors = (0.5 + 8 * drawn(PAIRS)).to(tensors[0].device)
+
+    def loss(factors, dtype, backend):
+        q, k, v = (x.to(dtype) for x in tensors)
+        given = {"positions": by_axes(19), "backend": backend}
+        return rope_attention(q, k, v, freqs, stretched(6, factors), **given).square().sum()
+
+    def found(dtype, backend):
+        leaf = factors.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf, dtype, backend), leaf)[0]
+
+    exact, step = found(torch.float64, "reference"), torch.zeros_like(factors)
+    step[5] = 1e-6
+    ends = [loss(factors + sign * step, torch.float64, "reference") for sign in (1, -1)]
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, exact[5], rtol=1e-5, atol=1e-7)
+    low = found(torch.float32, "reference")
+    noise = 1e-5 * exact.abs().max().item()
+    assert_within_budget("divisor", found(torch.float32, any_backend), low, exact, noise=noise)
+
+
 def _of_pair(by: PairMap, positions: Tensor) -> Tensor:
     """Positions (..., pairs), each by its own pair's numbers."""
     p = positions / by.divisor
@@ -481,6 +507,30 @@ def test_axes_refuse_queries_without_positions():
         ValueError, match=r"q must have at most k's 12 tokens with positions of .* got 19"
     ):
         rope_attention(q, k, v, freqs, positions=by_axes(12))
+
+
+@pytest.mark.parametrize(
+    ("axes", "positions", "error", "message"),
+    [
+        (AXES, by_axes(19)[:2], ValueError, "axes must be from 0 to 1 for positions of 2 axes"),
+        (AXES - 1, by_axes(19), ValueError, "axes must be from 0 to 2 .*, got .-1, 0"),
+        (AXES[1:], by_axes(19), ValueError, r"axes must be contiguous int32 \(14,\) .*\(13,\)"),
+        (AXES.long(), by_axes(19), ValueError, r"axes must be contiguous int32 .* torch.int64"),
+        (AXES.tolist(), by_axes(19), TypeError, "axes must be a Tensor, got list"),
+        (AXES, by_axes(19).bool(), ValueError, "positions must be int32, .* got torch.bool"),
+        (AXES, by_axes(19).cfloat(), ValueError, "positions must be int32, .* got torch.complex64"),
+        (AXES, by_axes(19).tolist(), TypeError, "positions must be a Tensor .* got list"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["no score", "groups"])
+def test_axes_refuse(name, axes, positions, error, message):
+    q, k, v = qkv()
+    axes = axes.to(q.device) if isinstance(axes, Tensor) else axes
+    freqs = dataclasses.replace(methods.rope(2 * PAIRS).to(q.device), axes=axes)
+    score = None if name == "no score" else example(name).score
+    who = "rope_attention" if score is None else score.name
+    with pytest.raises(error, match=f"^{who}: {message}"):
+        rope_attention(q, k, v, freqs, score, positions=positions)
 
 
 def test_axes_refuse_frequencies_of_heads():

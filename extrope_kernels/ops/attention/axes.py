@@ -12,12 +12,15 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
+from .._shared.checks import check_position_tensor, has_values
 from .._shared.library import ops
 from . import op
 from .call import AttentionCall
 from .flash_attn.bands import bands, cut
 from .merge import merge_attention
+from .rotation import rotate_pairs
 
+_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 _ROTATED = Score("rope_attention", (Region(FIRST_KEY, UNROTATED, UNROTATED),))
 
 
@@ -32,17 +35,6 @@ def check_axes(
         raise TypeError(
             f"{op_name}: positions must be a Tensor for freqs of several axes, got {got}"
         )
-    batch, seqlen = k.shape[0], k.shape[1]
-    if positions.dim() != 3 or positions.shape[1] not in (1, batch) or positions.shape[2] != seqlen:
-        raise ValueError(
-            f"{op_name}: positions must be (axes, 1 or {batch}, {seqlen}) of all keys, "
-            f"got shape {tuple(positions.shape)}"
-        )
-    if q.shape[1] > seqlen:
-        raise ValueError(
-            f"{op_name}: q must have at most k's {seqlen} tokens with positions of several axes, "
-            f"got {q.shape[1]}"
-        )
     refused = {
         "cu_seqlens": call.cu_seqlens,
         "q_start": call.q_start,
@@ -55,6 +47,21 @@ def check_axes(
             raise ValueError(
                 f"{op_name}: {name} must be None with positions of several axes, got one"
             )
+    check_position_tensor(op_name, positions, q, _DTYPES)
+    if positions.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op_name}: positions must not require grad, got one that does")
+    batch, seqlen = k.shape[0], k.shape[1]
+    if positions.dim() != 3 or positions.shape[1] not in (1, batch) or positions.shape[2] != seqlen:
+        raise ValueError(
+            f"{op_name}: positions must be (axes, 1 or {batch}, {seqlen}) of all keys, "
+            f"got shape {tuple(positions.shape)}"
+        )
+    _check_pairs(op_name, freqs.axes, len(positions), call)
+    if q.shape[1] > seqlen:
+        raise ValueError(
+            f"{op_name}: q must have at most k's {seqlen} tokens with positions of several axes, "
+            f"got {q.shape[1]}"
+        )
     if call.granularity != 1:
         raise ValueError(
             f"{op_name}: a score must have no chunks with positions of several axes, got some"
@@ -64,6 +71,24 @@ def check_axes(
         raise ValueError(
             f"{op_name}: frequencies and maps must be the same for all heads with positions of "
             "several axes, got others"
+        )
+
+
+def _check_pairs(op_name: str, axes: Tensor, count: int, call: AttentionCall) -> None:
+    """Check the axis of every pair; positions have `count` axes."""
+    if not isinstance(axes, Tensor):
+        raise TypeError(f"{op_name}: axes must be a Tensor, got {type(axes).__name__}")
+    like = call.inv_freq
+    wanted = (torch.int32, like.shape[-1:], like.device)
+    if (axes.dtype, axes.shape, axes.device) != wanted or not axes.is_contiguous():
+        raise ValueError(
+            f"{op_name}: axes must be contiguous int32 ({like.shape[-1]},) on {like.device}, "
+            f"got {axes.dtype} {tuple(axes.shape)} on {axes.device}"
+        )
+    if has_values(axes) and not (axes.min() >= 0 and axes.max() < count):
+        raise ValueError(
+            f"{op_name}: axes must be from 0 to {count - 1} for positions of {count} axes, "
+            f"got {axes.tolist()}"
         )
 
 
@@ -125,6 +150,8 @@ def _rotated(
     else:  # each pair is an axis
         divisor, offset = (y[0, :, None, None] for y in call.pair_maps[by.row])
         places = PositionMap(by.modulus, divisor, by.floor, offset)(positions[axes.long()])
+        if places.requires_grad:  # the op has no gradient of positions
+            return rotate_pairs(x, places.movedim(0, -1).unsqueeze(-2), call.inv_freq, call, factor)
         axes = torch.arange(len(axes), dtype=torch.int32, device=axes.device)
     rope_args = (call.inv_freq, places, None, None, axes)
     options = {"attention_factor": factor, "interleaved": call.interleaved}
