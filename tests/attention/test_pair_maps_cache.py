@@ -16,6 +16,7 @@ from extrope_kernels import (
     rope_append_kvcache,
     rope_attention,
     rope_attention_with_kvcache,
+    scores,
 )
 from extrope_kernels.ops.attention import make_call
 from extrope_kernels.testing import assert_within_budget, device
@@ -174,6 +175,19 @@ def test_append_writes_as_attention_does(kind, any_backend):
     rope_attention_with_kvcache(q, k_cache, v_cache, k=k, v=v, **given, **call)
     for got, want in zip(found, (k_cache, v_cache)):
         torch.testing.assert_close(got.float(), want.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", [stretched(6, 1 + drawn(PAIRS)), scores.string(6, 2)])
+def test_append_takes_frequencies_of_heads(score, any_backend):
+    """Those of k's heads: queries, which have more, are not rotated."""
+    freqs = example("heads", 2).freqs
+    q, k, v = make_qkv(2, 5, 5, 4, 2, 32)
+    caches = torch.zeros(4, 2, 9, 2, 32, device=device()).unbind()
+    given = {"freqs": freqs, "score": score, "cache_seqlens": 3, "backend": any_backend}
+    assert torch.equal(rope_append_kvcache(q, k, v, *caches[:2], **given), q)
+    rope_attention_with_kvcache(q, *caches[2:], k=k, v=v, **given)
+    for got, want in zip(caches[:2], caches[2:]):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_a_raw_cache_in_a_graph():

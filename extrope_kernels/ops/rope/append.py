@@ -468,6 +468,8 @@ def _check_rotation(op: str, call: Append) -> None:
         if call.stored:
             raise ValueError(f"{op}: a score method needs frequencies, got None")
         return
+    if call.stored:  # the attention rotates q
+        first, second = k, None
     if call.packed and call.cu_seqlens is None:
         first, second = (x if x is None else x[None] for x in (first, second))
     rope_args = (call.inv_freq, call.positions, call.cu_seqlens, call.log_decay, call.axes)
