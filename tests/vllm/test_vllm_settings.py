@@ -180,6 +180,7 @@ def test_decay_is_centred():
 
 RERO_ALONE = {"score": RERO}
 BOTH = (YARN, RERO_ALONE)
+DPE = {"method": "dpe", "window": 64, "group_sizes": [2, 4]}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
 OTHER_BACKEND = {"using_transformers_backend": lambda: True}
 SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
@@ -232,6 +233,7 @@ def of_model(**values):
         (RERO_ALONE, of_text(model_type="hunyuan_v1_dense"), "normed after the rotation"),
         (RERO_ALONE, of_text(model_type="dory"), "normed after the rotation"),
         ({"method": "xpos", "score": RERO}, {}, "must have no decay"),
+        ({"score": DPE}, {}, "dpe must have maps of 16 pairs of dims, got 2"),
         ({"method": "xpos"}, of_model(dtype=torch.float16, max_model_len=9999), "at most"),
         ({"method": "yarn"}, {}, "yarn needs factor, which is missing"),
         (YARN | {"factor": -1}, {}, "yarn: factor must be > 0"),

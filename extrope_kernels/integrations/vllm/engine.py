@@ -128,6 +128,8 @@ def _kinds(
         base = float(parameters.get("rope_theta", 10000.0))
         if extended and settings.method is not None:
             freqs, following = _by_method(settings, text, parameters, freqs, length)
+        if extended:
+            _check_pairs(settings, freqs.inv_freq.shape[-1])
         kinds[kind] = Rotated(_fitting(settings, freqs, length, dtype), base, extended, following)
     return kinds
 
@@ -173,6 +175,16 @@ def _fitting(settings: Settings, freqs: RopeFreqs, length: int, dtype: torch.dty
             f"{dtype} and the decay of {settings.method}, got {length}"
         )
     return replace(freqs, decay_origin=origin)
+
+
+def _check_pairs(settings: Settings, pairs: int) -> None:
+    """Refuse a score whose maps are of another number of pairs."""
+    maps = None if settings.score is None else settings.score.pair_maps
+    if maps is not None and maps.shape[-1] != pairs:
+        raise ValueError(
+            f"{NAME}: {settings.score.name} must have maps of {pairs} pairs of dims, "
+            f"got {maps.shape[-1]}"
+        )
 
 
 def _check_type(parameters: Mapping[str, Any]) -> None:
