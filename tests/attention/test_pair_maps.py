@@ -358,6 +358,11 @@ def test_divisors_are_learned_in_a_graph():
     want = torch.autograd.grad(loss(*leaves), leaves)
     for got, wanted in zip(torch.autograd.grad(compiled(*leaves), leaves), want, strict=True):
         torch.testing.assert_close(got, wanted)
+    whole = torch.compile(backend="eager", fullgraph=True)  # of a backward alone
+    with torch._dynamo.compiled_autograd._enable(whole):
+        loss(*leaves).backward()
+    for leaf, wanted in zip(leaves, want, strict=True):
+        torch.testing.assert_close(leaf.grad, wanted)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -67,8 +67,8 @@ def _of_angles(
 
 def _gradient(function: Callable[..., Tensor], leaves: list[Tensor]) -> Sequence[Tensor]:
     """Return the gradient; a derivative of it reaches the op's backward, which has none."""
-    if in_func_transform():
-        value, backward = torch.func.vjp(function, *leaves)  # elsewhere it would import a compiler
+    if in_func_transform() or torch.compiler.is_compiling():  # elsewhere it imports the compiler
+        value, backward = torch.func.vjp(function, *leaves)
         return backward(torch.ones_like(value))
     leaves = [x.detach().requires_grad_() for x in leaves]
     with torch.enable_grad():
