@@ -13,6 +13,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
 from .._shared.checks import check_position_tensor, has_values
+from .._shared.dtensor import replicated
 from .._shared.library import ops
 from . import op
 from .call import AttentionCall
@@ -133,7 +134,8 @@ def forward(
         lses.append(piece.put_lse(lse))
     if call.sinks is not None:
         outs.append(outs[0].new_zeros(outs[0].shape))
-        lses.append(call.sinks[:, None].expand(lses[0].shape).to(lses[0].dtype))
+        alone = call.sinks[:, None].expand(lses[0].shape).to(lses[0].dtype)
+        lses.extend(replicated(outs[0], (alone,)))
     out, lse = merge_attention(outs, lses) if len(outs) > 1 else (outs[0], lses[0])
     return out.to(call.results_dtype(q.dtype)), lse
 
@@ -151,8 +153,9 @@ def _rotated(
         divisor, offset = (y[0, :, None, None] for y in call.pair_maps[by.row])
         places = PositionMap(by.modulus, divisor, by.floor, offset)(positions[axes.long()])
         if places.requires_grad:  # the op has no gradient of positions
-            return rotate_pairs(x, places.movedim(0, -1).unsqueeze(-2), call.inv_freq, call, factor)
+            by = replicated(x, (places.movedim(0, -1).unsqueeze(-2), call.inv_freq))
+            return rotate_pairs(x, *by, call, factor)
         axes = torch.arange(len(axes), dtype=torch.int32, device=axes.device)
-    rope_args = (call.inv_freq, places, None, None, axes)
+    rope_args = replicated(x, (call.inv_freq, places, None, None, axes))
     options = {"attention_factor": factor, "interleaved": call.interleaved}
     return ops.rope_fwd(x, None, *rope_args, **options)[0]

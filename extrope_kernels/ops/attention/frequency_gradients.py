@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import in_func_transform
+from .._shared.dtensor import replicated, whole
 from .._shared.pairs import cross
 from .._shared.positions import sequence_of_token
 from .call import AttentionCall
@@ -32,7 +33,7 @@ def backward_with_frequencies(
     """
     regions = call.regions
     wide = call._replace(float32_results=True)
-    whole = found = backward(wide)
+    every = found = backward(wide)
     by_region = []
     for r in range(len(regions)):
         rest = (torch.zeros_like(found[0]), torch.zeros_like(found[1]))
@@ -41,8 +42,11 @@ def backward_with_frequencies(
         by_region.append((found[0] - rest[0], found[1] - rest[1]))
         found = rest
     dtypes = (q.dtype, k.dtype, k.dtype)
-    rounded = whole if call.float32_results else (x.to(t) for x, t in zip(whole, dtypes))
-    return tuple(rounded), *_of_angles(by_region, q, k, call)
+    rounded = every if call.float32_results else (x.to(t) for x, t in zip(every, dtypes))
+    # Of DTensors every rank takes all tokens: it has all frequencies.
+    call = call._replace(**dict(zip(call._fields, whole(call.tensors))))
+    of_angles = _of_angles([whole(x) for x in by_region], *whole((q, k)), call)
+    return tuple(rounded), *replicated(q, of_angles)
 
 
 def _of_angles(
