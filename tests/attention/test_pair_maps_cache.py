@@ -268,6 +268,28 @@ def test_refused(changes, message, any_backend):
             rope_attention_with_kvcache(q, k, v, **call, cache_seqlens=9, backend=any_backend)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": -1.0}, "softcap must be >= 0"),
+        ({"sinks": torch.zeros(3)}, r"sinks must be torch.float32 \(4,\)"),
+        ({"sinks": torch.zeros(())}, r"sinks must be torch.float32 \(4,\)"),
+        ({"query_scale": torch.ones(3)}, r"query_scale must be float32 \(9,\)"),
+        ({"backend": "nothing"}, "backend must be None or one of"),
+    ],
+)
+def test_frequencies_of_each_query_head_are_not_blamed(options, message):
+    """Each member of the groups is a call: its frequencies are as they should be."""
+    q, k, v = make_qkv(2, 9, 9, 4, 2, 32)
+    options = {n: x.to(q.device) if isinstance(x, Tensor) else x for n, x in options.items()}
+    for freqs, score in (
+        (RopeFreqs(torch.ones(1, 4, PAIRS, device=q.device)), stretched(6, FACTORS)),
+        (example("groups").freqs, stretched(6, FACTORS.repeat(2, 1))),
+    ):
+        with pytest.raises(ValueError, match=f"^stretched: {message}"):
+            rope_attention(q, k, v, freqs, score, **options)
+
+
 def test_the_op_refuses(any_backend):
     """What the public functions never make: no table, another dtype, rows that are not there."""
     q, k, v = make_qkv(2, 9, 9, 4, 2, 32)

@@ -13,7 +13,7 @@ from .autograd import in_func_transform
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 Result = TypeVar("Result")
 # The exceptions by which kernels, compiled or not, and PyTorch refuse arguments.
-REFUSALS = (AttributeError, RuntimeError, TypeError, ValueError)
+REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

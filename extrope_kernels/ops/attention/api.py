@@ -130,12 +130,12 @@ def rope_attention(
         if freqs.log_decay is not None:
             check_decay(name, freqs, q, k, call)
         if positions is not None:
-            check_attention(name, q, k, v, call)
+            check_attention(name, q, k, v, call, by_query=True)
             axes.check_axes(name, freqs, positions, q, k, call)
         out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
     except REFUSALS as error:
         # The op has refused the call before any kernel; this error begins with the score's name.
-        check_attention(name, q, k, v, call)
+        check_attention(name, q, k, v, call, by_query=True)
         check_boundaries(name, call.cu_seqlens, len(q))
         raise_as_value_error(error, "attention", name)
         raise
