@@ -100,13 +100,13 @@ class PairMap:
     floor: bool = False
 
     def __post_init__(self) -> None:
-        divisor = torch.as_tensor(self.divisor).double()
+        divisor = torch.as_tensor(self.divisor, dtype=torch.float64)
         if divisor.dim() not in (1, 2) or not divisor.numel():
             raise ValueError(
                 "PairMap: divisor must be (pairs,) or (heads_k, pairs), "
                 f"got shape {tuple(divisor.shape)}"
             )
-        offset = torch.as_tensor(self.offset, device=divisor.device).double()
+        offset = torch.as_tensor(self.offset, dtype=torch.float64, device=divisor.device)
         if torch.broadcast_shapes(offset.shape, divisor.shape) != divisor.shape:
             raise ValueError(
                 f"PairMap: offset must be a number or as divisor {tuple(divisor.shape)}, "

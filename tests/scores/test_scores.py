@@ -143,6 +143,12 @@ def test_maps_that_kernels_would_read_otherwise_are_refused(place, wrong, messag
         Score("mine", (region,), stored=maps["stored"])
 
 
+def test_numbers_of_pairs_are_exact():
+    """They are Python's, whatever PyTorch's default dtype is."""
+    made = PairMap([1.1, 2.7], 0.3)
+    assert made.divisor.tolist() == [1.1, 2.7] and made.offset.tolist() == [0.3, 0.3]
+
+
 def test_offsets_are_finite():
     with pytest.raises(ValueError, match=r"^PairMap: offset must be finite, got \[0.0, nan\]"):
         PairMap([1.0, 2.0], [0.0, math.nan])
