@@ -247,6 +247,14 @@ BAD = [
 ]  # fmt: skip
 
 
+def test_a_cache_refuses_axes():
+    """It takes no positions that could be given with them."""
+    q, k, v = make_qkv(2, 9, 9, 4, 2, 32)
+    freqs = methods.with_sections(methods.rope(2 * PAIRS), [4, 5, 5]).to(device())
+    with pytest.raises(ValueError, match=r"kvcache: freqs must have no axes \(mRoPE\), got some"):
+        rope_attention_with_kvcache(q, k, v, freqs, cache_seqlens=9)
+
+
 def test_frequencies_that_are_no_tensor_are_refused():
     q, k, v = make_qkv(2, 9, 9, 4, 2, 32)
     call = {"freqs": RopeFreqs([1.0] * PAIRS), "score": stretched(6, FACTORS)}

@@ -100,7 +100,11 @@ def rope_attention(
     """
     name = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
     refuse_flags(name, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
-    check_method(name, freqs, score, axes=positions is not None)
+    check_method(name, freqs, score, axes=True)
+    if freqs.axes is not None and positions is None:
+        raise ValueError(
+            f"{name}: positions must be given with freqs of several axes (mRoPE), got none"
+        )
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
         cu_seqlens = cu_seqlens.to(torch.int32)
     call = make_call(

@@ -26,15 +26,13 @@ from .call import AttentionCall, KVCache
 
 
 def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = False) -> None:
-    """Check the types of frequencies (one axis unless `axes`) and of a score method or None."""
+    """Check the types of frequencies and of a score method or None; axes: several are taken."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if not isinstance(freqs.inv_freq, Tensor):
         raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(freqs.inv_freq).__name__}")
     if freqs.axes is not None and not axes:
-        raise ValueError(
-            f"{op}: positions must be given with freqs of several axes (mRoPE), got none"
-        )
+        raise ValueError(f"{op}: freqs must have no axes (mRoPE), got some")
     if score is not None and not isinstance(score, Score):
         raise TypeError(
             f"{op}: score must be None or a Score, as scores.rerope(window=1024) makes one, "
