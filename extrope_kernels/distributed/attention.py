@@ -115,7 +115,7 @@ def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance
     """Refuse arguments that only one device can take."""
     for name in ("inv_freq", "log_decay", "query_scale", "pair_maps"):
         value = getattr(call, name)
-        if value is not None and value.requires_grad:
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} must not require grad over ranks, got one that does")
     for name, dims in (("inv_freq", 3), ("pair_maps", 4)):
         value = getattr(call, name)

@@ -65,6 +65,8 @@ def refuses(mesh):
     dist.barrier()
     with pytest.raises(TypeError, match="'causal'"):
         attend(mesh, causal=True)
+    with torch.no_grad():  # learned frequencies, when nothing is learned
+        assert attend(mesh, freqs=WITH_GRADIENT).shape == (1, 4, 4, 16)
 
 
 def refuses_a_grid(mesh):
