@@ -219,7 +219,10 @@ def _rotation(call: Append, k: Tensor) -> Rotation:
     inv_freq = call.inv_freq
     if inv_freq is None:  # the kernel then reads none of it
         inv_freq = torch.empty(max(k.shape[-1] // 2, 1), device=k.device)
-    rope = Rope(inv_freq, call.positions, call.cu_seqlens, call.log_decay, call.axes)
+    cu_seqlens = call.cu_seqlens
+    if cu_seqlens is not None and INTERPRETED:  # a rotation has no padding; its ends are checked
+        cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
+    rope = Rope(inv_freq, call.positions, cu_seqlens, call.log_decay, call.axes)
     names = ("attention_factor", "interleaved", "decay_origin")
     options = {name: getattr(call, name) for name in names}
     x = k if call.cu_seqlens is None else k[0]
