@@ -284,6 +284,7 @@ def test_refused(changes, message, any_backend):
         ({"sinks": torch.zeros(())}, r"sinks must be torch.float32 \(4,\)"),
         ({"query_scale": torch.ones(3)}, r"query_scale must be float32 \(9,\)"),
         ({"backend": "nothing"}, "backend must be None or one of"),
+        ({"keys_stored": True}, "keys_stored must be False with frequencies of each head of q"),
     ],
 )
 def test_frequencies_of_each_query_head_are_not_blamed(options, message):

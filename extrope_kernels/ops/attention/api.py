@@ -86,7 +86,8 @@ def rope_attention(
     return_lse: return the log-sum-exp of the logits too.
     backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
         backend never falls back.
-    keys_stored: k is rotated by `score.stored`, as in a cache, not raw.
+    keys_stored: k is rotated by `score.stored`, as in a cache, not raw. Heads that differ are then
+        k's, unless the score stores keys raw.
     positions: (axes, 1 or batch, seqlen_k), for freqs of several axes (`methods.axial`,
         `with_sections`): of all keys; the queries' are the last ones. Regions still count tokens,
         and their maps take these positions. Each region is then a separate call.
@@ -279,6 +280,10 @@ def _forward(
     if positions is not None:
         return axes.forward(q, k, v, of_pairs, positions, call, backend)
     if heads.differ_in_group(call, q, k):
+        if call.stored != UNROTATED:  # by which of a group's frequencies?
+            raise ValueError(
+                "attention: keys_stored must be False with frequencies of each head of q, got True"
+            )
 
         def attend(of_member: Tensor, own: AttentionCall) -> tuple[Tensor, Tensor]:
             return op.forward(of_member, k, v, own, backend)
