@@ -253,6 +253,7 @@ class Layers:
         with a sliding window or chunks, where training has covered all distances.
     calls: each layer's form of call of its attention. mask_name: its mask's name, if layers get
         several.
+    unrotated: near layers without a rotation that take part in the given sites.
     needs_mask: True if something else than the attention of far layers uses the mask.
     others_mix: True if tokens mix outside of attention (convolutions, states).
     around: the layer of a rotary embedding that belongs to one layer.
@@ -283,12 +284,14 @@ class Layers:
                 name = type(layer).__name__
                 reason = f"{name} computes its attention itself, with nothing to replace"
                 raise unsupported(owner, reason)
-        rotate = [
-            self._sort(layer, still.seen[layer], moved.seen[layer], layers) for layer in moved.seen
+        self.unrotated = [
+            layer
+            for layer in moved.seen
+            if not self._sort(layer, still.seen[layer], moved.seen[layer], layers)
         ]
         if not self.far:
             reason = "none of its layers rotates"
-            if any(rotate):
+            if len(self.unrotated) < len(moved.seen):
                 reason = (
                     "all its layers that rotate have a sliding window or chunks, "
                     "so none sees distances past it"
