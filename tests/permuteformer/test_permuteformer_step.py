@@ -88,6 +88,22 @@ def gradients_of_steps(q, k, v, start, douts, backend, cuts, **arguments):
     return torch.autograd.grad((torch.cat(outs, 1), *state), leaves, douts)
 
 
+def test_per_sample_gradients_of_a_step():
+    """A mapped tensor does not say that torch.func.grad wants its gradient."""
+    (q, k, v), permutations = make(2, 5, 2, 1, dim=8, value_dim=3)
+
+    def loss(q, step):
+        return step(q[None], k[:1], v[:1], permutations=permutations)[0].square().sum()
+
+    found = torch.func.grad(lambda q: torch.vmap(lambda x: loss(x, permuteformer_step))(q).sum())(q)
+    whole = torch.stack([torch.func.grad(lambda x: loss(x, by_reference))(x) for x in q])
+    torch.testing.assert_close(found, whole)
+
+
+def by_reference(*tensors, **arguments):
+    return permuteformer_step(*tensors, **arguments, backend="reference")
+
+
 @pytest.mark.parametrize(("heads", "normalize", "named"), [(1, True, None), (4, False, None)])
 def test_gradients_through_states(heads, normalize, named):
     (q, k, v), permutations = make(2, 50, 4, 1, dim=24, value_dim=17)

@@ -158,6 +158,24 @@ def test_vmap(backend, case, in_dims):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("size", (0, 3))
+@pytest.mark.parametrize("places", (False, True))
+def test_vmap_of_tensors_that_require_gradients(backend, size, places):
+    """Outside of torch.func. Samples are one batch or, with places of their own, a loop."""
+    x = torch.randn(size, 2, 5, 3, 8, device=device(), requires_grad=True)
+    positions = torch.arange(5 * size, device=device()).view(size, 5) if places else None
+    freqs = methods.rope(8).to(device())
+
+    def gradient(name):
+        def rotate(x, positions):
+            return apply_rope(x, freqs, positions=positions, backend=name)
+
+        out = torch.vmap(rotate, (0, 0 if places else None))(x, positions)
+        return torch.autograd.grad(out.pow(3).sum(), x)[0]
+
+    torch.testing.assert_close(gradient(backend), gradient("reference"))
+
+
 def test_per_sample_gradients(backend):
     """vmap over grad: what differential privacy and influence functions call."""
     rotate, (q, k, inv_freq) = build_case("plain")

@@ -141,9 +141,10 @@ def call_unrecorded(
 ) -> Any:
     """Call an op without its Autograd kernel, if no gradient is wanted, outside of torch.compile.
 
-    The Autograd kernel costs as much as rotating a token. Forward-mode derivatives are refused.
+    The Autograd kernel costs as much as rotating a token. Forward-mode derivatives are refused, and
+    under torch.vmap a tensor does not say that gradients are wanted.
     """
-    if torch.is_inference_mode_enabled() or in_forward_mode():
+    if torch.is_inference_mode_enabled() or in_forward_mode() or in_func_transform():
         return op(*args, **options)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args, **options)
@@ -198,17 +199,22 @@ def batching_rule(op, tensors: int, is_shared: Callable[[tuple], bool]):
     """
 
     def rule(info, in_dims, *args, **options):
+        size = info.batch_size
         only_these = all(dim is None for dim in in_dims[tensors:])
-        if only_these and args[0].dim() == 5 and is_shared(args[tensors:]):
-            return _fold(op, info.batch_size, tensors, in_dims, args, options)
+        if size and only_these and args[0].dim() == 5 and is_shared(args[tensors:]):
+            return _fold(op, size, tensors, in_dims, args, options)
         calls = []
-        for i in range(info.batch_size):
-            picked = [x if d is None else x.select(d, i) for x, d in zip(args, in_dims)]
+        for i in range(max(size, 1)):  # of none, a call with zeros tells the shapes
+            picked = [x if d is None else _one_of(x, d, i) for x, d in zip(args, in_dims)]
             calls.append(op(*(x if x is None else contiguous_rows(x) for x in picked), **options))
-        outputs = tuple(torch.stack(parts) for parts in zip(*calls))
+        outputs = tuple(torch.stack(parts)[:size] for parts in zip(*calls))
         return outputs, (0,) * len(outputs)
 
     return rule
+
+
+def _one_of(x: Tensor, dim: int, i: int) -> Tensor:
+    return x.select(dim, i) if x.shape[dim] else x.sum(dim, dtype=x.dtype)
 
 
 def _fold(op, size, tensors, in_dims, args, options):

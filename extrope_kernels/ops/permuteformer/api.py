@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._shared import backends as _backends
+from .._shared.autograd import in_func_transform
 from .._shared.checks import refuse_flags, split_offset
 from .._shared.dtypes import accumulator
 from .._shared.library import ops
@@ -275,7 +276,9 @@ def permuteformer_step(
         _, _, kv, key_sum = found = reference.forward(q, k, v, powers, call)
         return found.out, PermuteFormerState(kv, key_sum)
     given = [x for x in (q, k, v, kv, key_sum) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    # Under torch.vmap a tensor of torch.func.grad does not say that it requires gradients.
+    transformed = not torch.compiler.is_compiling() and in_func_transform()
+    if torch.is_grad_enabled() and (transformed or any(x.requires_grad for x in given)):
         recorded = functools.partial(_recorded_step, q, k, v, state, powers, decay, normalize)
         return _named(name, q, powers, recorded)
     at = permutations, powers.positions, kv, key_sum, decay
