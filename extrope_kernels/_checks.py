@@ -26,7 +26,7 @@ def check_real(
     """Return `value` as a float within the given bounds, and finite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {name} must be a number, got {value!r}")
-    number = float(value)
+    number = as_float(function, name, value)
     if not abs(number) < math.inf:
         raise ValueError(f"{function}: {name} must be finite, got {value}")
     if above is not None and number <= above:
@@ -36,6 +36,14 @@ def check_real(
     if at_most is not None and number > at_most:
         raise ValueError(f"{function}: {name} must be <= {at_most:g}, got {value}")
     return number
+
+
+def as_float(function: str, name: str, value: Real) -> float:
+    """Return `value` as a float; an int may be too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{function}: {name} must be finite, got one past float64") from None
 
 
 def check_int(function: str, name: str, value: int, *, at_least: int, bits: int = 62) -> int:
@@ -68,17 +76,22 @@ def check_base(function: str, base: float) -> float:
 
 
 def check_factor(function: str, factor: float) -> float:
-    """Return an extension factor as a float; it must be > 0."""
-    return check_real(function, "factor", factor, above=0)
+    """Return an extension factor as a float; it must be > 0 and fit frequencies in float32."""
+    number = check_real(function, "factor", factor, above=0)
+    if not 1e-37 <= number <= 1e37:
+        raise ValueError(f"{function}: factor must be between 1e-37 and 1e37, got {factor}")
+    return number
 
 
 def check_length(function: str, name: str, value: int) -> int:
     """Return a number of tokens as an int; it must be whole and positive."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**62:
         return value  # unchanged: torch.compile can keep a length symbolic
     number = check_real(function, name, value, above=0)
     if number != int(number):
         raise ValueError(f"{function}: {name} must be a whole number of tokens, got {value}")
+    if number >= 2**62:
+        raise ValueError(f"{function}: {name} must be < 2**62, got {value}")
     return int(number)
 
 

@@ -27,7 +27,7 @@ def log_n(positions: Tensor, length: float, dtype: torch.dtype = torch.float32) 
     Source: https://kexue.fm/archives/8823
     """
     length = check_real("log_n", "length", length, above=1)
-    positions = _checked("log_n", positions).double()
+    positions = _checked("log_n", positions, torch.float64).double()
     return (torch.log(positions.clamp(min=0) + 1.0) / math.log(length)).clamp(min=1.0).to(dtype)
 
 
@@ -43,7 +43,7 @@ def llama4(positions: Tensor, floor_scale: float = 8192, attn_scale: float = 0.1
     """
     floor_scale = check_real("llama4", "floor_scale", floor_scale, above=0)
     attn_scale = check_real("llama4", "attn_scale", attn_scale, at_least=0)
-    steps = torch.floor((_checked("llama4", positions).float() + 1.0) / floor_scale)
+    steps = torch.floor((_checked("llama4", positions).float() + 1.0) / floor_scale).clamp(min=0)
     return torch.log1p(steps) * attn_scale + 1.0
 
 
@@ -65,7 +65,7 @@ def ministral3(
     name = "original_max_position_embeddings"
     length = check_length("ministral3", name, original_max_position_embeddings)
     beta = check_real("ministral3", "beta", beta, at_least=0)
-    steps = torch.floor(_checked("ministral3", positions) / length)
+    steps = torch.floor(_checked("ministral3", positions) / length).clamp(min=0)
     return (1 + beta * torch.log(1 + steps)).float()
 
 
@@ -87,15 +87,16 @@ def qwen_1m(positions: Tensor, original_max_position_embeddings: int) -> Tensor:
     """
     name = "original_max_position_embeddings"
     length = check_length("qwen_1m", name, original_max_position_embeddings)
-    ratio = (_checked("qwen_1m", positions).double() + 1.0) / length
+    ratio = (_checked("qwen_1m", positions, torch.float64).double() + 1.0) / length
     return (0.1 * torch.log(ratio.clamp(min=1.0)) + 1.0).square().float()
 
 
-def _checked(function: str, positions: Tensor) -> Tensor:
+def _checked(function: str, positions: Tensor, whole: torch.dtype = torch.float32) -> Tensor:
+    """Return positions as floating-point numbers, whole ones in the dtype `whole`."""
     if not isinstance(positions, Tensor):
         kind = type(positions).__name__
         raise TypeError(f"{function}: positions must be a Tensor, got {kind}")
     if positions.is_complex() or positions.dtype == torch.bool:
         raise TypeError(f"{function}: positions must hold numbers, got a {positions.dtype} tensor")
     # Integer division would give torch's default dtype, possibly a 16-bit one.
-    return positions if positions.is_floating_point() else positions.float()
+    return positions if positions.is_floating_point() else positions.to(whole)

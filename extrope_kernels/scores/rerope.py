@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
-from .._checks import check_int
+from .._checks import as_float, check_int
 from .base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score, constant
 
 
@@ -42,7 +42,7 @@ def check_factor(score: str, factor: float) -> float:
         raise TypeError(f"{score}: factor must be a number, got {type(factor).__name__}")
     if not factor > 0:
         raise ValueError(f"{score}: factor must be > 0 (inf for ReRoPE), got {factor}")
-    return float(factor)
+    return as_float(score, "factor", factor)
 
 
 def _rerope(name: str, window: int, factor: float) -> Score:

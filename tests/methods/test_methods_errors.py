@@ -61,6 +61,7 @@ def test_base_must_exceed_1(name, base):
 def test_numbers_are_finite_numbers(method, argument):
     for value in (math.nan, math.inf, -math.inf):
         refuse(method, ValueError, f"{argument} must be finite, got {value}", **{argument: value})
+    refuse(method, ValueError, f"{argument} must be finite, got one past", **{argument: 10**400})
     for value in ("4", True, [4]):
         refuse(
             method, TypeError, f"{argument} must be a number, got {value!r}", **{argument: value}
@@ -73,6 +74,8 @@ def test_numbers_are_finite_numbers(method, argument):
 def test_lengths_are_whole_and_positive(method, argument):
     for value in (0, -1):
         refuse(method, ValueError, f"{argument} must be > 0, got {value}", **{argument: value})
+    for value in (2**62, 1e300):
+        refuse(method, ValueError, f"{argument} must be < 2**62, got {value}", **{argument: value})
     whole = f"{argument} must be a whole number of tokens, got 2.5"
     refuse(method, ValueError, whole, **{argument: 2.5})
     refuse(method, TypeError, f"{argument} must be a number, got '9'", **{argument: "9"})
@@ -83,6 +86,12 @@ RANGES = [
     *((name, "factor", 0, "> 0") for name, _ in takes("factor") if name not in GIRAFFE),
     *((name, "factor", -1, "> 0") for name, _ in takes("factor") if name not in GIRAFFE),
     *((name, "factor", 0.5, ">= 1") for name in GIRAFFE),
+    *(
+        (name, "factor", value, "between 1e-37 and 1e37")
+        for name, _ in takes("factor")
+        for value in (1e-38, 1e38)
+        if name not in GIRAFFE
+    ),
     *((name, "power", -0.5, ">= 0") for name in GIRAFFE),
     ("ntk_mixed", "exponent", -0.1, ">= 0"),
     ("ntk_mixed", "exponent", 1.1, "<= 1"),

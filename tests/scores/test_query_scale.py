@@ -83,6 +83,19 @@ def test_qwen_1m(length):
     assert (scale[length >= POSITIONS + 1] == 1).all()
 
 
+def test_float64_holds_positions_past_float32():
+    far = 2**24 + 1
+    scale = query_scale.log_n(torch.tensor(far), 8, torch.float64)
+    assert math.isclose(scale.item(), math.log(far + 1) / math.log(8), rel_tol=1e-15)
+
+
+def test_positions_before_the_first_have_its_factor():
+    """Padding on the left: a logarithm of zero would spoil its rows, and layers after it."""
+    for name, options in CALLS.items():
+        scale = getattr(query_scale, name)(**options | {"positions": torch.tensor([-9000, -2, -1])})
+        assert (scale == 1).all(), name
+
+
 def test_log_n_is_what_attention_means_by_it():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 40, 2, 16)

@@ -97,6 +97,7 @@ def test_position_map():
         ("rerope", (4, 0.0), "rerope: factor must be > 0"),
         ("leaky_rerope", (4, float("nan")), r"leaky_rerope: factor must be > 0 .*, got nan"),
         ("leaky_rerope", (4, "2"), "leaky_rerope: factor must be a number, got str"),
+        ("rerope", (4, 10**400), "rerope: factor must be finite, got one past float64"),
         ("self_extend", (5, 2), "self_extend: window must be a multiple of factor 2, got 5"),
         ("self_extend", (4, 1.5), "self_extend: factor must be a whole number, got 1.5"),
         ("self_extend", (4, INF), "self_extend: factor must be a whole number, got inf"),
