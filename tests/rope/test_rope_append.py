@@ -18,6 +18,7 @@ from extrope_kernels import (
     scores,
 )
 from extrope_kernels.methods import xpos
+from extrope_kernels.ops.rope import append as append_module
 from extrope_kernels.scores import FIRST_KEY, PairMap, Region, Score
 from extrope_kernels.testing import DTYPES, assert_within_budget, device
 
@@ -327,3 +328,21 @@ def test_an_origin_and_blocks_keep_them_near():
     assert far.isfinite().all() and far.any()
     assert append(2 * REACH, score=scores.blockwise_causal(64)).isfinite().all()
     assert attend(2 * REACH, 64).isfinite().all()
+
+
+def test_the_reference_skips_what_is_outside_of_the_cache(monkeypatch):
+    """As kernels do on a GPU, where values are not checked before."""
+    monkeypatch.setattr(append_module, "check_values", lambda op, call: None)
+    step = Step(blocks=(12, 4))
+    table = ints(1, 12, -1, 4).view(2, 2)
+    places = (
+        {"cache_seqlens": ints(-9, 8), "block_table": table},
+        {"cache_seqlens": ints(3, 4), "block_table": table - 13},
+        {"slot_mapping": ints(*range(48, 58)).view(2, 5), "positions": ints(*range(5))},
+    )
+    for call in places:
+        caches = step.caches(torch.float32)
+        rope_append_kvcache(
+            step.q, step.k, step.v, *caches, step.freqs, **call, backend="reference"
+        )
+        assert all((x == FILLER).all() for x in caches)

@@ -116,6 +116,22 @@ def test_an_amplitude_that_overflows_is_refused(options, message):
     assert torch.equal(q, before)
 
 
+@pytest.mark.skipif(device() == "cuda", reason="boundaries on the device are not read back")
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({}, r"got 0 to 8999; decay_origin=4499 covers them"),
+        (dict(positions=-9000), r"got -9000 to -1; decay_origin=-4501 covers them"),
+        (dict(positions=torch.tensor([80, 5])), r"got 5 to 9079; no origin covers them"),
+        (dict(positions=torch.arange(9001) * 2.5), r"got 0 to 22500; no origin covers them"),
+    ),
+)
+def test_an_amplitude_that_overflows_in_packed_sequences(options, message):
+    x, boundaries = torch.zeros(9001, 1, 2, dtype=torch.float16), torch.tensor([0, 1, 9001])
+    with pytest.raises(ValueError, match=rf"rope: positions .* 4532 of .*float16, {message}"):
+        apply_rope(x, xpos(2), cu_seqlens=boundaries, **options)
+
+
 def test_the_range_is_that_of_the_dtype():
     for dtype, reach in ((torch.float16, REACH_FP16), (torch.float32, 36_260)):
         x = torch.full((1, 1, 1, 2), 0.5, dtype=dtype, device=device())

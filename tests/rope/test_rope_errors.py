@@ -26,8 +26,9 @@ def freqs(*shape, dtype=torch.float32, **rest):
     return {"freqs": RopeFreqs(torch.ones(shape, dtype=dtype, device=device()), **rest)}
 
 
-def decay(*shape, **how):
-    return freqs(32, log_decay=torch.ones(shape, device=device(), **how))
+def decay(*shape, origin=0.0, **how):
+    log_decay = torch.ones(shape, device=device(), **how)
+    return freqs(32, log_decay=log_decay, decay_origin=origin)
 
 
 def positions(*shape, **how):
@@ -99,6 +100,16 @@ BAD = {
     "factor nan": (freqs(32, attention_factor=float("nan")), "attention_factor must be > 0"),
     "factor inf": (freqs(32, attention_factor=float("inf")), "> 0 and finite, got inf"),
     "factor huge": (freqs(32, attention_factor=10**400), "attention_factor must be finite"),
+    "factor bool": (freqs(32, attention_factor=True), "factor must be a number, got bool"),
+    "factor learned": (
+        freqs(32, attention_factor=torch.ones((), requires_grad=True)),
+        "attention_factor must be a number, got Tensor",
+    ),
+    "origin nan": (decay(32, origin=float("nan")), "decay_origin must be finite, got nan"),
+    "origin learned": (
+        decay(32, origin=torch.zeros(())),
+        "decay_origin must be a number, got Tensor",
+    ),
     "log_decay length": (decay(31), "log_decay must be contiguous float32 (32,)"),
     "log_decay dtype": (
         decay(32, dtype=torch.double),
@@ -119,6 +130,10 @@ BAD = {
         "positions must be (5,), (2, 5), (2,) offsets or, with axes, (axes, 2, 5), got shape (4,)",
     ),
     "positions 3-D": (positions(1, 2, 5), "positions must be (5,), (2, 5)"),
+    "positions sparse": (
+        {"positions": torch.arange(5, device=device()).to_sparse()},
+        "positions must be a dense tensor, got torch.sparse_coo",
+    ),
     "positions device": (positions(5, device=META), "positions must be on q's device"),
     "cu_seqlens float": (packed([0, 5], torch.float32), "cu_seqlens must be int32"),
     "cu_seqlens short": (packed([0]), "cu_seqlens must be int32 (sequences + 1,)"),
@@ -155,7 +170,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_refusals(case):
     arguments, message = BAD[case]
-    of_a_type = "Tensor, " in message or "got str" in message or "got int" in message
+    of_a_type = "Tensor, " in message or "be a number" in message or "got int" in message
     error = TypeError if of_a_type or "must be a RopeFreqs" in message else ValueError
     with pytest.raises(error) as raised:
         call(**arguments)
@@ -254,8 +269,9 @@ def test_inplace_and_memory_that_is_shared(backend, name):
         apply_rope_qk(q, k, FREQS, **options)
         return
     QKV.fill_(1.0)
-    with pytest.raises(ValueError, match=f"rope: {refusal}"):
-        apply_rope_qk(q, k, FREQS, **options)
+    for which in (backend, "reference"):
+        with pytest.raises(ValueError, match=f"rope: {refusal}"):
+            apply_rope_qk(q, k, FREQS, **options | {"backend": which})
     assert (QKV == 1).all()
 
 
@@ -367,6 +383,11 @@ APPEND = {
         "v_scale must be positive numbers",
     ),
     "norm_eps": ({"norm_eps": 10**400}, "norm_eps must be finite"),
+    "factor": (freqs(16, attention_factor=10**400), "attention_factor must be finite"),
+    "origin": (
+        {"freqs": replace(methods.xpos(32).to(device()), decay_origin=float("nan"))},
+        "decay_origin must be finite, got nan",
+    ),
 }
 
 
@@ -375,8 +396,9 @@ def test_append_refuses_what_has_no_meaning(name):
     changes, message = APPEND[name]
     given = {"q": STEP.q, "k": STEP.k, "v": STEP.v, "k_cache": CACHE, "v_cache": OTHER}
     given |= {"freqs": STEP.freqs, **CONTIGUOUS, **changes}
-    with pytest.raises(ValueError, match=f"^rope_append_kvcache: {message}"):
-        rope_append_kvcache(**given)
+    for which in (None, "reference"):
+        with pytest.raises(ValueError, match=f"^rope_append_kvcache: {message}"):
+            rope_append_kvcache(**given, backend=which)
     assert (CACHE == FILLER).all()
 
 
@@ -386,5 +408,13 @@ def test_append_has_no_gradient(backend):
     with pytest.raises(ValueError, match="rope_append_kvcache: q must not require grad"):
         rope_append_kvcache(*tensors, None, cache_seqlens=3, backend=backend)
     weights = {"k_norm_weight": step.weights["k_norm_weight"].requires_grad_()}  # a model's own
-    call = {"cache_seqlens": 3, "backend": backend, **weights}
-    assert not rope_append_kvcache(tensors[0].detach(), *tensors[1:], None, **call).requires_grad
+    for which in (backend, "reference"):
+        call = {"cache_seqlens": 3, "backend": which, **weights}
+        out = rope_append_kvcache(tensors[0].detach(), *tensors[1:], None, **call)
+        assert not any(x.requires_grad for x in (out, *tensors[3:]))
+
+
+def test_append_by_triton_needs_dims_to_pair():
+    k, cache = torch.zeros(1, 2, 2, 1, device=device()), torch.zeros(2, 1, 8, 2, 1, device=device())
+    with pytest.raises(NotImplementedError, match=r"a head_dim of at least 2, .* got 1 and 1"):
+        rope_append_kvcache(k, k, k, *cache, None, cache_seqlens=0, backend="triton")

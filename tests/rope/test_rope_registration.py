@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from append_cases import CONTIGUOUS, Step, ints
 from test_rope_norm import call, norm_weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extrope_kernels import (
     RopeFreqs,
@@ -89,6 +92,23 @@ def test_opcheck_append(backend, case):
         tensors += [ints(3, 9), None, None, None, ints(1, 2)]
         options = {"stored": scores.rerope(4, 2.0).stored.numbers(), "interleaved": True}
     torch.library.opcheck(op("rope_append", backend), tuple(tensors), options)
+
+
+def test_append_of_tensors_without_values():
+    """Fakes and meta tensors, outside of a graph; XPOS's range and places are not checked then."""
+    step = Step(tokens=(5,))
+    given = [step.q, step.k, step.v, *step.caches(torch.float32), ints(0, 3, 5), ints(3, 9)]
+
+    def append(tensors, freqs):
+        *tensors, boundaries, lengths = tensors
+        return rope_append_kvcache(*tensors, freqs, cu_seqlens=boundaries, cache_seqlens=lengths)
+
+    freqs = methods.xpos(32).to(device())
+    assert append([x.to("meta") for x in given], freqs.to("meta")).shape == step.q.shape
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (*given, freqs.inv_freq, freqs.log_decay)]
+        freqs = replace(freqs, inv_freq=fakes[-2], log_decay=fakes[-1])
+        assert append(fakes[:-2], freqs).shape == step.q.shape
 
 
 # -------------------------------------------------------------------------------------------------

@@ -64,8 +64,7 @@ def check_position_tensor(
     op: str, positions: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Check type, dtype and device; the operation checks the shape."""
-    if not isinstance(positions, Tensor):
-        raise TypeError(f"{op}: positions must be a Tensor, got {type(positions).__name__}")
+    check_dense(op, "positions", positions)
     if positions.dtype not in dtypes:
         *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(

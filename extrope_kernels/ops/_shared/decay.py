@@ -9,6 +9,16 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import Score
+from .checks import check_real, has_values
+
+
+def check_numbers(op: str, freqs: RopeFreqs) -> None:
+    """Check the numbers of a RopeFreqs: ops would take a bool, or a tensor without its graph."""
+    check_real(op, "attention_factor", freqs.attention_factor)
+    if freqs.log_decay is not None:
+        check_real(op, "decay_origin", freqs.decay_origin)
+        if not abs(freqs.decay_origin) < math.inf:
+            raise ValueError(f"{op}: decay_origin must be finite, got {freqs.decay_origin}")
 
 
 def reach(freqs: RopeFreqs, dtype: torch.dtype) -> int:
@@ -36,7 +46,7 @@ def check_new_keys(
     if not isinstance(k, Tensor) or k.dim() < 3 or not k.is_floating_point():
         return
     given = [x for x in (cache_seqlens, cache_leftpad, cu_seqlens, positions) if x is not None]
-    if not all(isinstance(x, Tensor) and x.numel() and x.device.type == "cpu" for x in given):
+    if not all(isinstance(x, Tensor) and x.numel() and has_values(x) for x in given):
         return
     ends = _ends(k, cache_seqlens, cache_leftpad, cu_seqlens, positions)
     if ends is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._shared.checks import (
     check_boundaries,
     check_cu_seqlens,
+    check_dense,
     check_matching,
     check_position_tensor,
     check_rows,
@@ -113,8 +114,7 @@ def check(
 
 
 def _check_decay(name: str, decay: Tensor, q: Tensor, heads_k: int, causal: bool) -> None:
-    if not isinstance(decay, Tensor):
-        raise TypeError(f"{name}: decay must be a Tensor, got {type(decay).__name__}")
+    check_dense(name, "decay", decay)
     if not causal:
         raise ValueError(f"{name}: decay must be None with causal=False, got a Tensor")
     if decay.dtype not in (torch.float32, torch.float64) or decay.device != q.device:

@@ -12,6 +12,7 @@ from ...methods import RopeFreqs
 from .._shared.autograd import call_unrecorded, note_writes, wants_grad
 from .._shared.backends import missing, require
 from .._shared.checks import REFUSALS, raise_as_value_error, refuse_flags, split_offset
+from .._shared.decay import check_numbers
 from .._shared.dtensor import replicated
 from .._shared.library import ops
 from . import norm as norm_reference
@@ -138,6 +139,7 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    check_numbers("rope", freqs)
     refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
     positions, offset = split_offset("rope", positions)
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
@@ -145,7 +147,7 @@ def _rotate(
     if freqs.log_decay is not None:
         if wants_grad((freqs.log_decay,)) and backend != "reference":
             raise ValueError(not_differentiable("log_decay"))
-        check_decay(freqs, q, positions, offset, packed=cu_seqlens is not None)
+        check_decay(freqs, q, positions, offset, cu_seqlens)
     rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay, freqs.axes)
     rope_args = replicated(q, rope_args)
     options = {
@@ -194,11 +196,12 @@ def _in_place(
     q, k = args[:2]
     if k is q:
         raise ValueError("rope: inplace=True needs q and k of their own, got one tensor for both")
-    if backend == "reference" or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and k is not None and share_memory(q, k):
+        raise ValueError("rope: inplace=True needs q and k of their own, got two that share memory")
+    if backend == "reference" or compiling:
         op(*args, **options)
         return q, k
-    if k is not None and share_memory(q, k):
-        raise ValueError("rope: inplace=True needs q and k of their own, got two that share memory")
     call_unrecorded(op, args, options)
     note_writes(q) if k is None else note_writes(q, k)
     return q, k

@@ -25,11 +25,12 @@ from .._shared.checks import (
     check_matching,
     check_real,
     check_rows,
+    has_values,
     overlaps_itself,
     raise_as_value_error,
     refuse_flags,
 )
-from .._shared.decay import check_new_keys
+from .._shared.decay import check_new_keys, check_numbers
 from .._shared.dtypes import (
     FP8,
     Scales,
@@ -158,6 +159,7 @@ def _rope_args(
     """Return the op's inv_freq, log_decay and axes; put the rest into its options."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    check_numbers(_OP, freqs)
     if freqs.inv_freq is None:
         raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
     if score is None:
@@ -201,16 +203,18 @@ def _placed_by_pair(
 
 def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor:
     _refuse_gradients(tensors)
-    if backend == "reference":
-        return reference(*tensors, **options)
-    op = ops.rope_append_triton if backend == "triton" else ops.rope_append
-    if torch.compiler.is_compiling():
-        return op(*tensors, **options)
     k_cache, v_cache = tensors[3:5]
-    if rope_checks.share_memory(k_cache, v_cache):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and rope_checks.share_memory(k_cache, v_cache):
         raise ValueError(
             f"{_OP}: k_cache and v_cache must be two tensors, got two that share memory"
         )
+    if backend == "reference":
+        with torch.no_grad():  # weights of a norm would make the caches part of a graph
+            return reference(*tensors, **options)
+    op = ops.rope_append_triton if backend == "triton" else ops.rope_append
+    if compiling:
+        return op(*tensors, **options)
     out = call_unrecorded(op, tensors, options)
     note_writes(k_cache, v_cache)
     return out
@@ -321,7 +325,7 @@ class Append:
             return slot >= 0, slot // max(page_size, 1), slot % max(page_size, 1)
         sequence, place = self.sequence_and_place()
         slot = self.cache_seqlens.long()[sequence] + place
-        written = slot < self.capacity
+        written = (slot >= 0) & (slot < self.capacity)
         if self.cu_seqlens is not None:
             written = written & (place < self.cu_seqlens.diff()[sequence])
         if self.block_table is None:
@@ -359,7 +363,9 @@ def check(op: str, call: Append) -> None:
 
 def check_values(op: str, call: Append) -> None:
     """Check the values of integer tensors, on a CPU, where reading them costs nothing."""
-    if call.k.device.type != "cpu" or torch.compiler.is_compiling():
+    places = (call.cache_seqlens, call.block_table, call.slot_mapping)
+    given = (*places, call.cu_seqlens, call.cache_leftpad, *call.scales)
+    if not all(x is None or has_values(x) for x in given):
         return
     cu = call.cu_seqlens
     if cu is not None and (cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > call.seqlen):
@@ -513,6 +519,7 @@ def reference(*tensors: Tensor | None, **options) -> Tensor:
     check_values("rope_append", call)
     q, k = _rotated(call)
     written, block, slot = call.rows()
+    written = written & (block >= 0) & (block < call.k_cache.shape[0])  # a GPU's are not checked
     at = block[written], slot[written]
     shape = (call.batch, call.seqlen)
     for cache, x, scale in zip((call.k_cache, call.v_cache), (k, call.v), call.scales):

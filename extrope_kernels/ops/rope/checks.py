@@ -15,6 +15,7 @@ from .._shared.checks import (
     check_position_tensor,
     check_real,
     check_rows,
+    has_values,
     overlaps_itself,
 )
 from .._shared.decay import reach
@@ -131,7 +132,10 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
     only dense tensors are found.
     """
     try:
-        if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        storage = x.untyped_storage()
+        if storage.device.type == "meta":  # fake tensors too
+            return False
+        if storage.data_ptr() != y.untyped_storage().data_ptr():
             return False
     except RuntimeError:  # tensors of torch.func or of other classes may have no memory
         return False
@@ -231,7 +235,11 @@ def _check_per_frequency(name: str, x: Tensor, dtype: torch.dtype, inv_freq: Ten
 
 
 def check_decay(
-    freqs: RopeFreqs, q: Tensor, positions: Tensor | None, offset: int, *, packed: bool
+    freqs: RopeFreqs,
+    q: Tensor,
+    positions: Tensor | None,
+    offset: int,
+    cu_seqlens: Tensor | None,
 ) -> None:
     """Raise ValueError if a position is so far from decay_origin that its amplitude overflows.
 
@@ -239,7 +247,7 @@ def check_decay(
     """
     if not freqs.steepest_decay or not isinstance(q, Tensor) or torch.compiler.is_compiling():
         return
-    ends = _ends_of(q, positions, offset, packed)
+    ends = _ends_of(q, positions, offset, cu_seqlens)
     if ends is None:
         return
     most = reach(freqs, q.dtype)
@@ -258,16 +266,22 @@ def check_decay(
     )
 
 
-def _ends_of(q: Tensor, positions: Tensor | None, offset: int, packed: bool):
+def _ends_of(q: Tensor, positions: Tensor | None, offset: int, cu_seqlens: Tensor | None):
     """Return the lowest and the highest position, or None if the host does not know them."""
-    if packed or q.dim() != 4 or not q.is_floating_point() or q.numel() == 0:
+    packed = cu_seqlens is not None
+    if q.dim() != (3 if packed else 4) or not q.is_floating_point() or q.numel() == 0:
         return None
-    length = q.shape[1]
+    shape, length, sequences = q.shape, q.shape[1], q.shape[0]
+    if packed:
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or not has_values(cu_seqlens):
+            return None
+        shape, sequences = torch.Size((1, *q.shape)), cu_seqlens.shape[0] - 1
+        length = cu_seqlens.diff().max().item()
     if positions is None:
         return offset, offset + length - 1
     if positions.device.type != "cpu":
         return None
-    kind = position_kind(positions, q.shape, q.shape[0])
+    kind = position_kind(positions, shape, sequences)
     if kind is None or positions.numel() == 0:
         return None
     try:

@@ -197,6 +197,11 @@ def _settle(tensors: tuple[Tensor | None, ...], options: dict) -> Settled | None
     check("rope_append", call)
     if call.batch * call.seqlen == 0:
         return None
+    if call.k.shape[-1] < 2 or call.v.shape[-1] < 1:
+        raise NotImplementedError(
+            "rope_append: Triton's kernel needs a head_dim of at least 2, and of v at least 1, "
+            f"got {call.k.shape[-1]} and {call.v.shape[-1]}"
+        )
     out = None if call.q is None else torch.empty_like(call.q)
     heads = (call.q, call.k, out, call.v)
     q, k, out, v = (x[None] if call.packed and x is not None else x for x in heads)
