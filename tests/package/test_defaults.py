@@ -39,6 +39,7 @@ CALLS = {
         Q, K, V, FREQS, rerope(3), log_n=2.0, backend=backend
     ),
     "a paged cache": paged,
+    "permutations": lambda backend: head_permutations(2, 8),
     "permute": lambda backend: permute(Q, PERMUTATIONS, backend=backend),
     "PermuteFormer": lambda backend: permuteformer_attention(
         Q, K, V, permutations=PERMUTATIONS, backend=backend

@@ -32,8 +32,8 @@ def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBE
                 raise ValueError(f"head_permutations: seed must fit 64 bits, got {value}")
         elif not 1 <= value <= _MOST:
             raise ValueError(f"head_permutations: {name} must be 1 to {_MOST}, got {value}")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(heads)])
+    on_cpu = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    return torch.stack([torch.randperm(head_dim, **on_cpu) for _ in range(heads)])
 
 
 class Powers(NamedTuple):
