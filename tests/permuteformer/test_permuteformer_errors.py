@@ -157,6 +157,11 @@ CASES = [
     ({"decay": DECAY[:1]}, ValueError, r"decay must be \(2,\), .*, or \(4,\), of q, got \(1,\)"),
     ({"decay": DECAY.half()}, ValueError, "decay must be float32 or float64 on"),
     ({"decay": DECAY * 2}, ValueError, r"decay must lie in \(0, 1\], got \[1.0, 1.7"),
+    (
+        {"decay": torch.nn.Parameter(DECAY * 2, requires_grad=False)},
+        ValueError,
+        r"decay must lie in \(0, 1\], got \[1.0, 1.7",
+    ),
     ({"permutations": PERMUTATIONS[:, :4]}, ValueError, "permutations must be"),
     ({"positions": 1.5}, TypeError, "positions must be a Tensor, an int or None, got float"),
     ({"backend": "cudnn"}, ValueError, "backend must be None or one of .*, got 'cudnn'"),

@@ -105,7 +105,7 @@ def check_boundaries(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
 def has_values(x: Tensor) -> bool:
     """Return True if the host can read x at once: in graphs and transforms it has no values."""
     traced = torch.compiler.is_compiling() or in_func_transform()
-    return not traced and x.device.type == "cpu" and type(x) is Tensor
+    return not traced and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def check_ints(
