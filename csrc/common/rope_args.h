@@ -36,7 +36,7 @@ inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor&
   require(inv_freq.get_device() == q.get_device(), "inv_freq must be on q's device");
   const int64_t dim = inv_freq.dim(), heads = p.tensors[0].heads;
   const int64_t rows = dim >= 2 ? inv_freq.size(0) : 1, columns = dim == 3 ? inv_freq.size(1) : 1;
-  require(dim >= 1 && dim <= 3 && (rows == 1 || rows == sequences) &&
+  require(dim >= 1 && dim <= 3 && (rows == 1 || rows == sequences) && columns >= 1 &&
               (columns == 1 || columns == heads),
           "inv_freq must be (rotary_dim/2,), (", sequences, ", rotary_dim/2) or (", sequences,
           " or 1, ", heads, " or 1, rotary_dim/2), got ", shape_of(inv_freq));

@@ -100,7 +100,10 @@ class PairMap:
     floor: bool = False
 
     def __post_init__(self) -> None:
-        divisor = torch.as_tensor(self.divisor, dtype=torch.float64)
+        given = self.divisor
+        # Numbers are read here, so they cannot be made on any default device (meta has none).
+        device = given.device if isinstance(given, Tensor) else "cpu"
+        divisor = torch.as_tensor(given, dtype=torch.float64, device=device)
         if divisor.dim() not in (1, 2) or not divisor.numel():
             raise ValueError(
                 "PairMap: divisor must be (pairs,) or (heads_k, pairs), "

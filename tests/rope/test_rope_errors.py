@@ -217,6 +217,14 @@ def test_what_has_no_gradient_says_so(backend, name):
         apply_rope(q.requires_grad_(), given, positions=at, backend=backend)
 
 
+def test_frequencies_of_no_heads(backend):
+    x = torch.empty(2, 5, 0, 8, device=device())
+    given = RopeFreqs(torch.empty(1, 0, 4, device=device()))
+    with pytest.raises(ValueError, match=r"inv_freq must be .* got \(1, 0, 4\)"):
+        apply_rope(x, given, backend=backend)
+    assert apply_rope(x, RopeFreqs(FREQS.inv_freq[:4]), backend=backend).shape == x.shape
+
+
 def test_a_named_backend_of_another_device():
     other = "cuda" if device() == "cpu" else "cpu"
     runs_on = f"rope: backend '{other}' runs on {other} tensors"

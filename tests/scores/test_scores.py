@@ -186,3 +186,9 @@ def test_copies_are_real():
 
     torch.export.export(Attend(), (q,), strict=False)
     assert type(score.pair_maps_on(q)) is torch.Tensor
+
+
+def test_numbers_are_read_whatever_the_default_device():
+    with torch.device("meta"):
+        scores_made = (scores.dpe(4, [1, 2, 4]), scores.far_frequencies(8, [1.5] * 4))
+    assert all(score.pair_maps.device.type == "cpu" for score in scores_made)

@@ -180,7 +180,7 @@ def _check_inv_freq(
     rows_fit = (
         len(dims) == 1
         or (len(dims) == 2 and dims[0] in (1, sequences))
-        or (len(dims) == 3 and dims[0] in (1, sequences) and dims[1] in (1, heads))
+        or (len(dims) == 3 and dims[0] in (1, sequences) and dims[1] in (1, heads or 1))
     )
     if not rows_fit:
         raise ValueError(
