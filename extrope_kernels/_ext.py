@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from . import _build
 
@@ -173,13 +173,8 @@ def _build_locked(name: str, library: Path) -> None:
     work_dir = entry.parent / f"build-{name}-{_build.work_key(name)}"
     for folder in (entry, work_dir):
         folder.mkdir(exist_ok=True)
-    lock = FileLock(work_dir / "lock", timeout=_BUILD_TIMEOUT)
-    try:
-        held = lock.acquire(timeout=_SILENT_WAIT)
-    except Timeout:
-        _log.warning("waiting for another process that builds the %s library", name)
-        held = lock.acquire()
-    with held:
+    # An entry serves all installations of the same sources; each has its own work folder.
+    with _locked(name, work_dir), _locked(name, entry):
         if _intact(library):  # another process built it meanwhile
             return
         _log.warning("building the %s library, once, into %s", name, entry)
@@ -190,6 +185,16 @@ def _build_locked(name: str, library: Path) -> None:
             os.replace(built, library)
         finally:
             built.unlink(missing_ok=True)
+
+
+def _locked(name: str, folder: Path) -> AcquireReturnProxy:
+    """Wait until no other process holds a folder's lock; return it, to be left by `with`."""
+    lock = FileLock(folder / "lock", timeout=_BUILD_TIMEOUT)
+    try:
+        return lock.acquire(timeout=_SILENT_WAIT)
+    except Timeout:
+        _log.warning("waiting for another process that builds the %s library", name)
+        return lock.acquire()
 
 
 def _digest_path(library: Path) -> Path:

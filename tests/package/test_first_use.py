@@ -148,6 +148,31 @@ def test_waiting_for_another_process_is_told(monkeypatch, tmp_path, caplog):
     assert library.read_bytes() == b"built"
 
 
+def test_two_installations_of_the_same_sources_build_one_library(monkeypatch, tmp_path):
+    """Each has a work folder of its own, and both have one entry in the cache."""
+    library, began, builds = tmp_path / "entry" / CPU, threading.Event(), []
+
+    def build(name, output, *_):
+        builds.append(output)
+        output.write_bytes(b"half")
+        began.set()
+        time.sleep(0.3)
+        output.write_bytes(b"built")
+
+    monkeypatch.setattr(_build, "build", build)
+    monkeypatch.setattr(_build, "work_key", lambda name: threading.current_thread().name)
+    threads = [
+        threading.Thread(target=_ext._build_locked, args=("cpu", library), name=f"installation{n}")
+        for n in range(2)
+    ]
+    threads[0].start()
+    assert began.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join(10)
+    assert len(builds) == 1 and _ext._intact(library) and library.read_bytes() == b"built"
+
+
 @needs_compiler
 def test_unwritable_cache_falls_back_to_temporary_folder(cache, tmp_path):
     (tmp_path / "file").touch()
