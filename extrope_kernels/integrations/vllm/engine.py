@@ -102,6 +102,7 @@ def make_engine(config: Any) -> Engine | None:
     layer_types = tuple(getattr(text, "layer_types", None) or ())
     engine = Engine(settings, kinds, layer_types, model.is_multimodal_model)
     _check_kinds(engine, len(layer_types))
+    _check_maps(engine, config)
     return engine
 
 
@@ -213,3 +214,18 @@ def _check_kinds(engine: Engine, layers: int) -> None:
                 f"{NAME}: {engine.settings.method} must be for all layers that share vLLM's rotary "
                 f"layer of base {kind.base:g}, got some of them"
             )
+
+
+def _check_maps(engine: Engine, config: Any) -> None:
+    """Check that a score's maps of pairs are for all heads alike, or for each of the model's."""
+    score = engine.settings.score
+    heads = 1 if score is None or score.pair_maps is None else score.pair_maps.shape[-2]
+    if heads == 1:
+        return
+    held = config.model_config.get_total_num_kv_heads()
+    ranks = config.parallel_config.tensor_parallel_size
+    if heads != held or ranks > 1:
+        raise ValueError(
+            f"{NAME}: {score.name} must have the same maps for all heads, or without tensor "
+            f"parallelism maps for each of the {held} heads of keys, got {heads} over {ranks} ranks"
+        )
