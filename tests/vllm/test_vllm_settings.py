@@ -181,6 +181,11 @@ def test_decay_is_centred():
 RERO_ALONE = {"score": RERO}
 BOTH = (YARN, RERO_ALONE)
 DPE = {"method": "dpe", "window": 64, "group_sizes": [2, 4]}
+IN_SOME_LAYERS = {
+    "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+    "rope_scaling_layers": [1],
+    "num_hidden_layers": 2,
+}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
 OTHER_BACKEND = {"using_transformers_backend": lambda: True}
 SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
@@ -229,6 +234,7 @@ def of_model(**values):
         (RERO_ALONE, of_text(is_causal=False), "must be causal"),
         (RERO_ALONE, of_text(no_rope_layers=[1, 0]), "all layers must rotate .* no_rope_layers"),
         (RERO_ALONE, of_text(position_layers=["rope", "nope"]), "rotate .* position_layers"),
+        (RERO_ALONE, of_text(**IN_SOME_LAYERS), "rotate alike .* rope_scaling_layers alone"),
         (RERO_ALONE, of_text(model_type="cohere2"), r"all layers must rotate .*\(cohere2\)"),
         (RERO_ALONE, of_text(model_type="hunyuan_v1_dense"), "normed after the rotation"),
         (RERO_ALONE, of_text(model_type="dory"), "normed after the rotation"),
@@ -289,6 +295,15 @@ def test_frequencies_alone_need_less():
         ({}, {"uses_mrope": True}),
     ):
         assert make_engine(config(YARN, text, model)).settings.score is None
+
+
+def test_a_scaling_in_all_layers_is_no_matter():
+    for extrope, changed in (
+        (YARN | RERO_ALONE, {}),
+        (RERO_ALONE, {"rope_scaling_layers": [0, 1]}),
+        (RERO_ALONE, {"rope_parameters": {"rope_theta": 1e4}}),
+    ):
+        assert make_engine(config(extrope, IN_SOME_LAYERS | changed)).settings.attends
 
 
 @pytest.mark.parametrize("extrope", BOTH)

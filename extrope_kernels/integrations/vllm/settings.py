@@ -229,12 +229,25 @@ def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
             f"all layers must rotate for {OURS}, got a configuration with " + ", ".join(partly),
         ),
         (text.model_type in _UNFIT, f"{_UNFIT.get(text.model_type)} ({text.model_type})"),
+        (
+            settings.method is None and _scales_some(text),
+            f"all layers must rotate alike for {OURS}, got a scaling for rope_scaling_layers "
+            "alone; a method replaces it in all",
+        ),
     ]
 
 
 def _has_rotation(text: Any) -> bool:
     parameters = getattr(text, "rope_parameters", None)
     return isinstance(parameters, Mapping) and bool(parameters)
+
+
+def _scales_some(text: Any) -> bool:
+    """Return True if a scaling is for some layers (Molmo 2), whose kinds have no names."""
+    layers = getattr(text, "rope_scaling_layers", None)
+    if layers is None or len(set(layers)) == text.num_hidden_layers:
+        return False
+    return text.rope_parameters.get("rope_type", "default") != "default"
 
 
 def _name_of(dtype: Any) -> str:
