@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from ..evaluation.models import PACKAGES
 from ..evaluation.options import method_params
 from ..evaluation.search.candidates import Candidate
 from ..integrations._shared.parameters import score_values_in
-from ..integrations.vllm.settings import check_config, read_settings
+from ..integrations.vllm.engine import make_engine
 from ..scores import SCORES
 from .facts import Facts
 from .source import Source
@@ -26,7 +28,11 @@ OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
 RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
 _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
 _BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
-_LONGROPE = "left out: a model with LongRoPE may load no other type; `search` writes factors"
+# Why no configuration of such a model yields YaRN's frequencies, by its rope_type.
+_LEFT_OUT = {
+    "longrope": "left out: a model with LongRoPE may load no other type; `search` writes factors",
+    "proportional": "left out: no other rope_type rotates a part of a head as proportional does",
+}
 # The rope_parameters that YaRN replaces.
 _SCALING = ("factor", "attention_factor", "beta_", "low_freq", "high_freq", "rope_type", "type")
 
@@ -58,12 +64,11 @@ def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
         return Advice(length, None, why, {}, {})
     yarn = _candidate("yarn", length, reach, trained)
     first, why = _choose(source, facts, length, yarn)
-    if facts.rope_parameters.get("rope_type") == "longrope":
-        lines = dict.fromkeys(("vLLM, our plugin", *_ENGINES), _LONGROPE)
-        return Advice(length, first.name, why, {}, {"extend": first.call} | lines)
-    parameters = _rope_parameters(source, facts, yarn)
     served = "MODEL" if model in PACKAGES or Path(model).is_file() else shlex.quote(model)
     lines = {"extend": first.call, "vLLM, our plugin": _plugin_line(served, source, length, first)}
+    if left_out := _LEFT_OUT.get(facts.rope_parameters.get("rope_type", "default")):
+        return Advice(length, first.name, why, {}, lines | dict.fromkeys(_ENGINES, left_out))
+    parameters = _rope_parameters(source, facts, yarn)
     note = f"  # yarn: no {first.method} here" if first.method in SCORES else ""
     for engine, line in _lines(served, source, facts, length, yarn).items():
         lines[engine] = line + note * ("$ROPE" in line or "--rope" in line)
@@ -141,10 +146,9 @@ def _plugin_line(model: str, source: Source, length: int, first: Candidate) -> s
         return {"extrope": {"score": entry} if first.method in SCORES else entry}
 
     try:
-        settings = read_settings(additional(**score_values_in(source.config, first.method)))
-        if settings is not None:
-            check_config(settings, _engine_config(source))
-    except ValueError as error:
+        entry = additional(**score_values_in(source.config, first.method))
+        make_engine(_engine_config(source, length, entry))
+    except (TypeError, ValueError) as error:
         return f"refused: {str(error).removeprefix('extrope: ')}"
     return (
         f"vllm serve {model} --max-model-len {length} "
@@ -159,7 +163,7 @@ class _Unset(SimpleNamespace):
         return None
 
 
-def _engine_config(source: Source) -> Any:
+def _engine_config(source: Source, length: int, additional: Mapping[str, Any]) -> Any:
     """Return the parts of vLLM's configuration that the plugin reads, for such an engine."""
     text = source.config
     model = _Unset(
@@ -169,8 +173,14 @@ def _engine_config(source: Source) -> Any:
         use_mla=getattr(text, "kv_lora_rank", None) is not None,
         runner_type="generate",
         uses_mrope="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
-        dtype="auto",
+        max_model_len=length,
+        dtype=torch.bfloat16,
     )
     parallel = _Unset(decode_context_parallel_size=1, prefill_context_parallel_size=1)
     cache = _Unset(cache_dtype="auto")
-    return _Unset(model_config=model, parallel_config=parallel, cache_config=cache)
+    return _Unset(
+        additional_config=additional,
+        model_config=model,
+        parallel_config=parallel,
+        cache_config=cache,
+    )

@@ -187,10 +187,13 @@ def read_length(source: Source) -> Length:
         nested = [entry, *entry.values()] if isinstance(entry, Mapping) else []
         places += [(f"{name} in {key}", each.get(name)) for each in nested if hasattr(each, "get")]
     origin, trained = next(((key, value) for key, value in places if value), (None, reach))
-    if not isinstance(trained, int) or not isinstance(reach, int):
-        raise UsageError("the configuration names no max_position_embeddings")
+    longest = "max_position_embeddings"
+    for key, value in ((origin or longest, trained), (longest, reach)):
+        if type(value) is not int or value < 1:
+            got = "none" if value is None else repr(value)
+            raise UsageError(f"{key} must be a whole number of tokens > 0, got {got}")
     if origin is None:
-        origin = "max_position_embeddings"
+        origin = longest
         if stated.get(origin) is None:
             origin = f"{origin}, the default of {type(config).__name__}: the file names none"
     if source.gguf:

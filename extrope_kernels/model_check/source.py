@@ -55,6 +55,9 @@ class Source:
             found.append("rope_parameters beside rope_scaling")
         for config, stated in ((self.config, self.stated), (self.whole, self.beside)):
             known = {*inspect.signature(type(config)).parameters, *config.attribute_map}
+            # A trained length may have been moved there.
+            rope = getattr(config, "rope_parameters", None) or {}
+            known |= {key for key in rope if rope[key] == stated.get(key)}
             found += [
                 key
                 for key, value in stated.items()

@@ -167,6 +167,15 @@ def test_keys_that_transformers_ignores(check):
     assert "ntk_alpha is named and IGNORED" in text
 
 
+def test_a_trained_length_beside_the_scaling_is_read(check):
+    """As in Phi-3's files; without a scaling, and for some layers alone, transformers passes it."""
+    length = {"original_max_position_embeddings": 1024}
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    facts, _ = check(LLAMA | length | {"rope_scaling": scaling})
+    assert facts["ignored"] == [] and (facts["length"]["trained"], facts["reach"]) == (1024, 4096)
+    assert check(LLAMA | length)[0]["ignored"] == list(length)
+
+
 def test_scaling_beside_the_language_model_is_ignored(check):
     facts, _ = check(GEMMA3 | {"yarn_factor": 4.0})
     assert facts["ignored"] == ["yarn_factor"]
@@ -241,6 +250,8 @@ def test_dual_chunks_are_ignored_and_advised(check):
     words = shlex.split(facts["advice"]["lines"]["vLLM"].partition("  #")[0])
     override = json.loads(words[words.index("--hf-overrides") + 1].replace("$ROPE", "{}"))
     assert override == {"rope_parameters": {}, "dual_chunk_attention_config": None}
+    config["dual_chunk_attention_config"] = chunks | {"chunk_size": "1024"}
+    assert "plugin refused: dual_chunk: chunk_size must be" in check(config, "--length", "4096")[1]
 
 
 def test_latent_attention(check):
@@ -284,6 +295,19 @@ def test_a_part_of_the_head_rotates(check):
     assert facts["head_dim"] == 64 and facts["rotations"][0]["pairs"] == 8
     assert facts["rotations"][0]["transformers"] == "as stated"
     assert facts["ignored"] == []
+
+
+def test_a_part_that_no_scaling_keeps(check):
+    """YaRN's type would rotate it by other frequencies; these heads are too large for vLLM's."""
+    sizes = {"num_key_value_heads": 2, "num_hidden_layers": 6, "hidden_size_per_layer_input": 0}
+    config = LLAMA | sizes | {"model_type": "gemma4_text", "num_kv_shared_layers": 0}
+    config |= {"architectures": ["Gemma4ForCausalLM"], "global_head_dim": 512}
+    facts, text = check(config, "--length", "8192")
+    assert [each["method"] for each in facts["rotations"]] == ["rope", "proportional"]
+    assert facts["advice"]["first"] == "rerope window=2048" and "ROPE=" not in text
+    lines = facts["advice"]["lines"]
+    assert "at most 256 dims" in lines["vLLM, our plugin"]
+    assert all(lines[engine].startswith("left out: ") for engine in ("transformers", "vLLM"))
 
 
 def test_layers_with_windows_alone(check):
@@ -418,6 +442,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     still.write_text(json.dumps({"model_type": "gpt2"}))
     shaped = tmp_path / "shaped.json"
     shaped.write_text(json.dumps(LLAMA | {"num_attention_heads": "eight"}))
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps(LLAMA | {"max_position_embeddings": 0}))
     damaged, empty = tmp_path / "damaged.gguf", tmp_path / "empty"
     damaged.write_bytes(b"GGUF" + bytes(40))
     empty.mkdir()
@@ -428,6 +454,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (scaled, "rope_type 'foo' is none that transformers knows"),
         (still, "or does not rotate"),
         (shaped, "num_attention_heads"),
+        (short, "max_position_embeddings must be a whole number of tokens > 0, got 0"),
         (damaged, "cannot be read: "),
         (empty, "must hold one model, got neither config.json nor a .gguf file"),
         (tmp_path / "none", "no such folder, .gguf file or config.json"),

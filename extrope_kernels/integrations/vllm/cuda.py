@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived
-from .settings import CACHES
+from .settings import CACHES, LARGEST_HEAD
 
 
 class ScoreBackend(AttentionBackend):
@@ -45,7 +45,7 @@ class ScoreBackend(AttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Return True if the kernels take this head size."""
-        return head_size % 8 == 0 and head_size <= 256
+        return head_size % 8 == 0 and head_size <= LARGEST_HEAD
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -18,7 +18,16 @@ from ... import RopeFreqs
 from ...methods import from_hf_config
 from .._shared.parameters import ModelValues, bind_method, is_bounded, values_in
 from .lengths import ByLength, by_length
-from .settings import NAME, Settings, check_config, in_our_name, read_settings, rotations
+from .settings import (
+    LARGEST_HEAD,
+    NAME,
+    OURS,
+    Settings,
+    check_config,
+    in_our_name,
+    read_settings,
+    rotations,
+)
 
 _TRAINED = "original_max_position_embeddings"
 # By the id of a VllmConfig: vLLM copies its fields, and one more attribute would break that.
@@ -102,6 +111,7 @@ def make_engine(config: Any) -> Engine | None:
     layer_types = tuple(getattr(text, "layer_types", None) or ())
     engine = Engine(settings, kinds, layer_types, model.is_multimodal_model)
     _check_kinds(engine, len(layer_types))
+    _check_heads(engine)
     _check_maps(engine, config)
     return engine
 
@@ -214,6 +224,15 @@ def _check_kinds(engine: Engine, layers: int) -> None:
                 f"{NAME}: {engine.settings.method} must be for all layers that share vLLM's rotary "
                 f"layer of base {kind.base:g}, got some of them"
             )
+
+
+def _check_heads(engine: Engine) -> None:
+    """Check that our attention takes heads of the dims that rotate."""
+    dims = max(2 * kind.freqs.inv_freq.shape[-1] for kind in engine.kinds.values())
+    if engine.settings.attends and dims > LARGEST_HEAD:
+        raise ValueError(
+            f"{NAME}: heads must have at most {LARGEST_HEAD} dims for {OURS}, got {dims} that rotate"
+        )
 
 
 def _check_maps(engine: Engine, config: Any) -> None:
