@@ -231,7 +231,8 @@ def _check_heads(engine: Engine) -> None:
     dims = max(2 * kind.freqs.inv_freq.shape[-1] for kind in engine.kinds.values())
     if engine.settings.attends and dims > LARGEST_HEAD:
         raise ValueError(
-            f"{NAME}: heads must have at most {LARGEST_HEAD} dims for {OURS}, got {dims} that rotate"
+            f"{NAME}: heads must have at most {LARGEST_HEAD} dims for {OURS}, "
+            f"got {dims} that rotate"
         )
 
 
