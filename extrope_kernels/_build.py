@@ -107,7 +107,10 @@ def find_compiler() -> list[str]:
     """Return the C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on PATH."""
     if not sys.platform.startswith("linux"):
         raise BuildError(f"the compiled kernels are built on Linux only, this is {sys.platform}")
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX cannot be read: {error}") from error
     for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command

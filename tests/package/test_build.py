@@ -164,6 +164,12 @@ def test_no_ninja_is_one_line(monkeypatch):
 
 
 @needs_compiler
+def test_a_compiler_that_no_shell_reads_is_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -DNAME='open")
+    with pytest.raises(_build.BuildError, match=r"^CXX cannot be read: No closing quotation$"):
+        _build.find_compiler()
+
+
 def test_a_terminal_sees_the_count_of_steps(monkeypatch, tmp_path):
     compiler = _build.find_compiler()
     objects = {}
