@@ -142,9 +142,11 @@ def _load_cached(name: str) -> Path:
 
 
 def _check_cuda() -> None:
-    """Raise without a CUDA device or nvcc; Triton is used instead."""
+    """Raise without a CUDA device, sources or nvcc; Triton is used instead."""
     if not torch.cuda.is_available():
         raise _NotExpected("not in the package, and not built here: no CUDA device")
+    if not _build.source_dir().is_dir():  # as in the folder for `kernels`
+        raise _NotExpected("not in the package, and not built here: no sources")
     try:
         _build.find_nvcc()
     except _build.BuildError as error:

@@ -320,3 +320,6 @@ def test_no_nvcc_is_nothing_to_warn_of(no_library, monkeypatch):
     monkeypatch.setattr(_build, "find_nvcc", missing)
     with pytest.raises(_ext._NotExpected, match=r"^nvcc not found$"):
         _ext._load_cached("cuda")
+    monkeypatch.setattr(_build, "source_dir", lambda: Path("/nonexistent"))
+    with pytest.raises(_ext._NotExpected, match=r"no sources$"):
+        _ext._load_cached("cuda")

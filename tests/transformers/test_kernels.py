@@ -14,6 +14,8 @@ from hf_models import CountOps
 
 import extrope_kernels
 from extrope_kernels import methods
+from extrope_kernels._build import BuildError
+from extrope_kernels.integrations.kernels.export import export
 from extrope_kernels.testing import attention_backends, make_qk
 
 kernels = pytest.importorskip("kernels")
@@ -34,6 +36,14 @@ def test_every_variant_says_what_it_is(folder):
     about = [json.loads((path / "metadata.json").read_text()) for path in found.values()]
     assert len({each["id"] for each in about}) == len(about)
     assert not list(found["torch-cuda"].rglob("*.so"))
+
+
+def test_another_build_folder_is_left_alone(tmp_path):
+    """As in a checkout, which keeps more under that name."""
+    (tmp_path / "build/demo").mkdir(parents=True)
+    with pytest.raises(BuildError, match="must hold variants alone, got demo"):
+        export(tmp_path)
+    assert (tmp_path / "build/demo").is_dir()
 
 
 def test_rotates_beside_the_package(folder, monkeypatch):

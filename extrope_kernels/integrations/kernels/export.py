@@ -28,13 +28,16 @@ _DECLARED = f'NAMESPACE = "{_ext.NAMESPACE}"'
 def export(folder: Path) -> list[Path]:
     """Write the folder, replacing an older one, and return the folder of each variant.
 
-    Raises BuildError without the compiled library.
+    Raises BuildError without the compiled library, and if something else is in its way.
     """
+    builds = folder / "build"
+    others = [path for path in sorted(builds.glob("*")) if not path.name.startswith("torch-")]
+    if others:
+        raise _build.BuildError(f"export: {builds} must hold variants alone, got {others[0].name}")
     if why := _ext.load("cpu"):
         raise _build.BuildError(f"export: no CPU library: {why}")
     abi = "".join(map(str, _build.MIN_TORCH))
     cpu = f"torch-stable-abi{abi}-cpu-{platform.machine()}-linux"
-    builds = folder / "build"
     shutil.rmtree(builds, ignore_errors=True)
     return [
         _variant(builds / cpu, "cpu", _ext.path("cpu")),
