@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 from collections.abc import Mapping
@@ -66,12 +67,15 @@ def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
     first, why = _choose(source, facts, length, yarn)
     served = "MODEL" if model in PACKAGES or Path(model).is_file() else shlex.quote(model)
     lines = {"extend": first.call, "vLLM, our plugin": _plugin_line(served, source, length, first)}
-    if left_out := _LEFT_OUT.get(facts.rope_parameters.get("rope_type", "default")):
+    if left_out := _left_out(facts.rope_parameters):
         return Advice(length, first.name, why, {}, lines | dict.fromkeys(_ENGINES, left_out))
     parameters = _rope_parameters(source, facts, yarn)
     note = f"  # yarn: no {first.method} here" if first.method in SCORES else ""
     for engine, line in _lines(served, source, facts, length, yarn).items():
         lines[engine] = line + note * ("$ROPE" in line or "--rope" in line)
+    if not _is_built(source, parameters, facts.full_kind):
+        name = type(source.config).__name__
+        lines["transformers"] = f"left out: transformers builds no YaRN of this {name}, extend does"
     return Advice(length, first.name, why, parameters, lines)
 
 
@@ -107,6 +111,29 @@ def _rope_parameters(source: Source, facts: Facts, yarn: Candidate) -> dict[str,
     if facts.full_kind is None:
         return new
     return {**source.config.rope_parameters, facts.full_kind: new}
+
+
+def _left_out(rope_parameters: Mapping[str, Any]) -> str | None:
+    """Return why no rope_parameters with YaRN are known, or None."""
+    if any(isinstance(each, Mapping) for each in rope_parameters.values()):
+        return "left out: none of its kinds of layers is known to be the one that sees all tokens"
+    return _LEFT_OUT.get(rope_parameters.get("rope_type", "default"))
+
+
+def _is_built(source: Source, parameters: Mapping[str, Any], kind: str | None) -> bool:
+    """Return True if transformers builds YaRN of the configuration with these rope_parameters.
+
+    Phi-3's class knows LongRoPE alone; others need a head_dim, which some files lack (Mixtral).
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given = {**source.config.to_dict(), "rope_parameters": copy.deepcopy(parameters)}
+    try:
+        config = type(source.config).from_dict(given)
+        ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"), layer_type=kind)
+    except Exception:  # each class has its own rules, and its own errors
+        return False
+    return True
 
 
 def _lines(

@@ -310,6 +310,20 @@ def test_a_part_that_no_scaling_keeps(check):
     assert all(lines[engine].startswith("left out: ") for engine in ("transformers", "vLLM"))
 
 
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"model_type": "phi3", "pad_token_id": 0}, "Phi3Config"),  # knows LongRoPE alone
+        ({"model_type": "mixtral", "head_dim": None, "num_local_experts": 2}, "MixtralConfig"),
+    ],
+)
+def test_a_configuration_of_which_transformers_builds_no_yarn(check, changed, name):
+    facts, _ = check(LLAMA | {"sliding_window": None} | changed, "--length", "8192")
+    lines = facts["advice"]["lines"]
+    assert lines["transformers"].startswith(f"left out: transformers builds no YaRN of this {name}")
+    assert "$ROPE" in lines["vLLM"] and "extrope" in lines["vLLM, our plugin"]
+
+
 def test_layers_with_windows_alone(check):
     config = LLAMA | {"model_type": "mistral", "sliding_window": 512}
     facts, _ = check(config, "--length", "100")
