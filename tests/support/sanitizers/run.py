@@ -76,7 +76,9 @@ def main(sanitizer: str, arguments: list[str]) -> int:
     if loaded.stdout != "library: None\n":
         return 1
     tests = arguments or [str(ROOT / "tests" / name) for name in TESTS]
-    choice = ["-q", "-k", "not triton and not narrower and not million and not 2_to_31"]
+    # Inductor takes $CXX for one file, without flags.
+    left_out = ("triton", "narrower", "million", "2_to_31", "compile")
+    choice = ["-q", "-k", " and ".join(f"not {name}" for name in left_out)]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *choice]
     return subprocess.run([*pytest, *tests], cwd=ROOT, env=run).returncode
 
