@@ -11,6 +11,15 @@ from typing import Any
 from .._checks import check_length, check_real
 
 NAME = "from_hf_config"
+# Names in a loaded config.json that the class of its model_type reads by another (attribute_map).
+_STORED_AS = {
+    ("dbrx", "hidden_size"): "d_model",
+    ("dbrx", "max_position_embeddings"): "max_seq_len",
+    ("dbrx", "num_attention_heads"): "n_heads",
+    ("jetmoe", "head_dim"): "kv_channels",
+    ("moonshine", "num_attention_heads"): "decoder_num_attention_heads",
+    ("zamba2", "head_dim"): "attention_head_dim",
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,11 @@ def read(config: Any, layer_type: str | None) -> Source:
 
 
 def _get(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if not isinstance(config, Mapping):
+        return getattr(config, name, None)
+    if (value := config.get(name)) is not None:
+        return value
+    return config.get(_STORED_AS.get((config.get("model_type", ""), name), name))
 
 
 def _of_layers(config: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]:

@@ -326,7 +326,6 @@ def test_narrower_instruction_sets(capability, run_python):
         import sys
         sys.path.insert(0, "tests/support")
         from dataclasses import replace
-from itertools import pairwise
         import torch
         from decode_oracle import SCORES, Case, check
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
