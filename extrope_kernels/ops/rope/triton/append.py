@@ -17,7 +17,7 @@ from ..._shared.layouts import layouts_of, planned
 from ..._shared.triton.fp8 import quantize_rows
 from ..._shared.triton.launch import INTERPRETED, strides_of
 from ..._shared.triton.pairs import copy_rows
-from ..append import Append, check, check_values
+from ..append_checks import Append, check, check_values
 from ..rotation import Rotation, resolve
 from .device import (
     POSITION_NUMBERS,
