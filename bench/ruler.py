@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import math
+import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -29,7 +31,7 @@ from typing import Any, NamedTuple
 from evaluations import named
 from harness import RESULTS
 
-from extrope_kernels.evaluation import models, report
+from extrope_kernels.evaluation import UsageError, models, report
 
 TASKS = (
     "niah_single_1",
@@ -110,8 +112,24 @@ def write(path: Path, cells: Sequence[Cell]) -> None:
     rows.writerow(Cell._fields)
     for cell in sorted(cells):
         rows.writerow((*cell.key, " ".join(f"{score:g}" for score in cell.scores)))
-    path.parent.mkdir(parents=True, exist_ok=True)
     report.write_atomic(path, text.getvalue().encode())
+
+
+def keep(path: Path, cell: Cell) -> dict[tuple, Cell]:
+    """Add a cell to a file, and return all of it by key; of two of a key the longer one stays.
+
+    Several processes may share the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        kept = {each.key: each for each in read(path)}
+        kept[cell.key] = max(cell, kept.get(cell.key, cell), key=lambda each: len(each.scores))
+        write(path, list(kept.values()))
+    finally:
+        os.close(folder)  # and so unlocked
+    return kept
 
 
 def interval(cell: Cell) -> tuple[float, float]:
@@ -186,12 +204,12 @@ def asked(model: Any, given: Method, loaded: dict[str, Any], cell: Cell, upto: i
 
 
 def chosen(known: Sequence[Method], asked_for: Sequence[str]) -> dict[tuple[str, str], Method]:
-    """Return the methods of these names or labels, all if none is asked for; raises ValueError."""
+    """Return the methods of these names or labels, all if none is asked for; raises UsageError."""
     every = {names(*each): each for each in known}
     words = {word for own in every for word in (own[0], label(*own))}
     if unknown := [word for word in asked_for if word not in words]:
         labels = ", ".join(repr(label(*own)) for own in every)
-        raise ValueError(f"--methods must be among {labels}, got {unknown[0]!r}")
+        raise UsageError(f"--methods must be among {labels}, got {unknown[0]!r}")
     wanted = set(asked_for) or words
     return {own: each for own, each in every.items() if {own[0], label(*own)} & wanted}
 
@@ -219,28 +237,37 @@ def missing(
                 yield so_far, min(upto, samples)
 
 
+def check_samples(cell: Cell, kept: Iterable[Cell]) -> None:
+    """Raise UsageError if scores were kept of other samples: methods are compared on the same."""
+    for each in kept:
+        if each.key[:2] == cell.key[:2] and each.samples != cell.samples:
+            raise UsageError(
+                f"samples of {cell.task}, {cell.length:,} tokens, are {cell.samples} here, and "
+                f"{each.samples} in the results; move these, or bring their {BUILD}"
+            )
+
+
 def run(given: argparse.Namespace, methods: dict[tuple[str, str], Method], path: Path) -> None:
     """Measure what is missing, a task and a length after the other; each step is kept."""
     models.stay_offline()
-    _, device = models.prepared(given.model, given.device)
-    folder = models.unpacked(given.model)
-    model = models.load_model(models.ModelFiles(folder), "bfloat16", device)
+    files, device = models.prepared(given.model, given.device)
+    model = models.load_model(files, "bfloat16", device)
     steps = len(methods) * -(-given.samples // AT_ONCE)
     with report.Display(sys.stdout, steps * len(given.lengths) * len(given.tasks)) as display:
         for length, task in product(given.lengths, given.tasks):
             display.begin(f"samples of {task}, {length:,} tokens", 1)
-            loaded, made = load_task(task, length, given.model, folder)
+            loaded, made = load_task(task, length, given.model, files.folder)
             wanted = [Cell(task, length, made, *own) for own in methods]
             kept = {cell.key: cell for cell in read(path)}
+            check_samples(wanted[0], kept.values())
             for _ in range(steps - sum(1 for _ in missing(kept, wanted, given.samples))):
                 display.begin("", 1)
                 display.tick()
             for cell, upto in missing(kept, wanted, given.samples):
                 display.begin(f"{task} {length:,} {cell.method} {cell.parameters}", 1)
                 method = methods[cell.method, cell.parameters]
-                cell = kept[cell.key] = asked(model, method, loaded, cell, upto)
-                by_key = {each.key: each for each in read(path)}  # others may have run, too
-                write(path, list((by_key | {cell.key: cell}).values()))
+                cell = asked(model, method, loaded, cell, upto)
+                kept |= keep(path, cell)
                 display.tick()
                 row = f"{task} {length:>6} {cell.method:<12} {cell.parameters:<22} {share(cell)}"
                 display.line(row)
@@ -248,15 +275,16 @@ def run(given: argparse.Namespace, methods: dict[tuple[str, str], Method], path:
 
 def command(cell: Cell, model: str = models.SMOLLM2) -> str:
     """Return lm-eval's command for a cell: the same samples, and the same scores."""
-    given = ["pretrained=$MODEL", "dtype=bfloat16", "attn_implementation=extrope"]
-    if cell.method != "rope":
-        given += [f"method={cell.method}", *cell.parameters.split(", ")]
+    ((method, parameters),) = chosen(METHODS[model], [label(*cell.key[3:])]).values()
+    given = {"pretrained": "$MODEL", "dtype": "bfloat16", "attn_implementation": "extrope"}
+    if method is not None:
+        given |= {"method": method, **parameters}
     shorter = f" --gen_kwargs max_gen_toks={SHORTER[cell.task]}" if cell.task in SHORTER else ""
     find = f"from extrope_kernels.evaluation.models import unpacked; print(unpacked('{model}'))"
     lines = (
         f'MODEL=$(python -c "{find}") \\\n&& python -m extrope_kernels.integrations.lm_eval run '
         "--model extrope --device cpu",
-        f"--model_args {','.join(given)}",
+        f'--model_args "{",".join(f"{name}={value}" for name, value in given.items())}"',
         f"--tasks {cell.task} --metadata 'max_seq_lengths=[{cell.length}]'{shorter} "
         f"--limit {len(cell.scores)}",
     )
@@ -285,9 +313,9 @@ def main() -> int:
         parser.error(f"--samples must be from 1 to {FROZEN}, got {given.samples}")
     try:
         methods = chosen(METHODS[given.model], given.methods)
-    except ValueError as error:
+        run(given, methods, RESULTS / "ruler" / f"{given.model}.csv")
+    except UsageError as error:
         parser.error(str(error))
-    run(given, methods, RESULTS / "ruler" / f"{given.model}.csv")
     return 0
 
 

@@ -1,7 +1,12 @@
 """The cells of bench/ruler.py: which samples come next, what is kept, what a table says of them."""
 
+import shlex
+import sys
+
 import pytest
 import ruler
+
+from extrope_kernels.evaluation import UsageError
 
 CELL = ruler.Cell("niah_single_1", 4096, "90cb0bfff726", "rerope", "window=4096")
 
@@ -16,7 +21,7 @@ def test_intervals_of_shares_are_wilsons():
 
 def test_cells_go_on_together_from_what_is_kept(tmp_path):
     other = CELL._replace(method="yarn", parameters="factor=2")
-    path = tmp_path / "ruler" / "tiny.csv"
+    path = tmp_path / "tiny.csv"
     assert ruler.read(path) == []
     ruler.write(path, [other, CELL._replace(scores=(1.0, 0.4, 0.0))])
     kept = {cell.key: cell for cell in ruler.read(path)}
@@ -30,14 +35,33 @@ def test_cells_go_on_together_from_what_is_kept(tmp_path):
     ]  # fmt: skip
 
 
-def test_command_of_a_cell():
-    command = ruler.command(CELL._replace(scores=(1.0,) * 50))
-    for part in (
-        "pretrained=$MODEL,dtype=bfloat16,attn_implementation=extrope,method=rerope,window=4096 ",
-        "--metadata 'max_seq_lengths=[4096]' --gen_kwargs max_gen_toks=48 --limit 50",
-    ):
-        assert part in command
-    assert "method" not in ruler.command(CELL._replace(method="rope", parameters=""))
+def test_a_process_keeps_what_others_measured_meanwhile(tmp_path):
+    other, path = CELL._replace(method="yarn", scores=(1.0,)), tmp_path / "ruler" / "tiny.csv"
+    ruler.keep(path, other)
+    ruler.keep(path, CELL._replace(scores=(1.0, 0.0, 1.0)))
+    kept = ruler.keep(path, CELL._replace(scores=(1.0, 0.0)))  # began before the third was known
+    assert kept[CELL.key].scores == (1.0, 0.0, 1.0) and kept[other.key] == other
+    assert ruler.read(path) == sorted(kept.values())
+
+
+def test_scores_of_other_samples_are_not_mixed():
+    ruler.check_samples(CELL, [CELL, CELL._replace(length=8192, samples="others")])
+    with pytest.raises(UsageError, match=r"niah_single_1, 4,096 tokens, are 90cb.* and others in"):
+        ruler.check_samples(CELL, [CELL._replace(samples="others")])
+
+
+@pytest.mark.parametrize(("method", "given"), ruler.METHODS["smollm2"])
+def test_the_command_of_a_cell_is_read_as_it_is_measured(method, given, monkeypatch):
+    cli = pytest.importorskip("lm_eval.__main__").HarnessCLI
+    cell = ruler.Cell("niah_single_1", 4096, "", *ruler.names(method, given), (1.0,) * 50)
+    _, _, command = ruler.command(cell).partition(" -m ")
+    monkeypatch.setattr(sys, "argv", shlex.split(command.replace("\\\n", "")))
+    read = cli().parse_args()
+    own = {"method": method, **given} if method else {}
+    about = {"pretrained": "$MODEL", "dtype": "bfloat16", "attn_implementation": "extrope"}
+    assert read.model_args == about | own
+    assert (read.tasks, read.metadata) == (["niah_single_1"], {"max_seq_lengths": [4096]})
+    assert (read.gen_kwargs, read.limit) == ({"max_gen_toks": 48}, 50)
 
 
 def test_methods_are_chosen_by_name_or_with_parameters():
@@ -47,5 +71,5 @@ def test_methods_are_chosen_by_name_or_with_parameters():
     found = ruler.chosen(known, ["yarn factor=4", "rope"])
     assert list(found) == [("rope", ""), ("yarn", "factor=4")]
     assert list(ruler.chosen(known, []).values()) == list(known)
-    with pytest.raises(ValueError, match=r"must be among 'rope', .* got 'yarn factor=3'"):
+    with pytest.raises(UsageError, match=r"must be among 'rope', .* got 'yarn factor=3'"):
         ruler.chosen(known, ["rope", "yarn factor=3"])
