@@ -186,12 +186,9 @@ def unscaled_length(model: PreTrainedModel) -> int:
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
-    """Return the decoder layers in order."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
-    return []
+    """Return the decoder layers in order; none if they are not found."""
+    lists = (each for each in model.get_decoder().modules() if isinstance(each, nn.ModuleList))
+    return list(next(lists, []))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -61,7 +62,7 @@ class Display:
     def begin(self, name: str, ticks: int, until: float | None = None) -> None:
         """Begin the next row; its ticks lead to `until`, one row further if None."""
         self._until = self._bar.n + 1 if until is None else until
-        self._step = max(0.0, self._until - self._bar.n) / ticks
+        self._step = max(0.0, self._until - self._bar.n) / max(1, ticks)  # 0: layers not found
         self._bar.set_description_str(name, refresh=False)
 
     def tick(self, ticks: int = 1) -> None:
@@ -82,8 +83,11 @@ class _Lines:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file at once: readers find the old content or the new, never a part."""
-    part = path.with_name(f".{path.name}.part")
+    """Write a file at once: readers find the old content or the new, never a part.
+
+    So does each of several processes that write it.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
         part.replace(path)

@@ -17,6 +17,8 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -169,6 +171,14 @@ def test_last_bucket_of_one_position_is_left_out():
 
 
 def test_a_call_after_each_layer(folder):
+    layers = {"num_layers": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8}
+    layers |= {"qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 8, "n_routed_experts": 2}
+    layers |= {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "moe_topk": 1}
+    layers |= {"ffn_hidden_size": 32, "expert_ffn_hidden_size": 8, "zero_expert_num": 1}
+    double = LongcatFlashForCausalLM(LongcatFlashConfig(**layers))
+    assert double.config.num_hidden_layers == 4 and len(decoder_layers(double)) == 2
+    with report.Display(io.StringIO(), 1) as display:
+        display.begin("a model whose layers are not found", 0)
     model = LlamaForCausalLM.from_pretrained(folder)
     calls = []
     with after_each_layer(model, lambda: calls.append(1)):
@@ -297,6 +307,21 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         rows.add({"method": "yarn"}, dict)
     assert json.loads(path.read_text()) == kept
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_process_may_write_meanwhile(tmp_path, monkeypatch):
+    path, replace = tmp_path / "loss.json", report.Path.replace
+
+    def theirs_first(part, target):
+        monkeypatch.setattr(report.Path, "replace", replace)
+        monkeypatch.setattr(report.os, "getpid", lambda: 0)
+        report.write_atomic(target, b"theirs")
+        assert path.read_bytes() == b"theirs"
+        return replace(part, target)
+
+    monkeypatch.setattr(report.Path, "replace", theirs_first)
+    report.write_atomic(path, b"ours")
+    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
 
 
 def test_pydocs_in_bfloat16(run, tmp_path):
