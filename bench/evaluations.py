@@ -51,9 +51,16 @@ ABOUT = ("model", "training_length", "dtype", "threads", "bucket", "distances", 
 
 
 def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
-    """Add what `eval` wrote to models/NAME.json; rows of the same parameters become one."""
+    """Add what `eval` wrote to models/NAME.json; rows of the same parameters become one.
+
+    Raises ValueError if the file's rows are of other texts: rows are compared piece by piece.
+    """
     measured, path = json.loads(found.read_text()), results / FOLDER / f"{name}.json"
     content = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    texts = measured["texts"]
+    kept = content.get("texts", texts)
+    if len(kept) != len(texts) or any(a.items() - b.items() for a, b in zip(kept, texts)):
+        raise ValueError(f"{path} is of other texts than {found}: {kept}, not {texts}")
     content |= {key: measured[key] for key in ABOUT if key in measured}
     rows = {_key(row): row for row in content["rows"]}
     for row in measured["rows"]:
@@ -69,12 +76,15 @@ def _key(row: Row) -> str:
 
 
 def keep_search(found: Path, results: Path = RESULTS) -> None:
-    """Keep the finalists of a search without each of its measurements."""
+    """Keep the finalists of a search without each of its measurements; nothing before its end."""
     search = json.loads(found.read_text())
     about = ("length", "training_length", "model", "dtype", "objective", "texts", "held_out")
     numbers = ("loss", "to_yarn", "whole", "recall")
     fields = ("name", "method", "params", "pieces", *numbers, *(f"{x}_error" for x in numbers))
-    rows = [{key: row[key] for key in fields} for row in search["finalists"] if row["pieces"]]
+    read = [row for row in search.get("finalists", []) if row["pieces"]]
+    if not read:
+        return
+    rows = [{key: row[key] for key in fields} for row in read]
     name = f"search-{search['length'] // 1024}k"
     content = {key: search[key] for key in about}
     write(results / FOLDER / f"{name}.json", {**content, "rows": rows})

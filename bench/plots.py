@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -133,7 +134,7 @@ def demo(path: Path, results: Path = RESULTS) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     whole, near = figure.subplots(1, 2)
     middles = [(n + 0.5) * found["bucket"] for n in range(len(yarn["losses"]))]
-    for row, marker in zip(found["rows"], "osD^vPX", strict=False):
+    for row, marker in zip(found["rows"], cycle("osD^vPX")):
         over = [loss - other for loss, other in zip(row["losses"], yarn["losses"], strict=True)]
         look = {"marker": marker, "markersize": 4, "label": row["method"]}
         whole.plot(middles, row["losses"], **look)
@@ -152,7 +153,7 @@ def demo(path: Path, results: Path = RESULTS) -> None:
 
 
 WORST = 0.35  # nats over YaRN; methods that cost more are left out
-MARKERS = dict(zip(SCORES, "os^Dv*", strict=False))  # their points lie too close for names
+MARKERS = dict(zip(SCORES, "os^Dv*PX", strict=True))  # their points lie too close for names
 
 
 def tradeoff(path: Path, results: Path = RESULTS) -> None:

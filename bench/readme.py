@@ -13,6 +13,7 @@ fails if a page is stale.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -113,8 +114,8 @@ def keep(root: Path, results: Path) -> None:
             evaluations.keep(found, name, kind, results)
             if name != "demo":  # plots.py draws that one
                 shutil.copyfile(found.with_suffix(".png"), docs / f"{name}.png")
-    for plot in build.glob("search*/search.png"):  # only ended searches have one
-        evaluations.keep_search(plot.with_suffix(".json"), results)
+    for found in sorted(build.glob("search*/search.json")):
+        evaluations.keep_search(found, results)
 
 
 def main(root: Path = ROOT, results: Path = RESULTS, check: bool = False) -> int:
@@ -129,4 +130,6 @@ def main(root: Path = ROOT, results: Path = RESULTS, check: bool = False) -> int
 
 
 if __name__ == "__main__":
-    sys.exit(main(check="--check" in sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if one is stale")
+    sys.exit(main(check=parser.parse_args().check))

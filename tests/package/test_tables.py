@@ -85,6 +85,40 @@ def test_pages_tell_speeds_and_numbers_of_models_as_measured():
     assert f"on {score} by score methods" in text and f"on {score} by score methods" in guide
 
 
+def test_losses_are_kept_by_piece_and_never_beside_those_of_other_texts(tmp_path):
+    def buckets(*losses):
+        return [{"start": start, "pieces": pieces} for start, pieces in zip((0, 4, 8), losses)]
+
+    rows = [
+        {"method": "rerope", "params": {"window": 4}, "buckets": buckets([1, 2], [3, 6], [5, 7])},
+        {"method": "yarn", "params": {}, "buckets": buckets([1, 2], [3, 6], [4, 8])},
+    ]
+    eval_json = tmp_path / "loss.json"
+
+    def keep(rows, digest):
+        about = {"training_length": 8, "texts": [{"name": "t", "tokens": 12, "digest": digest}]}
+        eval_json.write_text(json.dumps(about | {"rows": rows}))
+        evaluations.keep(eval_json, "tiny", "loss", tmp_path)
+
+    keep(rows[:1], "a")
+    keep(rows[1:], "a")
+    kept = evaluations.read("tiny", tmp_path)
+    assert [row["near"] for row in kept["rows"]] == [[2, 4]] * 2
+    (rerope,) = evaluations.measured(tmp_path, "tiny")["rerope"]
+    assert rerope.loss == 6 and rerope.over_yarn == (0, 1)  # of 1 and -1
+    with pytest.raises(ValueError, match=r"tiny\.json is of other texts than"):
+        keep(rows, "b")
+    assert evaluations.read("tiny", tmp_path) == kept
+
+
+def test_a_search_is_kept_at_its_end(tmp_path):
+    path = tmp_path / "search.json"
+    for content in ({"rows": []}, {"rows": [], "finalists": [{"pieces": []}]}):
+        path.write_text(json.dumps(content))
+        evaluations.keep_search(path, tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("name", plots.PLOTS)
 def test_every_plot_is_drawn(name, tmp_path):
     plots.PLOTS[name](tmp_path / "plot.png")
