@@ -214,6 +214,19 @@ def test_no_time_left_is_told(call, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "extended" / "config.json").read_text())
 
 
+def test_without_held_out_text_the_best_of_the_searched_is_written(tmp_path, monkeypatch):
+    rows = Rows(None, {"length": LENGTH}, ["of"])
+    ended = {"rows": rows, "counts": "loss", "spent": 0.0, "model": None}
+    looking = SimpleNamespace(on_held_out=lambda _: [], **ended)
+    written = []
+    monkeypatch.setattr(run, "write_config", lambda model, best, *_: written.append(best))
+    monkeypatch.setattr(run.plots, "available", lambda: False)
+    moved = Candidate("ntk_by_parts", {"factor": 10.0})
+    for frequencies in ([YARN, moved, PARTS], [YARN, PARTS], [YARN]):
+        run._conclude(looking, [*frequencies, Candidate()], tmp_path)
+    assert written == [moved, PARTS, YARN]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -221,8 +234,6 @@ def test_no_time_left_is_told(call, tmp_path, capsys):
         ({"length": 479}, "--length must be >= 480, got 479"),
         ({"budget": 0}, "--budget must be > 0, got 0"),
         ({"held_out": "/nowhere/text"}, "--held-out /nowhere/text: No such file or directory"),
-        ({"text": "/nowhere/text"}, "--text /nowhere/text: No such file or directory"),
-        ({"model": "/nowhere/model"}, "--model /nowhere/model: no such folder or .gguf file"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(call, monkeypatch, capsys, given, message):
@@ -249,11 +260,11 @@ def test_held_out_text_is_another(tokenizer, text, tmp_path):
     link, copy = tmp_path / "link.txt", tmp_path / "copy.txt"
     link.symlink_to(text)
     copy.write_text(text.read_text())
-    for same in (text, link, copy):
-        with pytest.raises(UsageError, match=f"--held-out {same}: is searched on, too"):
-            run.split_texts(tokenizer, ["pydocs", str(text)], str(same), 8)
     other = tmp_path / "other.txt"
     other.write_text("another text, of its own")
+    for same in (text, link, copy):
+        with pytest.raises(UsageError, match=f"--held-out {same}: is searched on, too"):
+            run.split_texts(tokenizer, [str(other), str(text)], str(same), 8)
     first, second = run.split_texts(tokenizer, [str(text)], str(other), 8)
     assert [part[0].name for part in (first, second)] == ["story.txt", "other.txt"]
     (whole,) = first

@@ -144,8 +144,8 @@ def _conclude(looking: Search, finalists: list[Candidate], folder: Path) -> None
         print(read[0]["call"])
     in_configs = {each.name: each for each in finalists if each.method not in SCORES}
     names = [row["name"] for row in read if row["name"] in in_configs]
-    # Without held-out text the last before plain: the best on the searched texts.
-    best = in_configs[names[0]] if names else list(in_configs.values())[-2]
+    # Without held-out text the best on the searched ones: it comes after YaRN, if it is another.
+    best = in_configs[names[0]] if names else list(in_configs.values())[:-1][:2][-1]
     write_config(looking.model, best, looking.rows.results["length"], folder / "extended")
 
 
