@@ -14,6 +14,8 @@ from .models import stay_offline
 from .options import DTYPES
 from .runner import TASKS, evaluate
 
+TEXT = "UTF-8 file, or pydocs: the Python reference; repeatable"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=tuple(TASKS), default="loss", help="default: loss")
     add("--methods", type=names, required=True, help="comma-separated: rope,pi,yarn,...,rerope")
     add("--lengths", type=numbers, required=True, help="numbers of tokens: 8192,16384")
-    add("--text", action="append", help="UTF-8 file, or pydocs: the Python reference; repeatable")
+    add("--text", action="append", help=TEXT)
     add(
         "--param",
         type=_param,
@@ -50,16 +52,14 @@ def run(args: argparse.Namespace) -> int:
     return run_command("eval", _run, args)
 
 
-def run_command(
-    name: str, command: Callable[[dict[str, Any]], None], args: argparse.Namespace
-) -> int:
-    """Run a command and return its exit code; print any error in one line, under this name."""
+def run_command(name: str, command: Callable[..., object], args: argparse.Namespace) -> int:
+    """Call a command with its options and return its exit code; print any error in one line."""
     given = {option: value for option, value in vars(args).items() if option != "command"}
     stay_offline()
     if not plots.available():
         print(f"{name}: no plot will be drawn: matplotlib is not installed", file=sys.stderr)
     try:
-        command(given)
+        command(**given)
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -75,14 +75,14 @@ def run_command(
     return 0
 
 
-def _run(given: dict[str, Any]) -> None:
-    methods: dict[str, dict[str, Any]] = {method: {} for method in given.pop("methods")}
-    for method, name, value in given.pop("param"):
-        if method not in methods:
+def _run(methods: list[str], param: list[tuple[str, str, Any]], **given: Any) -> None:
+    params: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for method, name, value in param:
+        if method not in params:
             raise UsageError(f"--param {method}.{name}: {method} is not among --methods")
-        methods[method][name] = value
+        params[method][name] = value
     given["text"] = given["text"] or "pydocs"
-    evaluate(given.pop("model"), methods, given.pop("lengths"), table=sys.stdout, **given)
+    evaluate(methods=params, table=sys.stdout, **given)
     png = " and .png" if plots.available() else ""
     print(f"wrote {given['out']}/{given['task']}.json{png}", file=sys.stderr)
 

@@ -65,10 +65,9 @@ class Display:
         self._step = max(0.0, self._until - self._bar.n) / max(1, ticks)  # 0: layers not found
         self._bar.set_description_str(name, refresh=False)
 
-    def tick(self, ticks: int = 1) -> None:
-        """Count ticks of the current row as done; more than it has count for nothing."""
-        left = max(0.0, self._until - self._bar.n)
-        self._bar.update(min(ticks * self._step, left))
+    def tick(self) -> None:
+        """Count a tick of the current row; more than it has count for nothing."""
+        self._bar.update(min(self._step, max(0.0, self._until - self._bar.n)))
 
 
 class _Lines:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from extrope_kernels.cli import main
+from extrope_kernels.evaluation import plots
 
 # What the demo extra brings.
 if not all(map(find_spec, ("matplotlib", "transformers"))):
@@ -40,10 +41,17 @@ def tokenizer(folder):
 
 
 @pytest.fixture
-def run(folder, text, tmp_path):
-    """Runs the command with defaults for what a test does not name; returns its exit code."""
+def run(folder, text, tmp_path, monkeypatch):
+    """Runs the command with defaults for what a test does not name; returns its exit code.
 
-    def call(**given):
+    Without plots, which take most of the time, unless a test asks for them.
+    """
+
+    def call(plot=False, **given):
+        if not plot:
+            with monkeypatch.context() as patch:
+                patch.setattr(plots, "available", lambda: False)
+                return call(plot=True, **given)
         defaults = {"model": folder, "text": text, "lengths": "64", "methods": "rope"}
         more = {"bucket": 16, "trials": 1, "out": tmp_path / "out", "device": "cpu"}
         words = [

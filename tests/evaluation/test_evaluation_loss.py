@@ -23,7 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from extrope_kernels.evaluation import UsageError, evaluate, loss, report, texts
+from extrope_kernels.evaluation import UsageError, evaluate, loss, plots, report, texts
 from extrope_kernels.evaluation.digests import tokens_digest
 from extrope_kernels.evaluation.models import after_each_layer, decoder_layers
 from extrope_kernels.evaluation.options import method_params
@@ -50,7 +50,7 @@ def expected_losses(folder, ids, bucket, **rope_parameters):
 
 def test_loss_agrees_with_transformers(run, folder, text, tokenizer, tmp_path, capsys):
     # 70 leaves a partial bucket of 6 at the end.
-    assert run(methods="rope,pi,yarn", lengths="70,32", param="yarn.beta_fast=16") == 0
+    assert run(plot=True, methods="rope,pi,yarn", lengths="70,32", param="yarn.beta_fast=16") == 0
     found = results(tmp_path)
     ids = torch.tensor(tokenizer(text.read_text()).input_ids)
     yarn = {"rope_type": "yarn", "original_max_position_embeddings": TRAINED, "beta_fast": 16.0}
@@ -124,7 +124,8 @@ def test_evaluate_as_a_function(run, folder, text, tokenizer, tmp_path, monkeypa
             evaluate(model, *mistake, **given)
 
 
-def test_a_model_in_training_is_measured_without_dropout(text, tokenizer, tmp_path):
+def test_a_model_in_training_is_measured_without_dropout(text, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG, attention_dropout=0.5)).eval()
     methods = {"rope": {}, "rerope": {"window": np.int64(8)}, "leaky_rerope": {"factor": math.inf}}
     given = {"tokenizer": tokenizer, "text": str(text), "bucket": 16, "trials": 1}
@@ -234,7 +235,6 @@ def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, caps
     plain = [bucket["loss"] for bucket in rows["rope"]["buckets"]]
     got = [bucket["loss"] for bucket in results(other)["rows"][0]["buckets"]]
     assert got[:4] == pytest.approx(plain[:4], rel=1e-4) and got[4] != pytest.approx(plain[4])
-    check_image(tmp_path / "out" / "loss.png")
 
 
 def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys):
@@ -247,7 +247,7 @@ def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys)
         return measure(*args)
 
     monkeypatch.setattr(loss, "token_losses", interrupted)
-    assert run(methods="rope,pi,yarn") == 130
+    assert run(plot=True, methods="rope,pi,yarn") == 130
     assert [row["method"] for row in results(tmp_path)["rows"]] == ["rope", "pi"]
     check_image(tmp_path / "out" / "loss.png")
     captured = capsys.readouterr()
@@ -260,12 +260,17 @@ def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.splitlines()[:3] == captured.out.splitlines()
 
 
-def test_results_of_other_settings_are_not_lost(run, tmp_path, capsys):
+def test_results_of_other_settings_are_not_lost(run, text, tmp_path, capsys):
+    other = tmp_path / text.name  # as long, with the same tokens
+    other.write_text(text.read_text()[::-1])
     assert run() == 0
     kept = results(tmp_path)
-    assert run(seed=1) == 2
-    message = "loss.json is of other settings (seed); name another --out, or move it"
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    capsys.readouterr()
+    for given, setting in (({"seed": 1}, "seed"), ({"text": other}, "texts")):
+        assert run(**given) == 2
+        told = capsys.readouterr()
+        wanted = f"loss.json is of other settings ({setting}); name another --out, or move it"
+        assert told.err.splitlines()[-1].endswith(wanted) and told.out == ""
     assert results(tmp_path) == kept
 
 
@@ -288,7 +293,6 @@ def test_pieces_of_several_texts(run, folder, text, tokenizer, tmp_path, capsys)
     cell = capsys.readouterr().out.splitlines()[1].split()[2]
     first = found["rows"][0]["buckets"][0]
     assert cell == f"{first['loss']:.3f}±{first['error']:.3f}".replace("±0", "±")
-    check_image(tmp_path / "out" / "loss.png")
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

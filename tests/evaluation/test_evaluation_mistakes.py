@@ -7,8 +7,6 @@ import shutil
 import pytest
 from tiny_model import files_of_at_most, results
 
-from extrope_kernels.evaluation import plots
-
 
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -98,7 +96,7 @@ def without(monkeypatch, missing):
 
 def test_a_missing_package_is_named_behind_other_mistakes(run, monkeypatch, capsys):
     without(monkeypatch, "transformers")
-    assert run() == 2
+    assert run(plot=True) == 2
     told = "transformers not installed; run: pip install transformers (or, in a checkout, "
     assert capsys.readouterr().err == f"eval: {told}pip install '.[demo]')\n"
     assert run(model="/nowhere/model") == 2
@@ -108,16 +106,18 @@ def test_a_missing_package_is_named_behind_other_mistakes(run, monkeypatch, caps
 def test_tables_need_no_matplotlib(run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         without(patch, "matplotlib")
-        assert run() == 0
+        assert run(plot=True) == 0
     shown = capsys.readouterr()
     assert "eval: no plot will be drawn: matplotlib is not installed" in shown.err
     assert shown.out.splitlines()[1].startswith("rope ")
     assert shown.err.splitlines()[-1] == f"wrote {tmp_path / 'out' / 'loss.json'}"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["loss.json"]
-    assert run() == 0 and (tmp_path / "out" / "loss.png").exists()  # of the rows that were there
+    assert (
+        run(plot=True) == 0 and (tmp_path / "out" / "loss.png").exists()
+    )  # of the rows that were there
 
 
-def test_a_full_disk_is_told_and_what_was_measured_stays(run, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_told_and_what_was_measured_stays(run, tmp_path, capsys):
     out = tmp_path / "out"
 
     def told(most, **given):
@@ -126,10 +126,9 @@ def test_a_full_disk_is_told_and_what_was_measured_stays(run, tmp_path, monkeypa
         last = capsys.readouterr().err.splitlines()[-1]
         return last == f"eval: [Errno 27] File too large; what was measured before is in {out}"
 
-    assert told(4096)  # the plot does not fit
+    assert told(4096, plot=True)  # the plot does not fit
     assert [path.name for path in out.iterdir()] == ["loss.json"]
     kept = results(tmp_path)
-    monkeypatch.setattr(plots, "available", lambda: False)
     assert told((out / "loss.json").stat().st_size, methods="rope,pi")  # nor does another row
     assert results(tmp_path) == kept and [row["method"] for row in kept["rows"]] == ["rope"]
     assert [path.name for path in out.iterdir()] == ["loss.json"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from ..cli import add_common_arguments, run_command
+from ..cli import TEXT, add_common_arguments, run_command
 from .pieces import OBJECTIVES
 from .run import search
 
@@ -13,7 +12,7 @@ from .run import search
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
-    add("--text", action="append", required=True, help="UTF-8 file, or pydocs; repeatable")
+    add("--text", dest="texts", action="append", required=True, help=TEXT)
     add("--length", type=int, required=True, help="tokens that the model is to read")
     add("--held-out", help="text that decides; default: the second half of each --text")
     add("--budget", type=float, default=60.0, help="minutes of measuring (default 60)")
@@ -28,8 +27,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code, the same as for `eval`."""
-    return run_command("search", _run, args)
-
-
-def _run(given: dict[str, Any]) -> None:
-    search(given.pop("model"), given.pop("text"), **given)
+    return run_command("search", search, args)
