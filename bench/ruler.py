@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import math
-import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -112,23 +110,18 @@ def write(path: Path, cells: Sequence[Cell]) -> None:
     rows.writerow(Cell._fields)
     for cell in sorted(cells):
         rows.writerow((*cell.key, " ".join(f"{score:g}" for score in cell.scores)))
+    path.parent.mkdir(parents=True, exist_ok=True)
     report.write_atomic(path, text.getvalue().encode())
 
 
 def keep(path: Path, cell: Cell) -> dict[tuple, Cell]:
-    """Add a cell to a file, and return all of it by key; of two of a key the longer one stays.
+    """Add a cell to a file that other processes write too, and return all of it by key.
 
-    Several processes may share the file.
+    Of two cells of a key the longer one stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        kept = {each.key: each for each in read(path)}
-        kept[cell.key] = max(cell, kept.get(cell.key, cell), key=lambda each: len(each.scores))
-        write(path, list(kept.values()))
-    finally:
-        os.close(folder)  # and so unlocked
+    kept = {each.key: each for each in read(path)}
+    kept[cell.key] = max(cell, kept.get(cell.key, cell), key=lambda each: len(each.scores))
+    write(path, list(kept.values()))
     return kept
 
 

@@ -107,18 +107,18 @@ def _finite(value: Any) -> Any:
 class Rows:
     """Measurements in a JSON file, or only in memory: each is made once.
 
-    path: the file; its rows count as made. header: settings that it must have.
-    keys: the entries of a row that tell it from others.
+    path: the file; its rows count as made, and those that another process adds meanwhile.
+    header: settings that it must have. keys: the entries of a row that tell it from others.
 
     Raises UsageError if the file is damaged, or has other settings: its rows may have taken hours.
     """
 
     def __init__(self, path: Path | None, header: dict[str, Any], keys: Sequence[str]) -> None:
         self.path, self._keys = path, keys
-        self.results = header | {"rows": []}
-        if path is not None and path.exists():
-            self.results["rows"] = _read(path, json.loads(json.dumps(header)))
-        self._known = {self._key(row): row for row in self.results["rows"]}
+        self.results: dict[str, Any] = header | {"rows": []}
+        self._known: dict[str, dict[str, Any]] = {}
+        self._header = json.loads(json.dumps(header))
+        self._take()
 
     def known(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Return the row of these keys; None if there is none yet."""
@@ -128,17 +128,22 @@ class Rows:
         """Return a row with its measurement and the seconds that it took, and keep it."""
         began = time.perf_counter()
         found = measure()
-        row = row | {"seconds": round(time.perf_counter() - began, 3)} | found
-        self._known[self._key(row)] = row
-        self.results["rows"].append(row)
+        self._take(row | {"seconds": round(time.perf_counter() - began, 3)} | found)
         self.write()
-        return row
+        return self._known[self._key(row)]
 
     def write(self) -> None:
         """Write the file; a number that is not finite becomes null."""
         if self.path is not None:
             text = json.dumps(_finite(self.results), indent=2, allow_nan=False)
             write_atomic(self.path, text.encode() + b"\n")
+
+    def _take(self, *new: dict[str, Any]) -> None:
+        """Take the file's rows, and new ones, as far as there are none of their keys."""
+        kept = _read(self.path, self._header) if self.path and self.path.exists() else []
+        for row in (*kept, *new):
+            if self._known.setdefault(self._key(row), row) is row:
+                self.results["rows"].append(row)
 
     def _key(self, row: dict[str, Any]) -> str:
         return json.dumps(_finite([row[key] for key in self._keys]), sort_keys=True)

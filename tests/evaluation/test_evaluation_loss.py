@@ -328,6 +328,21 @@ def test_another_process_may_write_meanwhile(tmp_path, monkeypatch):
     assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
 
 
+def test_two_processes_may_measure_into_one_file(tmp_path):
+    path = tmp_path / "loss.json"
+    first, second = (report.Rows(path, {"bucket": 16}, ["method"]) for _ in range(2))
+    first.add({"method": "rope"}, lambda: {"loss": 1.0})
+    second.add({"method": "yarn"}, lambda: {"loss": 2.0})
+    assert second.known({"method": "rope"})["loss"] == 1.0
+    first.add({"method": "pi"}, lambda: {"loss": 3.0})
+    kept = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in kept] == ["rope", "yarn", "pi"]
+    path.write_text(json.dumps({"bucket": 8, "rows": []}))
+    with pytest.raises(UsageError, match=r"of other settings \(bucket\)"):
+        first.add({"method": "abf"}, dict)
+    assert json.loads(path.read_text())["bucket"] == 8
+
+
 def test_pydocs_in_bfloat16(run, tmp_path):
     assert run(text="pydocs", lengths="48", dtype="bfloat16") == 0
     assert results(tmp_path)["texts"][0]["name"] == "pydocs"
