@@ -43,9 +43,7 @@ KEPT: dict[str, Callable[[Row, int], Row]] = {
         "seconds": row["seconds"], "losses": [bucket["loss"] for bucket in row["buckets"]]
     },
     # The mean loss of a text within the training length.
-    "short": lambda row, _: {
-        "length": row["length"], "loss": fmean(bucket["loss"] for bucket in row["buckets"])
-    },
+    "short": lambda row, _: {"length": row["length"], "loss": row["loss"]},
 }  # fmt: skip
 ABOUT = ("model", "training_length", "dtype", "threads", "bucket", "distances", "texts")
 

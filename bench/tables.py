@@ -277,7 +277,7 @@ def search(found: dict[str, Any]) -> str:
         "recall": "recall",
     }
     names = [name for name in heads if name in found["rows"][0]]
-    lines = [[f"`{row['name']}`", *(_interval(row, name) for name in names)]
+    lines = [[f"`{row['name']}`", *(between((row[x], row[f"{x}_error"]), 3) for x in names)]
              for row in found["rows"]]  # fmt: skip
     read, searched = (", ".join(t["name"] for t in found[key]) for key in ("held_out", "texts"))
     count = max(len(row["pieces"]) for row in found["rows"])
@@ -286,10 +286,6 @@ def search(found: dict[str, Any]) -> str:
         f"searched on {searched} in {found['dtype']}."
     )
     return f"{table(['', *(heads[name] for name in names)], lines)}\n\n{about}"
-
-
-def _interval(row: dict[str, Any], name: str) -> str:
-    return between((row[name], row[f"{name}_error"]), digits=3)
 
 
 # -------------------------------------------------------------------------------------------------
