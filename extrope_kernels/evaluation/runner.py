@@ -87,7 +87,7 @@ def evaluate(
     texts.check_tokens(read, max(wanted) + measured.more)
     loaded = model if files is None else models.load_model(files, dtype, device)
     header = {
-        "model": Path(model if files else model.name_or_path).name,
+        "model": Path(os.path.abspath(model) if files else model.name_or_path).name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "task": task,
         "model_digest": model_digest(loaded),

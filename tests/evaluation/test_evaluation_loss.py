@@ -343,9 +343,11 @@ def test_two_processes_may_measure_into_one_file(tmp_path):
     assert json.loads(path.read_text())["bucket"] == 8
 
 
-def test_pydocs_in_bfloat16(run, tmp_path):
-    assert run(text="pydocs", lengths="48", dtype="bfloat16") == 0
-    assert results(tmp_path)["texts"][0]["name"] == "pydocs"
+def test_pydocs_in_bfloat16_by_the_model_that_is_here(run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert run(model=".", text="pydocs", lengths="48", dtype="bfloat16") == 0
+    found = results(tmp_path)
+    assert (found["texts"][0]["name"], found["model"]) == ("pydocs", folder.name)
 
 
 def test_what_is_unlikely_counts_in_large_vocabularies(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def search(
         raise UsageError(why)
     header = {
         "task": "search",
-        "model": Path(model).name,
+        "model": Path(os.path.abspath(model)).name,
         "model_digest": model_digest(loaded),
         "dtype": dtype,
         "length": length,
