@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .report import write_atomic
+from .report import name_of, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,26 +24,33 @@ def available() -> bool:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw all rows as PNG: a panel per length and a line per method, with standard errors."""
+    """Draw all rows as PNG: a panel per length and a line per method, with standard errors.
+
+    A method with several sets of parameters has a line for each.
+    """
     rows = results["rows"]
     lengths = sorted({row["length"] for row in rows})
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    sets = Counter((row["method"], row["length"]) for row in rows)
+    several = {method for (method, _), count in sets.items() if count > 1}
+    names = [name_of(x["method"], x["params"] if x["method"] in several else {}) for x in rows]
+    order = list(dict.fromkeys(names))
     figure = new_figure(8.5, 0.6 + 4.4 * len(lengths))
     panels = figure.subplots(len(lengths), 1, squeeze=False, sharey=True)[:, 0]
-    handles: dict[str, Any] = {}  # a panel may lack a method while rows are still missing
+    handles: dict[str, Any] = {}  # a panel may lack a line while rows are still missing
     for axes, length in zip(panels, lengths, strict=True):
-        for row in (row for row in rows if row["length"] == length):
-            handles[row["method"]] = _line(axes, row, methods.index(row["method"]))
+        for name, row in zip(names, rows, strict=True):
+            if row["length"] == length:
+                handles[name] = _line(axes, row, name, order.index(name))
         _finish(axes, length, results)
         axes.grid(axis="y", color="0.88")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside right center")
-    names = ", ".join(text["name"] for text in results["texts"])
-    figure.suptitle(f"{results['model']} on {names}, {results['dtype']}")
+    read = ", ".join(text["name"] for text in results["texts"])
+    figure.suptitle(f"{results['model']} on {read}, {results['dtype']}")
     save_figure(figure, path)
 
 
-def _line(axes: Axes, row: dict[str, Any], index: int) -> Any:
+def _line(axes: Axes, row: dict[str, Any], name: str, index: int) -> Any:
     """Draw a row's line and return its handle for the legend."""
     if "gains" in row:
         points = [(gain["distance"], gain["gain"], gain["error"]) for gain in row["gains"]]
@@ -57,7 +65,7 @@ def _line(axes: Axes, row: dict[str, Any], index: int) -> Any:
         color=_COLOURS[index % len(_COLOURS)],
         marker="osD^"[index // len(_COLOURS) % 4],
         capsize=2,
-        label=row["method"],
+        label=name,
     )
 
 

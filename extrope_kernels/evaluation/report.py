@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -180,6 +180,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     if len(values) < 2:
         return mean, None
     return mean, statistics.stdev(values) / math.sqrt(len(values))
+
+
+def name_of(method: str, params: Mapping[str, Any]) -> str:
+    """Name a method with its parameters, without numbers per pair, which would fill a table."""
+    shown = {key: value for key, value in params.items() if not isinstance(value, list)}
+    numbers = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
+    return " ".join([method, *numbers])
 
 
 def with_error(mean: float | None, error: float | None, digits: int) -> str:

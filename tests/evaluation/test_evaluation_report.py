@@ -29,13 +29,13 @@ def lines_of(axes):
 
 @pytest.mark.parametrize("task", ["loss", "recall"])
 def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
-    def row(method, length, *points):
+    def row(method, length, *points, params=None):
         buckets = [
             {"start": x - 2, "stop": x + 2, "loss": y, "error": error} for x, y, error in points
         ]
         gains = [{"distance": x, "gain": y, "error": error} for x, y, error in points]
         numbers = {"loss": {"buckets": buckets}, "recall": {"gains": gains}}
-        return {"method": method, "length": length, **numbers[task]}
+        return {"method": method, "length": length, "params": params or {}, **numbers[task]}
 
     both, alone, longer = (
         [(2, 3.0, 0.25), (14, 2.0, 0.5)],
@@ -49,6 +49,10 @@ def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
     first, second = map(lines_of, figures[0].axes)
     assert first == {"a": both, "b": alone} and second == {"b": longer}
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
+    rows.append(row("b", 16, *longer, params={"window": 8}))
+    plots.plot(ABOUT | SETTINGS[task] | {"rows": rows}, None)
+    first, second = map(lines_of, figures[1].axes)
+    assert first == {"a": both, "b": alone, "b window=8": longer} and second == {"b": longer}
 
 
 def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...integrations.transformers import extend
 from ..options import method_params
+from ..report import name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,10 +25,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The name in tables, without numbers per pair, which would fill them."""
-        shown = {k: v for k, v in self.params.items() if not isinstance(v, list)}
-        numbers = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()]
-        return " ".join([self.method, *numbers])
+        """The name in tables."""
+        return name_of(self.method, self.params)
 
     @property
     def call(self) -> str:
