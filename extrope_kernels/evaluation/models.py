@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .._ext import cache_dirs
+from ..integrations._shared.parameters import values_in
 from ..integrations.transformers import register_interface
 from ..integrations.transformers.find import generator_of
 from . import UsageError
@@ -177,12 +178,11 @@ def training_length(model: PreTrainedModel) -> int:
 
 def unscaled_length(model: PreTrainedModel) -> int:
     """Return the length that a frequency method extends: it replaces the model's own scaling."""
-    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    by_type = [each for each in parameters.values() if isinstance(each, dict)]
-    for each in (parameters, *by_type):
-        if each.get("original_max_position_embeddings"):
-            return int(each["original_max_position_embeddings"])
-    return training_length(model)
+    config, longest = model.config.get_text_config(), training_length(model)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_type = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+    values = [values_in(config, each, dim=0) for each in by_type]  # as `extend` reads them
+    return min(each.get("original_max_position_embeddings", longest) for each in values)
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

@@ -1,9 +1,11 @@
 """Models from PyPI: finding them, joining parts, and the copy in transformers' format."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from tiny_model import files_of_at_most
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +20,12 @@ def assemble(path):
         raise ValueError("sha256 did not match")
     return path
 """
+TRAINED = {"original_max_position_embeddings": 32}
+FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+BY_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0} | TRAINED,
+}
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -147,6 +155,21 @@ def test_copy_that_another_process_made_meanwhile_stays(package, cache, model, l
     assert models.find_model("smollm2") == models.ModelFiles(made)
     assert [path.name for path in cache.iterdir()] == [made.name]
     assert (made / "config.json").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "wanted"),
+    [
+        ("LlamaConfig", {}, 64),
+        ("Qwen2Config", {"dual_chunk_attention_config": TRAINED | {"chunk_size": 24}}, 32),
+        ("LlamaConfig", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0} | TRAINED}, 32),
+        ("Phi3Config", {"rope_parameters": FACTORS, **TRAINED}, 32),
+        ("Gemma3TextConfig", {"rope_parameters": BY_TYPE}, 32),
+    ],
+)
+def test_a_frequency_method_extends_what_was_trained_before_any_scaling(name, given, wanted):
+    config = getattr(transformers, name)(max_position_embeddings=64, pad_token_id=0, **given)
+    assert models.unscaled_length(SimpleNamespace(config=config)) == wanted
 
 
 def test_a_gguf_file_is_named_or_alone_in_its_folder(tmp_path, monkeypatch):
