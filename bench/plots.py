@@ -59,7 +59,7 @@ SHOWN = (
 
 
 def against_the_best(shown: Shown, results: Path = RESULTS) -> tuple[float, str]:
-    """Return the fastest other's time over ours, and its name; those that do all come first."""
+    """Return the fastest other's time over ours, and its name; of those that do as much, if any."""
     rows = json.loads((results / "avx512" / f"{shown.file}.json").read_text())["rows"]
     # Ratios as in the tables: ours was timed anew beside each of the others.
     ratios = {

@@ -94,14 +94,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def _as_kept(value: Any) -> Any:
+    """Return a value as JSON has it: None for a number that is not finite, lists for tuples."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 class Rows:
@@ -117,7 +112,7 @@ class Rows:
         self.path, self._keys = path, keys
         self.results: dict[str, Any] = header | {"rows": []}
         self._known: dict[str, dict[str, Any]] = {}
-        self._header = json.loads(json.dumps(header))
+        self._header = _as_kept(header)
         self._take()
 
     def known(self, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -135,7 +130,7 @@ class Rows:
     def write(self) -> None:
         """Write the file; a number that is not finite becomes null."""
         if self.path is not None:
-            text = json.dumps(_finite(self.results), indent=2, allow_nan=False)
+            text = json.dumps(_as_kept(self.results), indent=2)
             write_atomic(self.path, text.encode() + b"\n")
 
     def _take(self, *new: dict[str, Any]) -> None:
@@ -146,7 +141,7 @@ class Rows:
                 self.results["rows"].append(row)
 
     def _key(self, row: dict[str, Any]) -> str:
-        return json.dumps(_finite([row[key] for key in self._keys]), sort_keys=True)
+        return json.dumps(_as_kept([row[key] for key in self._keys]), sort_keys=True)
 
 
 def _read(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
