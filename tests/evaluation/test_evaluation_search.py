@@ -43,6 +43,7 @@ def story(whole_story, tmp_path):
 def call(folder, story, tmp_path, monkeypatch):
     """Runs the command with few candidates, moves and pieces; returns its exit code."""
     few(monkeypatch)
+    monkeypatch.setattr(run.plots, "available", lambda: False)  # they take most of the time
 
     def run_with(**given):
         defaults = {"model": folder, "text": story, "length": LENGTH, "device": "cpu"}
