@@ -88,6 +88,16 @@ def test_a_maximum_that_moves_far(rising):
     check("cpu", of_rerope(window=300, factor=4.0), (q, k, v))
 
 
+@pytest.mark.parametrize("growth", [2.0**10, 2.0**14, 2.0**18])
+def test_logits_past_the_whole_numbers_of_float32(growth):
+    """Up to 2**42: a row has the value of its largest logit, and that as its lse."""
+    q, k, v = make_qkv(1, 65, None, 2, 1, 64, BF16)
+    given = ((growth * q).to(BF16), (growth * k).to(BF16), v, frequencies(64))
+    (out, lse), want = (attend(of_rerope(window=9), *given, at) for at in ("cpu", "reference"))
+    assert torch.allclose(out.float(), want[0].float(), rtol=2.0**-7, atol=2.0**-7)
+    assert torch.allclose(lse, want[1], rtol=2.0**-20)
+
+
 def test_keys_that_no_query_sees_may_be_infinite_in_other_blocks():
     q, k, v = make_qkv(1, 96, None, 1, 1, 32, BF16)
     made, freqs = of_rerope(window=200), frequencies(32)

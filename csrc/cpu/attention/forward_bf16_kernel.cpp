@@ -50,11 +50,11 @@ void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w,
     bf16* weights = w.weights + key * kSlice;
     const int64_t rows = rows_from(v, key);
     const bool first = v.fresh && key == blocks.begin;  // no row_max yet
-    if (first || !softmax_block<Capped>(v, rows, weights)) {
+    if (first || !softmax_block<Capped, false>(v, rows, weights)) {
       add_values(v, added, key);
       added = key;
       raise_row_max<Capped>(v, rows);
-      softmax_block<Capped>(v, rows, weights);
+      softmax_block<Capped, true>(v, rows, weights);
     }
   }
   add_values(v, added, blocks.end);

@@ -140,16 +140,20 @@ void add_values(Visit& v, int64_t begin, int64_t end) {
 }
 
 // Turns a block's scores into probabilities, in pairs of keys; returns false if the row_max is too
-// far below them.
-template <bool Capped>
+// far below them. Raised: after raise_row_max, logits are rounded as there, and none is above the
+// row_max. Else an fma rounds once, which at logits from 2**28 on may differ by all of kHeadroom.
+template <bool Capped, bool Raised>
 EXTROPE_INLINE bool softmax_block(Visit& v, int64_t rows, bf16* weights) {
+  const auto weight = [&](const float* at, int j) __attribute__((always_inline)) {
+    const floats found = logits<Capped>(v, at, j);
+    return exp2_reduced((Raised ? load_once(found) : found) - v.row_max[j]);
+  };
   floats sum[kSliceVectors] = {};
   for (int64_t i = 0; i < rows; i += 2) {
 #pragma GCC unroll 16
     for (int j = 0; j < kSliceVectors; ++j) {
       const float* at = v.w.scores + i * kSlice + j * kFloats;
-      const floats a = exp2_reduced(logits<Capped>(v, at, j) - v.row_max[j]);
-      const floats b = exp2_reduced(logits<Capped>(v, at + kSlice, j) - v.row_max[j]);
+      const floats a = weight(at, j), b = weight(at + kSlice, j);
       sum[j] += a + b;
       store(weights + j * kTileValues + i * kSide, pair_values(a, b));
     }
