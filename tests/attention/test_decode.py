@@ -135,6 +135,16 @@ def test_strides(layout, fast_backend):
     check(case, fast_backend, strided)
 
 
+def test_one_sequence_s_integers_have_any_stride(fast_backend):
+    """As positions[:, -1] of a batch of one: to PyTorch they are contiguous."""
+    inputs = make(Case((20,), page_size=32, leftpad=(2,)))
+    call = {n: x for n, x in inputs.call.items() if isinstance(x, torch.Tensor)}
+    apart = {n: x.repeat_interleave(3, -1)[..., ::3] for n, x in call.items()}
+    assert len(apart) == 3 and all(x.stride(-1) == 3 for x in apart.values())
+    for got, want in zip(inputs.run(fast_backend, **apart), inputs.run(fast_backend)):
+        assert torch.equal(got, want)
+
+
 def test_nothing_to_do(fast_backend):
     for shape in ((0, 1, 4, 32), (2, 0, 4, 32)):
         cache = torch.zeros(shape[0], 3, 2, 32, device=device())

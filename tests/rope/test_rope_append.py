@@ -82,6 +82,14 @@ def test_slots_of_any_stride(backend):
         step.check(backend, step.expected(written, POSITIONS))
 
 
+def test_one_sequence_s_integers_have_any_stride(backend):
+    """As positions[:, -1] of a batch of one: to PyTorch they are contiguous."""
+    table, first = ints(1, 0, 2).view(1, 3)[:, ::3], ints(4, 0, 0)[::3]
+    call = {"cache_seqlens": first, "block_table": table, "cache_leftpad": ints(1, 0)[::2]}
+    step = Step(blocks=(3, 9), tokens=(1, 5), call=call)
+    step.check(backend, step.expected([(0, t, 1, 4 + t) for t in range(5)], ints(3, 4, 5, 6, 7)))
+
+
 def test_packed_sequences_and_padding(backend):
     """Of no token, of four and of one; two tokens belong to none."""
     call = {"cache_seqlens": ints(2, 3, 8), "cu_seqlens": ints(0, 0, 4, 5)}

@@ -67,7 +67,8 @@ inline const int32_t* ints(const Args& a, const char* name, const OptionalTensor
                            int64_t rows) {
   if (!x.has_value()) return nullptr;
   check(x->get_device() == a.k.get_device() && x->scalar_type() == ScalarType::Int &&
-            x->dim() == dim && x->size(0) == rows && (x->numel() == 0 || x->stride(dim - 1) == 1),
+            x->dim() == dim && x->size(0) == rows &&
+            (x->numel() == 0 || x->size(dim - 1) == 1 || x->stride(dim - 1) == 1),
         name, " must be int32 (", rows, dim == 1 ? ",)" : ", max_blocks)",
         ", contiguous in its last dimension, on k's device, got shape ", shape_of(*x));
   return static_cast<const int32_t*>(x->data_ptr());

@@ -47,7 +47,8 @@ inline bool same_sizes(const TensorView& x, const TensorView& y, int64_t dims) {
 inline const int32_t* ints(const CacheArgs& a, const char* name, const TensorView& x, int64_t dim,
                            int64_t batch) {
   a.require(x.is_cpu() && x.scalar_type() == ScalarType::Int && x.dim() == dim &&
-                x.size(0) == batch && (x.numel() == 0 || x.stride(dim - 1) == 1),
+                x.size(0) == batch &&
+                (x.numel() == 0 || x.size(dim - 1) == 1 || x.stride(dim - 1) == 1),
             name, " must be int32 (", batch, dim == 1 ? ",)" : ", max_blocks)",
             ", contiguous in its last dimension, on the CPU, got shape ", shape_of(x));
   return static_cast<const int32_t*>(x.data_ptr());

@@ -130,7 +130,7 @@ def check_ints(
             f"{op}: {name} must be {kinds} ({wanted}{',' * (len(shape) == 1)}) on {like.device}, "
             f"got {x.dtype} {tuple(x.shape)} on {x.device}"
         )
-    if not more and x.numel() and x.stride(-1) != 1:
+    if not more and x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
         )
