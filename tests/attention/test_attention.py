@@ -462,3 +462,13 @@ def test_a_sink_that_is_not_finite(value, any_backend):
         want = torch.full_like(lse[:, 0], value)
         torch.testing.assert_close(lse[:, 0], want, equal_nan=True)
     assert out[:, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, -1], ids=hex)
+def test_nan_stays_nan_whatever_its_bits(bits, any_backend):
+    """One in a key: the rows that see it are NaN, and no others."""
+    q, k, v = make_qkv(1, 9)
+    k[0, 4, 0, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out, lse = attend(EXAMPLES["rerope"], q, k, v, frequencies(32), any_backend)
+    assert out[:, 4:].isnan().all() and lse[..., 4:].isnan().all()
+    assert out[:, :4].isfinite().all() and lse[..., :4].isfinite().all()

@@ -156,6 +156,15 @@ def test_nothing_to_do(fast_backend):
         assert out.shape == shape and lse.shape == (shape[0], 4, shape[1])
 
 
+@pytest.mark.parametrize("bits", (0x7FC00001, 0x7FFFFFFF, -1), ids=hex)
+def test_nan_stays_nan_whatever_its_bits(bits, fast_backend):
+    inputs = make(Case((20, 9)))
+    inputs.k_cache[0, 19, :, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out, lse = inputs.run(fast_backend)
+    assert out[0].isnan().all() and lse[0].isnan().all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
+
+
 # Numbers
 
 

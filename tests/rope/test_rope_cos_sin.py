@@ -56,6 +56,17 @@ def test_cos_and_sin_have_their_own_dtype(backend, dtype, of):
     assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_nan_whatever_its_bits(backend, dtype):
+    """Rounding to bfloat16 carries from the lower bits of a NaN: it could become 0."""
+    q, _ = make_qk(1, 2, 1, 1, 72, dtype)
+    cos = torch.tensor([-1, 2**31 - 1], dtype=torch.int32, device=device()).view(torch.float32)
+    cos = cos[None, :, None].repeat(1, 1, 36)
+    for interleaved in (False, True):
+        out, _ = OPS[backend](q, None, cos, torch.zeros_like(cos), interleaved=interleaved)
+        assert out.isnan().all()
+
+
 @pytest.mark.parametrize("batch, seqlen", ((1, 1), (3, 1), (1, 131), (2, 0), (0, 5)))
 @pytest.mark.parametrize("heads", ((1, 1), (17, 1), (4, 4)))
 def test_shapes_and_strides(backend, heads, batch, seqlen):

@@ -281,7 +281,9 @@ template <typename From, typename To>
 void widen_given(const void* given, int64_t at, const Scratch<To>& scratch, Wide<To> sign,
                  Wide<To>* out) {
   const From* row = static_cast<const From*>(given) + at;
-  for (int64_t i = 0; i < scratch.half; ++i) out[i] = sign * static_cast<Wide<To>>(widen(row[i]));
+  for (int64_t i = 0; i < scratch.half; ++i) {
+    out[i] = sign * plain(static_cast<Wide<To>>(widen(row[i])));
+  }
   if (scratch.in_words) order_by_words(out, scratch.half);
 }
 

@@ -26,7 +26,8 @@ inline floats larger(floats a, floats b) {
 // Returns 2**x for x up to 127: relative error below 8.5e-8, or 1.1e-7 without fma; exactly 1 at 0,
 // exactly 0 from -127 down.
 inline floats exp2_vector(floats x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the rounded integer in the low bits
+  // Adding it leaves the rounded integer in the low bits, with the bias of an exponent.
+  constexpr float kRound = 0x1.8p23f + 127.0f;
   x = larger(floats{} - 127.0f, x);
   const floats shifted = x + kRound;
   const floats f = x - (shifted - kRound);  // within half of 0
@@ -37,7 +38,8 @@ inline floats exp2_vector(floats x) {
   sum = sum * f + 0x1.ebfbe2p-3f;
   sum = sum * f + 0x1.62e432p-1f;
   sum = sum * f + 1.0f;
-  return bits_as<floats>(bits_as<words>(sum) + (bits_as<words>(shifted) << 23));
+  // A product, since a sum of bits could turn a NaN with a payload into a number.
+  return sum * bits_as<floats>(bits_as<words>(shifted) << 23);
 }
 
 }  // namespace
