@@ -113,6 +113,16 @@ def test_in_place_rounds_nothing_on_the_way(dtype):
     assert (out[:, :4] == 0).all() and (lse[..., 21:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_place_of_16_bits_rounds_once(dtype):
+    outs, lses, _ = parts_and_whole((3, 6, 2, 4), (2, 17, 3, 16))
+    outs, lses = [out.to(dtype) for out in outs], [lse.float() for lse in lses]
+    exact, _ = merge_attention([out.double() for out in outs], [x.double() for x in lses])
+    merged, _ = merge_attention(outs, lses, inplace=True)
+    half = 1.01 * torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(merged.double(), exact, rtol=half, atol=1e-6)
+
+
 @pytest.mark.parametrize("without_keys", [False, True])
 def test_derivatives(without_keys):
     outs, lses, _ = parts_and_whole((3, 4), (2, 2, 3))

@@ -149,21 +149,29 @@ def merge_fwd(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
 
 
 def merge_inplace(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    """Compute `torch.ops.extrope.merge_inplace`; round after each set."""
+    """Compute `torch.ops.extrope.merge_inplace`; round after the last set."""
+    wide = _arithmetic(out, lse)
+    merged, joint = out.to(wide), lse.to(wide)
     for other, its_lse in zip(outs, lses):
-        joint = torch.logaddexp(lse, its_lse)
+        its_lse = its_lse.to(wide)
+        joint = torch.logaddexp(joint, its_lse)
         share = torch.exp(its_lse - joint.masked_fill(joint == -torch.inf, 0.0))
-        out.lerp_(other.to(out.dtype), _per_row(share).to(out.dtype))
-        lse.copy_(joint)
+        merged.lerp_(other.to(wide), _per_row(share))
+    out.copy_(merged)
+    lse.copy_(joint)
 
 
 def _shares(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensors:
     """Return stacked lses (finite if no set has keys), rows without keys, and softmax shares."""
-    wide = torch.promote_types(torch.promote_types(outs[0].dtype, torch.float32), lses[0].dtype)
+    wide = _arithmetic(outs[0], lses[0])
     stacked = torch.stack([lse.to(wide) for lse in lses])
     absent = stacked == -torch.inf
     stacked = stacked.masked_fill(absent.all(0), 0.0)
     return stacked, absent, torch.softmax(stacked, dim=0)
+
+
+def _arithmetic(out: Tensor, lse: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(out.dtype, torch.float32), lse.dtype)
 
 
 def _per_row(x: Tensor) -> Tensor:
