@@ -33,7 +33,7 @@ class PositionMap(NamedTuple):
     divisor stands for a PairMap: see `row`.
 
     modulus: in tokens; 0 for none.
-    divisor: > 0; with inf every position becomes `offset`.
+    divisor: > 0, a whole number with floor; with inf every position becomes `offset`.
     floor: True for whole numbers.
     offset: in tokens, added after the division.
     cap: the largest result, in tokens; needs whole numbers: divisor 1 or floor.
@@ -195,6 +195,12 @@ class Score:
     _copies: dict[tuple[torch.device, bool], Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name, value in (
+            ("granularity", self.granularity),
+            *[("a region's start", region.start) for region in self.regions],
+        ):
+            if not (abs(value) < math.inf and value == int(value)):
+                raise ValueError(f"{self.name}: {name} must be a whole number, got {value}")
         for by in (*[x for _, *maps in self.regions for x in maps], self.stored):
             _check_map(self.name, by)
         rows: list[PairMap] = []
@@ -250,6 +256,8 @@ def _check_map(name: str, by: PositionMap | PairMap) -> None:
         return
     if not (by.divisor > 0 or by.row is not None) or not abs(by.offset) < math.inf:
         raise ValueError(f"{name}: a map must have a divisor > 0 and a finite offset, got {by}")
+    if by.floor and not (by.divisor == math.inf or by.divisor == int(by.divisor)):
+        raise ValueError(f"{name}: a map with floor must have a whole divisor, got {by}")
     if by.cap == math.inf:
         return
     whole = by.floor or by.divisor in (1, math.inf)

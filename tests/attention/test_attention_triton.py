@@ -142,10 +142,21 @@ def test_position_maps(position_map):
         against_reference(made, tensors, frequencies(16), with_gradients=False, keys_stored=True)
 
 
-def test_floors_of_fractions_are_refused():
-    score = Score("test", (Region(FIRST_KEY, SAME, PositionMap(divisor=2.5, floor=True)),))
-    with pytest.raises(ValueError, match=r"must have a whole divisor, got 2\.5"):
-        attend(example_of(score), *make_qkv(1, 3, head_dim=16), frequencies(16), "triton")
+@pytest.mark.parametrize("k_start", (0, 2**29 - 40))
+def test_starts_to_the_last_that_is_taken(k_start):
+    starts = {"q_start": 2**29 - 1, "k_start": k_start}
+    never_far = example_of(scores.leaky_rerope(2**40, 4.0))
+    for made in (MADE["leaky_rerope"], MADE["dual_chunk"], never_far):
+        against_reference(made, make_qkv(1, 5, 37, 1, 1, 16), frequencies(16), **starts)
+
+
+@pytest.mark.parametrize("first", (0, -34), ids=str)
+def test_gradients_where_an_amplitude_overflows_out_of_sight(first):
+    """No query sees a key of the far region, and those before position 0 see none at all."""
+    freqs = replace(frequencies(16), log_decay=torch.full((8,), -5.0, device=DEVICE))
+    made = example_of(scores.string(shift=40, window=4))
+    tensors = make_qkv(1, 6 - first, 6, 1, 1, 16)
+    against_reference(made, tensors, freqs, k_start=0)
 
 
 @pytest.mark.parametrize("window", (1, BLOCK - 1, BLOCK, BLOCK + 1, 36, 37))

@@ -301,6 +301,7 @@ def test_packed_attention(chip, dim):
         {"n": 45, "keys": 170},
         {"dim": 192, "dv": 128, "n": 70},
         {"dim": 64, "dv": 128, "score": "string", "n": 70},
+        {"dim": 64, "freqs": methods.xpos(64), "score": "blockwise_causal", "n": 70},
     ],
     ids=lambda options: "-".join(options),
 )

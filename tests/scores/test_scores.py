@@ -134,6 +134,7 @@ def test_nonsense_is_refused(name, parameters, refusal):
         (PositionMap(divisor=2, cap=3), "a map with a cap must have whole numbers only"),
         (PositionMap(offset=0.5, cap=3), "a map with a cap must have whole numbers only"),
         (PositionMap(cap=3.5), "a map with a cap must have whole numbers only"),
+        (PositionMap(divisor=2.5, floor=True), "a map with floor must have a whole divisor"),
     ],
 )
 @pytest.mark.parametrize("place", ["q_map", "k_map", "stored"])
@@ -142,6 +143,15 @@ def test_maps_that_kernels_would_read_otherwise_are_refused(place, wrong, messag
     region = Region(FIRST_KEY, maps["q_map"], maps["k_map"])
     with pytest.raises(ValueError, match=f"^mine: {message}"):
         Score("mine", (region,), stored=maps["stored"])
+
+
+@pytest.mark.parametrize("number", [2.5, math.nan, -math.inf])
+def test_starts_and_granularity_are_whole(number):
+    region = Region(FIRST_KEY, PositionMap(), PositionMap())
+    with pytest.raises(ValueError, match=r"^mine: granularity must be a whole number, got"):
+        Score("mine", (region,), granularity=number)
+    with pytest.raises(ValueError, match=r"^mine: a region's start must be a whole number, got"):
+        Score("mine", (region._replace(start=number),))
 
 
 def test_numbers_of_pairs_are_exact():

@@ -49,8 +49,12 @@ INTERPRETED = Config(16, 16, 1, 1)
 def config(kernel: str, head_dim: int, itemsize: int, chip: int | str | None) -> Config:
     """Return a kernel's settings for elements of itemsize bytes; chip: from `chip_of`.
 
-    Raises NotImplementedError for a chip without a tile.
+    Raises NotImplementedError for a chip without a tile, and for float64.
     """
+    if itemsize > 4:
+        raise NotImplementedError(
+            f"{_op_of(kernel)}: the Triton kernels do not take float64 (backend='reference' does)"
+        )
     if chip is None:
         return INTERPRETED
     found = leaf(kernel, head_dim, itemsize, chip)
@@ -66,11 +70,15 @@ def leaf(kernel: str, head_dim: int, itemsize: int, chip: int | str) -> dict[str
     """Return a kernel's entry in the table; raises NotImplementedError without one."""
     rows = _row(table()[kernel], chip, itemsize)
     if rows is None:
-        op = "attention" if kernel in ("forward", "dq", "dkv") else "decode"
         raise NotImplementedError(
-            f"{op}: the Triton kernels have no tile for {itemsize}-byte elements on {chip}"
+            f"{_op_of(kernel)}: the Triton kernels have no tile for {itemsize}-byte elements "
+            f"on {chip}"
         )
     return rows[min((n for n in rows if head_dim <= int(n)), key=int)]
+
+
+def _op_of(kernel: str) -> str:
+    return "attention" if kernel in ("forward", "dq", "dkv") else "decode"
 
 
 @functools.cache

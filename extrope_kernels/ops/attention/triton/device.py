@@ -28,8 +28,9 @@ from ..call import AttentionCall
 from .configs import MOST_ROWS, Config
 
 LEAST_DIMS = 16  # least dims of a product
-# Starts, windows and blocks of granularity reach no farther, so that int32 never overflows.
-FARTHEST = 2**29
+# Starts, windows and blocks of granularity reach no farther, so that int32 never overflows: not
+# three times this. It is past all positions, of up to 2**27 tokens from a start below 2**29 on.
+FARTHEST = 2**29 + 2**27
 _LARGEST = 2**31 - 1  # largest int32 position
 _NO_CAP = 1 << 62  # not None: before 3.8, Triton takes no None within a tuple
 
@@ -240,10 +241,6 @@ def map_of(position_map: PositionMap) -> tuple:
     modulus = modulus if modulus <= _LARGEST else 0
     if position_map.row is not None:
         return modulus, -1, float(floor), position_map.row, 0.0, _NO_CAP
-    if floor and not (math.isinf(divisor) or float(divisor).is_integer()):
-        raise ValueError(
-            f"triton: a position map with floor must have a whole divisor, got {divisor}"
-        )
     constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
     integral = float(offset).is_integer()
     slow = not (constant or floor) and (divisor != 1 or not integral)

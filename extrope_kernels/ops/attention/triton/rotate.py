@@ -109,14 +109,23 @@ def _freq_of(place, inv_freq, head_k, TILE: tl.constexpr):
 
 
 @triton.jit
+def _finite(x):
+    """Replace what is not finite by 0."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
 def _cos_sin(
     position, freq, maps, scale, decay, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
-    AMPLITUDE: tl.constexpr, TILE: tl.constexpr,
+    AMPLITUDE: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Return cosine and sine for every copy, with all factors of a token."""
     cos_sin = ()
     for n in tl.static_range(len(MAPS)):
         cos, sin = nth_cos_sin(position, freq, decay, maps, n, MAPS, ORIGIN, TILE)
+        if INVERSE and decay is not None:
+            # Outside of a region the amplitude may overflow, and gradients are 0: not NaN.
+            cos, sin = _finite(cos), _finite(sin)
         cos_sin = cos_sin + ((cos * (AMPLITUDE * scale), sin * (AMPLITUDE * scale)),)  # noqa: RUF005
     return cos_sin
 
@@ -178,7 +187,9 @@ def _rotate_tokens(
         scale *= tl.load(at, mask=valid, other=0.0)[:, None]
     if not BY_HEAD:
         maps = (pair_maps, pair, 0)
-        cos_sin = _cos_sin(position, freq, maps, scale, decay, MAPS, ORIGIN, AMPLITUDE, TILE)
+        cos_sin = _cos_sin(
+            position, freq, maps, scale, decay, MAPS, ORIGIN, AMPLITUDE, INVERSE, TILE
+        )
     share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
     for head in range(begin, tl.minimum(begin + share, HEADS)):
@@ -186,7 +197,9 @@ def _rotate_tokens(
             head_k = head // (HEADS // TILE.heads_k)
             freq = _freq_of(place, inv_freq, head_k, TILE)
             maps = (pair_maps, pair, head_k)
-            cos_sin = _cos_sin(position, freq, maps, scale, decay, MAPS, ORIGIN, AMPLITUDE, TILE)
+            cos_sin = _cos_sin(
+                position, freq, maps, scale, decay, MAPS, ORIGIN, AMPLITUDE, INVERSE, TILE
+            )
         _rotate_head(
             x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid,
             cos_sin, scale, COPIES, HEADS, INVERSE, TILE,
