@@ -6,9 +6,9 @@ import pytest
 import torch
 from attention_oracle import frequencies, make_qkv
 
-from extrope_kernels import rope_attention, scores
+from extrope_kernels import rope_attention, rope_attention_with_kvcache, scores
 from extrope_kernels.methods import RopeFreqs
-from extrope_kernels.testing import device
+from extrope_kernels.testing import attention_backends, device
 
 Q, K, V = make_qkv(2, 6, None, 4, 2)
 CU = torch.tensor([0, 2, 6], dtype=torch.int32, device=device())
@@ -17,6 +17,7 @@ THETA = FREQS.inv_freq
 INF = math.inf
 TENSORS = [
     ({"q": "text"}, TypeError, "q must be a Tensor, got str"),
+    ({"q": "text", "q_start": 3}, TypeError, "q must be a Tensor, got str"),
     ({"q": Q[0]}, ValueError, "q must be (batch, seqlen, heads, head_dim), got shape (6, 4"),
     ({"q": Q.int()}, ValueError, "q must be float32, "),
     ({"q": Q.transpose(1, 3)}, ValueError, "q must be contiguous in its last dimension"),
@@ -62,7 +63,8 @@ NUMBERS = [
     ({"softcap": "a"}, TypeError, "softcap must be a number, got str"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be >= 1, got 0"),
     ({"sliding_window": 2**62}, ValueError, f"sliding_window must be < 2**62, got {2**62}"),
-    ({"q_start": -1}, ValueError, "q_start must be between 0 and 2**31, got -1"),
+    ({"q_start": -1}, ValueError, "q_start must be between 0 and 2**29, got -1"),
+    ({"k_start": 2**29}, ValueError, "k_start must be between 0 and 2**29, got 536870912"),
     ({"k_start": 1.5}, TypeError, "k_start must be an int or a Tensor, got float"),
     ({"backend": "cudnn"}, ValueError, "backend must be None or one of "),
     ({"softcup": 1.0}, TypeError, "got an unexpected keyword argument 'softcup'"),
@@ -139,6 +141,15 @@ def test_a_backend_that_is_not_here_says_why(named, monkeypatch):
     monkeypatch.setattr(api, "missing", lambda *_: "it is broken")
     with pytest.raises(NotImplementedError, match=f"{named!r} cannot run here: it is broken"):
         rope_attention(Q, K, V, FREQS, backend=named)
+
+
+@pytest.mark.skipif("triton" not in attention_backends(), reason="needs Triton")
+def test_triton_takes_no_float64():
+    q, k, v = (x.double() for x in (Q, K, V))
+    with pytest.raises(NotImplementedError, match=r"^attention: .* take float64"):
+        rope_attention(q, k, v, FREQS, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"^decode: .* take float64"):
+        rope_attention_with_kvcache(q, k, v, FREQS, cache_seqlens=6, backend="triton")
 
 
 def test_triton_says_what_it_needs_on_a_cpu(monkeypatch):

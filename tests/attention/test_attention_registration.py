@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from attention_oracle import frequencies, make_qkv
 from score_examples import EXAMPLES
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extrope_kernels import (
     apply_rope_qk,
@@ -75,6 +77,16 @@ def test_opcheck(name):
     torch.library.opcheck(OPS.attention_bwd.default, given, numbers)
 
 
+def test_tensors_without_values_are_not_read():
+    q, k, v = make_qkv(1, 5, None, 2, 1)
+    freqs = methods.xpos(32).to(q.device)
+    with FakeTensorMode() as mode:
+        given = (q, k, v, freqs.inv_freq, freqs.log_decay)
+        q, k, v, inv_freq, log_decay = (mode.from_tensor(x) for x in given)
+        freqs = replace(freqs, inv_freq=inv_freq, log_decay=log_decay)
+        assert rope_attention(q, k, v, freqs).shape == q.shape
+
+
 @pytest.mark.parametrize("name", calls())
 def test_a_call_survives_its_op(name):
     """All that tensors and numbers tell of it; the score's own name is not an op's business."""
@@ -108,6 +120,20 @@ def test_compile_is_one_graph(named, compiler):
         want = torch.autograd.grad(loss(*part), part)
         for a, b in zip(torch.autograd.grad(compiled(*part), part), want):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_named_backend_that_cannot_run_is_refused_in_a_graph_too():
+    q, k, v = make_qkv(1, 5, None, 2, 1)
+
+    def attend(q):
+        return rope_attention(q, k, v, FREQS, backend="cudnn")
+
+    def decode(q):
+        return rope_attention_with_kvcache(q, k, v, FREQS, cache_seqlens=5, backend="flash_attn")
+
+    for run in (attend, decode):
+        with pytest.raises(ValueError, match="backend must be None or one of"):
+            torch.compile(run, backend="eager")(q)
 
 
 def test_compile_takes_a_factor_that_changes():

@@ -165,6 +165,17 @@ def test_nan_stays_nan_whatever_its_bits(bits, fast_backend):
     assert out[1].isfinite().all() and lse[1].isfinite().all()
 
 
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_a_table_of_a_cache_without_pages(named):
+    q, cache = (torch.ones(n, 4, 2, 32, device=device()) for n in (1, 0))
+    table = torch.full((1, 2), -1, dtype=torch.int32, device=device())
+    out = rope_attention_with_kvcache(
+        q, cache, cache, methods.rope(32).to(device()), cache_seqlens=0, block_table=table,
+        backend=named,
+    )  # fmt: skip
+    assert not out.any()
+
+
 # Numbers
 
 

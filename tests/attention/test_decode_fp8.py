@@ -163,6 +163,15 @@ def decode_call(cache, **scales):
 ONES = {name: torch.ones(2) for name in ("k_scale", "v_scale")}
 
 
+def test_a_cache_on_another_device_is_named():
+    cache, freqs = torch.zeros(1, 8, 2, 32, dtype=FP8, device="meta"), methods.rope(32)
+    words = r"k_cache must be torch.float32 on cpu like the other tensors, .* on meta"
+    with pytest.raises(ValueError, match=words):
+        rope_attention_with_kvcache(
+            torch.zeros(1, 1, 4, 32), cache, cache, freqs, cache_seqlens=3, **ONES
+        )
+
+
 @pytest.mark.parametrize(
     "dtype, changes, message",
     [

@@ -545,3 +545,12 @@ def test_axes_refuse_frequencies_of_heads():
         ValueError, match="rope_attention: frequencies and maps must be the same for all heads"
     ):
         rope_attention(q, k, v, freqs, positions=by_axes(19))
+
+
+def test_axes_without_a_key_in_sight():
+    freqs = dataclasses.replace(methods.rope(2 * PAIRS), axes=AXES).to(device())
+    q, k, v = (torch.randn(1, 3, n, 32, device=device()) for n in (2, 1, 1))
+    score = Score("none", (Region(1, PositionMap(), PositionMap()),))
+    places = torch.zeros(int(AXES.max()) + 1, 1, 3, device=device())
+    out, lse = rope_attention(q, k, v, freqs, score, positions=places, return_lse=True)
+    assert not out.any() and (lse == -torch.inf).all()

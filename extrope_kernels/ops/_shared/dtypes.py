@@ -75,7 +75,7 @@ def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: S
     if cache.dtype == FP8 and None in scales:
         given = [f"{n}_scale" for n, x in zip("kv", scales) if x is not None]
         raise ValueError(f"{op}: {name} in {FP8} {MISSING}, got {given[0] if given else 'none'}")
-    if any(x is not None for x in scales):
+    if cache.dtype != FP8 and any(x is not None for x in scales):
         raise ValueError(
             f"{op}: k_scale and v_scale are for caches in {FP8}, got {name} in {cache.dtype}"
         )

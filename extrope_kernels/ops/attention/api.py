@@ -11,10 +11,12 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores import UNROTATED, Score
 from .._shared import backends as _backends
+from .._shared.autograd import constant_when_compiled
 from .._shared.checks import REFUSALS, check_boundaries, raise_as_value_error, refuse_flags
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
+from ..rope.checks import share_memory
 from . import axes, flash_attn, heads, op
 from .call import AttentionCall, KVCache, make_call
 from .checks import (
@@ -78,9 +80,9 @@ def rope_attention(
         and have no value, as in GPT-OSS. They are neither scaled nor capped.
     sliding_window: keys j with i - j >= sliding_window are not seen, in any region.
     q_start, k_start: positions of the first query and the first key, for pieces of longer
-        sequences: an int or (batch,) int32, with cu_seqlens (sequences,). Regions, windows and
-        log_n count from absolute positions. By default k_start is 0, and queries and keys end
-        together.
+        sequences: an int or (batch,) int32, with cu_seqlens (sequences,), below 2**29.
+        Regions, windows and log_n count from absolute positions. By default k_start is 0, and
+        queries and keys end together.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
     interleaved: pairs of dims are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
     return_lse: return the log-sum-exp of the logits too.
@@ -124,14 +126,14 @@ def rope_attention(
         sliding_window=sliding_window,
     )
     check_kinds(name, call)
+    if backend is not None and isinstance(q, Tensor):
+        _backends.require(name, backend, BACKENDS, q.device.type, missing)
     if torch.compiler.is_compiling():
         if positions is not None:
             axes.check_axes(name, freqs, positions, q, k, call)
         out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
         return (out, lse) if return_lse else out
     try:
-        if backend is not None:
-            _backends.require(name, backend, BACKENDS, q.device.type, missing)
         if freqs.log_decay is not None:
             check_decay(name, freqs, q, k, call)
         if positions is not None:
@@ -245,17 +247,19 @@ def rope_attention_with_kvcache(
     cached = (cache_seqlens, block_table, cache_leftpad, Scales(k_scale, v_scale))
     new = (appended, None if k is None else cu_seqlens_q)
     cache = KVCache(k_cache, v_cache, *cached, *new)
-    if k is not None and k_cache is v_cache:
+    compiling = torch.compiler.is_compiling()
+    if k is not None and (k_cache is v_cache or (not compiling and _overlap(k_cache, v_cache))):
         raise ValueError(
-            f"{name}: k_cache and v_cache must be two tensors to be written to, got one"
+            f"{name}: k_cache and v_cache must be two tensors to be written to, "
+            "got two that share memory"
         )
     _refuse_gradients(name, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
-    if torch.compiler.is_compiling():
+    if backend is not None and isinstance(q, Tensor):
+        _backends.require(name, backend, DECODE_BACKENDS, q.device.type)
+    if compiling:
         out, lse = op.decode(q, k, v, cache, call, backend)
         return (out, lse) if return_lse else out
     try:
-        if backend is not None:
-            _backends.require(name, backend, DECODE_BACKENDS, q.device.type)
         if freqs.log_decay is not None:
             check_new_keys(name, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
         out, lse = op.decode(q, k, v, cache, call, backend)
@@ -292,6 +296,7 @@ def _forward(
     return op.forward(q, k, v, call, backend)
 
 
+@constant_when_compiled
 def missing(backend: str, device: str | None = None) -> str | None:
     """Return why `backend` cannot run here, in one line; None if it can."""
     return flash_attn.missing() if backend == "flash_attn" else _backends.missing(backend, device)
@@ -302,14 +307,20 @@ def backends() -> dict[str, str]:
     return {name: missing(name) or "available" for name in BACKENDS}
 
 
+def _overlap(x: Any, y: Any) -> bool:
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and share_memory(x, y)
+
+
 def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:
     """Return a start as a tensor for the ops."""
     if start is None or isinstance(start, Tensor):
         return start
     if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(start).__name__}")
-    if not 0 <= start < 2**31:
-        raise ValueError(f"{op}: {name} must be between 0 and 2**31, got {start}")
+    if not isinstance(q, Tensor):
+        raise TypeError(f"{op}: q must be a Tensor, got {type(q).__name__}")
+    if not 0 <= start < 2**29:  # Triton's kernels add starts and windows in int32
+        raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start}")
     return torch.full((1,), start, dtype=torch.int32, device=q.device)
 
 

@@ -373,8 +373,9 @@ def _check_dims(
             f"got shape {tuple(x.shape)}"
         )
     if x.dtype not in dtypes:
+        fp8 = " (or float8_e4m3fn with k_scale and v_scale)" if FP8 in dtypes else ""
         raise ValueError(
-            f"{op}: {label} must be float32, bfloat16, float16 or float64, got {x.dtype}"
+            f"{op}: {label} must be float32, bfloat16, float16 or float64{fp8}, got {x.dtype}"
         )
     if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
         raise ValueError(

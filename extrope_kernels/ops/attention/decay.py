@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
+from .._shared.checks import has_values
 from .._shared.decay import reach
 from .call import AttentionCall
 from .rotation import positions, used
@@ -19,6 +20,8 @@ def check_decay(op: str, freqs: RopeFreqs, q: Tensor, k: Tensor, call: Attention
     if not freqs.steepest_decay or k.device.type != "cpu" or not (q.numel() and k.numel()):
         return
     _, j = positions(q, k, call)
+    if not has_values(j):
+        return
     farthest = max(
         float(torch.where(of_k, region.k_map(j), 0.0).max())
         for region, (_, of_k) in zip(call.regions, used(q, k, call))

@@ -133,7 +133,8 @@ def _append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
 def _gather(cache: KVCache, first: Tensor, call: AttentionCall, q: Tensor) -> tuple[Tensor, ...]:
     """Return keys and values by position: (batch, capacity, heads_k, head_dim), 0 if unseen."""
     wide = accumulator(q.dtype)
-    j = torch.arange(cache.capacity, device=q.device).expand(q.shape[0], -1)
+    capacity = cache.capacity if len(cache.k) else 0  # a table may name pages of an empty cache
+    j = torch.arange(capacity, device=q.device).expand(q.shape[0], -1)
     seen = (j < cache.lengths()[:, None]) & (j >= call.first_keys(first[:, None])[0])
     if not q.shape[1]:
         seen = torch.zeros_like(seen)
