@@ -141,6 +141,16 @@ def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+def test_a_nan_reaches_the_log_sum_exp(many_splits):
+    many_splits()
+    inputs = make(Case((90,), heads_q=3, heads_k=1))
+    inputs.q[..., 1, 0] = torch.nan
+    out, lse = inputs.run("triton")
+    of_head = torch.tensor([[False], [True], [False]], device=lse.device)
+    assert torch.equal(lse.isnan()[0], of_head)
+    assert torch.equal(out[0, 0].isnan(), of_head.expand(3, out.shape[-1]))
+
+
 def test_packed_queries_are_split(many_splits):
     """Chunks and single tokens in one call; a sequence has no query, another no key before it."""
     many_splits()

@@ -446,7 +446,8 @@ def _merge_splits(to, TILE: tl.constexpr):
         part = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
         new_max = tl.maximum(row_max, tl.max(found, 0))
         # Splits without keys hold zeros with no_logit(): their weights are 0 even if none has keys.
-        weights = tl.where(found > no_logit(), tl.exp2(found - new_max[None, :]), 0.0)
+        # A split's NaN goes on.
+        weights = tl.where(found != no_logit(), tl.exp2(found - new_max[None, :]), 0.0)
         rescale = tl.exp2(row_max - new_max)
         acc = acc * rescale[:, None] + tl.sum(part * weights[:, :, None], 0)
         row_sum = row_sum * rescale + tl.sum(weights, 0)
