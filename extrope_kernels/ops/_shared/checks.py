@@ -141,6 +141,47 @@ def overlaps_itself(x: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
 
 
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Return True if two tensors of one storage share elements, as far as strides tell.
+
+    Exact for tensors with the same strides, such as slices of one projection. With other strides
+    only dense tensors are found.
+    """
+    try:
+        storage = x.untyped_storage()
+        if storage.device.type == "meta":  # fake tensors too
+            return False
+        if storage.data_ptr() != y.untyped_storage().data_ptr():
+            return False
+    except RuntimeError:  # tensors of torch.func or of other classes may have no memory
+        return False
+    if x.numel() == 0 or y.numel() == 0 or x.dtype != y.dtype:
+        return False
+    distance = y.storage_offset() - x.storage_offset()
+    if not -_span(y) < distance < _span(x):
+        return False
+    if x.stride() != y.stride():
+        return _span(x) == x.numel() and _span(y) == y.numel()
+    sizes = zip(x.stride(), x.shape, y.shape)
+    return _is_reached(distance, sorted(sizes, reverse=True))
+
+
+def _span(x: Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+
+
+def _is_reached(distance: int, sizes: list[tuple[int, int, int]]) -> bool:
+    """Return True if two indices can differ by `distance`; sizes: sorted (stride, of x, of y)."""
+    sizes = [one for one in sizes if one[0] > 0]
+    if not sizes:
+        return distance == 0
+    (stride, of_x, of_y), *rest = sizes
+    steps = distance // stride
+    return any(
+        -of_y < n < of_x and _is_reached(distance - n * stride, rest) for n in (steps, steps + 1)
+    )
+
+
 def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None, int]:
     """Split the `positions` of a public function into the op's (positions, offset)."""
     if type(positions) is int and -(2**63) <= positions < 2**63:

@@ -12,11 +12,16 @@ from ...methods import RopeFreqs
 from ...scores import UNROTATED, Score
 from .._shared import backends as _backends
 from .._shared.autograd import constant_when_compiled
-from .._shared.checks import REFUSALS, check_boundaries, raise_as_value_error, refuse_flags
+from .._shared.checks import (
+    REFUSALS,
+    check_boundaries,
+    raise_as_value_error,
+    refuse_flags,
+    share_memory,
+)
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.positions import cache_lengths
-from ..rope.checks import share_memory
 from . import axes, flash_attn, heads, op
 from .call import AttentionCall, KVCache, make_call
 from .checks import (

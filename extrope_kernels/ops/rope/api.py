@@ -11,7 +11,13 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from .._shared.autograd import call_unrecorded, note_writes, wants_grad
 from .._shared.backends import missing, require
-from .._shared.checks import REFUSALS, raise_as_value_error, refuse_flags, split_offset
+from .._shared.checks import (
+    REFUSALS,
+    raise_as_value_error,
+    refuse_flags,
+    share_memory,
+    split_offset,
+)
 from .._shared.decay import check_numbers
 from .._shared.dtensor import replicated
 from .._shared.library import ops
@@ -25,7 +31,6 @@ from .checks import (
     check_norm,
     check_norm_eps,
     not_differentiable,
-    share_memory,
 )
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # q_norm_weight, k_norm_weight, norm_eps

@@ -15,13 +15,12 @@ from ...methods import RopeFreqs
 from ...scores.base import SAME, UNROTATED, PairMap, Score
 from .._shared import backends as _backends
 from .._shared.autograd import call_unrecorded, note_writes, refuse_backward
-from .._shared.checks import REFUSALS, check_real, raise_as_value_error, refuse_flags
+from .._shared.checks import REFUSALS, check_real, raise_as_value_error, refuse_flags, share_memory
 from .._shared.decay import check_new_keys, check_numbers
 from .._shared.dtypes import quantize
 from .._shared.library import library, load_on_first_use, ops
 from .._shared.positions import cache_lengths
 from .append_checks import Append, check, check_values
-from .checks import share_memory
 from .norm import rms_norm, rope_norm_fwd
 from .op import triton_kernels
 

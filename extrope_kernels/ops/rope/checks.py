@@ -125,47 +125,6 @@ def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
             )
 
 
-def share_memory(x: Tensor, y: Tensor) -> bool:
-    """Return True if two tensors of one storage share elements, as far as strides tell.
-
-    Exact for tensors with the same strides, such as slices of one projection. With other strides
-    only dense tensors are found.
-    """
-    try:
-        storage = x.untyped_storage()
-        if storage.device.type == "meta":  # fake tensors too
-            return False
-        if storage.data_ptr() != y.untyped_storage().data_ptr():
-            return False
-    except RuntimeError:  # tensors of torch.func or of other classes may have no memory
-        return False
-    if x.numel() == 0 or y.numel() == 0 or x.dtype != y.dtype:
-        return False
-    distance = y.storage_offset() - x.storage_offset()
-    if not -_span(y) < distance < _span(x):
-        return False
-    if x.stride() != y.stride():
-        return _span(x) == x.numel() and _span(y) == y.numel()
-    sizes = zip(x.stride(), x.shape, y.shape)
-    return _is_reached(distance, sorted(sizes, reverse=True))
-
-
-def _span(x: Tensor) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-
-
-def _is_reached(distance: int, sizes: list[tuple[int, int, int]]) -> bool:
-    """Return True if two indices can differ by `distance`; sizes: sorted (stride, of x, of y)."""
-    sizes = [one for one in sizes if one[0] > 0]
-    if not sizes:
-        return distance == 0
-    (stride, of_x, of_y), *rest = sizes
-    steps = distance // stride
-    return any(
-        -of_y < n < of_x and _is_reached(distance - n * stride, rest) for n in (steps, steps + 1)
-    )
-
-
 def _check_inv_freq(
     inv_freq: Tensor, q: Tensor, k: Tensor | None, shape: torch.Size, sequences: int
 ) -> None:
