@@ -81,12 +81,18 @@ def _files_at(path: Path) -> ModelFiles:
         raise UsageError(f"--model {path}: no such folder or .gguf file")
     if (path / "config.json").is_file():
         return ModelFiles(path)
-    ggufs = sorted(file.name for file in path.glob("*.gguf"))
-    if not ggufs:
-        raise UsageError(f"--model {path}: holds neither config.json nor a .gguf file")
-    if len(ggufs) > 1:
-        raise UsageError(f"--model {path}: holds several models, name one of {', '.join(ggufs)}")
-    return ModelFiles(path, ggufs[0])
+    return ModelFiles(path, only_gguf(path).name)
+
+
+def only_gguf(folder: Path) -> Path:
+    """Return the one GGUF file of a folder; raises UsageError."""
+    found = sorted(folder.glob("*.gguf"))
+    if not found:
+        raise UsageError(f"{folder}: holds neither config.json nor a .gguf file")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UsageError(f"{folder}: holds several models, name one of {names}")
+    return found[0]
 
 
 def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:

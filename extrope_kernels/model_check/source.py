@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation import UsageError
-from ..evaluation.models import PACKAGES, find_gguf
+from ..evaluation.models import PACKAGES, find_gguf, only_gguf
 from ..evaluation.options import require
 from ..integrations.transformers.find import shortened
 
@@ -75,11 +75,7 @@ def read_source(name: str) -> Source:
     require("transformers")
     path = find_gguf(name) if name in PACKAGES else Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) != 1:
-            found = ", ".join(file.name for file in ggufs) or "neither config.json nor a .gguf file"
-            raise UsageError(f"{name}: must hold one model, got {found}")
-        path = ggufs[0]
+        path = only_gguf(path)
     with _said_by_transformers() as warnings:
         try:
             source = _from_gguf(path) if path.suffix == ".gguf" else _from_json(name, path)

@@ -470,7 +470,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (shaped, "num_attention_heads"),
         (short, "max_position_embeddings must be a whole number of tokens > 0, got 0"),
         (damaged, "cannot be read: "),
-        (empty, "must hold one model, got neither config.json nor a .gguf file"),
+        (empty, "holds neither config.json nor a .gguf file"),
         (tmp_path / "none", "no such folder, .gguf file or config.json"),
         (tmp_path / "none.gguf", "no such file"),
         ("nobody/nothing", "not in the hub's local cache"),
