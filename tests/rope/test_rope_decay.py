@@ -122,7 +122,7 @@ def test_an_amplitude_that_overflows_is_refused(options, message):
     (
         ({}, r"got 0 to 8999; decay_origin=4499 covers them"),
         (dict(positions=-9000), r"got -9000 to -1; decay_origin=-4501 covers them"),
-        (dict(positions=torch.tensor([80, 5])), r"got 5 to 9079; no origin covers them"),
+        (dict(positions=torch.tensor([80, 5])), r"got 5 to 9004; decay_origin=4504 covers them"),
         (dict(positions=torch.arange(9001) * 2.5), r"got 0 to 22500; no origin covers them"),
     ),
 )
@@ -130,6 +130,16 @@ def test_an_amplitude_that_overflows_in_packed_sequences(options, message):
     x, boundaries = torch.zeros(9001, 1, 2, dtype=torch.float16), torch.tensor([0, 1, 9001])
     with pytest.raises(ValueError, match=rf"rope: positions .* 4532 of .*float16, {message}"):
         apply_rope(x, xpos(2), cu_seqlens=boundaries, **options)
+
+
+@pytest.mark.skipif(device() == "cuda", reason="boundaries on the device are not read back")
+def test_each_packed_sequence_is_as_long_as_it_is():
+    """The longest one does not start where the last position is."""
+    x, boundaries = torch.full((1000, 1, 2), 0.5), torch.tensor([0, 1, 1000])
+    far = torch.tensor([36_260, 0])
+    assert apply_rope(x, xpos(2), cu_seqlens=boundaries, positions=far).isfinite().all()
+    with pytest.raises(ValueError, match="got 0 to 36261"):
+        apply_rope(x, xpos(2), cu_seqlens=boundaries, positions=far + torch.tensor([1, 0]))
 
 
 def test_the_range_is_that_of_the_dtype():

@@ -138,6 +138,10 @@ BAD = {
     "cu_seqlens float": (packed([0, 5], torch.float32), "cu_seqlens must be int32"),
     "cu_seqlens short": (packed([0]), "cu_seqlens must be int32 (sequences + 1,)"),
     "cu_seqlens 2-D": (packed([[0, 5]]), "cu_seqlens must be int32 (sequences + 1,)"),
+    "cu_seqlens a list, XPOS": (
+        {**packed([0, 5]), "cu_seqlens": [0, 5], "freqs": methods.xpos(64).to(device())},
+        "cu_seqlens must be a Tensor, got list",
+    ),
     "cu_seqlens, 4-D q": (
         {"cu_seqlens": packed([0, 5])["cu_seqlens"]},
         "q must be (total, heads, head_dim) with cu_seqlens",

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from .._shared.checks import (
     DTYPES,
+    REFUSALS,
     check_cu_seqlens,
     check_matching,
     check_position_tensor,
@@ -206,7 +207,10 @@ def check_decay(
     """
     if not freqs.steepest_decay or not isinstance(q, Tensor) or torch.compiler.is_compiling():
         return
-    ends = _ends_of(q, positions, offset, cu_seqlens)
+    try:
+        ends = _ends_of(q, positions, offset, cu_seqlens)
+    except REFUSALS:  # the op names what is wrong; under torch.vmap positions have no value
+        return
     if ends is None:
         return
     most = reach(freqs, q.dtype)
@@ -230,21 +234,19 @@ def _ends_of(q: Tensor, positions: Tensor | None, offset: int, cu_seqlens: Tenso
     packed = cu_seqlens is not None
     if q.dim() != (3 if packed else 4) or not q.is_floating_point() or q.numel() == 0:
         return None
-    shape, length, sequences = q.shape, q.shape[1], q.shape[0]
+    shape, sequences = q.shape, q.shape[0]
+    lengths: int | Tensor = q.shape[1]
     if packed:
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or not has_values(cu_seqlens):
             return None
         shape, sequences = torch.Size((1, *q.shape)), cu_seqlens.shape[0] - 1
-        length = cu_seqlens.diff().max().item()
+        lengths = cu_seqlens.diff()
     if positions is None:
-        return offset, offset + length - 1
+        return offset, offset + int(lengths.max() if packed else lengths) - 1
     if positions.device.type != "cpu":
         return None
     kind = position_kind(positions, shape, sequences)
     if kind is None or positions.numel() == 0:
         return None
-    try:
-        low, high = (x.item() + offset for x in positions.aminmax())
-    except RuntimeError:  # under torch.vmap they have no value
-        return None
-    return low, high + (length - 1 if kind == "offsets" else 0)
+    last = positions.flatten().double() + lengths - 1 if kind == "offsets" else positions
+    return positions.min().item() + offset, last.max().item() + offset
