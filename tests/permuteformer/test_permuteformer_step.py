@@ -88,6 +88,17 @@ def gradients_of_steps(q, k, v, start, douts, backend, cuts, **arguments):
     return torch.autograd.grad((torch.cat(outs, 1), *state), leaves, douts)
 
 
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_a_state_may_be_a_plain_tuple(named):
+    (q, k, v), permutations = make(2, 3, dim=8)
+    arguments = {"permutations": permutations, "positions": 3, "backend": named}
+    _, state = permuteformer_step(q, k, v, **arguments)
+    out, _ = permuteformer_step(q, k, v, state, **arguments)
+    recorded, _ = permuteformer_step(q.clone().requires_grad_(), k, v, tuple(state), **arguments)
+    assert recorded.requires_grad
+    torch.testing.assert_close(recorded.detach(), out)
+
+
 def test_per_sample_gradients_of_a_step():
     """A mapped tensor does not say that torch.func.grad wants its gradient."""
     (q, k, v), permutations = make(2, 5, 2, 1, dim=8, value_dim=3)

@@ -269,6 +269,7 @@ def permuteformer_step(
         if positions is None:
             raise ValueError(f"{name}: positions must be given with a state, got None")
         check_state(name, *state, k, v, decay.shape[0])
+        state = PermuteFormerState(*state)  # a plain tuple is as good
     kv, key_sum = (None, None) if state is None else state
     if backend == "reference":
         check_values(name, q.shape[0], powers)
