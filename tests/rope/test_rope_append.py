@@ -73,6 +73,13 @@ def test_slot_mapping(backend, dtype):
     step.check(backend, step.expected(written, positions))
 
 
+def test_one_length_of_packed_tokens_in_slots(backend):
+    """Tokens without boundaries are one sequence: the tokens before them may be one int."""
+    step = Step(tokens=(7,), call={"slot_mapping": ints(*range(7, 14)), "cache_seqlens": 5})
+    positions = torch.arange(5, 12, device=device())
+    step.check(backend, step.expected([(0, t, 0, 7 + t) for t in range(7)], positions))
+
+
 def test_slots_of_any_stride(backend):
     """Lengths or positions then say where tokens are, and the slots where they go."""
     slots = ints(*range(20, 10, -1), dtype=torch.int64).view(5, 2).T
@@ -159,7 +166,8 @@ def test_xpos_in_blocks(backend):
 
 @pytest.mark.parametrize("norms", ("", "head"))
 def test_without_a_rotation(backend, norms):
-    step = Step(norms=norms, call={**CONTIGUOUS, "freqs": None})
+    unread = ints(*range(4)).view(4, 1, 1)  # positions that no rotation asks for
+    step = Step(norms=norms, call={**CONTIGUOUS, "freqs": None, "positions": unread})
     step.freqs = RopeFreqs(torch.zeros(16, device=device()))
     step.check(backend, step.expected(SLOTS, ints(*range(5))))
 

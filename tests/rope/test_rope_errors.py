@@ -414,6 +414,13 @@ def test_append_refuses_what_has_no_meaning(name):
     assert (CACHE == FILLER).all()
 
 
+@pytest.mark.parametrize("given", [None, STEP.freqs], ids=["unread", "read"])
+def test_append_refuses_positions_that_are_no_tensor(given):
+    arguments = {**CONTIGUOUS, "freqs": given, "positions": 3}
+    with pytest.raises(TypeError, match=r"^rope_append_kvcache: positions must be a Tensor"):
+        rope_append_kvcache(STEP.q, STEP.k, STEP.v, CACHE, OTHER, **arguments)
+
+
 def test_append_has_no_gradient(backend):
     step = Step(norms="head")
     tensors = [step.q.requires_grad_(), step.k, step.v, *step.caches(torch.float32)]

@@ -57,7 +57,8 @@ def cache_lengths(
 ) -> Tensor:
     """Return the lengths as a tensor, as ops take them, also from one int for all sequences.
 
-    x: (batch, seqlen, heads, head_dim), or packed with cu_seqlens, the argument called `name`.
+    x: (batch, seqlen, heads, head_dim), or packed with cu_seqlens, the argument called `name`; one
+        sequence if packed without.
     """
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(
@@ -69,7 +70,8 @@ def cache_lengths(
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: q must be a Tensor, got {type(x).__name__}")
-    batch = (x.size(0),) if x.is_nested else x.shape[:1]  # the op refuses a nested x by name
+    # The op refuses a nested x by name.
+    batch = (x.size(0),) if x.is_nested else x.shape[:-3] or (1,)
     if cu_seqlens is not None:
         check_cu_seqlens(op, cu_seqlens, x, name)
         batch = (cu_seqlens.shape[0] - 1,)

@@ -12,6 +12,7 @@ from ...scores.base import MAP_NUMBERS, SAME, PositionMap
 from .._shared.checks import (
     DTYPES,
     check_cu_seqlens,
+    check_dense,
     check_ints,
     check_matching,
     check_rows,
@@ -262,6 +263,8 @@ def _check_rotation(op: str, call: Append) -> None:
     if call.inv_freq is None:
         if call.stored:
             raise ValueError(f"{op}: a score method needs frequencies, got None")
+        if call.positions is not None:  # not read
+            check_dense(op, "positions", call.positions)
         return
     if call.stored:  # the attention rotates q
         first, second = k, None

@@ -185,8 +185,8 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
             k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
         heads = (q, k, None if q is None else out, v, k_cache, v_cache)
         cache = Cache(seqlens, block_table, slot_mapping, leftpad, k_scale, v_scale)
-        positions = seqlens if positions is None else positions
-        rope = Rope(inv_freq, positions, cu_seqlens, log_decay, axes)
+        behind = seqlens if positions is None else positions
+        rope = Rope(inv_freq, None if inv_freq is None else behind, cu_seqlens, log_decay, axes)
         launch(rope_append_kernel, settled, heads, q_weight, k_weight, cache, rope)
     return out
 
@@ -221,13 +221,13 @@ def _settle(tensors: tuple[Tensor | None, ...], options: dict) -> Settled | None
 
 def _rotation(call: Append, k: Tensor) -> Rotation:
     """Return the Rotation by `positions`, or by those that follow the slots in use."""
-    inv_freq = call.inv_freq
+    inv_freq, positions = call.inv_freq, call.positions
     if inv_freq is None:  # the kernel then reads none of it
-        inv_freq = torch.empty(max(k.shape[-1] // 2, 1), device=k.device)
+        inv_freq, positions = torch.empty(max(k.shape[-1] // 2, 1), device=k.device), None
     cu_seqlens = call.cu_seqlens
     if cu_seqlens is not None and INTERPRETED:  # a rotation has no padding; its ends are checked
         cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
-    rope = Rope(inv_freq, call.positions, cu_seqlens, call.log_decay, call.axes)
+    rope = Rope(inv_freq, positions, cu_seqlens, call.log_decay, call.axes)
     names = ("attention_factor", "interleaved", "decay_origin")
     options = {name: getattr(call, name) for name in names}
     x = k if call.cu_seqlens is None else k[0]
