@@ -162,6 +162,7 @@ CASES = [
         ValueError,
         r"decay must lie in \(0, 1\], got \[1.0, 1.7",
     ),
+    ({"decay": torch.nn.Parameter(DECAY)}, ValueError, "decay must not require grad"),
     ({"permutations": PERMUTATIONS[:, :4]}, ValueError, "permutations must be"),
     ({"positions": 1.5}, TypeError, "positions must be a Tensor, an int or None, got float"),
     ({"backend": "cudnn"}, ValueError, "backend must be None or one of .*, got 'cudnn'"),
@@ -189,9 +190,12 @@ def test_attention_alone():
     ):
         with pytest.raises(ValueError, match=f"^permuteformer_attention: {message}"):
             call_attention(permuteformer_attention, changes)
+
+
+def test_raw_attention_has_no_gradient_of_decay():
     leaf = DECAY.clone().requires_grad_()
     with pytest.raises(ValueError, match="permuteformer: decay must not require grad"):
-        call_attention(permuteformer_attention, {"decay": leaf})
+        torch.ops.extrope.permuteformer_fwd(Q, K, V, PERMUTATIONS, None, leaf)
 
 
 def test_states():
@@ -214,6 +218,9 @@ def test_dims_of_the_fused_kernels():
     with pytest.raises(ValueError, match=r"permuteformer: head_dim must be at most 256 .*got 264"):
         permuteformer_attention(*qkv, permutations=permutations)
     permuteformer_attention(*qkv, permutations=permutations, backend="reference")
+    qkv, permutations = make(1, 3, dim=8, value_dim=256)
+    with pytest.raises(ValueError, match=r"permuteformer_step: v's .* less than 256 .*got 256"):
+        permuteformer_step(qkv[0].requires_grad_(), *qkv[1:], permutations=permutations)
 
 
 def scan(gate=None, state=None):

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._shared import backends as _backends
-from .._shared.autograd import in_func_transform
+from .._shared.autograd import in_func_transform, wants_grad
 from .._shared.checks import refuse_flags, split_offset
 from .._shared.dtypes import accumulator
 from .._shared.library import ops
 from . import reference
-from .checks import check, check_powers, check_state, check_values
+from .checks import MAX_DIM, check, check_powers, check_state, check_values
+from .op import implementation
 from .permutations import Powers
 from .reference import next_state, seen
 from .scans import Call, default_decay
@@ -299,6 +300,11 @@ def _recorded_step(
     normalize: bool,
 ) -> tuple[Tensor, PermuteFormerState]:
     """Make a step's states by PyTorch's operations, which have gradients; the kernels have none."""
+    if v.shape[-1] >= MAX_DIM and implementation(q, v) is not reference:
+        raise ValueError(
+            f"permuteformer_step: v's head_dim must be less than {MAX_DIM} for gradients "
+            f"(backend='reference' takes any), got {v.shape[-1]}"
+        )
     at, offset = powers[:2], powers.offset
     wide = accumulator(q.dtype)
     rows, keys, values = (x.to(wide) for x in (q, k, v))
@@ -322,6 +328,8 @@ def backends() -> dict[str, str]:
 
 def _check_choices(name: str, q: Tensor, decay: Tensor | None, backend: str | None) -> None:
     check_values(name, q.shape[0], decay=decay)
+    if backend != "reference" and wants_grad((decay,)):
+        raise ValueError(f"{name}: decay must not require grad, got one that does")
     if backend is not None:
         _backends.require(name, backend, BACKENDS, q.device.type)
     if backend == "fla" and q.dtype == torch.float64:

@@ -105,7 +105,7 @@ def _call(q, k, v, powers: Powers, decay, causal=True, normalize=True) -> Call:
     return Call(heads, decay, powers.cu_seqlens, causal, normalize)
 
 
-def _implementation(q: Tensor, v: Tensor):
+def implementation(q: Tensor, v: Tensor):
     """Select the module that attends; the reference if nothing else can run here."""
     if q.dtype == torch.float64 or (q.numel() == 0 and q.is_cuda):
         return reference
@@ -117,7 +117,7 @@ def _implementation(q: Tensor, v: Tensor):
 
 
 def _run(q, k, v, powers: Powers, call: Call) -> Result:
-    module = _implementation(q, v)
+    module = implementation(q, v)
     if module is not cpu:  # the CPU kernels check for themselves
         check_values(_NAME, q.shape[0], powers, call.decay)
     return module.forward(q, k, v, powers, call)
@@ -147,7 +147,7 @@ def _bwd(
 ):  # fmt: skip
     powers = _powers(permutations, positions, cu_seqlens, offset)
     call = _call(q, k, v, powers, decay, **options)
-    return _implementation(q, v).backward(dout, q, k, v, out, den, powers, call)
+    return implementation(q, v).backward(dout, q, k, v, out, den, powers, call)
 
 
 def _bwd_fake(
