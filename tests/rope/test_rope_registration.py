@@ -9,6 +9,7 @@ import torch
 from append_cases import CONTIGUOUS, Step, ints
 from test_rope_norm import call, norm_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from extrope_kernels import (
     RopeFreqs,
@@ -109,6 +110,17 @@ def test_append_of_tensors_without_values():
         fakes = [mode.from_tensor(x) for x in (*given, freqs.inv_freq, freqs.log_decay)]
         freqs = replace(freqs, inv_freq=fakes[-2], log_decay=fakes[-1])
         assert append(fakes[:-2], freqs).shape == step.q.shape
+
+
+def test_xpos_of_positions_without_values():
+    """A symbolic trace has a number for every item, but not its value."""
+    x, positions = torch.randn(1, 5, 2, 16, device=device()), torch.arange(5, device=device())
+
+    def rotate(x, positions):
+        return apply_rope(x, methods.xpos(16).to(device()), positions=positions)
+
+    traced = make_fx(rotate, tracing_mode="symbolic")(x, positions)
+    assert torch.equal(traced(x, positions + 2), rotate(x, positions + 2))
 
 
 # -------------------------------------------------------------------------------------------------

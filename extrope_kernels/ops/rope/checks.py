@@ -209,7 +209,7 @@ def check_decay(
         return
     try:
         ends = _ends_of(q, positions, offset, cu_seqlens)
-    except REFUSALS:  # the op names what is wrong; under torch.vmap positions have no value
+    except REFUSALS:  # the op names what is wrong
         return
     if ends is None:
         return
@@ -243,7 +243,7 @@ def _ends_of(q: Tensor, positions: Tensor | None, offset: int, cu_seqlens: Tenso
         lengths = cu_seqlens.diff()
     if positions is None:
         return offset, offset + int(lengths.max() if packed else lengths) - 1
-    if positions.device.type != "cpu":
+    if not has_values(positions):
         return None
     kind = position_kind(positions, shape, sequences)
     if kind is None or positions.numel() == 0:
