@@ -79,7 +79,7 @@ def ulysses(gpus: int, tokens: int) -> Cost:
     work, heads_k = alone(gpus, tokens), max(HEADS_K, gpus)  # every GPU has a key head
     rows = tokens * 2 * (HEADS_Q + heads_k) * HEAD_DIM * WIDTH / gpus
     exchange = (gpus - 1) / gpus * rows / _speed(gpus)
-    return Cost(work.forward + exchange, work.backward + 2 * exchange, rows)
+    return Cost(work.forward + exchange, work.backward + exchange, rows)
 
 
 STRATEGIES = {"gather": gather, "ring": ring, "ulysses": ulysses}

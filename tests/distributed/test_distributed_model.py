@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import distributed_model as model
 import pytest
+import torch
+from sent import by_formula
 
 MILLION = 1 << 20
 
@@ -21,6 +23,17 @@ def test_what_is_sent_where_nothing_hides_it():
         cost = strategy(256, MILLION // 16)
         seconds = 16 * cost.forward, 16 * cost.backward
         assert seconds == pytest.approx((0.0859, 0.2577), rel=0.01)
+
+
+def test_ulysses_sends_what_is_counted():
+    """bench_distributed.py compares the formula with the bytes of every collective."""
+    gpus, tokens = 16, MILLION
+    q, k, v = (torch.empty(tokens // gpus, heads, 128, dtype=torch.bfloat16, device="meta")
+               for heads in (model.HEADS_Q, model.HEADS_K, model.HEADS_K))  # fmt: skip
+    alone, cost = model.alone(gpus, tokens), model.ulysses(gpus, tokens)
+    sent = [model.FABRIC * x for x in (cost.forward - alone.forward, cost.seconds - alone.seconds)]
+    formula = [by_formula("ulysses", q, k, v, gpus, backward) for backward in (False, True)]
+    assert sent == pytest.approx(formula)
 
 
 @pytest.mark.parametrize("gpus", model.GPUS)
