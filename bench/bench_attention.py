@@ -23,8 +23,8 @@ from itertools import chain, product
 from typing import NamedTuple
 
 import torch
-from compare import compare, error_of_tail, matmul_floor, trained
-from harness import Call, Report, arguments, device, memory
+from compare import compare, error_of_tail, matmul_floor, trained, why_not
+from harness import Call, Report, Row, arguments, device, memory, name_of
 from peers import attention_peers, dense_rerope, flex_rerope, sdpa
 from scaling import scaling
 from shapes import BLOCK, CHUNK, HEAD_DIM, HEADS_K, HEADS_Q, LOCAL, LONGER, SEQLEN, WINDOW
@@ -257,6 +257,10 @@ def bench(report: Report, case: Case) -> None:
         if not case.given:
             beside = {"no window": plain, **plain_peers(*qkv, freqs)}
         row = {"dtype": case.dtype, "shape": shape, "backend": backend, "own": OWN}
+        if backend == "flash_attn" and (refused := why_not(ours)):  # it takes no float32, no LEX
+            name = name_of(case.dtype)
+            report.add(Row(titles[0], "extrope", name, shape, backend, absent=refused))
+            continue
         if report.wants(titles[0], case.dtype):
             with torch.no_grad():
                 compare(report, titles[0], {"extrope": ours, **case.others(*qkv, freqs)},

@@ -52,12 +52,15 @@ def processors() -> int:
 
 @functools.cache
 def _fastest_product(dtype: torch.dtype, device: str, side: int) -> Call:
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    wide = [torch.randn(side, side, device=device) for _ in range(2)]
+    a, b = (x.to(dtype) for x in wide)
     products = [lambda: torch.matmul(a, b)]
-    if device == "cpu" and dtype == torch.float32:
-        # MKL, which matmul calls, reaches half of oneDNN's rate on AMD.
+    if device == "cpu":
+        # A processor without instructions for 16 bits multiplies floats faster. And MKL, which
+        # matmul calls for them, reaches half of oneDNN's rate on AMD.
         onednn = torch.ops.mkldnn._linear_pointwise
-        products.append(lambda: onednn(a, b, None, "none", [], ""))
+        products.append(lambda: torch.matmul(*wide))
+        products.append(lambda: onednn(*wide, None, "none", [], ""))
     times = paired(*products, repeats=3)
     return products[times.index(min(times))]
 
@@ -73,7 +76,6 @@ def compare(
     backend: str = "",
     yardsticks: dict[str, Call | str] | None = None,
     error: Callable[[object], float] | None = None,
-    checked: dict[str, Call] | None = None,
     few: dict[str, Call] | None = None,
     bars: dict[str, float] | None = None,
     own: Collection[str] = (),
@@ -83,8 +85,7 @@ def compare(
     calls: a string instead of a call says why it cannot run here. A peer that raises is absent too;
         if ours raises, the run ends.
     yardsticks: calls that compute something else, and so have no error.
-    error: the error of a call's result; `checked` has calls to ask instead if the timed ones
-        overwrite their input.
+    error: the error of a call's result, or of that of its `checked` if it overwrites its input.
     few: the same calls on one token, for the time on the host.
     bars: by name, the largest allowed ratio of our time over theirs.
     own: the names of others that are ours too.
@@ -104,7 +105,7 @@ def compare(
                 row.ratio = our_time / row.milliseconds
             row.bar = (bars or {}).get(name, NAN)
             if error and name in calls:
-                row.error = error((checked or {}).get(name, call)())
+                row.error = error(getattr(call, "checked", call)())
             row.megabytes = peak_megabytes(call)
             if few and name in few:
                 calls_and_rounds = (2, 2) if report.args.quick else (100, 20)
@@ -141,11 +142,12 @@ def with_backward(call: Call, leaves: Sequence[Tensor]) -> Call:
 def trained(
     calls: dict[str, Call | str], leaves: Sequence[Tensor] | None = None
 ) -> dict[str, Call | str]:
-    """Return each call with the gradients of `leaves` or of its own; without any, leave it out."""
+    """Return each call with the gradients of its own leaves, or of these; or leave it out."""
+    found = {name: getattr(call, "leaves", leaves) for name, call in calls.items()}
     return {
-        name: call if isinstance(call, str) else with_backward(call, leaves or call.leaves)
+        name: call if isinstance(call, str) else with_backward(call, found[name])
         for name, call in calls.items()
-        if isinstance(call, str) or leaves or hasattr(call, "leaves")
+        if isinstance(call, str) or found[name]
     }
 
 

@@ -280,6 +280,9 @@ def arguments(
     parser.add_argument("--out", type=Path, help="folder; default bench/results/PROCESSOR")
     add(parser)
     args = parser.parse_args(argv)
+    # Past 8 dtypes, sizes and modes of one function torch.compile gives up, and runs it eagerly.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     if args.quick:
         args.repeats = 1
         torch._dynamo.config.disable = True  # compiling takes longer than everything else here

@@ -95,10 +95,19 @@ def lucidrains(q: Tensor, k: Tensor) -> dict[str, Call]:
 
 
 def liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
-    """Return Liger's Triton kernel, which overwrites contiguous inputs."""
+    """Return Liger's Triton kernel, which overwrites contiguous inputs: it gets its own."""
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    return {"": partial(liger_rotary_pos_emb, q.transpose(1, 2), k.transpose(1, 2), cos, sin)}
+    def copies() -> list[Tensor]:
+        return [x.detach().clone() for x in (q, k)]
+
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+
+    own = copies()
+    call = partial(rotate, *own)
+    call.leaves, call.checked = own, lambda: rotate(*copies())
+    return {"": call}
 
 
 def flash_attn_rotary(

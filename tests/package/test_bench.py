@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import sys
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +25,9 @@ SCRIPTS = sorted(path.stem for path in BENCH.glob("bench_*.py") if path.stem != 
 def bench(monkeypatch):
     """Import a module of bench/; what --quick switches off is switched on again afterwards."""
     monkeypatch.syspath_prepend(str(BENCH))
-    with torch._dynamo.config.patch(disable=True):
+    with torch._dynamo.config.patch(
+        disable=True, recompile_limit=8, fail_on_recompile_limit_hit=False
+    ):
         yield importlib.import_module
 
 
@@ -126,6 +131,50 @@ def test_a_peer_that_fails_is_absent_and_ours_ends_the_run(bench):
     own = {"yardsticks": {"no window": fails}, "own": ("no window",)}
     with pytest.raises(RuntimeError, match="cannot compile"):
         compare.compare(report, "a", {"extrope": works}, **own, **about)
+
+
+def test_one_function_compiles_for_every_dtype_and_size(bench):
+    """By default the ninth is not compiled, and would be timed under the name of the others."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    bench("harness").arguments("some", ["--quick"])
+    with torch._dynamo.config.patch(disable=False):
+        twice = torch.compile(lambda x: x * 2, dynamic=False, backend=backend)
+        for size, dtype in product((2, 3, 4), (torch.float32, torch.bfloat16, torch.float16)):
+            twice(torch.ones(size, dtype=dtype))
+    assert len(graphs) == 9
+
+
+def test_a_peer_that_overwrites_its_input_spoils_no_other(bench, monkeypatch):
+    peers, compare = bench("peers"), bench("compare")
+
+    def rotary(q, k, cos, sin):
+        return q.mul_(2), k.mul_(2)
+
+    module = SimpleNamespace(liger_rotary_pos_emb=rotary)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.rope", module)
+    q, k = (torch.randn(1, 8, heads, 4, requires_grad=True) for heads in (2, 1))
+    before, cos = q.detach().clone(), torch.ones(1, 8, 4)
+    (call,) = peers.liger(q, k, cos, cos).values()
+    with torch.no_grad():
+        call(), call()
+        assert torch.equal(call.checked()[0], 2 * before.transpose(1, 2))
+    assert torch.equal(q, before) and all(x.shape[2] < 3 for x in call.leaves)
+    calls = compare.trained({"ours": lambda: (q * 1, k * 1), "liger": call}, (q, k))
+    assert len(calls["ours"]()) == 2 and set(calls) == {"ours", "liger"}
+
+
+def test_a_backend_that_refuses_a_case_is_absent(bench, tmp_path, monkeypatch):
+    script = bench("bench_attention")
+    monkeypatch.setattr(script, "backends", lambda: {"flash_attn": "flash_attn"})
+    monkeypatch.setattr(script, "scaling", lambda *args, **more: None)
+    script.main(["--quick", "--out", str(tmp_path), "--only", "options, forward sinks"])
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert [row["absent"].split(":")[0] for row in rows] == ["NotImplementedError"] * 2
 
 
 def test_the_product_of_the_floor_fills_the_chip(bench):
