@@ -86,9 +86,12 @@ def _path(name: str, where: Path) -> Path:
 
 
 def markdown(where: Path) -> str:
-    """Make the verdicts of all steps that ran on this card, and the tables of some."""
-    steps = [json.loads(path.read_text()) for path in sorted(where.glob("*.json"))]
-    steps.sort(key=lambda step: step["when"])
+    """Make the verdicts of all steps that ran on this card, and the tables of some.
+
+    `make bench` writes into the same folder.
+    """
+    found = [json.loads(path.read_text()) for path in sorted(where.glob("*.json"))]
+    steps = sorted((x for x in found if "step" in x), key=lambda step: step["when"])
     lines = [
         [s["step"], "yes" if s["ok"] else "**no**", s["verdict"], _made_with(s)] for s in steps
     ]
