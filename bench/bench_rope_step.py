@@ -9,6 +9,8 @@ whole step, norm included, beside its parts, each a call of its own.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from bench_rope import backends
 from compare import Floor, compare, error_of_tail
@@ -96,22 +98,24 @@ def bench_append(report: Report, dtype: torch.dtype, backend: str) -> None:
         return
     tokens = 64 if report.args.quick else TOKENS
     step, one = (Step(n, dtype, backend) for n in (tokens, 1))
-    into = [torch.empty_like(x) for x in (step.k, step.v)]
+    rows = step.k, step.v, step.q
+    into = [torch.empty_like(x) for x in rows]
 
-    def copy():
-        return [a.copy_(b) for a, b in zip(into, (step.k, step.v))]
+    def copy(count: int):
+        return [a.copy_(b) for a, b in zip(into[:count], rows)]
 
-    settings = {"dtype": dtype, "backend": backend, "floor": Floor(copy)}
+    kv, settings = partial(copy, 2), {"dtype": dtype, "backend": backend}
     compare(
         report, "append of k and v", {"extrope": step.append},
-        yardsticks={"copy of k and v": copy}, bars={"copy of k and v": 1.1},
-        shape=f"{tokens} x {HEADS_K} x {HEAD_DIM}", **settings,
+        yardsticks={"copy of k and v": kv}, bars={"copy of k and v": 1.1},
+        shape=f"{tokens} x {HEADS_K} x {HEAD_DIM}", floor=Floor(kv), **settings,
     )  # fmt: skip
     compare(
         report, "norm, rotation and append", {"extrope": step.all},
         yardsticks={"norm and rotation, then index_put": step.apart},
         bars={"norm and rotation, then index_put": 1.0}, few={"extrope": one.all},
-        shape=f"{tokens} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}", **settings,
+        shape=f"{tokens} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}", floor=Floor(partial(copy, 3)),
+        **settings,
     )  # fmt: skip
 
 

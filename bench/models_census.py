@@ -202,8 +202,9 @@ def _prepare() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", help="names of classes; nothing is written then")
-    parser.add_argument("--check", action="store_true", help="compare with the results")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--only", nargs="+", help="names of classes; nothing is written then")
+    either.add_argument("--check", action="store_true", help="compare with the results")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
