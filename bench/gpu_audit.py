@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu_audit.csv"
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # one for each supported torch
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (128, 64, 256)
 STACK, MEASURED_STACK = 16, 48  # bytes that a thread may spill; the same for a tile timed on a card
 SCORES = {  # attention's regions of keys: one, two, three
     "no window": None,
@@ -169,7 +169,7 @@ def merge(case: Case) -> None:
 def cases() -> list[Case]:
     """List the cases: every row of configs.json for 16 bits; more at the usual head_dim."""
     found = []
-    for dim in (128, 64, 256):
+    for dim in HEAD_DIMS:
         found += [Case("half-split", dim, rotate), Case("interleaved", dim, rotate)]
         found += [
             Case("with the angles' gradient", dim, rotate_back),
@@ -474,14 +474,14 @@ def _functions(tools: Path, option: str, target: Path) -> dict[tuple[int, str], 
 # The run
 
 
-def run(chips: list[int], only: str, jobs: int) -> tuple[list[Row], list[str]]:
+def run(chips: list[int], only: str) -> tuple[list[Row], list[str]]:
     """Return all rows, and the cases that did not compile."""
     rows, failed = [], []
     wanted = [i for i, case in enumerate(cases()) if only in f"{case.call.__name__} {case.variant}"]
     for chip in chips:
         with (
             TemporaryDirectory() as cache,  # else it would fill the user's cache
-            ProcessPoolExecutor(jobs, initializer=prepare, initargs=(chip, cache)) as pool,
+            ProcessPoolExecutor(initializer=prepare, initargs=(chip, cache)) as pool,
         ):
             for found in pool.map(compiled, wanted):
                 if isinstance(found, str):
@@ -500,7 +500,8 @@ def with_triton(version: str) -> int:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
         subprocess.run([*pip, str(folder), f"triton=={version}"], check=True)
     path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    kept = [word for word in sys.argv[1:] if word not in ("--triton", version)]
+    named = "--triton", version, f"--triton={version}"
+    kept = [word for word in sys.argv[1:] if word not in named]
     command = [sys.executable, __file__, *kept, "--keep-no-results"]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
@@ -510,12 +511,11 @@ def main() -> int:
     parser.add_argument("--chip", type=int, action="append", choices=list(CARDS), help="only this")
     parser.add_argument("--only", default="", metavar="TEXT", help="calls and variants named so")
     parser.add_argument("--triton", choices=TRITONS, help="compile with this Triton")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--keep-no-results", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.triton:
         return with_triton(asked.triton)
-    rows, failed = run(asked.chip or list(CARDS), asked.only, asked.jobs)
+    rows, failed = run(asked.chip or list(CARDS), asked.only)
     if not asked.only:
         try:
             rows += [row for row in cuda_rows() if row.chip in (asked.chip or CARDS)]

@@ -47,6 +47,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 NAME = "length_generalization"
 VOCABULARY = 256  # bytes
+WORKERS = 2  # processes, each on one thread
 
 
 # -------------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ class Job(NamedTuple):
         return f"{told}: loss {done['loss']:.3f}, {done['seconds']:.0f} s of a core"
 
 
-def work(runs: list[Run], workers: int) -> None:
+def work(runs: list[Run]) -> None:
     """Do all that is missing: trainings, then those that tune their weights, then readings."""
     anew = [("trained", name) for name in TRAININGS if not TRAININGS[name].starts_from]
     tuned = [("trained", name) for name in TRAININGS if TRAININGS[name].starts_from]
@@ -295,10 +296,10 @@ def work(runs: list[Run], workers: int) -> None:
         for wave in (anew, tuned, [("read", name) for name in METHODS])
     ]
     # A fork finds torch imported. No thread of torch's has started here by then.
-    pool = ProcessPoolExecutor(workers, get_context("fork"), torch.set_num_threads, (1,))
+    pool = ProcessPoolExecutor(WORKERS, get_context("fork"), torch.set_num_threads, (1,))
     with pool, tqdm(total=sum(map(len, waves)), unit="job") as progress:
         for wave in waves:
-            jobs = [pool.submit(job.do, 1 + i % workers) for i, job in enumerate(wave)]
+            jobs = [pool.submit(job.do, 1 + i % WORKERS) for i, job in enumerate(wave)]
             for done in as_completed(jobs):
                 progress.write(done.result())
                 progress.update()
@@ -331,14 +332,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps")
     parser.add_argument("--seeds", type=int, default=3, help="of each training")
-    parser.add_argument("--workers", type=int, default=2, help="processes, each on one thread")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / NAME, help="keeps all parts")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.build.mkdir(parents=True, exist_ok=True)
     setup = QUICK if args.quick else FULL
     runs = [Run(replace(setup, seed=seed), args.build) for seed in range(args.seeds)]
-    work(runs, args.workers)
+    work(runs)
     results = collect(runs)
     table, figure = (args.build,) * 2 if args.quick else (RESULTS / FOLDER, ROOT / "docs")
     write(table / f"{NAME}.json", results)

@@ -42,7 +42,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from extrope_kernels.integrations.transformers import extend  # noqa: E402
 
-MEMORY = 7 << 30  # bytes
+MEMORY, WORKERS = 7 << 30, 2  # bytes of each
 SECONDS = 900  # enough on machines with other load
 WINDOWED = "sliding window or chunks"
 PROMPT, NEW, PADS = 20, 4, 7  # tokens
@@ -180,9 +180,9 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {(lines or [''])[-1][:300]}"
 
 
-def run(names: Iterable[str], workers: int) -> Iterator[dict[str, Any]]:
+def run(names: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows, each from its own child process; transformers is imported once, before."""
-    with multiprocessing.get_context("fork").Pool(workers, _prepare, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("fork").Pool(WORKERS, _prepare, maxtasksperchild=1) as pool:
         rows = {name: pool.apply_async(census, (name,)) for name in names}
         for name, row in rows.items():
             try:
@@ -205,11 +205,10 @@ def main() -> None:
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--only", nargs="+", help="names of classes; nothing is written then")
     either.add_argument("--check", action="store_true", help="compare with the results")
-    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     rows = []
-    for row in run(args.only or tiny_models.rotary_classes(), args.workers):
+    for row in run(args.only or tiny_models.rotary_classes()):
         rows.append(row)
         bad = {name: said for name, said in row.items() if name != "name" and said != "ok"}
         print(row["name"], bad or "ok", flush=True)

