@@ -39,7 +39,7 @@ test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/smollm2 $(OLDER_TRITO
 	$(BIN)/python tests/support/sanitizers/run.py thread
 	$(BIN)/python tests/support/arm/run.py
 
-bench: $(VENV)/extra-bench
+bench: $(VENV)/extra-bench $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels bench
 
 hub: $(VENV)/extra-test

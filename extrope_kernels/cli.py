@@ -131,11 +131,8 @@ def run_benchmarks(names: list[str]) -> int:
         if name not in known:
             print(f"bench: NAME must be one of {list(known)}, got {name!r}", file=sys.stderr)
             return 2
-    for name in names or known:
-        done = subprocess.run([sys.executable, str(known[name])])
-        if done.returncode != 0:
-            return done.returncode
-    return 0
+    runs = [subprocess.run([sys.executable, str(known[name])]) for name in names or known]
+    return next((run.returncode for run in runs if run.returncode != 0), 0)
 
 
 def _cpu_verdict() -> str:
