@@ -168,6 +168,24 @@ def test_a_peer_that_overwrites_its_input_spoils_no_other(bench, monkeypatch):
     assert len(calls["ours"]()) == 2 and set(calls) == {"ours", "liger"}
 
 
+def test_the_floor_of_a_cache_reads_layers_of_its_own(bench, monkeypatch):
+    decode, compare = bench("bench_decode"), bench("compare")
+    monkeypatch.setattr(compare, "BYTES", 4 * 64)
+    cache = torch.zeros(8), torch.zeros(8)
+    ours, read = compare.layers_of(*cache), []
+    monkeypatch.setattr(decode, "by_layer", lambda step, layers: read.extend(layers))
+    decode.reading_of(*cache)
+    assert len(ours) == len(read) == 4
+    assert not {x.data_ptr() for x, _ in ours[1:]} & {x.data_ptr() for x, _ in read[1:]}
+
+
+def test_a_backend_without_a_norm_is_left_out(bench, tmp_path, monkeypatch, capsys):
+    script, both = bench("bench_rope_step"), {"cpu": None, "cuda": "cuda"}
+    monkeypatch.setattr(script, "backends", lambda: both)
+    script.main(["--quick", "--out", str(tmp_path), "--only", "norm of each head bfloat16"])
+    assert len(ran(script, tmp_path, capsys)) == 3
+
+
 def test_a_backend_that_refuses_a_case_is_absent(bench, tmp_path, monkeypatch):
     script = bench("bench_attention")
     monkeypatch.setattr(script, "backends", lambda: {"flash_attn": "flash_attn"})
