@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from bench_rope import backends
 from compare import Floor, compare, error_of_tail
-from harness import Report, arguments, device, kept_memory
+from harness import Report, arguments, device
 from shapes import HEAD_DIM, HEADS_K, HEADS_Q, PAGE_SIZE, SEQLEN
 from torch import Tensor
 from torch.nn.functional import rms_norm
@@ -124,12 +124,11 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
     torch.manual_seed(0)
     report = Report("rope_step", args)
-    with kept_memory():
-        for name in set(backends()) - {"cuda"}:  # which has the rotation alone
-            for dtype in (torch.bfloat16, torch.float32):
-                for together in (False, True):
-                    bench_norm(report, dtype, together, name)
-                bench_append(report, dtype, name)
+    for name in set(backends()) - {"cuda"}:  # which has the rotation alone
+        for dtype in (torch.bfloat16, torch.float32):
+            for together in (False, True):
+                bench_norm(report, dtype, together, name)
+            bench_append(report, dtype, name)
     report.save()
 
 

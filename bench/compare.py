@@ -16,6 +16,7 @@ from harness import (
     Row,
     device,
     host_microseconds,
+    kept_memory,
     name_of,
     once,
     paired,
@@ -65,6 +66,7 @@ def _fastest_product(dtype: torch.dtype, device: str, side: int) -> Call:
     return products[times.index(min(times))]
 
 
+@kept_memory()
 def compare(
     report: Report,
     case: str,

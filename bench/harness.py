@@ -2,7 +2,7 @@
 
 Times are medians of calls made in turn within one run: a slow phase of the machine hits all alike.
 On a GPU a call is captured as a CUDA graph and replayed with a cold L2 cache, so no time includes
-Python. Results go to bench/results/PROCESSOR/NAME.json, a row a line.
+Python; on a CPU all reuse memory. Results go to bench/results/PROCESSOR/NAME.json, a row a line.
 """
 
 from __future__ import annotations

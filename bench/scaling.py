@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import Call, Report, column, device, once, paired, peak_megabytes
+from harness import Call, Report, column, device, kept_memory, once, paired, peak_megabytes
 
 LENGTHS = tuple(2**i for i in range(10, 17))
 SECONDS = 5.0  # after a call this long the next length is left out: it may take four times longer
@@ -57,6 +57,7 @@ def scaling(
 
 
 @torch.no_grad()
+@kept_memory()
 def measure(name: str, seqlen: int, threads: int, call: Call, repeats: int) -> ScalingRow:
     first = once(call)
     milliseconds = paired(call, repeats=repeats, seconds=2.0) if first < 2000 else [once(call)]

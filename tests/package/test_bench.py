@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import resource
 import sys
 from itertools import product
 from pathlib import Path
@@ -166,6 +167,21 @@ def test_a_peer_that_overwrites_its_input_spoils_no_other(bench, monkeypatch):
     assert torch.equal(q, before) and all(x.shape[2] < 3 for x in call.leaves)
     calls = compare.trained({"ours": lambda: (q * 1, k * 1), "liger": call}, (q, k))
     assert len(calls["ours"]()) == 2 and set(calls) == {"ours", "liger"}
+
+
+def test_no_timed_call_pays_for_fresh_pages(bench):
+    harness, compare, faults = bench("harness"), bench("compare"), []
+    report = harness.Report("some", harness.arguments("some", ["--quick"]))
+
+    def call():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(2**26, dtype=torch.uint8).fill_(1)  # 16,384 pages
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    about = {"dtype": torch.uint8, "shape": "9", "floor": compare.Floor(lambda: None)}
+    compare.compare(report, "a", {"extrope": call}, **about)
+    assert max(faults[1:-1]) < 1000  # the first, and the one whose peak is measured, may
+    assert report.rows[0].megabytes > 60
 
 
 def test_the_floor_of_a_cache_reads_layers_of_its_own(bench, monkeypatch):
