@@ -48,6 +48,7 @@ YARDSTICKS = ("clone", "copy_", "no window")  # not other ways to the same resul
 ROPE, LONG, SHORT = "8192 x 32/8 x 128", "8192 x 8/2 x 128", "2048 x 8/2 x 64"
 CACHE = "1 on 32768 x 8/2 x 128"
 PLAIN = "plain attention, unrotated"
+MACHINE = "amx"  # its folder of results: all bars and curves are of one processor
 SHOWN = (
     Shown("rotate q and k", "rope", "forward, half-split", "bfloat16", ROPE),
     Shown("rotate, and back", "rope", "forward + backward, half-split", "bfloat16", ROPE),
@@ -60,7 +61,7 @@ SHOWN = (
 
 def against_the_best(shown: Shown, results: Path = RESULTS) -> tuple[float, str]:
     """Return the fastest other's time over ours, and its name; of those that do as much, if any."""
-    rows = json.loads((results / "avx512" / f"{shown.file}.json").read_text())["rows"]
+    rows = json.loads((results / MACHINE / f"{shown.file}.json").read_text())["rows"]
     # Ratios as in the tables: ours was timed anew beside each of the others.
     ratios = {
         row["implementation"]: row["ratio"]
@@ -98,7 +99,7 @@ def speed(path: Path, results: Path = RESULTS) -> None:
 
 def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
     """Draw time and peak memory against length; dotted: one thread."""
-    content = json.loads((results / "avx512" / f"scaling-{name}.json").read_text())
+    content = json.loads((results / MACHINE / f"scaling-{name}.json").read_text())
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     time, memory = figure.subplots(1, 2)
     found = scaling.curves(content["rows"])
