@@ -154,7 +154,7 @@ def demo(path: Path, results: Path = RESULTS) -> None:
 
 
 WORST = 0.35  # nats over YaRN; methods that cost more are left out
-MARKERS = dict(zip(SCORES, "os^Dv*PX", strict=True))  # their points lie too close for names
+MARKERS = dict(zip(SCORES, cycle("os^Dv*PX")))  # their points lie too close for names
 
 
 def tradeoff(path: Path, results: Path = RESULTS) -> None:
