@@ -117,6 +117,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def many_splits(monkeypatch):
+    """Triton splits sequences of a few dozen keys, as it does long ones: over `most` slots."""
+    from extrope_kernels.ops._shared.layouts import forget
+    from extrope_kernels.ops.attention.triton.decode import decode
+
+    def split(most: int = 128) -> None:
+        launcher = sys.modules[decode.__module__]
+        monkeypatch.setattr(launcher, "LEAST_KEYS", 16)
+        monkeypatch.setattr(launcher, "MOST_SPLITS", most)
+        forget()
+
+    yield split
+    forget()
+
+
 def pytest_generate_tests(metafunc):
     """`backend` runs over every implementation of the rotation that can run here.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from decode_oracle import SCORES, Case, check, make  # noqa: E402
 from score_examples import PLAIN, example_of  # noqa: E402
 
 from extrope_kernels import methods, scores  # noqa: E402
-from extrope_kernels.ops._shared.layouts import forget  # noqa: E402
 from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.attention import AttentionCall  # noqa: E402
 from extrope_kernels.ops.attention.call import KVCache  # noqa: E402
@@ -85,20 +83,6 @@ def test_frequencies_past_half_a_turn(frequency):
     angle = positions[:, None].double() * inv_freq.double()
     assert (cos.double() - angle.cos()).abs().max() < 2e-7
     assert (sin.double() - angle.sin()).abs().max() < 2e-7
-
-
-@pytest.fixture
-def many_splits(monkeypatch):
-    """Sequences of a few dozen keys are split, as long ones are: over so many slots at most."""
-
-    def split(most: int = 128) -> None:
-        launcher = sys.modules[decode.__module__]
-        monkeypatch.setattr(launcher, "LEAST_KEYS", 16)
-        monkeypatch.setattr(launcher, "MOST_SPLITS", most)
-        forget()
-
-    yield split
-    forget()
 
 
 SMALL = {"heads_q": 1, "heads_k": 1}

@@ -44,6 +44,45 @@ def test_barriers_do_not_order_blocks():
     assert LOADS in found
 
 
+# Every thread stores, thread 0 counts its block, and the block that is last loads what all stored.
+LAST_BLOCK = """
+    ld.param.b64 %rd0, [p0]; ld.param.b64 %rd1, [p1]; ld.param.b64 %rd7, [p2];
+    mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.b32 %r9, memory; setp.eq.s32 %p0, %r0, 0;
+    shl.b32 %r2, %r1, 9; shl.b32 %r3, %r0, 2; add.s32 %r4, %r2, %r3;
+    cvt.u64.u32 %rd2, %r4; add.s64 %rd3, %rd0, %rd2; cvt.u64.u32 %rd4, %r3;
+    st.global.b32 [%rd3], %r4; {before}
+    @%p0 atom.global.gpu.{order}.add.u32 %r5, [%rd7], 1;
+    @%p0 st.shared.b32 [%r9], %r5; bar.sync 0; ld.shared.b32 %r6, [%r9];
+    setp.eq.s32 %p1, %r6, {blocks};
+    @%p1 bra DONE;
+    add.s64 %rd5, %rd0, %rd4; ld.global.b32 %r7, [%rd5]; ld.global.b32 %r8, [%rd5+512];
+    add.s32 %r8, %r7, %r8; add.s64 %rd6, %rd1, %rd4; st.global.b32 [%rd6], %r8;
+    DONE:
+"""
+
+
+def count_blocks(before=BARRIER, order="acq_rel", last=0, seed=0):
+    """`last`: how many blocks came before the one that does not load."""
+    tensors = [torch.zeros(n, dtype=torch.int32) for n in (256, 128, 1)]
+    body = LAST_BLOCK.format(before=before, order=order, blocks=last)
+    found = run(body, tensors, blocks=2, seed=seed)
+    assert tensors[2] == 2
+    return found, tensors[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counted_blocks_see_one_another(seed):
+    found, out = count_blocks(seed=seed)
+    assert not found
+    assert torch.equal(out, torch.arange(128, dtype=torch.int32) * 8 + 512)
+
+
+@pytest.mark.parametrize("change", [{"before": ""}, {"order": "relaxed"}, {"last": 1}])
+def test_what_a_count_does_not_order(change):
+    """No barrier before it, no order of memory, or not the last that counts but the first."""
+    assert LOADS in count_blocks(**change)[0]
+
+
 # Every thread of 64 hands a number to its neighbour in the other warp, through shared memory.
 NEIGHBOURS = """
     ld.param.b64 %rd0, [p0]; mov.u32 %r0, %tid.x; mov.b32 %r1, memory; shl.b32 %r2, %r0, 2;

@@ -230,8 +230,14 @@ def test_attention(chip):
     check_attention()
 
 
-def test_decode(chip):
-    check_decode(page=16)
+def test_decode(chip, many_splits):
+    """The last program of a sequence merges what the others stored."""
+    from ptx import launch
+
+    many_splits()
+    check_decode(page=16, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    opcodes = launch.LOG.instructions["decode_kernel"]
+    assert "atom.global.gpu.acq_rel.add.u32" in opcodes
 
 
 def test_attention_of_heads(chip):
@@ -263,6 +269,23 @@ def test_cos_sin(chip):
 
 
 # make test-all
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dim": 128, "page": 16, "new": 9},
+        {"dim": 64, "fp8": True, "append": False},
+        {"dim": 96, "dtype": FP32, "lengths": (150, 0, 33)},
+        {"score": "string", "softcap": 20.0, "heads": (1, 1)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_decode_by_splits_with_options(chip, options, many_splits):
+    many_splits()
+    check_decode(**{"lengths": (130, 65), **options})
+
 
 DIMS = [64, 96, 128, 256]
 PACKED = torch.tensor([0, 1, 66, 66, 150]).int()

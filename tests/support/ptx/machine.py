@@ -189,7 +189,16 @@ class Context:
             place, value.view(SCALAR[size]).ravel()[lanes], size, self.warp[lanes], self._name(at)
         )
 
-    def atomic_add(self, pointer, value, mask, at):
+    def atomic_add_global(self, pointer, value, mask, at, orders):
+        lanes, pointer = self._some(pointer, mask)
+        lanes = np.arange(self.n)[lanes]
+        value = np.broadcast_to(value, self.n)[lanes]
+        old = self.machine.memory.atomic_add(
+            pointer, value, self.thread[lanes], orders, self._name(at)
+        )
+        return old, lanes
+
+    def atomic_add_shared(self, pointer, value, mask, at):
         """Add in shared memory, lane after lane; such accesses do not race with one another."""
         lanes, pointer = self._some(pointer, mask)
         lanes = np.arange(self.n)[lanes]
@@ -348,7 +357,7 @@ class Machine:
                     self.shared.barrier(block)
                     if self.tcgen05 is not None:
                         self.tcgen05.barrier(block)
-                    self.memory.interval[blocks[block][0]] += 1
+                    self.memory.barrier(blocks[block][0])
                     status[status == WAITING] = RUNNING
                     moved = True
             if (self.status == GIVING_WAY).any():

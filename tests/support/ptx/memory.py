@@ -69,7 +69,8 @@ class Global:
 
     An access is in bounds where each of its bytes belongs to an element of a tensor: not behind its
     end, nor between the rows of a strided one. It is a finding when threads see one another's
-    results within the launch, unless they are of one block and a barrier lies between.
+    results within the launch, unless they are of one block and a barrier lies between, or of two
+    and one of them released after a barrier, by an atomic, what the other acquired before one.
     """
 
     BASE, GAP, ALIGN = 0x7F0000000000, 1 << 17, 256
@@ -113,6 +114,16 @@ class Global:
     def launched(self, threads: int, blocks: int) -> None:
         """Begin a launch of so many threads a block."""
         self.threads, self.interval = threads, np.zeros(blocks, np.int32)
+        # By block, how many intervals of each block lie behind it; none of EVERYWHERE, in the end.
+        self.behind = np.zeros((blocks, blocks + 1), np.int32)
+        self.acquired: dict[int, np.ndarray] = {}  # by block, what is behind its next barrier
+        self.released: dict[int, np.ndarray] = {}  # by place, what is behind who adds to it
+
+    def barrier(self, block: int) -> None:
+        self.interval[block] += 1
+        behind = self.behind[block]
+        np.maximum(behind, self.acquired.pop(block, behind), out=behind)
+        behind[block] = self.interval[block]
 
     def _apart(self, other: np.ndarray, interval: np.ndarray, who: np.ndarray) -> np.ndarray:
         """Tell which of these are other threads' work with no barrier behind it."""
@@ -120,7 +131,7 @@ class Global:
         if apart.any():
             block = who // self.threads
             theirs = np.where(other < 0, SEVERAL - other, other // self.threads)
-            apart &= (theirs != block) | (interval == self.interval[block])
+            apart &= interval >= self.behind[block, np.minimum(theirs, len(self.interval))]
         return apart
 
     def _joined(self, reader: np.ndarray, who: np.ndarray) -> np.ndarray:
@@ -223,6 +234,23 @@ class Global:
             )
         self.writer[unit] = who
         self.stored[unit] = self.interval[who // self.threads]
+
+    def atomic_add(
+        self, address: np.ndarray, value: np.ndarray, thread: np.ndarray, orders: bool, at: str
+    ) -> np.ndarray:
+        """Add, thread after thread; each acquires what those before it released, if that orders."""
+        place = self._place(address, 4, at)
+        old = np.empty(len(place), np.uint32)
+        for i, (where, who) in enumerate(zip(place, thread)):
+            old[i] = self.load(address[i : i + 1], 4, thread[i : i + 1], at)[0]
+            self.views[4][where // 4] += value[i]
+            if orders:
+                block = who // self.threads
+                behind = self.behind[block]
+                before = self.released.get(where, behind)
+                self.acquired[block] = np.maximum(self.acquired.get(block, behind), before)
+                self.released[where] = np.maximum(before, behind)
+        return old
 
 
 def _host(start: int, end: int) -> np.ndarray:

@@ -30,6 +30,8 @@ MODIFIERS = {
     "shared::cta", "shared::cluster", "mbarrier_init", "mbarrier", "arrive", "noinc", "release",
     "acquire", "cluster", "inc", "dec",
 }  # fmt: skip
+# What an atomic may say of its order and scope, by space.
+ATOMICS = {"global": (["gpu", "acq_rel"], ["gpu", "relaxed"]), "shared": ([],)}
 # With a second type, these would mix float32 and 16 bits.
 ONE_TYPE = ("add", "sub", "mul", "mad", "div", "rem", "neg", "abs", "min", "max", "selp")
 # Families that check their modifiers themselves.
@@ -134,12 +136,15 @@ class Translator(Arithmetic):
         ]
 
     def do_atom(self, words, operands, mask, at):
-        if words[1] != "shared" or words[2:] != ["add", "u32"]:
+        _, space, *order = words
+        if order[-2:] != ["add", "u32"] or order[:-2] not in ATOMICS.get(space, ()):
             raise Unknown(".".join(words))
-        pointer = self.pointer(operands[1], self.wide_pointer(operands[1]))
-        return [
-            f"t, s = c.atomic_add({pointer}, {self.value(operands[2], 'u32')}, {mask}, {at})"
-        ] + ([] if operands[0] == "_" else [f"{self.row(operands[0], 'b32')}[s] = t"])
+        pointer = self.pointer(operands[1], space == "global" or self.wide_pointer(operands[1]))
+        more = self.value(operands[2], "u32")
+        call = f"c.atomic_add_{space}({pointer}, {more}, {mask}, {at}"
+        call += f", {'acq_rel' in order})" if space == "global" else ")"
+        kept = [] if operands[0] == "_" else [f"{self.row(operands[0], 'b32')}[s] = t"]
+        return [f"t, s = {call}", *kept]
 
     def do_cp(self, words, operands, mask, at):
         if words[1] != "async":
