@@ -424,12 +424,13 @@ def test_merge_and_cos_sin_of_dtypes(chip, dtype):
     check_cos_sin(dtype)
 
 
-def test_older_tritons(chip, triton_version):
+def test_older_tritons(chip, triton_version, many_splits):
     """3.6 leaves out a fence, and 3.7 writes fragments after one; nothing else is found."""
     import triton
     from ptx import launch, plugin
 
     assert triton.__version__ == triton_version
+    many_splits()
     for dtype, dim in ((FP16, 64), (BF16, 128)):
         for check in (check_rotation, check_append, check_decode, check_attention):
             check(dtype, dim)
