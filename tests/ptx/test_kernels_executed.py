@@ -62,6 +62,10 @@ def agree(names: str, call, tensors: list[Tensor], noise=None, **options) -> Non
     options = {name: x if name in kept else wide(x) for name, x in options.items()}
     exact = call(*map(wide, tensors), backend="reference", **options)
     for name, *values in zip(names.split(), found, same, exact, strict=True):
+        if values[0].itemsize == 1:  # fp8: where a sum lies between two codes, either of them
+            out, _, want = (x.float() for x in values)
+            torch.testing.assert_close(out, want, rtol=2**-3, atol=2**-9, msg=name)
+            continue
         seen = values[2].isfinite()
         assert torch.equal(values[0].isfinite(), seen), name
         out, near, want = (x.masked_fill(~seen, 0) for x in values)
