@@ -138,25 +138,34 @@ def check_decode(
         shape = (batch * pages, page, heads[1], dim)
         order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0))
         options["block_table"] = order.int().view(batch, pages)
-    caches = [randn(*shape, dtype=dtype, seed=i) for i in (5, 6)]
+    caches, unit = [randn(*shape, dtype=dtype, seed=i) for i in (5, 6)], 1.0
     if fp8:
-        caches = [(20 * x).to(torch.float8_e4m3fn) for x in caches]
-        options |= {name: torch.full((heads[1],), 0.05) for name in ("k_scale", "v_scale")}
+        unit = 0.05
+        caches = [(x / unit).to(torch.float8_e4m3fn) for x in caches]
+        options |= {name: torch.full((heads[1],), unit) for name in ("k_scale", "v_scale")}
     options["cache_seqlens"] = torch.tensor([n + (0 if append else new) for n in lengths]).int()
     given = [randn(batch, new, h, dim, dtype=dtype, seed=h) for h in (heads[0], heads[1], heads[1])]
     given = given if append else [given[0], None, None]
     names = "out lse" + (" k_cache v_cache" if append else "")
     rounding = Rounding(given[0], wide(caches[0]), dim**-0.5)
 
-    def of_scaled_queries(name: str, exact: Tensor) -> float:
-        """Queries are scaled before they are rounded, which the reference does not do."""
+    values = [unit * caches[1].double(), *(given[2:] if append else ())]
+    largest = max(x.abs().max().item() for x in values)
+
+    def of_operands(name: str, exact: Tensor) -> float:
+        """Scaled queries are rounded, and weights to 16 bits, which the reference does not do.
+
+        Weights add up to 1: half an eps of each moves a result by half an eps of a value at most.
+        """
         if name == "lse":
             return rounding.logit
-        return rounding.weight(max(lengths) + new) * norm(exact) if dtype == FP32 else 0.0
+        if dtype == FP32:
+            return rounding.weight(max(lengths) + new) * norm(exact)
+        return torch.finfo(dtype).eps / 2 * largest if name == "out" else 0.0
 
     options |= {"score": SCORES[score] if isinstance(score, str) else score}
     options["freqs"] = freqs or methods.rope(dim)
-    agree(names, decode, [*given, *caches], of_scaled_queries, **options)
+    agree(names, decode, [*given, *caches], of_operands, **options)
 
 
 def rotate(q, k, grad_q, grad_k, *, dim, backend, norms=(None, None), **options):
