@@ -98,6 +98,8 @@ def rope_attention(
     boundaries = None
     if call.cu_seqlens is not None:
         boundaries = _boundaries(op, call.cu_seqlens, q.shape[0] * group.size, strategy)
+    if freqs.log_decay is not None and not torch.compiler.is_compiling():
+        attention.check_decay(op, freqs, *(_shape_of_all(x, group.size) for x in (q, k)), call)
     plan = Plan(op, call, backend, group, balance, boundaries)
     if strategy == "ulysses":
         ulysses.check_heads(op, q.shape[-2], k.shape[-2], group)
@@ -143,6 +145,11 @@ def _boundaries(op: str, cu_seqlens: Tensor, total: int, strategy: Strategy) -> 
             f"got {boundaries}"
         )
     return boundaries
+
+
+def _shape_of_all(x: Tensor, ranks: int) -> Tensor:
+    """Return a tensor without memory of its own, of the shape of all ranks' tokens."""
+    return x.new_zeros(()).expand(*x.shape[:-3], x.shape[-3] * ranks, *x.shape[-2:])
 
 
 class _OfKeys(torch.autograd.Function):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from extrope_kernels import RopeFreqs, distributed, scores
+from extrope_kernels import RopeFreqs, distributed, methods, scores
 from extrope_kernels.testing import make_qk
 
 FREQS = RopeFreqs(10000.0 ** -(torch.arange(8) / 8))
@@ -21,6 +21,7 @@ def attend(mesh, /, tokens=4, heads_q=4, heads_k=2, **options):
 
 PACKED = {"q": torch.zeros(4, 4, 16), "k": torch.zeros(4, 2, 16), "v": torch.zeros(4, 2, 16)}
 TWO_KEYS = torch.zeros(1, 2, 2, 16).double()
+FAR = torch.zeros(1, 2000, 1, 16).half()
 WITH_GRADIENT = RopeFreqs(FREQS.inv_freq.clone().requires_grad_())
 REFUSED = [
     ({"strategy": "tree"}, ValueError, "strategy must be one of .*, got 'tree'"),
@@ -54,6 +55,12 @@ REFUSED = [
     ),
     ({"query_scale": torch.ones(16)}, ValueError, r"query_scale must be float32 \(4,\)"),
     ({"freqs": WITH_GRADIENT}, ValueError, "inv_freq must not require grad over ranks"),
+    # A rank's 2,000 tokens are near enough to 0; the last of all ranks are not.
+    (
+        {"q": FAR, "k": FAR, "v": FAR, "freqs": methods.xpos(16), "score": scores.rerope(7500)},
+        ValueError,
+        "keys must be within 4532 positions of 0 for XPOS in torch.float16, got one at 7999",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from .api import (
 )
 from .call import AttentionCall, make_call
 from .checks import check_attention, check_log_n, check_method
+from .decay import check_decay
 from .merge import merge_attention
 from .op import backward, forward, grad_of_sinks
 from .select_backend import selections
@@ -20,6 +21,7 @@ __all__ = [
     "backends",
     "backward",
     "check_attention",
+    "check_decay",
     "check_log_n",
     "check_method",
     "forward",
