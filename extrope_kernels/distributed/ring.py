@@ -147,7 +147,8 @@ def _round(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tens
 def _pairs(plan: Plan, step: int, tokens: int) -> Iterator[tuple[Run, Run]]:
     """Pair this rank's queries with a step's keys, run by run, where queries see keys.
 
-    A run paired with itself comes first: it has a key for every query, and the sinks.
+    A run paired with itself comes first, whole: its result is the first of each row, even of one
+    without keys, and has the sinks.
     """
     group, call = plan.group, plan.call
     source = group._replace(rank=(group.rank - step) % group.size)
@@ -155,8 +156,10 @@ def _pairs(plan: Plan, step: int, tokens: int) -> Iterator[tuple[Run, Run]]:
         for there in reversed(runs(tokens, source, plan.balance)):
             if there.start > here.start:
                 continue
-            queries = here.within(here.start, call.queries_end(there.stop))
-            keys = there.within(call.first_key(here.start), there.stop)
+            queries, keys = here, there
+            if not here.is_same(there):
+                queries = here.within(here.start, call.queries_end(there.stop))
+                keys = there.within(call.first_key(here.start), there.stop)
             if queries.stop > queries.start and keys.stop > keys.start:
                 yield queries, keys
 
