@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_base, check_dim, check_factor, check_length, check_seq_len
-from .base import RopeFreqs, exponents, rope_inv_freq
+from .base import RopeFreqs, copy_to, exponents, rope_inv_freq
 from .ntk_aware import ntk_base
 
 
@@ -48,6 +48,8 @@ def dynamic_ntk(
         length = seq_len.clamp(min=trained).to(torch.float32).unsqueeze(-1)
         alpha = factor * length / trained - (factor - 1)
         powers = ntk_base(dim, base, alpha) ** exponents(dim, seq_len.device)
-        return RopeFreqs(1.0 / powers)
+        # alpha is rounded, and the device has its own pow: neither may touch the trained length.
+        plain = copy_to(rope_inv_freq(dim, base), seq_len.device)
+        return RopeFreqs(torch.where(length > trained, 1.0 / powers, plain))
     alpha = factor * max(seq_len, trained) / trained - (factor - 1)
     return RopeFreqs(rope_inv_freq(dim, ntk_base(dim, base, alpha)))

@@ -62,6 +62,13 @@ def test_a_row_for_every_sequence(name, dim, dtype):
     assert {freqs.attention_factor} == {freqs.attention_factor for freqs in by_int}
 
 
+@pytest.mark.parametrize("factor", [1.3, 2.6])  # 1.3 - 0.3 is not 1 in float32
+def test_dynamic_ntk_within_the_trained_length_is_plain_rope_to_the_bit(factor):
+    given = {"factor": factor, "max_position_embeddings": 4096, "seq_len": torch.tensor([1, 4096])}
+    rows = methods.dynamic_ntk(64, **given).inv_freq
+    assert torch.equal(bits(rows), bits(methods.rope(64).inv_freq.expand(2, -1)))
+
+
 @each_method
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (0,)])
