@@ -71,6 +71,15 @@ def test_amplitudes_and_temperatures_multiply():
     torch.testing.assert_close(alone.double(), of_method, atol=0, rtol=2e-7)
 
 
+def test_a_model_without_a_trained_length_takes_the_given_one():
+    given = {**NTK, **RAW, "max_position_embeddings": 64}
+    lengths = lengths_of(given, {"max_position_embeddings": None})
+    update(lengths, [64, 65])
+    within, past = lengths.inv_freq(None, 2)
+    plain = methods.rope(32, base=1e4).inv_freq
+    assert torch.equal(within, plain) and not torch.equal(past, plain)
+
+
 def test_a_given_amplitude_is_that_of_all_lengths():
     lengths = lengths_of({**DYNAMIC, **RAW, "attention_factor": 1.5}, {})
     update(lengths, [300])

@@ -239,6 +239,11 @@ def of_model(**values):
         (RERO_ALONE, of_text(model_type="hunyuan_v1_dense"), "normed after the rotation"),
         (RERO_ALONE, of_text(model_type="dory"), "normed after the rotation"),
         ({"method": "xpos", "score": RERO}, {}, "must have no decay"),
+        (
+            {"method": "xpos", "score": {"method": "blockwise_causal", "block_size": 10000}},
+            of_model(dtype=torch.float16),
+            "blockwise_causal must restart positions after at most 4533 .* got 5000",
+        ),
         ({"score": DPE}, {}, "dpe must have maps of 16 pairs of dims, got 2"),
         ({"method": "xpos"}, of_model(dtype=torch.float16, max_model_len=9999), "at most"),
         ({"method": "yarn"}, {}, "yarn needs factor, which is missing"),

@@ -16,7 +16,7 @@ import torch
 
 from ... import RopeFreqs
 from ...methods import from_hf_config
-from .._shared.parameters import ModelValues, bind_method, is_bounded, values_in
+from .._shared.parameters import ModelValues, bind_method, is_bounded, values_for, values_in
 from .lengths import ByLength, by_length
 from .settings import (
     LARGEST_HEAD,
@@ -29,7 +29,6 @@ from .settings import (
     rotations,
 )
 
-_TRAINED = "original_max_position_embeddings"
 # By the id of a VllmConfig: vLLM copies its fields, and one more attribute would break that.
 _engines: dict[int, Engine | None] = {}
 
@@ -158,7 +157,7 @@ def _by_method(
     if not settings.raw:
         return function(seq_len=length), None
     partly = float(parameters.get("partial_rotary_factor", 1.0)) != 1.0
-    given = {_TRAINED: model.values[_TRAINED], **settings.parameters}
+    given = {**values_for(settings.method, model), **settings.parameters}
     following = by_length(settings.method, function, given, partly)
     return following.freqs(seq_len=length), following
 
@@ -166,20 +165,27 @@ def _by_method(
 def _fitting(settings: Settings, freqs: RopeFreqs, length: int, dtype: torch.dtype) -> RopeFreqs:
     """Refuse a decay that overflows a dtype within the engine's length; return freqs.
 
-    Its origin is the middle, which is nearest to both ends.
+    Its origin is the middle, which is nearest to both ends. A score that stores keys by blocks
+    keeps them within one.
     """
     if freqs.log_decay is None:
         return freqs
+    reach = math.log(torch.finfo(dtype).max) / freqs.steepest_decay
     if settings.attends:
-        if settings.raw or not settings.score.stored.modulus:
+        block = 0 if settings.raw else settings.score.stored.modulus
+        if not block:
             method = "a raw cache" if settings.raw else settings.score.name
             raise ValueError(
                 f"{NAME}: frequencies must have no decay (xpos) with {method}, got some"
             )
+        if block - 1 > reach:
+            raise ValueError(
+                f"{NAME}: {settings.score.name} must restart positions after at most "
+                f"{int(reach) + 1} for {dtype} and the decay of {settings.method}, got {block}"
+            )
         return freqs
     given = "decay_origin" in settings.parameters
     origin = freqs.decay_origin if given else length / 2
-    reach = math.log(torch.finfo(dtype).max) / freqs.steepest_decay
     if max(origin, length - origin) > reach:
         raise ValueError(
             f"{NAME}: max_model_len must be at most {int(reach if given else 2 * reach)} for "
