@@ -24,10 +24,23 @@ METHODS = SCORES | {"rope": {}, "yarn": {"factor": 4.0}, "dynamic_ntk": {"factor
 TOLERANCE = 2.0**-19
 
 
+# Its temperature grows every 8 tokens, counted by cache_position in old versions.
+SETTINGS = {
+    "Ministral3ForCausalLM": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.5,
+        }
+    }
+}
+
+
 def built(name):
     from tiny_models import build
 
-    model = build(name).double()
+    model = build(name, **SETTINGS.get(name, {})).double()
     if name == "Gemma2ForCausalLM":  # whose cap old versions leave to PyTorch's attention
         model.set_attn_implementation("eager")
     return model
@@ -97,6 +110,7 @@ def equals_one_process(mesh, name, method, strategy, balance, checkpoint=False):
         ("Llama", "dual_chunk", "gather", "zigzag"),
         ("Llama", "blockwise_causal", "ulysses", "zigzag"),
         ("Qwen3", "rerope", "ring", None),
+        ("Ministral3", "rerope", "gather", "zigzag"),
         ("Gemma2", "self_extend", "gather", "zigzag"),
         ("Gemma3", "yarn", "ulysses", "zigzag"),
         ("Gemma3", "dual_chunk", "ring", "zigzag"),

@@ -155,6 +155,8 @@ class SharedForward:
                 "extend: position_ids must be those of `distributed.local_positions` with "
                 f"balance={self.shared.balance!r}, got others"
             )
+        if "cache_position" in self.argument_names:  # an older transformers' temperatures read it
+            arguments["cache_position"] = positions[0]
         arguments |= {"use_cache": False, "attention_mask": no_mask(tokens.device)}
         return (), arguments
 
