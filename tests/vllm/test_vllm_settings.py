@@ -231,6 +231,7 @@ def of_model(**values):
         (RERO_ALONE, of_model(uses_mrope=True), "tokens must have one position"),
         (RERO_ALONE, parallel(decode_context_parallel_size=2), "context parallelism"),
         (RERO_ALONE, of_text(num_kv_shared_layers=2), "KV sharing"),
+        (RERO_ALONE, of_model(rswa_window=128), "the prompt and a window"),
         (RERO_ALONE, of_text(is_causal=False), "must be causal"),
         (RERO_ALONE, of_text(no_rope_layers=[1, 0]), "all layers must rotate .* no_rope_layers"),
         (RERO_ALONE, of_text(position_layers=["rope", "nope"]), "rotate .* position_layers"),

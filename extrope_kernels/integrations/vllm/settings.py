@@ -220,6 +220,11 @@ def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
         (shared, "layers that reuse other layers' keys (KV sharing) are not supported"),
         (bidirectional, f"{OURS} must be causal, got a model whose tokens see later ones"),
         (
+            getattr(model, "rswa_window", None),
+            f"tokens must see all earlier ones for {OURS}, or those of a sliding window, "
+            "got a model in which they see the prompt and a window (R-SWA)",
+        ),
+        (
             # vLLM's value, set if all layers have a window; if only some do, those have it.
             settings.score and getattr(cache, "sliding_window", None),
             "some layers must have no sliding window for a score method, got a model all of whose "
