@@ -58,14 +58,27 @@ def llama(tmp_path_factory):
 @pytest.mark.parametrize("methods", [[YARN], [LEAKY], [YARN, RERO]], ids=["yarn", "leaky", "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model(tmp_path, name, methods):
-    model = build(name, tmp_path, **MODELS[name])
+    equals_transformers(build(name, tmp_path, **MODELS[name]), tmp_path, methods)
+
+
+def test_sinks(tmp_path):
+    """All experts work on every token, since a choice among them is not continuous."""
+    rotation = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False}
+    rotation |= {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 32}
+    given = TWO_KINDS | {"num_local_experts": 4, "num_experts_per_tok": 4}
+    model = build("GptOss", tmp_path, **given, rope_parameters=rotation)
+    model.set_experts_implementation("eager")  # which knows float64
+    equals_transformers(model, tmp_path, [LEAKY])
+
+
+def equals_transformers(model, folder, methods):
     model.set_attn_implementation("eager")  # which knows caps
     plain, want = expected(model, []), expected(model, methods)
     ref = expected(copy.deepcopy(model).double(), methods)
     *frequencies, last = methods
     extrope = frequencies[0] if frequencies else {}
     extrope = last if last is YARN else {**extrope, "score": last}
-    with engine(tmp_path, extrope) as llm:
+    with engine(folder, extrope) as llm:
         got = generated(llm)
     assert tokens_of(got) == tokens_of(want)
     assert difference(got, ref) <= 2 * difference(want, ref)
