@@ -48,6 +48,9 @@ def permuteformer_attention(
     check(_OP, q, k, v, decay, None, causal)
     if isinstance(positions, bool) or not isinstance(positions, (int, torch.SymInt)):
         raise TypeError(f"{_OP}: positions must be an int, got {type(positions).__name__}")
+    farthest = positions + (group.size - 1) * q.shape[1]  # the last rank's, which others wait for
+    if not -(2**63) <= positions <= farthest < 2**63:
+        raise ValueError(f"{_OP}: positions of all ranks must fit in int64, got {positions}")
     wide = torch.promote_types(q.dtype, torch.float32)
     rows, keys, values = (x.to(wide) for x in (q, k, v))
     if normalize:  # a dim of ones becomes the denominator

@@ -98,6 +98,7 @@ def test_low_precision(ranks, dtype):
 
 REFUSED = [
     ({"positions": torch.zeros(2)}, TypeError, "positions must be an int, got"),
+    ({"positions": 2**63 - TOKENS}, ValueError, "positions of all ranks must fit in int64, got"),
     ({"q": 1}, TypeError, "q must be a Tensor, got int"),
     ({"v": torch.zeros(2, 51, HEADS_K, 24)}, ValueError, r"v must have k's shape .*, got \(2, 51"),
     ({"v": torch.zeros(2, TOKENS, HEADS_K, 256)}, ValueError, "v's head_dim must be less than 256"),
