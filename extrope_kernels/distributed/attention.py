@@ -10,7 +10,7 @@ from torch import Tensor
 from ..methods import RopeFreqs
 from ..ops import attention
 from ..ops._shared.backends import require
-from ..ops._shared.checks import refuse_flags
+from ..ops._shared.checks import REFUSALS, raise_as_value_error, refuse_flags
 from ..scores import Score
 from . import gather, ring, ulysses
 from .blocks import Plan
@@ -99,18 +99,32 @@ def rope_attention(
     if call.cu_seqlens is not None:
         boundaries = _boundaries(op, call.cu_seqlens, q.shape[0] * group.size, strategy)
     if freqs.log_decay is not None and not torch.compiler.is_compiling():
-        attention.check_decay(op, freqs, *(_shape_of_all(x, group.size) for x in (q, k)), call)
+        of_all = [_shape_of_all(x, group.size) for x in (q, k)]
+        attention.check_decay(op, freqs, of_all[0], of_all[1], call)
     plan = Plan(op, call, backend, group, balance, boundaries)
     if strategy == "ulysses":
         ulysses.check_heads(op, q.shape[-2], k.shape[-2], group)
-    if group.size == 1:
-        out, lse = attention.forward(q, k, v, call, backend)
-    elif strategy == "ulysses":
-        out, lse = ulysses.attend(plan, q, k, v, return_lse)
-    else:
-        plan = plan._replace(call=call._replace(sinks=None))
-        out, lse = _OfKeys.apply(plan, strategy, q, k, v, sinks)
+    if torch.compiler.is_compiling():
+        out, lse = _attend(plan, strategy, q, k, v, return_lse)
+        return (out, lse) if return_lse else out
+    try:
+        out, lse = _attend(plan, strategy, q, k, v, return_lse)
+    except REFUSALS as error:
+        raise_as_value_error(error, "attention", op)  # a kernel's, in this function's name
+        raise
     return (out, lse) if return_lse else out
+
+
+def _attend(
+    plan: Plan, strategy: Strategy, q: Tensor, k: Tensor, v: Tensor, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by a strategy, or on one rank by none."""
+    if plan.group.size == 1:
+        return attention.forward(q, k, v, plan.call, plan.backend)
+    if strategy == "ulysses":
+        return ulysses.attend(plan, q, k, v, return_lse)
+    without = plan._replace(call=plan.call._replace(sinks=None))
+    return _OfKeys.apply(without, strategy, q, k, v, plan.call.sinks)
 
 
 def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance: Balance) -> None:

@@ -72,6 +72,10 @@ def refuses(mesh):
     dist.barrier()
     with pytest.raises(TypeError, match="'causal'"):
         attend(mesh, causal=True)
+    rows = torch.zeros(1, 4, 4, 20)
+    for strategy in ("gather", "ring", "ulysses"):  # a kernel's refusal, on every rank alike
+        with pytest.raises(ValueError, match=r"^rerope: head_dim must be a multiple"):
+            attend(mesh, q=rows, k=rows, v=rows, strategy=strategy)
     with torch.no_grad():  # learned frequencies, when nothing is learned
         assert attend(mesh, freqs=WITH_GRADIENT).shape == (1, 4, 4, 16)
 
