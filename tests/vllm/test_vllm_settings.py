@@ -245,6 +245,11 @@ def of_model(**values):
             of_model(dtype=torch.float16),
             "blockwise_causal must restart positions after at most 4533 .* got 5000",
         ),
+        (
+            {"method": "xpos"},
+            {"cache_config": SimpleNamespace(cache_dtype="fp8")},
+            "kv_cache_dtype must be auto or of 16 bits for the decay of xpos, got fp8",
+        ),
         ({"score": DPE}, {}, "dpe must have maps of 16 pairs of dims, got 2"),
         ({"method": "xpos"}, of_model(dtype=torch.float16, max_model_len=9999), "at most"),
         ({"method": "yarn"}, {}, "yarn needs factor, which is missing"),

@@ -22,6 +22,7 @@ from .settings import (
     LARGEST_HEAD,
     NAME,
     OURS,
+    WIDE_CACHES,
     Settings,
     check_config,
     in_our_name,
@@ -112,6 +113,7 @@ def make_engine(config: Any) -> Engine | None:
     _check_kinds(engine, len(layer_types))
     _check_heads(engine)
     _check_maps(engine, config)
+    _check_cache(engine, config.cache_config.cache_dtype)
     return engine
 
 
@@ -254,4 +256,14 @@ def _check_maps(engine: Engine, config: Any) -> None:
         raise ValueError(
             f"{NAME}: {score.name} must have the same maps for all heads, or without tensor "
             f"parallelism maps for each of the {held} heads of keys, got {heads} over {ranks} ranks"
+        )
+
+
+def _check_cache(engine: Engine, dtype: str) -> None:
+    """Check that no decay is for keys cached in few bits, which its amplitudes would saturate."""
+    decays = any(kind.freqs.log_decay is not None for kind in engine.kinds.values())
+    if decays and dtype not in WIDE_CACHES:
+        raise ValueError(
+            f"{NAME}: kv_cache_dtype must be auto or of 16 bits for the decay of "
+            f"{engine.settings.method}, got {dtype}"
         )

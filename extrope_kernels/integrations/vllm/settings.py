@@ -47,7 +47,8 @@ _UNFIT = {
     ),
 }
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
-CACHES = ("auto", "float16", "bfloat16", *FP8)  # those that we support
+WIDE_CACHES = ("auto", "float16", "bfloat16")
+CACHES = (*WIDE_CACHES, *FP8)  # those that we support
 LARGEST_HEAD = 256  # dims of a head that our attention takes
 # Drafters without their own model.
 _DRAFTERS = ("ngram", "ngram_gpu", "suffix")
