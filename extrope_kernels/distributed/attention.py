@@ -10,7 +10,7 @@ from torch import Tensor
 from ..methods import RopeFreqs
 from ..ops import attention
 from ..ops._shared.backends import require
-from ..ops._shared.checks import REFUSALS, raise_as_value_error, refuse_flags
+from ..ops._shared.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
 from ..scores import Score
 from . import gather, ring, ulysses
 from .blocks import Plan
@@ -76,8 +76,7 @@ def rope_attention(
     check_balance(op, balance)
     refuse_flags(op, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
     attention.check_method(op, freqs, score)
-    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
-        cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = narrowed(cu_seqlens)
     call = attention.make_call(
         freqs,
         score,

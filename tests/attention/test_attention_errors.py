@@ -127,6 +127,21 @@ def test_boundaries_that_do_not_fit(bounds, named):
     refused(ValueError, message, q, k, v, cu_seqlens=cu_seqlens, backend=named)
 
 
+@pytest.mark.skipif(device() != "cpu", reason="device tensors are not read")
+def test_boundaries_past_int32_do_not_wrap():
+    cu_seqlens = torch.tensor([0, 2**32 + 6])
+    message = "cu_seqlens must rise from 0 to the number of tokens 6"
+    refused(ValueError, message, Q[0], K[0], V[0], cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.skipif(device() != "cpu", reason="device tensors are not read")
+@pytest.mark.parametrize("name", ["q_start", "k_start"])
+@pytest.mark.parametrize("named", [x for x in attention_backends() if x != "flash_attn"])
+def test_starts_before_the_first_position(named, name):
+    start = {name: torch.tensor([3, -1], dtype=torch.int32)}
+    refused(ValueError, f"{name} must be between 0 and 2**31, got", backend=named, **start)
+
+
 @pytest.mark.parametrize("head_dim", [12, 520])
 def test_head_dims_of_the_fused_kernels(head_dim):
     q, k, v = make_qkv(1, 3, head_dim=head_dim)

@@ -109,6 +109,16 @@ def test_cu_seqlens_values_are_checked_where_that_costs_no_sync(boundaries):
         permuteformer_attention(q, k, v, permutations=PERMUTATIONS, cu_seqlens=cu_seqlens)
 
 
+@pytest.mark.skipif(device() != "cpu", reason="device tensors are not read")
+def test_boundaries_past_int32_do_not_wrap():
+    past = torch.tensor([0, 2**32 + 5])
+    with pytest.raises(ValueError, match="permute: cu_seqlens must rise from 0 to"):
+        call(**packed([0, 2**32 + 5], torch.int64))
+    with pytest.raises(ValueError, match="permuteformer_attention: cu_seqlens must rise"):
+        q, k, v = (x[0, :5] for x in (Q, K, V))
+        permuteformer_attention(q, k, v, permutations=PERMUTATIONS, cu_seqlens=past)
+
+
 def test_a_backend_that_cannot_run():
     named, why = ("fla", "cannot run here") if device() == "cpu" else ("cpu", "runs on cpu tensors")
     with pytest.raises(NotImplementedError, match=f"permuteformer_step: backend '{named}' {why}"):

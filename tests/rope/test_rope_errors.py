@@ -195,6 +195,12 @@ def test_cu_seqlens_values_are_checked_where_that_costs_no_sync(boundaries, toke
         call(**packed(boundaries, tokens=tokens), **norm)
 
 
+@pytest.mark.skipif(device() != "cpu", reason="device tensors are not read")
+def test_boundaries_past_int32_do_not_wrap():
+    with pytest.raises(ValueError, match="rope: cu_seqlens must rise from 0 to"):
+        call(**packed([0, 2**32 + 5], torch.int64))
+
+
 @pytest.mark.parametrize("largest", (-1, 3))
 def test_an_axis_out_of_range(backend, largest):
     """On a CPU the axes are in reach; elsewhere they are clamped, as reading them would stall."""

@@ -91,6 +91,15 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
         )
 
 
+def narrowed(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Return int64 boundaries as int32, which kernels take; anything else as it is."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int64:
+        return cu_seqlens
+    # What does not fit stays too large, and is refused, instead of wrapping around.
+    limits = torch.iinfo(torch.int32)
+    return cu_seqlens.clamp(limits.min, limits.max).to(torch.int32)
+
+
 def check_boundaries(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
     """Check the values of cu_seqlens if reading them waits for no device."""
     if cu_seqlens is None or not has_values(cu_seqlens):

@@ -14,7 +14,7 @@ from .._shared import backends as _backends
 from .._shared.autograd import constant_when_compiled
 from .._shared.checks import (
     REFUSALS,
-    check_boundaries,
+    narrowed,
     raise_as_value_error,
     refuse_flags,
     share_memory,
@@ -30,6 +30,7 @@ from .checks import (
     check_kinds,
     check_method,
     check_slots,
+    check_values,
 )
 from .decay import check_decay
 
@@ -85,7 +86,7 @@ def rope_attention(
         and have no value, as in GPT-OSS. They are neither scaled nor capped.
     sliding_window: keys j with i - j >= sliding_window are not seen, in any region.
     q_start, k_start: positions of the first query and the first key, for pieces of longer
-        sequences: an int or (batch,) int32, with cu_seqlens (sequences,), below 2**29.
+        sequences: an int or (batch,) int32, with cu_seqlens (sequences,), from 0 on, below 2**29.
         Regions, windows and log_n count from absolute positions. By default k_start is 0, and
         queries and keys end together.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
@@ -113,8 +114,7 @@ def rope_attention(
         raise ValueError(
             f"{name}: positions must be given with freqs of several axes (mRoPE), got none"
         )
-    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
-        cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = narrowed(cu_seqlens)
     call = make_call(
         freqs,
         score,
@@ -148,7 +148,7 @@ def rope_attention(
     except REFUSALS as error:
         # The op has refused the call before any kernel; this error begins with the score's name.
         check_attention(name, q, k, v, call, by_query=True)
-        check_boundaries(name, call.cu_seqlens, len(q))
+        check_values(name, call, len(q))
         raise_as_value_error(error, "attention", name)
         raise
     return (out, lse) if return_lse else out

@@ -11,6 +11,7 @@ from ...methods import RopeFreqs
 from ...scores import Score
 from .._shared.checks import (
     DTYPES,
+    check_boundaries,
     check_count,
     check_cu_seqlens,
     check_dense,
@@ -71,6 +72,14 @@ def check_attention(
     _check_options(op, call, q, heads, sequences)
     _check_start(op, "q_start", call.q_start, q, sequences)
     _check_start(op, "k_start", call.k_start, q, sequences)
+
+
+def check_values(op: str, call: AttentionCall, tokens: int) -> None:
+    """Check the values of integer tensors, on a CPU, where reading them costs nothing."""
+    check_boundaries(op, call.cu_seqlens, tokens)
+    for name, start in (("q_start", call.q_start), ("k_start", call.k_start)):
+        if start is not None and has_values(start) and (start < 0).any():
+            raise ValueError(f"{op}: {name} must be between 0 and 2**31, got {start.tolist()}")
 
 
 def check_decode(

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
-from .._shared.checks import check_boundaries
 from .._shared.dtensor import replicated
 from .._shared.dtypes import Scales, accumulator
 from .._shared.layouts import layouts_of, planned
 from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference
 from .call import AttentionCall, KVCache, lse_shape, read_call
-from .checks import check_attention, check_decode, check_head_dim, check_slots
+from .checks import check_attention, check_decode, check_head_dim, check_slots, check_values
 from .frequency_gradients import backward_with_frequencies
 from .select_backend import engine_named, select_backend
 
@@ -60,7 +59,7 @@ def forward(
     """Return out and lse; differentiable. Refuses wrong calls before a kernel starts."""
     if _by_reference(q, backend):
         check_attention("attention", q, k, v, call)
-        check_boundaries("attention", call.cu_seqlens, len(q))
+        check_values("attention", call, len(q))
         return reference.forward(q, k, v, call)
     return _op("attention_fwd", backend)(
         q, k, v, *replicated(q, call.tensors), numbers=call.numbers
@@ -124,7 +123,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Seque
     call = read_call(tensors, numbers)
     key = (layouts_of(q, k, v, *tensors), call.fixed)
     planned(check_attention, key, "attention", q, k, v, call)
-    check_boundaries("attention", call.cu_seqlens, len(q))
+    check_values("attention", call, len(q))
     return call
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .._shared import backends as _backends
 from .._shared.autograd import in_func_transform, wants_grad
-from .._shared.checks import refuse_flags, split_offset
+from .._shared.checks import narrowed, refuse_flags, split_offset
 from .._shared.dtypes import accumulator
 from .._shared.library import ops
 from . import reference
@@ -124,8 +124,7 @@ def _powers(
 ) -> Powers:
     """Check a call's powers, except for values, which kernels check; return them."""
     positions, offset = split_offset(name, positions)
-    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
-        cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = narrowed(cu_seqlens)
     powers = Powers(permutations, positions, cu_seqlens, offset)
     check_powers(name, q, k, powers)
     return powers
@@ -210,8 +209,7 @@ def permuteformer_attention(
     """
     name = "permuteformer_attention"
     refuse_flags(name, causal=causal, normalize=normalize)
-    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
-        cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = narrowed(cu_seqlens)
     check(name, q, k, v, decay, cu_seqlens, causal)
     powers = _powers(name, q, k, permutations, positions, cu_seqlens)
     _check_choices(name, q, decay, backend)

@@ -13,6 +13,7 @@ from .._shared.autograd import call_unrecorded, note_writes, wants_grad
 from .._shared.backends import missing, require
 from .._shared.checks import (
     REFUSALS,
+    narrowed,
     raise_as_value_error,
     refuse_flags,
     share_memory,
@@ -147,8 +148,7 @@ def _rotate(
     check_numbers("rope", freqs)
     refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
     positions, offset = split_offset("rope", positions)
-    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int64:
-        cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = narrowed(cu_seqlens)
     if freqs.log_decay is not None:
         if wants_grad((freqs.log_decay,)) and backend != "reference":
             raise ValueError(not_differentiable("log_decay"))
