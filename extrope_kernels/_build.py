@@ -141,8 +141,8 @@ def find_nvcc() -> str:
 def cuda_archs(nvcc: str) -> list[str]:
     """Return the architectures: $EXTROPE_CUDA_ARCHS ("90", "80,90"), else those that nvcc knows."""
     asked = os.environ.get("EXTROPE_CUDA_ARCHS", "").replace(",", " ").split()
-    if asked:
-        return asked
+    if asked:  # the oldest first: the front end's pass is for that
+        return sorted(asked, key=lambda arch: (len(arch.rstrip("af")), arch))
     known = output([nvcc, "--list-gpu-arch"]).split()
     return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
 
@@ -167,7 +167,8 @@ def _plan_cpu() -> Plan:
     has_bf16 = ["-DEXTROPE_HAS_BF16"] if "amx" in isas else []
     objects = cpu_objects(compiler, isas, [*has_bf16, *_torch_flags(torch)])
     link = [*compiler, "-shared", f"-L{torch / 'lib'}", "-Wl,--no-undefined", "-ltorch_cpu"]
-    left_out = "" if has_bf16 or "avx512" not in isas else f"{compiler[-1]} does not know AMX"
+    lacks_amx = "avx512" in isas and not has_bf16
+    left_out = f"{shlex.join(compiler)} does not know AMX" if lacks_amx else ""
     return Plan(objects, link, left_out)
 
 
@@ -207,20 +208,28 @@ def _isas_of(source: Path, isas: Sequence[str]) -> list[str]:
 
 def _plan_cuda() -> Plan:
     # nvcc drives every step: it alone knows where its headers and the static runtime are.
-    compiler, nvcc, torch = find_compiler(), find_nvcc(), find_torch()
-    chips = gencode(cuda_archs(nvcc))
-    compile_it = [nvcc, *NVCC_FLAGS, "-I", "csrc"] + (
-        [f"-ccbin={compiler[-1]}"] if os.environ.get("CXX") else []
-    )
+    compiler, path, torch = find_compiler(), find_nvcc(), find_torch()
+    nvcc = [path, *host_compiler(compiler)] if os.environ.get("CXX") else [path]
+    chips = gencode(cuda_archs(path))
+    compile_it = [*nvcc, *NVCC_FLAGS, "-I", "csrc"]
     objects = {
         _object(s, "cu"): [*compile_it, chips, "-c", _copied(s)] for s in _sources("cuda", "*.cu")
     }
     for source in _sources("cuda", "*.cpp"):
         objects[_object(source)] = [*compile_it, *_torch_flags(torch), "-c", _copied(source)]
-    link = [nvcc, "-shared", "-cudart=static", chips, f"-L{torch / 'lib'}"]
+    link = [*nvcc, "-shared", "-cudart=static", chips, f"-L{torch / 'lib'}"]
     return Plan(
         objects, [*link, "-Xlinker=--no-undefined", "-ltorch_cpu", "-ldl", "-lrt", "-lpthread"]
     )
+
+
+def host_compiler(command: Sequence[str]) -> list[str]:
+    """Return nvcc's flags for a C++ compiler's command; a launcher such as ccache is left out."""
+    first_flag = next((n for n, word in enumerate(command) if word.startswith("-")), len(command))
+    return [
+        f"-ccbin={command[first_flag - 1]}",
+        *(f"-Xcompiler={flag}" for flag in command[first_flag:]),
+    ]
 
 
 def _tools(name: str) -> str:
@@ -246,7 +255,9 @@ def key(name: str) -> str:
 
 def work_key(name: str) -> str:
     """Hash what decides the work folder: the compilers, and the folder of sources."""
-    return hashlib.sha256(f"{_tools(name)}{source_dir()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        f"{_tools(name)}{source_dir()}".encode(errors="surrogateescape")  # a path may be any bytes
+    ).hexdigest()[:16]
 
 
 def build(name: str, output: Path, work_dir: Path, log: Path) -> None:
@@ -339,14 +350,15 @@ def _copy_sources(copies: Mapping[Path, Path], folder: Path) -> None:
 
 
 def _ninja_file(objects: Mapping[str, Sequence[str]], library: str, link: Sequence[str]) -> str:
+    # Objects come before the libraries: the linker looks only ahead for missing symbols.
+    first = next((n for n, word in enumerate(link) if word.startswith("-l")), len(link))
     lines = [
         "rule compile",
         "  command = $compile -MD -MF $out.d -o $out",
         "  depfile = $out.d",
         "  deps = gcc",  # nvcc writes this format too
         "rule link",
-        # Objects come before the libraries: the linker looks only ahead for missing symbols.
-        f"  command = {_escaped(link[:1])} $in {_escaped(link[1:])} -o $out",
+        f"  command = {_escaped(link[:first])} $in {_escaped(link[first:])} -o $out",
         f"build {library}: link {' '.join(objects)}",
     ]
     for target, command in objects.items():

@@ -170,6 +170,25 @@ def test_a_compiler_that_no_shell_reads_is_one_line(monkeypatch):
         _build.find_compiler()
 
 
+@needs_compiler
+def test_a_launcher_before_the_compiler(tmp_path):
+    launched = ["env", *_build.find_compiler(), "-fPIC"]  # as ccache
+    (tmp_path / "a.cpp").write_text("#include <cmath>\ndouble a(double x) { return std::sin(x); }")
+    link = [*launched, "-shared", "-Wl,--no-undefined", "-lm"]
+    objects = {"a.o": [*launched, "-c", "a.cpp"]}
+    _build.run_ninja(objects, "lib.so", link, tmp_path, tmp_path / "build.log")
+    assert (tmp_path / "lib.so").exists()
+
+
+def test_nvcc_gets_the_compiler_without_launcher_and_its_flags():
+    assert _build.host_compiler(["g++-13"]) == ["-ccbin=g++-13"]
+    assert _build.host_compiler(["ccache", "/usr/bin/g++", "-m64", "-g"]) == [
+        "-ccbin=/usr/bin/g++",
+        "-Xcompiler=-m64",
+        "-Xcompiler=-g",
+    ]
+
+
 def test_a_terminal_sees_the_count_of_steps(monkeypatch, tmp_path):
     compiler = _build.find_compiler()
     objects = {}
@@ -249,6 +268,8 @@ def test_cuda_library_links_against_any_torch_and_registers_where_it_can_run(mon
 def test_architectures_from_the_environment(monkeypatch):
     monkeypatch.setenv("EXTROPE_CUDA_ARCHS", "80,90")
     assert _build.cuda_archs(_build.find_nvcc()) == ["80", "90"]
+    monkeypatch.setenv("EXTROPE_CUDA_ARCHS", "120 90a,90,80")  # nvcc takes the oldest first
+    assert _build.cuda_archs(_build.find_nvcc()) == ["80", "90", "90a", "120"]
     monkeypatch.delenv("EXTROPE_CUDA_ARCHS")
     assert set(_build.cuda_archs(_build.find_nvcc())) <= set(_build.CUDA_ARCHS)
 
@@ -302,3 +323,9 @@ def test_key_follows_sources_and_flags(monkeypatch, tmp_path):
     assert _build.key("cpu") == before
     (tmp_path / "csrc/common/rope_params.h").write_text("// changed")
     assert _build.key("cpu") != before
+
+
+@needs_compiler
+def test_a_folder_whose_name_is_not_utf8_has_a_key(monkeypatch):
+    monkeypatch.setattr(_build, "source_dir", lambda: Path(os.fsdecode(b"/caf\xe9/csrc")))
+    assert re.fullmatch("[0-9a-f]{16}", _build.work_key("cpu"))
