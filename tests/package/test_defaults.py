@@ -13,11 +13,13 @@ from extrope_kernels import (
     methods,
     permute,
     permuteformer_attention,
+    rope_append_kvcache,
     rope_attention,
     rope_attention_with_kvcache,
 )
+from extrope_kernels.ops.rope.append import BACKENDS
 from extrope_kernels.scores import query_scale, rerope
-from extrope_kernels.testing import device
+from extrope_kernels.testing import available_backends, device
 
 Q, K, V = (torch.randn(2, 6, heads, 8, device=device()) for heads in (4, 2, 2))
 FREQS = methods.rope(8).to(device())
@@ -47,6 +49,14 @@ CALLS = {
 }
 
 
+def appended(backend: str | None) -> Tensor:
+    """The cache after keys that do not rotate."""
+    caches = [torch.zeros_like(PAGES[0, :2]) for _ in "kv"]
+    new = (x[:, :3] for x in (Q, K, V))
+    rope_append_kvcache(*new, *caches, FREQS, score=rerope(3), cache_seqlens=1, backend=backend)
+    return torch.stack(caches)
+
+
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype):
     torch.set_default_dtype(dtype)
@@ -54,6 +64,13 @@ def default_dtype(dtype: torch.dtype):
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("named", [x for x in available_backends() if x in BACKENDS])
+def test_an_append_to_a_cache_of_raw_keys(named):
+    with default_dtype(torch.bfloat16):  # first: launches are kept
+        found = appended(named)
+    assert torch.equal(found, appended(named)) and found[:, :, 1:].all()
 
 
 @pytest.mark.parametrize("named", [None, "reference"])

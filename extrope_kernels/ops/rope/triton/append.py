@@ -223,7 +223,8 @@ def _rotation(call: Append, k: Tensor) -> Rotation:
     """Return the Rotation by `positions`, or by those that follow the slots in use."""
     inv_freq, positions = call.inv_freq, call.positions
     if inv_freq is None:  # the kernel then reads none of it
-        inv_freq, positions = torch.empty(max(k.shape[-1] // 2, 1), device=k.device), None
+        inv_freq = k.new_empty(max(k.shape[-1] // 2, 1), dtype=torch.float32)
+        positions = None
     cu_seqlens = call.cu_seqlens
     if cu_seqlens is not None and INTERPRETED:  # a rotation has no padding; its ends are checked
         cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
