@@ -211,6 +211,21 @@ def test_a_negative_right_bound_that_is_not_taken_is_not_used():
             assert_agrees(engine, (q, k, v, call, dout, dlse), dlse=False)
 
 
+def test_the_self_test_is_made_on_the_cpu_whatever_torch_s_default_is():
+    class Engine(TorchEngine):
+        def forward(self, *args):
+            with torch.device("cpu"):
+                return super().forward(*args)
+
+        def backward(self, *args):
+            with torch.device("cpu"):
+                return super().backward(*args)
+
+    q, _, v, *_ = make((FIRST_KEY,))
+    with torch.device("meta"):
+        assert engine_check.examine(Engine("elsewhere"), q, v).lse_unit == 1.0
+
+
 def test_the_self_test_runs_once():
     engine = TorchEngine("once")
     q, k, v, call, *_ = make((FIRST_KEY,))

@@ -120,7 +120,7 @@ def _compare(
     (dtype, head_dim, group, packed), total = kind, sum(lengths)
     visible = _visible(lengths, *bounds)
     count = visible.sum(1)
-    values = torch.arange(total).double()
+    values = torch.arange(total, dtype=torch.float64, device="cpu")
 
     def rows(x: Tensor, heads: int) -> Tensor:
         """Expand x (total,) to every head and dim."""
@@ -131,9 +131,9 @@ def _compare(
         """Return the value per row and head: (total, heads)."""
         return x.reshape(total, -1, head_dim)[..., 0]
 
-    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32)
+    cu_seqlens = torch.tensor((0, *lengths), device="cpu").cumsum(0).to(device, torch.int32)
     band = (1.0 / head_dim, *bounds, cu_seqlens if packed else None, 0.0)
-    ones = torch.ones(total)
+    ones = torch.ones_like(values)
     q, k, v = rows(ones, group), rows(ones, 1), rows(values, 1)
     out, lse = engine.forward(q, k, v, *band)
     expected = (1.0 + torch.log(count.double())).to(lse.device)
@@ -145,7 +145,7 @@ def _compare(
     # without keys here have some elsewhere. A gradient of lse acts like larger values.
     wider = expected.masked_fill(expected == -torch.inf, 0.0) + math.log(2.0)
     wider = (wider / unit).to(lse.dtype).expand(lse.shape).contiguous()
-    dout, zeros = rows(ones / head_dim, group), rows(torch.zeros(total), group)
+    dout, zeros = rows(ones / head_dim, group), rows(torch.zeros_like(values), group)
     dlse = torch.full_like(wider, _DLSE) if engine.takes_dlse else None
     dq, dk, dv = engine.backward(dout, dlse, q, k, v, zeros, wider, *band)
     weights, raised = weights / 2, values if dlse is None else values + _DLSE
@@ -160,7 +160,7 @@ def _visible(lengths: tuple[int, ...], left: int | None, right: int) -> Tensor:
     """Return (total, total) float64: 1 if the row's query sees the column's key, else 0."""
     blocks = []
     for length in lengths:
-        block = torch.ones(length, length, dtype=torch.float64).tril(right)
+        block = torch.ones(length, length, dtype=torch.float64, device="cpu").tril(right)
         blocks.append(block if left is None else block.triu(-left))
     return torch.block_diag(*blocks)
 
