@@ -221,7 +221,8 @@ def _backward(ctx, dout: Tensor, dlse: Tensor) -> tuple[list[Tensor], list[Tenso
     _, absent, shares = _shares(outs, lses)
     dout, dlse = dout.to(shares.dtype), dlse.to(shares.dtype)
     kept = [out.masked_fill(_per_row(no_key), 0.0) for out, no_key in zip(outs, absent)]
-    dots = [torch.linalg.vecdot(out.to(dout.dtype), dout).transpose(-1, -2) for out in kept]
+    # Not vecdot: autocast would round it.
+    dots = [(out.to(dout.dtype) * dout).sum(-1).transpose(-1, -2) for out in kept]
     of_shares = torch.stack(dots)
     dlses = shares * (dlse + of_shares - (shares * of_shares).sum(0))
     dlses = dlses.masked_fill(absent, 0.0).to(lses[0].dtype)

@@ -296,7 +296,8 @@ def grad_of_sinks(
     out, dout: (batch, seqlen_q, heads_q, head_dim), or packed (total, heads_q, head_dim); lse,
     dlse: (batch, heads_q, seqlen_q) or (heads_q, total), of all logits and the sink.
     """
-    delta = torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype)).transpose(-1, -2)
+    # Not vecdot: autocast, which graphs keep for their backward, would round it.
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
     if dlse is not None:
         delta = delta - dlse
     # A row without keys whose sink is -inf (off) has no share: both are -inf.
