@@ -91,7 +91,7 @@ def cache_dirs() -> list[Path]:
 
 def _user_dir() -> Path | None:
     if chosen := os.environ.get("EXTROPE_CACHE_DIR"):
-        return Path(chosen)
+        return Path(os.path.expanduser(chosen))  # a Dockerfile's ENV has no shell
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     folder = xdg if os.path.isabs(xdg) else os.path.expanduser("~/.cache")
     # "~" stays if the user has no home, as in a container that runs as a number without a name. A
@@ -157,7 +157,7 @@ def _usable(folders: list[Path], failures: list[str]) -> Iterator[Path]:
     for folder in folders:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            info = folder.stat()
+            info, mount = folder.stat(), os.statvfs(folder)
         except OSError as error:
             failures.append(f"{folder}: {error.strerror}")
             continue
@@ -165,6 +165,9 @@ def _usable(folders: list[Path], failures: list[str]) -> Iterator[Path]:
         others = info.st_uid != os.getuid() or info.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
         if folder == _temporary_dir() and others:
             failures.append(f"{folder}: others can write to it")
+            continue
+        if mount.f_flag & os.ST_NOEXEC:
+            failures.append(f"{folder}: mounted noexec")
             continue
         yield folder
 

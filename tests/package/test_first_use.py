@@ -203,6 +203,23 @@ def test_no_home_is_no_folder_here(monkeypatch, tmp_path):
     assert _ext.cache_dirs() == [tmp_path / "home/.cache/extrope_kernels", private]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     assert _ext.cache_dirs() == [tmp_path / "caches/extrope_kernels", private]
+    monkeypatch.setenv("EXTROPE_CACHE_DIR", "~/own")
+    assert _ext.cache_dirs() == [tmp_path / "home/own", private]
+
+
+def test_a_folder_that_cannot_hold_code_is_passed_over(monkeypatch, tmp_path):
+    statvfs, noexec = os.statvfs, tmp_path / "noexec"
+
+    def of(path):
+        found = list(statvfs(path))
+        if path == noexec:
+            found[8] |= os.ST_NOEXEC  # f_flag
+        return os.statvfs_result(found)
+
+    monkeypatch.setattr(os, "statvfs", of)
+    failures = []
+    assert list(_ext._usable([noexec, tmp_path / "other"], failures)) == [tmp_path / "other"]
+    assert failures == [f"{noexec}: mounted noexec"]
 
 
 @needs_compiler
