@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models
 import torch
 from hf_models import (
     SCORE_PARAMETERS,
@@ -91,6 +92,16 @@ def test_a_prompt_has_no_mask_of_all_pairs(family, sizes):
     with CountOps() as count:
         assert_as_exact_as(logits(model, ids), theirs, want)
     assert count.elements < ids.numel() ** 2
+
+
+def test_a_window_that_only_the_mask_knows():
+    """Phimoe's layers pass none to their attention."""
+    model = tiny_models.build("PhimoeForCausalLM", sliding_window=8)
+    twin = tiny_models.build("PhimoeForCausalLM", sliding_window=8)
+    twin.set_experts_implementation("eager")  # others have no float64
+    theirs, want = logits(model, PROMPT), logits(twin.double(), PROMPT)
+    model.set_attn_implementation("extrope")
+    assert_as_exact_as(logits(model, PROMPT), theirs, want)
 
 
 def test_gradients_are_those_of_torch():

@@ -8,7 +8,10 @@ rows, tokens that see later ones) are left to `sdpa`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,17 +42,42 @@ def make_mask(**given: Any) -> Tensor | None:
     """Make the mask: transformers' mask function, with the arguments of its `sdpa_mask`.
 
     A prompt's mask has an entry per pair of tokens, 2.4 GB at 49,152. Without padding, causal rows
-    need none, with or without a sliding window. Chunks do: layers do not pass them.
+    need none, with or without a sliding window that layers pass. Chunks need one.
     """
     from transformers.masking_utils import sdpa_mask
 
-    chunk = getattr(given.get("config"), "attention_chunk_size", None)
+    config = given.get("config")
+    chunk = getattr(config, "attention_chunk_size", None)
     # Before transformers 5.4 positions give the number of queries.
     queries = given["q_length"] if "q_length" in given else len(given["cache_position"])
     prompt = given.get("allow_is_causal_skip") and queries == given["kv_length"]
-    if prompt and given.get("local_size") != chunk:
+    if prompt and given.get("local_size") != chunk and _layers_tell_windows(type(config)):
         given["local_size"] = None
     return sdpa_mask(**given)
+
+
+@cache
+def _layers_tell_windows(config: type) -> bool:
+    """Return True if the layers of a config's model tell their attention of a sliding window.
+
+    Phimoe's leave it to the mask.
+    """
+    modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    modules = [
+        each
+        for each in vars(modeling or nn).values()
+        if isinstance(each, type) and issubclass(each, nn.Module)
+    ]
+    names = [{*_names_in(each.forward), *_names_in(each.__init__)} for each in modules]
+    return any({"ALL_ATTENTION_FUNCTIONS", "sliding_window"} <= each for each in names)
+
+
+def _names_in(function: Callable[..., Any]) -> Iterator[str]:
+    """Yield the attributes, globals and arguments that a function names."""
+    if inspect.isfunction(function := inspect.unwrap(function)):
+        yield from function.__code__.co_names
+        for each in function.__code__.co_consts:
+            yield from map(str, each) if isinstance(each, tuple) else (str(each),)
 
 
 def attention(
