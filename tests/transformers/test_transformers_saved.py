@@ -81,6 +81,27 @@ def assert_same_frequencies(model, plain, method, parameters):
     assert theirs.attention_factor == pytest.approx(ours.attention_factor, rel=1e-6)
 
 
+def test_the_trained_length_that_another_scaling_named(tmp_path):
+    """The next extension takes it from the config."""
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
+    for factor in (4.0, 8.0):
+        model = build("llama", scaled, max_position_embeddings=4 * TRAINED)
+        saved(model, tmp_path, ("pi", {"factor": factor}))
+        plain = loaded(tmp_path)
+        assert plain.config.max_position_embeddings == factor * TRAINED
+        with extend(model, "yarn", factor=4.0) as own, extend(plain, "yarn", factor=4.0) as again:
+            assert again.length == own.length == 4 * TRAINED
+            torch.testing.assert_close(logits(plain, IDS), logits(model, IDS))
+
+
+def test_a_model_whose_layers_all_have_a_window(tmp_path):
+    model = build("gemma3_text", layer_types=["sliding_attention"] * 2)
+    with extend(model, "pi", factor=4.0, layers="all") as handle:
+        want = logits(model, IDS)
+        handle.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded(tmp_path), IDS), want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("layers", ["full", "all"])
 def test_a_model_with_a_rotation_for_each_kind_of_layers(layers, tmp_path):
     model = build("gemma3_text")

@@ -30,6 +30,7 @@ from .frequencies import values_of
 
 FILE = "extrope.json"
 _ON_OWNER = "_extrope_extensions"
+_TRAINED = "original_max_position_embeddings"
 _STILL = 1e30  # factor of a pair that does not rotate; in float32 there is no difference
 # Methods with a name in configs: that name, and its parameters.
 _TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -177,7 +178,7 @@ def save(
             "merge adapters, or save them and the model apart"
         )
     _refuse_upload(options)
-    extensions = vars(find_sites(model)[0].owner)[_ON_OWNER].all()
+    extensions = vars(find_sites(model, "all")[0].owner)[_ON_OWNER].all()
     type(model).save_pretrained(model, folder, **options)  # completes its config too
     if not options.get("is_main_process", True):
         return
@@ -247,6 +248,9 @@ def _written(
                 text.rope_parameters = {**text.rope_parameters, layer_type: entries}
     if getattr(text, "rope_scaling_layers", None) is not None:  # Molmo 2 scales these alone
         text.rope_scaling_layers = list(range(text.num_hidden_layers))
+    trained = values_of(sites[0], sites[0].layer_types[0]).values.get(_TRAINED)
+    if not _names_trained(text) and trained != getattr(text, "max_position_embeddings", None):
+        text.original_max_position_embeddings = trained  # the scaling before had it
     if extension.length is not None:
         longest = getattr(text, "max_position_embeddings", None) or 0
         _set_longest(text, max(extension.length, longest))
@@ -288,7 +292,7 @@ def _factors(site: RotarySite, layer_type: str | None, extension: Saved) -> dict
     None if it has no such frequencies or changes more, or if the model has no trained length.
     """
     own, given = values_of(site, layer_type), extension.parameters
-    trained = own.values.get("original_max_position_embeddings")
+    trained = own.values.get(_TRAINED)
     function, takes_length = bind_method("extend", extension.method, given, own)
     if takes_length or trained is None or (freqs := function()).log_decay is not None:
         return None
@@ -322,12 +326,16 @@ def _set_longest(text: Any, length: int) -> None:
     longest = getattr(text, "max_position_embeddings", None)
     if length == longest:
         return
+    if not _names_trained(text):
+        text.original_max_position_embeddings = getattr(text, _TRAINED, None) or longest
+    text.max_position_embeddings = length
+
+
+def _names_trained(text: Any) -> bool:
+    """Return True if a config's rope_parameters name the trained length."""
     kinds = text.rope_parameters.values()
     nested = [each for each in kinds if isinstance(each, Mapping)] or [text.rope_parameters]
-    if not all("original_max_position_embeddings" in each for each in nested):
-        trained = getattr(text, "original_max_position_embeddings", None)
-        text.original_max_position_embeddings = trained or longest
-    text.max_position_embeddings = length
+    return all(_TRAINED in each for each in nested)
 
 
 def _agrees(sites: Sequence[RotarySite], extension: Saved, config: Any) -> bool:
