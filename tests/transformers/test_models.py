@@ -124,6 +124,8 @@ def test_latent_attention_takes_the_temperature_into_its_softmax_scale():
         torch.testing.assert_close(logits(theirs, ids), want, atol=1e-4, rtol=1e-4)
         with extend(theirs, "rope"):
             torch.testing.assert_close(logits(theirs, ids), without, atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match=r"mscale_all_dim must be 0 for dynamic_yarn of Deep"):
+            extend(theirs, "dynamic_yarn")
     assert torch.equal(logits(theirs, ids), want)
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import hf_models
 import pytest
+import tiny_models
 import torch
 from hf_models import (
     ATTENDING,
@@ -206,6 +207,14 @@ def test_a_request_is_frozen_at_the_length_it_will_reach(method):
     assert all(torch.equal(each, want) for each in got)
 
 
+def test_a_prompt_of_embeddings_beside_no_ids():
+    model = model_of("llama")
+    embeds = {"inputs_embeds": model.get_input_embeddings()(PROMPT).detach()}
+    with extend(model, "dynamic_ntk", factor=2.0):
+        got = generate(model, PROMPT[:, :0], attention_mask=torch.ones_like(PROMPT), **embeds)
+        assert_same(got, generate(model, PROMPT))
+
+
 def test_a_request_without_a_limit_is_frozen_at_its_prompt():
     model = model_of("llama", max_position_embeddings=4 * TRAINED)
     settings = {"attention_mask": torch.ones_like(PROMPT), "do_sample": False}
@@ -269,6 +278,20 @@ def test_an_emptied_cache_starts_a_new_request(static):
         if cache.get_seq_length():
             pytest.skip("before transformers 5.18 an emptied DynamicCache keeps its length")
         torch.testing.assert_close(model(short, **{CACHE: cache}).logits, logits(model, short))
+
+
+@torch.no_grad()
+def test_a_cache_whose_first_layer_holds_no_tokens():
+    """MiniMax's has states."""
+    model, ids = tiny_models.build("MiniMaxForCausalLM"), tokens(1, 82).clamp(max=99)
+    at = torch.arange(82)[None]
+    with extend(model, "dynamic_ntk", factor=2.0):
+        cache = model(ids[:, :80], position_ids=at[:, :80])[CACHE]
+        for step in (80, 81):
+            inputs = {"position_ids": at[:, step : step + 1], CACHE: cache}
+            got = model(ids[:, step : step + 1], **inputs).logits
+    with extend(model, "dynamic_ntk", factor=2.0, seq_len=80):
+        torch.testing.assert_close(got, logits(model, ids)[:, -1:], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -96,6 +96,8 @@ def test_refusals():
     model = llama(1)
     with pytest.raises(ValueError, match=r"extend: cache must be None or 'raw', .* got 'rotated'"):
         extend(model, "yarn", factor=2.0, cache="rotated")
+    with pytest.raises(ValueError, match=r"extend: cache must be None for xpos, .* got 'raw'"):
+        extend(model, "xpos", cache="raw")
     after = pytest.raises(ValueError, match="must come before dynamic_yarn")
     with extend(model, "dynamic_yarn", cache="raw"), after:
         extend(model, "rerope", window=9)

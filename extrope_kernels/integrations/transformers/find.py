@@ -387,6 +387,17 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return arguments.get("past_key_values") if cache is None else cache
 
 
+def tokens_in(cache: Any) -> int:
+    """Return a cache's number of tokens; 0 for None."""
+    if cache is None:
+        return 0
+    if past := int(cache.get_seq_length()):
+        return past
+    # MiniMax's first layers have states, so the cache calls itself empty.
+    layers = getattr(cache, "layers", ())
+    return max((int(x.get_seq_length()) for x in layers if hasattr(x, "get_seq_length")), default=0)
+
+
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor:
     """Return a model's tokens, (batch, seqlen) of ids or (batch, seqlen, hidden_size)."""
     ids = arguments.get("input_ids")

@@ -34,6 +34,7 @@ from .find import (
     caches_in,
     forward_of,
     generator_of,
+    tokens_in,
     tokens_of,
     unsupported,
 )
@@ -73,10 +74,16 @@ def frequency_changes(
             )
             functions[layer_type] = function
             freqs[layer_type] = function(seq_len=1) if takes_length else function()
-        if site.fused is None and any(each.log_decay is not None for each in freqs.values()):
-            raise unsupported(
-                site.owner, f"one table rotates its queries and keys, but {method} needs two"
-            )
+        if any(each.log_decay is not None for each in freqs.values()):
+            if cache is not None:
+                raise ValueError(
+                    f"extend: cache must be None for {method}, whose keys grow without bound where "
+                    f"positions do not start anew, got {cache!r}"
+                )
+            if site.fused is None:
+                raise unsupported(
+                    site.owner, f"one table rotates its queries and keys, but {method} needs two"
+                )
         rotary = Rotary(site, freqs, method)
         changes.overrides.append((site.rotary, "forward", rotary))
         changes.overrides += _softmax_scales(site, method, parameters)
@@ -209,7 +216,7 @@ class LengthDependence:
             return of_cache  # a graph of a step: its prompt has chosen
         limit, chosen = _current_call.get() or (None, {})
         if self.key not in chosen:
-            past = 0 if cache is None else int(cache.get_seq_length())
+            past = tokens_in(cache)
             if past and of_cache is not None:
                 chosen[self.key] = of_cache
             else:
@@ -250,7 +257,7 @@ class EachLength(LengthDependence):
                 f"extend: a model under {self.rotary.method} with cache='raw' cannot be compiled, "
                 "as its frequencies change from step to step"
             )
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = tokens_in(cache)
         return self._of_length(self._length(arguments, past, None), arguments)
 
     def _attach(self, cache: Any, freqs: FreqsByKind) -> None:
@@ -277,8 +284,9 @@ def _reach(
     model: nn.Module, inputs: Any = None, generation_config: Any = None, *_: Any, **kwargs: Any
 ) -> int:
     """Return the tokens that `generate` may reach; those of the prompt if it sets no limit."""
+    # Beside embeddings there may be ids of no tokens.
     prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    prompt = next((x.shape[1] for x in prompts if x is not None), 1)
+    prompt = max((x.shape[1] for x in prompts if x is not None), default=1)
     defaults = getattr(model, "generation_config", None)
 
     def limit(name: str) -> int | None:
@@ -311,6 +319,12 @@ def _softmax_scales(site: RotarySite, method: str, given: Mapping[str, Any]) -> 
     overrides: list[Override] = []
     for layer in site.owner.modules():
         if (function := _mscale_function(layer)) is not None:
+            if parameters.get("mscale_all_dim") and "factor" not in parameters:
+                raise ValueError(
+                    f"extend: mscale_all_dim must be 0 for {method} of {type(layer).__name__}, "
+                    "whose softmax scale cannot follow the length, got "
+                    f"{parameters['mscale_all_dim']}"
+                )
             in_force = getattr(layer, _MSCALE_IN_FORCE, config)
             ratio = _mscale(function, parameters) / _mscale(function, in_force)
             overrides.append((layer, "scaling", layer.scaling * ratio))
