@@ -315,10 +315,11 @@ def test_explicit_positions_give_the_length_of_a_forward():
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    "method, parameters", [("yarn", {"factor": 4.0}), ("rerope", {"window": 8})]
+    "method, parameters",
+    [("yarn", {"factor": 4.0}), ("dynamic_ntk", {"factor": 4.0}), ("rerope", {"window": 8})],
 )
 def test_threads_on_one_model(method, parameters):
-    """Each has its own forward in progress; Qwen3's norms, too."""
+    """Each has its own forward in progress, and its length; Qwen3's norms, too."""
     model = build("qwen3", hidden_size=256, num_hidden_layers=4)
     prompts = [[tokens(1, length, seed) for seed in range(60)] for length in (40, 66)]
     with extend(model, method, **parameters), ThreadPoolExecutor(2) as pool:

@@ -11,6 +11,7 @@ come between.
 from __future__ import annotations
 
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -84,7 +85,7 @@ def frequency_changes(
                 raise unsupported(
                     site.owner, f"one table rotates its queries and keys, but {method} needs two"
                 )
-        rotary = Rotary(site, freqs, method)
+        rotary = Rotary(site, InForce(freqs), method)
         changes.overrides.append((site.rotary, "forward", rotary))
         changes.overrides += _softmax_scales(site, method, parameters)
         if takes_length:
@@ -110,24 +111,39 @@ def values_of(site: RotarySite, layer_type: str | None) -> ModelValues:
     return ModelValues(values, unrotated)
 
 
+class InForce(threading.local):
+    """The frequencies of forwards, which those in other threads do not change."""
+
+    def __init__(self, freqs: FreqsByKind) -> None:  # in each thread anew
+        self.freqs = dict(freqs)
+
+    def __reduce__(self) -> tuple[type, tuple[FreqsByKind]]:
+        return type(self), (self.freqs,)
+
+
 class Rotary:
     """Replacement forward of a rotary embedding, with other frequencies.
 
-    freqs: frequencies by kind of layers (None if the model has one kind); other kinds keep the
+    in_force: frequencies by kind of layers (None if the model has one kind); other kinds keep the
         model's own tables. A method that depends on the length sets them at the start of every
         forward; an extension by a score method shares those of the extension before it.
     method: the extension's.
     shared: the ranks that share tokens, if the extension is over a mesh.
     """
 
-    def __init__(self, site: RotarySite, freqs: FreqsByKind, method: str) -> None:
+    def __init__(self, site: RotarySite, in_force: InForce, method: str) -> None:
         self.site = site
         self.rotary = site.rotary
         self.fused = site.fused
-        self.freqs = freqs
+        self.in_force = in_force
         self.method = method
         self.shared: Shared | None = None
         self._tables: dict[str | None, Tables] = {}
+
+    @property
+    def freqs(self) -> FreqsByKind:
+        """The frequencies of this thread's forward."""
+        return self.in_force.freqs
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """Return a `Rotation` in place of cos if the op rotates, else the model's tables."""

@@ -30,7 +30,7 @@ from .find import (
     tokens_of,
     unsupported,
 )
-from .frequencies import FreqsByKind, Rotary, exports_to_onnx
+from .frequencies import FreqsByKind, InForce, Rotary, exports_to_onnx
 from .packed import BOUNDARIES, PackedRows, rows_by_boundaries
 from .paged import PagedRows, paged_rows
 from .rotation import Rotation
@@ -88,12 +88,12 @@ def score_changes(
 ) -> Changes:
     """Return a score method's changes; the model is not changed yet."""
     owner = _owner(model, sites)
-    freqs = [_freqs_in_force(site, method, asked.score) for site in sites]
-    _check_pairs(method, asked.score, freqs)
+    in_force = [_in_force(site, method, asked.score) for site in sites]
+    _check_pairs(method, asked.score, [each.freqs for each in in_force])
     found = Layers(model, owner, sites, layers)
     rotaries = [
         ScoreRotary(site, each, method, asked, found.around.get(site.rotary))
-        for site, each in zip(sites, freqs, strict=True)
+        for site, each in zip(sites, in_force, strict=True)
         if found.around.get(site.rotary) not in found.near
     ]
     forward = ScoreForward(owner, rotaries, found)
@@ -137,18 +137,18 @@ def _owner(model: nn.Module, sites: list[RotarySite]) -> nn.Module:
     return owners[0]
 
 
-def _freqs_in_force(site: RotarySite, method: str, score: Score) -> FreqsByKind:
+def _in_force(site: RotarySite, method: str, score: Score) -> InForce:
     """Return the frequencies of an earlier extension, or the model's own."""
     before = vars(site.rotary).get("forward")
     if not isinstance(before, Rotary):
-        return {layer_type: _own_freqs(site, layer_type) for layer_type in site.layer_types}
+        return InForce({kind: _own_freqs(site, kind) for kind in site.layer_types})
     # Positions that restart keep the amplitudes of the decay near 1.
     decays = any(freqs.log_decay is not None for freqs in before.freqs.values())
     if decays and not score.stored.modulus:
         raise ValueError(
             f"extend: {method} must have frequencies without decay, got {before.method}"
         )
-    return before.freqs
+    return before.in_force
 
 
 def _own_freqs(site: RotarySite, layer_type: str | None) -> RopeFreqs:
@@ -187,12 +187,12 @@ class ScoreRotary(Rotary):
     def __init__(
         self,
         site: RotarySite,
-        freqs: FreqsByKind,
+        in_force: InForce,
         method: str,
         asked: Asked,
         layer: nn.Module | None,
     ) -> None:
-        super().__init__(site, freqs, method)
+        super().__init__(site, in_force, method)
         self.layer = layer
         self.score, self.log_n, self.scale_from = asked
         self.key = uuid.uuid4().hex
