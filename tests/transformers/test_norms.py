@@ -182,6 +182,31 @@ def test_norms_follow_what_moves_a_layers_arguments():
         assert_close(logits(model, IDS), own)
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("rope", {"base": 10000.0}), ("dynamic_ntk", {"factor": 2.0}), ("rerope", {"window": 8})],
+)
+def test_parts_called_by_themselves_after_an_error(method, parameters):
+    model, x, at = normed("qwen3"), torch.ones(1, 3, 24), torch.arange(3)[None]
+    parts = (
+        lambda: model.model.layers[0].self_attn.q_norm(x),
+        lambda: model.model.rotary_emb(x, at),
+    )
+    want = parts[0]()
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    with extend(model, method, **parameters):
+        failing = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            logits(model, IDS)
+        failing.remove()
+        got, (rotation, _) = (part() for part in parts)
+        assert type(rotation).__name__ == "Rotation"
+    assert torch.equal(got, want)
+
+
 def test_what_acts_on_a_norm_is_left_to():
     """A hook sees what it saw before, whether it comes before the extension or after."""
     model, seen = normed("qwen3"), []

@@ -273,7 +273,8 @@ class Extension:
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
             self._undo.append(handle.remove)
             if after is not None:
-                self._undo.append(module.register_forward_hook(after).remove)
+                # After an error too, so that no part of the model waits for this forward's end.
+                self._undo.append(module.register_forward_hook(after, always_call=True).remove)
 
     def save_pretrained(
         self, folder: str | os.PathLike, *, length: int | None = None, **options: Any

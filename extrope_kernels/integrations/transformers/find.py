@@ -406,6 +406,8 @@ def tokens_of(arguments: Mapping[str, Any]) -> Tensor:
 
 def caches_in(output: Any) -> Iterator[Any]:
     """Yield the caches that a model returns."""
+    if output is None:  # it raised an error
+        return
     for value in output.values() if isinstance(output, Mapping) else output:
         if hasattr(value, "get_seq_length"):
             yield value
