@@ -16,10 +16,23 @@ _STORED_AS = {
     ("dbrx", "hidden_size"): "d_model",
     ("dbrx", "max_position_embeddings"): "max_seq_len",
     ("dbrx", "num_attention_heads"): "n_heads",
+    **{
+        (f"gpt_neox{end}", name): stored
+        for end in ("", "_japanese")
+        for name, stored in (
+            ("partial_rotary_factor", "rotary_pct"),
+            ("rope_theta", "rotary_emb_base"),
+        )
+    },
     ("jetmoe", "head_dim"): "kv_channels",
     ("moonshine", "num_attention_heads"): "decoder_num_attention_heads",
     ("zamba2", "head_dim"): "attention_head_dim",
 }
+# Names by which others, before transformers 5, store what only their classes read.
+_READ_BY_CLASSES = (
+    *("attn_config", "global_rope_theta", "local_rope_theta", "swa_rope_theta"),
+    *("rope_pct", "rope_ratio", "rotary_dim", "rotary_emb_base", "rotary_pct"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,7 @@ def read(config: Any, layer_type: str | None) -> Source:
         # Phi-3 keeps the trained length beside its rope parameters; that one has priority.
         parameters = {**parameters, "original_max_position_embeddings": length}
     if isinstance(config, Mapping):
+        _refuse_unread(config)
         config = _of_layers(config, layer_type)
     elif layer_type is not None and _get(config, "is_heterogeneous"):
         # ValueError: layers of one type differ, most often in sizes that the rotation ignores. If
@@ -131,6 +145,18 @@ def _get(config: Any, name: str) -> Any:
     if (value := config.get(name)) is not None:
         return value
     return config.get(_STORED_AS.get((config.get("model_type", ""), name), name))
+
+
+def _refuse_unread(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a stored rotation that this module would misread."""
+    kind = config.get("model_type", "")
+    read = {stored for (name, _), stored in _STORED_AS.items() if name == kind}
+    for name in _READ_BY_CLASSES:
+        if config.get(name) is not None and name not in read and not config.get("rope_parameters"):
+            raise ValueError(
+                f"{NAME}: {name} can be read by the class of {kind or 'the model'} alone: pass "
+                f"transformers.AutoConfig.from_pretrained(...), got a mapping with {config[name]!r}"
+            )
 
 
 def _of_layers(config: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]:
@@ -153,9 +179,11 @@ def _parameters(config: Any) -> Mapping[str, Any]:
     if not isinstance(parameters, Mapping):
         raise TypeError(f"{NAME}: rope_parameters must be a mapping, got {parameters!r}")
     local_base = _get(config, "rope_local_base_freq")
+    if _get(config, "model_type") == "olmo3":
+        local_base = _get(config, "rope_theta")
     if local_base is None or _is_nested(parameters):
         return parameters
-    # Gemma 3 in transformers 4: rope_scaling belongs to the full attention layers alone.
+    # Gemma 3 and OLMo 3 in transformers 4: rope_scaling belongs to the full attention layers alone.
     return {
         "full_attention": parameters,
         "sliding_attention": {"rope_type": "default", "rope_theta": local_base},

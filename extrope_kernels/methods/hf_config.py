@@ -42,8 +42,8 @@ def from_hf_config(
         parameters per layer type. Ignored if one set serves all layers.
 
     Raises ValueError for an unsupported rope type, a model that rotates otherwise than its
-    parameters say, a missing or impossible value, or a missing or unknown layer_type; TypeError for
-    a value of the wrong kind.
+    parameters say, a mapping with an old name that only the model's class reads, a missing or
+    impossible value, or a missing or unknown layer_type; TypeError for a value of the wrong kind.
     """
     source = read(config, layer_type)
     if seq_len is not None:

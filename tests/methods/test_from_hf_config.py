@@ -100,6 +100,14 @@ def test_rope_types(name, form, kind):
             methods.yarn(16, factor=2.0, original_max_position_embeddings=4096, truncate=False),
         ),
         (
+            {**SIZES, "model_type": "gpt_neox", "rotary_pct": 0.25, "rotary_emb_base": 2e4},
+            methods.rope(4, base=2e4),
+        ),
+        (
+            {**SIZES, "rotary_dim": 8, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            methods.rope(8),
+        ),
+        (
             {
                 **SIZES,
                 "original_max_position_embeddings": 2048,
@@ -173,6 +181,15 @@ def test_old_gemma_3_has_a_local_base():
     assert_same(from_hf_config(config, layer_type="sliding_attention"), methods.rope(16))
 
 
+def test_old_olmo_3_scales_its_full_layers_alone():
+    config = {**SIZES, "model_type": "olmo3", "rope_theta": 5e5}
+    config["rope_scaling"] = {"rope_type": "yarn", **YARN}
+    full = from_hf_config(config, layer_type="full_attention")
+    assert_same(full, methods.yarn(16, base=5e5, **YARN))
+    sliding = from_hf_config(config, layer_type="sliding_attention")
+    assert_same(sliding, methods.rope(16, base=5e5))
+
+
 def test_gemma_4_has_heads_of_two_sizes():
     config = {**SIZES, "head_dim": 16, "global_head_dim": 32, "rope_parameters": NESTED}
     full = from_hf_config(config, layer_type="full_attention")
@@ -224,6 +241,12 @@ ERRORS = [
     ({"partial_rotary_factor": -1}, None, "partial_rotary_factor must be >= 0, got -1"),
     ({"head_dim": 15}, None, r"must be even, so that dims pair up, got 15 \* 1 = 15"),
     ({"rope_theta": 0}, None, "rope: base must be > 1, got 0"),
+    ({"rotary_dim": 8}, None, "rotary_dim can be read by the class of the model alone: pass tr"),
+    (
+        {"model_type": "dbrx", "attn_config": {"rope_theta": 5e5}},
+        None,
+        "attn_config can be read by the class of dbrx alone",
+    ),
     ({"num_attention_heads": None}, None, "config must have head_dim, or hidden_size and"),
     (
         {"max_position_embeddings": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
