@@ -144,6 +144,9 @@ def test_a_batch_of_a_model_that_attends_by_name(method):
         model.set_attn_implementation("extrope")
         assert_equal(batch(model), want)
         assert model.config._attn_implementation == "extrope"
+        with pytest.raises(TypeError):
+            model.init_continuous_batching(unknown=True)
+        assert model.config._attn_implementation == "extrope"
 
 
 def test_a_length_of_each_request_is_refused():

@@ -169,10 +169,15 @@ def _start_batching(
     if implementation == INTERFACE:
         # The manager takes names that it knows; extended layers keep theirs.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    if previous is not None:
-        manager = previous(*args, **kwargs)
-    else:
-        manager = type(model).init_continuous_batching(model, *args, **kwargs)
+    try:
+        if previous is not None:
+            manager = previous(*args, **kwargs)
+        else:
+            manager = type(model).init_continuous_batching(model, *args, **kwargs)
+    except BaseException:
+        if implementation == INTERFACE:
+            model.set_attn_implementation(implementation)
+        raise
     if implementation == INTERFACE:
         manager._original_attn_impl = implementation  # its `stop` restores it
     return manager
