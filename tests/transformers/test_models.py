@@ -222,6 +222,17 @@ def test_a_window_that_the_cache_alone_knows(name):
                 _assert_close(logits(model, chosen)[0, -12:], got[row])
 
 
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "NanoChatForCausalLM"])
+def test_a_norm_after_the_rotation_undoes_the_attention_factor(name):
+    model, yarn = _build(name), {"method": "yarn", "factor": 4.0, "layers": "all"}
+    with extend(model, **yarn):
+        want = logits(model, IDS)
+        with extend(model, "rerope", window=64, layers="all"):
+            _assert_close(logits(model, IDS), want)
+    with extend(model, **yarn, cache="raw"):
+        _assert_close(logits(model, IDS), want)
+
+
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
 def test_chunks_stay_chunks(settings):
     model = _build("Llama4ForCausalLM", attention_chunk_size=6)
@@ -271,11 +282,13 @@ SLIDING, COMPRESSED = (
         ("DeepseekV4", COMPRESSED, {}, "keys beside those of the tokens"),
         ("Falcon", {"alibi": True}, {}, "none of its layers rotates"),
         ("Falcon", {"alibi": True}, {"method": "pi", "factor": 4.0}, "ALiBi in place of a rotat"),
+        ("UnlimitedOcr", {}, {}, "ReferenceSlidingWindowLayer keeps more keys than a window"),
         ("Blt", {}, {}, "BltLocalEncoder, .*BltPatcher counts its own positions"),
     ],
 )
 def test_refuses_models(name, settings, given, reason):
-    model = _build(f"{name}ForCausalLM", **settings)
+    kind = "ConditionalGeneration" if name == "UnlimitedOcr" else "CausalLM"
+    model = _build(f"{name}For{kind}", **settings)
     given = given if "method" in given else {"method": "rerope", "window": 6, **given}
     with pytest.raises(ValueError, match=f"^extend: {name}\\w+ is not .*{reason}"):
         extend(model, **given)

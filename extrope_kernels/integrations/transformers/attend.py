@@ -230,7 +230,8 @@ class Heads:
     """The rotation of an extended layer's heads, and the bounds of the keys that they see.
 
     start: the first rotated dim; the frequencies tell how many there are.
-    interleaved: the pairing of dims. sign: -1 if pairs are rotated backwards.
+    interleaved: the pairing of dims. sign: -1 if pairs are rotated backwards. scaled: False if a
+    norm after the rotation undoes the attention factor (Llama 4).
     chunk_size: in tokens, if the layer attends in chunks. sliding_window: in tokens, if its cache
     keeps no more, even if its attention gets no such option.
     """
@@ -238,6 +239,7 @@ class Heads:
     start: int
     interleaved: bool
     sign: int
+    scaled: bool = True
     chunk_size: int | None = None
     sliding_window: int | None = None
 
@@ -288,6 +290,8 @@ class Attending:
         freqs = self.freqs
         if heads.sign < 0:
             freqs = replace(freqs, inv_freq=-freqs.inv_freq)
+        if not heads.scaled:
+            freqs = replace(freqs, attention_factor=1.0)
         return self.changed(heads=heads, freqs=freqs)
 
     def __getitem__(self, index: Any) -> Attending:

@@ -47,6 +47,7 @@ from .find import (
 from .rows import no_mask
 
 _TOKENS = 4
+_AMPLITUDE = 2.0  # of a trial of attention factors
 
 
 @dataclass(frozen=True)
@@ -229,11 +230,11 @@ def _trial_freqs(sites: Sequence[RotarySite]) -> _TrialFreqs:
 class _TrialTables:
     """A rotary embedding that gives extended layers tables of the trial's frequencies."""
 
-    def __init__(self, site: RotarySite, freqs: _TrialFreqs, still: bool) -> None:
+    def __init__(self, site: RotarySite, freqs: _TrialFreqs, still: bool, amplitude: float) -> None:
         self.rotary = site.rotary
         self.still = still
         self.tables = {
-            layer_type: site.tables(layer_type, RopeFreqs(inv_freq))
+            layer_type: site.tables(layer_type, RopeFreqs(inv_freq, amplitude))
             for other, layer_type, inv_freq in freqs
             if other is site
         }
@@ -279,6 +280,7 @@ class Layers:
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
         still, moved = self._try_out()
+        self._loud = self._record(amplitude=_AMPLITUDE).seen
         for layer in moved.called:
             if layer not in moved.seen:
                 name = type(layer).__name__
@@ -314,12 +316,17 @@ class Layers:
             raise
 
     def _record(
-        self, recorder: Recorder | None = None, still: bool = False, **options: Any
+        self,
+        recorder: Recorder | None = None,
+        still: bool = False,
+        amplitude: float = 1.0,
+        **options: Any,
     ) -> Recorder:
         """Run the owner on four tokens; still: True for all of them at position 0."""
         recorder = recorder or Recorder(self.calls, self.mask_name)
         overrides = [
-            (site.rotary, "forward", _TrialTables(site, self.freqs, still)) for site in self.sites
+            (site.rotary, "forward", _TrialTables(site, self.freqs, still, amplitude))
+            for site in self.sites
         ]
         hooks = [(layer, recorder.note_layer) for layer in rotating_layers(self.owner)]
         try:
@@ -349,7 +356,9 @@ class Layers:
         attend_as_own(
             self.owner, layer, self.calls[layer], (q, k, moved.v), freqs, heads.interleaved, moved
         )
-        self.far[layer] = replace(heads, **bounds)
+        normal, loud = (rotated_first(x.q, heads.start) for x in (moved, self._loud[layer]))
+        scaled = _grows(normal, loud, 2 * freqs.inv_freq.numel())
+        self.far[layer] = replace(heads, scaled=scaled, **bounds)
         return True
 
     def _heads(
@@ -441,7 +450,10 @@ def kind_of(layer: nn.Module) -> str:
 
 
 def window_of_cache(owner: nn.Module, layer: nn.Module) -> int | None:
-    """Return the window that a layer's cache keeps, even if the layer itself knows none."""
+    """Return the window that a layer's cache keeps, even if the layer itself knows none.
+
+    Raises ValueError for a model's own cache, which may keep other keys beside the window.
+    """
     from transformers import DynamicCache
 
     index = getattr(layer, "layer_idx", None)
@@ -449,7 +461,10 @@ def window_of_cache(owner: nn.Module, layer: nn.Module) -> int | None:
         cached = DynamicCache(config=owner.config).layers[index]
     except (AttributeError, IndexError, KeyError, TypeError):  # another layer's keys, or cache
         return None
-    return getattr(cached, "sliding_window", None)
+    window = getattr(cached, "sliding_window", None)
+    if window is not None and not type(cached).__module__.startswith(DynamicCache.__module__):
+        raise unsupported(owner, f"its {type(cached).__name__} keeps more keys than a window")
+    return window
 
 
 def sees_chunks(mask: Any, size: int) -> bool:
@@ -492,6 +507,15 @@ def attend_as_own(
         raise unsupported(owner, f"{type(layer).__name__}: {reason}") from error
     if own is None or not close(ours, own.view_as(ours)):
         raise unsupported(owner, f"{type(layer).__name__} attends in a way of its own")
+
+
+def _grows(normal: Tensor, loud: Tensor, dims: int) -> bool:
+    """Return True if the trial's attention factor has grown the first dims, not been undone.
+
+    The nearer of both: norms add an epsilon, so neither is exact.
+    """
+    grown = torch.cat((normal[..., :dims] * _AMPLITUDE, normal[..., dims:]), -1)
+    return bool((loud - grown).abs().sum() < (loud - normal).abs().sum())
 
 
 def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
