@@ -4,8 +4,9 @@ configs.json has those in use, candidates.json others worth timing on a card. A 
 serves later chips, up to the next row; a row of a head_dim serves smaller ones too. Float32
 products run without tensor cores, so its rows serve all chips of a maker.
 
-bench/results/gpu_audit.csv lists those that spill, by 16 bytes at most. Candidates may spill more:
-gradients of keys by wgmma spill even in plain attention.
+bench/results/gpu_audit.csv lists those that spill, by 16 bytes at most (24 with Triton 3.7.1:
+bench/gpu_audit.py). Candidates may spill more: gradients of keys by wgmma spill even in plain
+attention.
 """
 
 from __future__ import annotations
