@@ -19,8 +19,8 @@ def nothing_known():
 def test_layouts_differ_by_all_but_data():
     x = torch.zeros(4, 6)
     others = (x.t(), x[:2], x.bfloat16(), x.to("meta"), x[:, ::2], None)
-    assert layouts.layouts_of(x, None) == layouts.layouts_of(torch.ones(4, 6), None)
-    assert len({layouts.layouts_of(x), *map(layouts.layouts_of, others)}) == 7
+    assert layouts.layout_key(x, None) == layouts.layout_key(torch.ones(4, 6), None)
+    assert len({layouts.layout_key(x), *map(layouts.layout_key, others)}) == 7
 
 
 def test_work_is_done_once_and_again_after_it_failed():
@@ -33,10 +33,10 @@ def test_work_is_done_once_and_again_after_it_failed():
         return None
 
     for value in (1, 1, 2, 1):
-        assert layouts.planned(make, value, value) is None
+        assert layouts.cached_by_layout(make, value, value) is None
     for _ in range(2):
         with pytest.raises(ValueError, match="negative"):
-            layouts.planned(make, -1, -1)
+            layouts.cached_by_layout(make, -1, -1)
     assert calls == [1, 2, -1, -1]
 
 

@@ -17,12 +17,12 @@ _done: dict[Hashable, Any] = {}
 _MISSING = object()
 
 
-def layouts_of(*tensors: Tensor | None) -> Hashable:
+def layout_key(*tensors: Tensor | None) -> Hashable:
     """Return a key with everything about these tensors except their data."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
 
 
-def planned(make: Callable[..., Result], key: Hashable, *args: Any) -> Result:
+def cached_by_layout(make: Callable[..., Result], key: Hashable, *args: Any) -> Result:
     """Return make(*args), called once per key; its result must not keep any tensor."""
     key = (make, key)
     found = _done.get(key, _MISSING)

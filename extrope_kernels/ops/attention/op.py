@@ -16,7 +16,7 @@ from torch import Tensor
 from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
 from .._shared.dtensor import replicated
 from .._shared.dtypes import Scales, accumulator
-from .._shared.layouts import layouts_of, planned
+from .._shared.layouts import cached_by_layout, layout_key
 from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference
 from .call import AttentionCall, KVCache, lse_shape, read_call
@@ -121,8 +121,8 @@ def _op(name: str, backend: str | None) -> Any:
 def _attention(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Sequence[float]):
     """Rebuild and check the call."""
     call = read_call(tensors, numbers)
-    key = (layouts_of(q, k, v, *tensors), call.fixed)
-    planned(check_attention, key, "attention", q, k, v, call)
+    key = (layout_key(q, k, v, *tensors), call.fixed)
+    cached_by_layout(check_attention, key, "attention", q, k, v, call)
     check_values("attention", call, len(q))
     return call
 
@@ -199,8 +199,8 @@ def _decode_call(*tensors, numbers) -> tuple[KVCache, AttentionCall]:
     """Rebuild and check the cache and the call."""
     q, _, _, k, v = tensors[:5]
     cache, call = _read_decode(*tensors, numbers=numbers)
-    key = (layouts_of(*tensors), call.fixed)
-    planned(check_decode, key, "decode", q, k, v, cache, call)
+    key = (layout_key(*tensors), call.fixed)
+    cached_by_layout(check_decode, key, "decode", q, k, v, cache, call)
     check_slots("decode", cache, call.cu_seqlens, len(q))
     return cache, call
 

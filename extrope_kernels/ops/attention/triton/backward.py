@@ -32,6 +32,7 @@ from .device import (
     groups_of,
     inside_of,
     keys_of,
+    launch_for,
     load_rows,
     load_values,
     log2_e,
@@ -46,7 +47,6 @@ from .device import (
     seen_keys,
     sequence_stride,
     sequences_of,
-    settled,
     split,
     store_rows,
     tiles_of,
@@ -328,7 +328,7 @@ def backward(
     """
     call, lse = with_contiguous_rows(call), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    by_queries, by_keys = settled(_settle, (q, k, v, out, dout), call)
+    by_queries, by_keys = launch_for(_build_launch, (q, k, v, out, dout), call)
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
     starts = (call.cu_seqlens, call.q_start, call.k_start)
@@ -349,7 +349,7 @@ def backward(
     return dq, dk, dv
 
 
-def _settle(
+def _build_launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, call: AttentionCall
 ) -> tuple[Launch, Launch]:
     """Build two launches: by block of queries, and by block of keys."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from ....scores import UNROTATED
 from ....scores.base import FIRST_KEY
 from ..._shared.dtypes import FP8, as_bits
-from ..._shared.layouts import layouts_of, planned
+from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.fp8 import kind_of_cache, parts_of_codes, quantize_rows, widened_codes
 from ..._shared.triton.launch import (
     VECTOR_BYTES,
@@ -728,9 +728,9 @@ def decode(
     call = with_contiguous_rows(call)
     if call.cu_seqlens is not None:  # as one sequence; only the device knows the boundaries
         q, k, v = (None if x is None else x[None] for x in (q, k, v))
-    layouts = layouts_of(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
+    layouts = layout_key(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
     key = (layouts, call.fixed, cache.appended)
-    append, attend, counters, room = planned(_settle, key, q, k, v, cache, call)
+    append, attend, counters, room = cached_by_layout(_build_launch, key, q, k, v, cache, call)
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
     scratch = q.new_empty(room, dtype=torch.float32) if room else None
     small = (call.inv_freq, *cache.tensors[:3], call.log_decay, call.pair_maps, call.cu_seqlens)
@@ -750,7 +750,7 @@ def decode(
     return out, lse
 
 
-def _settle(
+def _build_launch(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> Decode:
     """Build both launches; q, k, v: (batch, seqlen, heads, head_dim), batch 1 if packed."""
@@ -772,11 +772,11 @@ def _settle(
     )  # fmt: skip
     options = {"TILE": tile._replace(align=align), **setting._replace(stages=stages).options}
     attend = Launch((grid.slots * grid.row_blocks, heads_k), sizes, options)
-    append = attend if k is None else _settle_append(k, v, cache, call, tile, grid.counters)
+    append = attend if k is None else _build_append_launch(k, v, cache, call, tile, grid.counters)
     return Decode(append, attend, counters, scratch)
 
 
-def _settle_append(
+def _build_append_launch(
     k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall, tile: CacheTile, counters: int
 ) -> Launch:
     """Build the first launch; counters: numbers to set to 0 for every sequence and head."""

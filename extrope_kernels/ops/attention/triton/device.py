@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....scores import PositionMap, Region
-from ..._shared.layouts import layouts_of, planned
+from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.angles import cos_sin, fixed_angle
 from ..._shared.triton.exp import exp
 from ..._shared.triton.launch import INTERPRETED, VECTOR_BYTES, strides_of
@@ -66,12 +66,12 @@ class Launch(NamedTuple):
     options: dict[str, Any]  # its constexprs, and Triton's launch options
 
 
-def settled(
+def launch_for(
     make: Callable[..., Any], given: tuple[Tensor | None, ...], call: AttentionCall, *more: Any
 ) -> Any:
     """Return make(*given, call, *more), cached by the layouts of all these tensors."""
-    layouts = layouts_of(*given, *call.tensors)
-    return planned(make, (layouts, call.fixed, more), *given, call, *more)
+    layouts = layout_key(*given, *call.tensors)
+    return cached_by_layout(make, (layouts, call.fixed, more), *given, call, *more)
 
 
 class Tile(NamedTuple):

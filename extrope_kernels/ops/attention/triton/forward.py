@@ -33,6 +33,7 @@ from .device import (
     groups_of,
     inside_of,
     keys_of,
+    launch_for,
     load_part,
     load_rows,
     load_values,
@@ -48,7 +49,6 @@ from .device import (
     seen_keys,
     sequence_stride,
     sequences_of,
-    settled,
     store_rows,
     tiles_of,
     times,
@@ -289,7 +289,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     (batch, heads_q, seqlen_q) or (heads_q, total).
     """
     call = with_contiguous_rows(call)
-    launch = settled(_settle, (q, k, v), call)
+    launch = launch_for(_build_launch, (q, k, v), call)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     fits = v.shape[-1] == q.shape[-1] and out.dtype == q.dtype
@@ -305,7 +305,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     return out, lse
 
 
-def _settle(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launch:
+def _build_launch(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launch:
     setting = configs.config_of("forward", q, v)
     tile, values = tiles_of(setting, q, k, v, call)
     programs, blocks = programs_of(q, setting.block_m, call)

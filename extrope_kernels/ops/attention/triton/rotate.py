@@ -28,6 +28,7 @@ from .device import (
     freqs_of,
     groups_of,
     key_maps,
+    launch_for,
     log_n_scale,
     map_of,
     nth_cos_sin,
@@ -35,7 +36,6 @@ from .device import (
     rope_heads_of,
     sequence_stride,
     sequences_of,
-    settled,
 )
 
 THREADS = 128  # each has 16 bytes of first dims and 16 of second dims
@@ -267,7 +267,7 @@ class Rotation(NamedTuple):
 
 def rotated_keys(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
     """Rotate keys for every region; None if all regions see the given keys."""
-    rotation = settled(_settle, (q, k), call, "keys")
+    rotation = launch_for(_build_launch, (q, k), call, "keys")
     if rotation.k_copies == 0:
         return None
     copies = _copies(k, rotation.k_copies, k.dtype)
@@ -277,7 +277,7 @@ def rotated_keys(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
 
 def rotated(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Rotate queries for every region, and keys for regions that do not see the given ones."""
-    rotation = settled(_settle, (q, k), call, "both")
+    rotation = launch_for(_build_launch, (q, k), call, "both")
     copies = _copies(q, rotation.q_copies, q.dtype), _copies(k, rotation.k_copies, k.dtype)
     _launch(rotation, q, k, *copies, call)
     return copies
@@ -293,7 +293,9 @@ def rotate_back(
     dq: Tensor, dk: Tensor, dq_copies: Tensor, dk_copies: Tensor, call: AttentionCall
 ) -> None:
     """Write the gradients of q and k: sums of their copies' gradients, each rotated back."""
-    _launch(settled(_settle, (dq, dk), call, "gradients"), dq, dk, dq_copies, dk_copies, call)
+    _launch(
+        launch_for(_build_launch, (dq, dk), call, "gradients"), dq, dk, dq_copies, dk_copies, call
+    )
 
 
 def _copies(x: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
@@ -317,7 +319,7 @@ def _launch(
         )  # fmt: skip
 
 
-def _settle(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
+def _build_launch(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
     """Build the launch.
 
     wanted: "keys", those that differ from the given ones; "both", all queries and these keys;

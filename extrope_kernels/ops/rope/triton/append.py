@@ -13,7 +13,7 @@ from triton import next_power_of_2
 
 from ....scores.base import SAME
 from ..._shared.dtypes import as_bits
-from ..._shared.layouts import layouts_of, planned
+from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.fp8 import quantize_rows
 from ..._shared.triton.launch import INTERPRETED, strides_of
 from ..._shared.triton.pairs import copy_rows
@@ -21,15 +21,15 @@ from ..append_checks import Append, check, check_values
 from ..rotation import Rotation, resolve
 from .device import (
     POSITION_NUMBERS,
+    Launch,
     Rope,
-    Settled,
     head_rows,
     launch,
+    launch_constants,
     program_heads,
     program_tokens,
     settle,
     token_positions,
-    told_by,
 )
 from .norm import norm_rotate_heads
 
@@ -176,22 +176,24 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
         cu_seqlens, leftpad, positions, log_decay, axes, k_scale, v_scale,
     ) = (*tensors, *[None] * 10)[:18]  # fmt: skip
     numbers = (tuple(x) if isinstance(x, list) else x for x in options.values())
-    settled = planned(_settle, (*options, *numbers, layouts_of(*tensors)), tensors, options)
+    prepared = cached_by_layout(
+        _build_launch, (*options, *numbers, layout_key(*tensors)), tensors, options
+    )
     if INTERPRETED:  # reading values costs nothing then
         check_values("rope_append", Append(*tensors, **options))
     out = k.new_empty(0) if q is None else torch.empty_like(q)
-    if settled is not None:
+    if prepared is not None:
         if k_scale is not None:
             k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
         heads = (q, k, None if q is None else out, v, k_cache, v_cache)
         cache = Cache(seqlens, block_table, slot_mapping, leftpad, k_scale, v_scale)
         behind = seqlens if positions is None else positions
         rope = Rope(inv_freq, None if inv_freq is None else behind, cu_seqlens, log_decay, axes)
-        launch(rope_append_kernel, settled, heads, q_weight, k_weight, cache, rope)
+        launch(rope_append_kernel, prepared, heads, q_weight, k_weight, cache, rope)
     return out
 
 
-def _settle(tensors: tuple[Tensor | None, ...], options: dict) -> Settled | None:
+def _build_launch(tensors: tuple[Tensor | None, ...], options: dict) -> Launch | None:
     """Check the call, then build its launch; None if there is nothing to append."""
     call = Append(*tensors, **options)
     check("rope_append", call)
@@ -208,7 +210,7 @@ def _settle(tensors: tuple[Tensor | None, ...], options: dict) -> Settled | None
     weights = (call.q_norm_weight, call.k_norm_weight)
     together = [w is not None and w.shape[0] != k.shape[3] for w in weights]
     slots, table = call.slot_mapping, call.block_table
-    by, numbers = told_by(_rotation(call, k))
+    by, numbers = launch_constants(_rotation(call, k))
     numbers += (0, 0) if slots is None else strides_of(slots.view(call.batch, call.seqlen))
     numbers += (0 if table is None else table.stride(0), *call.k_cache.shape[:2], call.capacity)
     rotates = (call.rotates_q, call.inv_freq is not None)

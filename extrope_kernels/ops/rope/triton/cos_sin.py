@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._shared.layouts import layouts_of, planned
+from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.launch import strides_of
 from ..cos_sin import check
 from .device import (
-    Settled,
+    Launch,
     empty_outputs,
     launch,
     program_heads,
@@ -55,16 +55,16 @@ def rope_cos_sin(
     """Compute `torch.ops.extrope.rope_cos_sin`."""
     q_out, k_out = empty_outputs(q, k)
     tensors = (q, k, q_out, k_out)
-    key = (layouts_of(q, k, cos, sin), *options.items())
-    settled = planned(_settle, key, tensors, cos, sin, options)
-    if settled is not None:
-        launch(cos_sin_kernel, settled, tensors, cos, sin)
+    key = (layout_key(q, k, cos, sin), *options.items())
+    prepared = cached_by_layout(_build_launch, key, tensors, cos, sin, options)
+    if prepared is not None:
+        launch(cos_sin_kernel, prepared, tensors, cos, sin)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
-def _settle(
+def _build_launch(
     tensors: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, options: dict[str, bool]
-) -> Settled | None:
+) -> Launch | None:
     """Check the call, then build its launch; None if there is nothing to rotate."""
     check(*tensors[:2], cos, sin)
     by = {"interleaved": False, "conjugate": False, **options, "half": cos.shape[2]}

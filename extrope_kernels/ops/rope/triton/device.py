@@ -210,7 +210,7 @@ def rotate_head(x, out, tokens, head, cos, sin, TILE: tl.constexpr):
 # The launch
 
 
-class Settled(NamedTuple):
+class Launch(NamedTuple):
     """A launch, worked out once per layout of a call's tensors."""
 
     grid: tuple[int, ...]
@@ -219,15 +219,15 @@ class Settled(NamedTuple):
     options: dict[str, Any]  # constexprs, and Triton's own options
 
 
-def launch(kernel: Any, settled: Settled, tensors: Sequence[Tensor | None], *others: Any) -> None:
+def launch(kernel: Any, prepared: Launch, tensors: Sequence[Tensor | None], *others: Any) -> None:
     """Launch on the tensors' GPU; tensors: those of heads, as given to `settle`."""
-    heads = tuple([x if x is None else (x, *n) for x, n in zip(tensors, settled.strides)])
+    heads = tuple([x if x is None else (x, *n) for x, n in zip(tensors, prepared.strides)])
     some = tensors[1] if tensors[0] is None else tensors[0]
     if not some.is_cuda or some.get_device() == torch.cuda.current_device():
-        kernel[settled.grid](heads, *others, *settled.numbers, **settled.options)
+        kernel[prepared.grid](heads, *others, *prepared.numbers, **prepared.options)
     else:
         with torch.cuda.device_of(some):
-            kernel[settled.grid](heads, *others, *settled.numbers, **settled.options)
+            kernel[prepared.grid](heads, *others, *prepared.numbers, **prepared.options)
 
 
 def settle(
@@ -240,17 +240,17 @@ def settle(
     width: int = 0,
     copies_rest: bool = True,
     **options: Any,
-) -> Settled | None:
+) -> Launch | None:
     """Work out the launch on q, k and other (batch, seqlen, heads, head_dim) tensors or None.
 
     Tiles and grids take few different values, so little is compiled. Returns None if there is
     nothing to do.
 
-    by, numbers: as from `told_by`; numbers follow count and seqlen.
+    by, numbers: as from `launch_constants`; numbers follow count and seqlen.
     one_program: a program takes all heads.
     may_be_few: a program may take few tokens.
     width: pairs that registers hold, if not half.
-    options: as in Settled.
+    options: as in Launch.
     """
     q, k, *_ = tensors
     x, heads_q, heads_k = k if q is None else q, *(0 if x is None else x.shape[2] for x in (q, k))
@@ -270,7 +270,7 @@ def settle(
     align = alignment(x.itemsize, itertools.chain(*strides), of_tokens)
     sizes = (tokens, pairs, rest, next_power_of_2(max(rest, 1)), align, heads_q, heads_k)
     options["TILE"] = Tile(*sizes, wide=x.dtype == torch.float64, **by)
-    return Settled(
+    return Launch(
         (tiles, min(spread, max(1, TARGET_WARPS // (warps * tiles)))),
         tuple(tuple(n // align for n in each) for each in strides),
         (count, seqlen, *numbers),
@@ -278,7 +278,7 @@ def settle(
     )
 
 
-def told_by(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:
+def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:
     """Return `by` and `numbers` for `settle`."""
     positions, axes = rotation.positions, rotation.axes
     strides = (0, 0, 0) if positions is None else strides_of(positions)

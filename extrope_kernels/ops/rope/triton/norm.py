@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ..._shared.dtypes import accumulator
-from ..._shared.layouts import layouts_of, planned
+from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.fp8 import parts_of_codes
 from ..._shared.triton.launch import chip_of
 from ..._shared.triton.pairs import store_parts
@@ -22,20 +22,20 @@ from ..checks import check_norm, refuse_overlap
 from ..rotation import resolve
 from .device import (
     POSITION_NUMBERS,
+    Launch,
     Rope,
-    Settled,
     as_inputs,
     empty_outputs,
     head_cos_sin,
     head_rows,
     launch,
+    launch_constants,
     load_head,
     program_heads,
     program_tokens,
     scaled,
     settle,
     token_positions,
-    told_by,
 )
 
 # A backward's limit: without one, ptxas spills to fit one more block.
@@ -305,24 +305,24 @@ def _run(
     """
     q, k, out, _, *saved = tensors
     weights, rope = others[:2], Rope(*others[2:])
-    key = (out is q, layouts_of(q, k, *saved, *weights, *rope), *options.items())
-    settled = planned(_settle, key, tensors, weights, rope, options)
-    programs, wide = 0 if settled is None else settled.grid[0], accumulator(q.dtype)
+    key = (out is q, layout_key(q, k, *saved, *weights, *rope), *options.items())
+    prepared = cached_by_layout(_build_launch, key, tensors, weights, rope, options)
+    programs, wide = 0 if prepared is None else prepared.grid[0], accumulator(q.dtype)
     parts = [
         None if w is None or saved[0] is None else q.new_empty(programs, w.shape[0], dtype=wide)
         for w in weights
     ]
-    if settled is not None:
-        launch(norm_rotate_kernel, settled, tensors, *weights, *parts, rope, offset)
+    if prepared is not None:
+        launch(norm_rotate_kernel, prepared, tensors, *weights, *parts, rope, offset)
     return parts
 
 
-def _settle(
+def _build_launch(
     tensors: tuple[Tensor | None, ...],
     weights: tuple[Tensor | None, ...],
     rope: Rope,
     options: dict,
-) -> Settled | None:
+) -> Launch | None:
     """Check the call, then build its launch; None if there is nothing to rotate."""
     (q, k, *others), options = tensors, dict(options)
     eps, backward = options.pop("norm_eps", 1e-6), others[2] is not None
@@ -338,7 +338,7 @@ def _settle(
     pairs = ((q, k), others[:2], others[2:])
     return settle(
         [x for xs in pairs for x in as_inputs(xs, inputs)],
-        *told_by(rotation),
+        *launch_constants(rotation),
         # The mean square of all heads is read before any of them is overwritten: by one program.
         one_program=backward or (in_place and any(together)),
         may_be_few=not backward,

@@ -13,19 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._shared.dtypes import accumulator
-from ..._shared.layouts import layouts_of, planned
+from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.launch import chip_of
 from ..checks import refuse_overlap
 from ..rotation import Rotation, resolve
 from .device import (
     POSITION_NUMBERS,
+    Launch,
     Rope,
-    Settled,
     as_inputs,
     empty_outputs,
     head_cos_sin,
     head_rows,
     launch,
+    launch_constants,
     load_head,
     program_heads,
     program_tokens,
@@ -33,7 +34,6 @@ from .device import (
     scaled,
     settle,
     token_positions,
-    told_by,
 )
 
 # If every head has its own frequencies, a limit that no kernel reaches: without one, ptxas spills
@@ -108,9 +108,9 @@ def rotate_kernel(
             tl.store(at, grad, mask=mask)
 
 
-def settle_rotation(
+def build_rotation_launch(
     tensors: Sequence[Tensor | None], in_place: bool, rotation: Rotation
-) -> Settled | None:
+) -> Launch | None:
     """Work out the launch on q, k, their outputs and saved inputs; None if nothing rotates.
 
     With saved inputs it writes the gradient of the angles too.
@@ -121,7 +121,7 @@ def settle_rotation(
     limited = rotation.per_head and isinstance(chip_of(tensors[0]), int)
     return settle(
         tensors,
-        *told_by(rotation),
+        *launch_constants(rotation),
         one_program=sums_heads,
         may_be_few=not sums_heads,
         copies_rest=not in_place,
@@ -167,19 +167,19 @@ def _run(
     Returns the gradient of the angles if inputs were saved.
     """
     q, k, out, _, *saved = tensors
-    key = (adjoint, out is q, layouts_of(q, k, *saved, *rope), *options.items())
-    settled, angles = planned(_settle, key, adjoint, tensors, rope, options)
+    key = (adjoint, out is q, layout_key(q, k, *saved, *rope), *options.items())
+    prepared, angles = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
     angle_grad = None if saved[0] is None else q.new_empty(angles, dtype=accumulator(q.dtype))
-    if settled is not None:
-        launch(rotate_kernel, settled, tensors, angle_grad, rope, offset)
+    if prepared is not None:
+        launch(rotate_kernel, prepared, tensors, angle_grad, rope, offset)
     elif angle_grad is not None:
         angle_grad.zero_()
     return angle_grad
 
 
-def _settle(
+def _build_launch(
     adjoint: bool, tensors: tuple[Tensor | None, ...], rope: Rope, options: dict
-) -> tuple[Settled | None, tuple[int, ...]]:
+) -> tuple[Launch | None, tuple[int, ...]]:
     """Check the call, then build its launch; return also the shape of its angles' gradient."""
     q, k, *others = tensors
     inputs, rotation = resolve(q, k, *rope, adjoint=adjoint, **options)
@@ -187,8 +187,8 @@ def _settle(
     if in_place:
         refuse_overlap(q, k)
     pairs = ((q, k), others[:2], others[2:])
-    settled = settle_rotation(
+    prepared = build_rotation_launch(
         [x for xs in pairs for x in as_inputs(xs, inputs)], in_place, rotation
     )
     batch, seqlen, heads, _ = inputs[0].shape
-    return settled, (batch, seqlen, heads if rotation.per_head else 1, rotation.rotary_dim // 2)
+    return prepared, (batch, seqlen, heads if rotation.per_head else 1, rotation.rotary_dim // 2)
