@@ -19,7 +19,7 @@ from .dynamic_ntk import dynamic_ntk as dynamic_ntk
 from .dynamic_yarn import dynamic_yarn as dynamic_yarn
 from .giraffe_power import giraffe_power as giraffe_power
 from .giraffe_truncation import giraffe_truncation as giraffe_truncation
-from .hf_config import from_hf_config
+from .hf_config import from_hf_config, trained, trained_length
 from .llama3 import llama3 as llama3
 from .longrope import longrope as longrope
 from .mrrope import mrrope as mrrope
@@ -65,4 +65,5 @@ WRAPPERS: dict[str, Callable[..., RopeFreqs]] = {
     wrapper.__name__: wrapper for wrapper in (with_sections, resonance, ms_poe)
 }
 
-__all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", *WRAPPERS, *METHODS]
+__all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", "trained", "trained_length"]
+__all__ += [*WRAPPERS, *METHODS]

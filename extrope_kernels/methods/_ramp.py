@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_choice, check_falling, check_real
-from .base import base_powers, copy_to
+from .base import RopeFreqs, copy_to, trained_pairs
 
 
 def rotations_index(rotations: float, dim: int, base: float, length: int) -> float:
@@ -45,7 +45,7 @@ def index_range(
 
 def index_ramp(
     method: str,
-    dim: int,
+    index: Tensor,
     base: float,
     length: int,
     fast: float,
@@ -54,12 +54,14 @@ def index_ramp(
 ) -> Tensor:
     """Return 1 for pairs that make `fast` rotations or more, falling linearly to 0 at `slow`.
 
-    (dim/2,) float32; the ends are those of `index_range`.
+    index: of every pair in plain RoPE, (dim/2,), from `trained_pairs`. The ends are those of
+        `index_range`.
     """
+    dim = 2 * index.shape[0]
     low, high = index_range(method, dim, base, length, fast, slow, truncate)
     if low == high:
         high += 0.001
-    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
+    ramp = (index - low) / (high - low)
     return 1 - ramp.clamp(0, 1)
 
 
@@ -83,13 +85,14 @@ def yarn_inv_freq(
     beta_slow: float,
     truncate: bool,
     ramp: str,
+    over: RopeFreqs | None,
 ) -> Tensor:
-    """Return RoPE's frequencies, divided by `scale` where the ramp is 0; the rest as for `yarn`.
+    """Return trained frequencies, divided by `scale` where the ramp is 0; the rest as for `yarn`.
 
     (dim/2,) float32; with a float64 tensor `scale` (..., 1), (..., dim/2) on its device.
     """
     check_yarn_ramp(method, beta_fast, beta_slow, truncate, ramp)
-    powers, keep = _RAMPS[ramp](method, dim, base, length, beta_fast, beta_slow, truncate)
+    powers, keep = _RAMPS[ramp](method, dim, base, length, beta_fast, beta_slow, truncate, over)
     if isinstance(scale, Tensor):
         powers, keep = copy_to(powers, scale.device), copy_to(keep, scale.device)
         scale = scale.to(powers.dtype)
@@ -119,18 +122,34 @@ def _temperature(scale: float, weight: float) -> float:
 
 
 def _by_index(
-    method: str, dim: int, base: float, length: int, fast: float, slow: float, truncate: bool
+    method: str,
+    dim: int,
+    base: float,
+    length: int,
+    fast: float,
+    slow: float,
+    truncate: bool,
+    over: RopeFreqs | None,
 ) -> tuple[Tensor, Tensor]:
     """Ramp by pair index, in float32, as the authors' code and every released checkpoint do."""
-    keep = index_ramp(method, dim, base, length, fast, slow, truncate)
-    return base_powers(dim, base), keep
+    powers, index = trained_pairs(method, dim, base, over)
+    return powers, index_ramp(method, index, base, length, fast, slow, truncate)
 
 
 def _by_rotations(
-    method: str, dim: int, base: float, length: int, fast: float, slow: float, truncate: bool
+    method: str,
+    dim: int,
+    base: float,
+    length: int,
+    fast: float,
+    slow: float,
+    truncate: bool,
+    over: RopeFreqs | None,
 ) -> tuple[Tensor, Tensor]:
     """Ramp by number of rotations, in float64, as in the paper's equations."""
-    powers = base ** (torch.arange(0, dim, 2, device="cpu").double() / dim)
+    powers, _ = trained_pairs(method, dim, base, over)
+    if powers.dtype == torch.float32:  # plain RoPE
+        powers = base ** (torch.arange(0, dim, 2, device="cpu").double() / dim)
     rotations = length / (2 * math.pi * powers)
     return powers, ((rotations - slow) / (fast - slow)).clamp(0, 1)
 

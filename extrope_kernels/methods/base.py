@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,15 +68,70 @@ def rope_inv_freq(dim: int, base: float) -> Tensor:
     return 1.0 / base_powers(dim, base)
 
 
+def trained_inv_freq(method: str, dim: int, base: float, over: RopeFreqs | None) -> Tensor:
+    """Return the frequencies that `method` scales: those of `over`, else RoPE's at `base`.
+
+    (dim/2,) float32 on the CPU.
+    """
+    if over is None:
+        return rope_inv_freq(dim, base)
+    inv_freq = check_freqs(method, over, "over").inv_freq
+    if inv_freq.shape != (dim // 2,) or over.log_decay is not None:
+        decay = "" if over.log_decay is None else " with log_decay (XPOS)"
+        raise ValueError(
+            f"{method}: over must hold dim/2 = {dim // 2} frequencies without log_decay, "
+            f"got {tuple(inv_freq.shape)}{decay}"
+        )
+    return inv_freq.to("cpu", torch.float32)
+
+
+def scaled_over(
+    method: str, scaled: Tensor, dim: int, base: float, over: RopeFreqs | None
+) -> Tensor:
+    """Return over's frequencies, scaled pair by pair as `scaled` is of RoPE's at `base`.
+
+    scaled: (..., dim/2) float32, returned to the bit where `over` is None or plain RoPE.
+    """
+    plain = rope_inv_freq(dim, base)
+    trained = trained_inv_freq(method, dim, base, over)
+    if over is None or torch.equal(trained, plain):
+        return scaled
+    ratio = scaled.double() / copy_to(plain, scaled.device).double()
+    return (copy_to(trained, scaled.device) * ratio).float()
+
+
+def trained_pairs(
+    method: str, dim: int, base: float, over: RopeFreqs | None
+) -> tuple[Tensor, Tensor]:
+    """Return 1 / frequency of every pair, and its index in plain RoPE at `base`: (dim/2,) each.
+
+    A pair of `over` has the real index at which plain RoPE rotates as fast; one that does not
+    rotate has an infinite one. Over plain RoPE both are plain RoPE's, to the bit.
+    """
+    powers = base_powers(dim, base)
+    trained = trained_inv_freq(method, dim, base, over)
+    if over is None or torch.equal(trained, 1.0 / powers):
+        return powers, torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+    powers = 1.0 / trained.double()
+    return powers, (powers.log() * (dim / (2 * math.log(base)))).float()
+
+
+def with_trained(over: RopeFreqs | None, inv_freq: Tensor, factor: float = 1.0) -> RopeFreqs:
+    """Return scaled frequencies with the amplitude and the axes that the model was trained with."""
+    if over is None:
+        return RopeFreqs(inv_freq, factor)
+    return RopeFreqs(inv_freq, over.attention_factor * factor, axes=over.axes)
+
+
 def copy_to(table: Tensor, device: torch.device) -> Tensor:
     """Copy a small table from the CPU to `device` without making the host wait for the device."""
     return table.to(device, non_blocking=True)
 
 
-def check_freqs(function: str, freqs: RopeFreqs) -> RopeFreqs:
+def check_freqs(function: str, freqs: RopeFreqs, name: str = "freqs") -> RopeFreqs:
     """Check another method's frequencies before `function` changes them."""
     if not isinstance(freqs, RopeFreqs):
-        raise TypeError(f"{function}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+        raise TypeError(f"{function}: {name} must be a RopeFreqs, got {type(freqs).__name__}")
     if not isinstance(freqs.inv_freq, Tensor) or freqs.inv_freq.dim() == 0:
         raise TypeError(
             f"{function}: inv_freq must be a Tensor of frequencies, got {freqs.inv_freq!r}"

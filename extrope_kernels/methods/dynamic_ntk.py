@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_base, check_dim, check_factor, check_length, check_seq_len
-from .base import RopeFreqs, copy_to, exponents, rope_inv_freq
+from .base import RopeFreqs, copy_to, exponents, rope_inv_freq, scaled_over, with_trained
 from .ntk_aware import ntk_base
 
 
@@ -17,6 +17,7 @@ def dynamic_ntk(
     seq_len: int | Tensor,
     max_position_embeddings: int,
     base: float = 10000.0,
+    over: RopeFreqs | None = None,
 ) -> RopeFreqs:
     """Dynamic NTK: NTK-aware scaling by the length of the sequence.
 
@@ -34,6 +35,7 @@ def dynamic_ntk(
         tensor's device with base' in float32.
     max_position_embeddings: the trained length in tokens.
     base: RoPE's base, > 1.
+    over: as in `ntk_aware`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Source: https://www.reddit.com/r/LocalLLaMA/comments/14mrgpr/ ; appendix A.2 of
@@ -50,6 +52,8 @@ def dynamic_ntk(
         powers = ntk_base(dim, base, alpha) ** exponents(dim, seq_len.device)
         # alpha is rounded, and the device has its own pow: neither may touch the trained length.
         plain = copy_to(rope_inv_freq(dim, base), seq_len.device)
-        return RopeFreqs(torch.where(length > trained, 1.0 / powers, plain))
+        scaled = torch.where(length > trained, 1.0 / powers, plain)
+        return with_trained(over, scaled_over("dynamic_ntk", scaled, dim, base, over))
     alpha = factor * max(seq_len, trained) / trained - (factor - 1)
-    return RopeFreqs(rope_inv_freq(dim, ntk_base(dim, base, alpha)))
+    scaled = rope_inv_freq(dim, ntk_base(dim, base, alpha))
+    return with_trained(over, scaled_over("dynamic_ntk", scaled, dim, base, over))

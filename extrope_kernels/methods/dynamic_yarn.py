@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import check_base, check_bool, check_dim, check_length, check_real, check_seq_len
 from ._ramp import check_yarn_ramp, yarn_amplitude, yarn_inv_freq
-from .base import RopeFreqs, copy_to, rope_inv_freq
+from .base import RopeFreqs, copy_to, trained_inv_freq, with_trained
 
 
 def dynamic_yarn(
@@ -27,6 +27,7 @@ def dynamic_yarn(
     mscale: float | None = None,
     mscale_all_dim: float | None = None,
     ramp: str = "index",
+    over: RopeFreqs | None = None,
 ) -> RopeFreqs:
     """Dynamic YaRN: YaRN by the length of the sequence.
 
@@ -44,7 +45,7 @@ def dynamic_yarn(
     original_max_position_embeddings: L, the trained length in tokens.
     max_position_embeddings: M, the length in tokens from which the factor grows; L if None.
     finetuned: True if the model was fine-tuned with YaRN up to M; M must then be given.
-    base, beta_fast, beta_slow, truncate, mscale, mscale_all_dim, ramp: as in `yarn`.
+    base, beta_fast, beta_slow, truncate, mscale, mscale_all_dim, ramp, over: as in `yarn`.
     attention_factor: A, > 0, used unchanged at every length if given.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
@@ -64,16 +65,18 @@ def dynamic_yarn(
         "ramp": ramp,
     }
     check_yarn_ramp(name, **ends)
-    settings = {"base": check_base(name, base), "length": trained, **ends}
+    settings = {"base": check_base(name, base), "length": trained, "over": over, **ends}
     if isinstance(seq_len, Tensor):
         amplitude = _fixed_amplitude(attention_factor)
-        return RopeFreqs(_per_sequence(dim, seq_len, start, finetuned, settings), amplitude)
+        inv_freq = _per_sequence(dim, seq_len, start, finetuned, settings)
+        return with_trained(over, inv_freq, amplitude)
     extended = finetuned or seq_len > start
     scale = max(seq_len, start) / trained if extended else 1.0
     amplitude = yarn_amplitude(name, scale, attention_factor, mscale, mscale_all_dim)
     if not extended:
-        return RopeFreqs(rope_inv_freq(dim, settings["base"]), amplitude)
-    return RopeFreqs(yarn_inv_freq(name, dim, scale, **settings), amplitude)
+        inv_freq = trained_inv_freq(name, dim, settings["base"], over)
+        return with_trained(over, inv_freq, amplitude)
+    return with_trained(over, yarn_inv_freq(name, dim, scale, **settings), amplitude)
 
 
 def _start(trained: int, max_position_embeddings: int | None, finetuned: bool) -> int:
@@ -104,5 +107,6 @@ def _per_sequence(
     inv_freq = yarn_inv_freq("dynamic_yarn", dim, scale, **settings)
     if finetuned:
         return inv_freq
-    plain = copy_to(rope_inv_freq(dim, settings["base"]), seq_len.device)
+    trained = trained_inv_freq("dynamic_yarn", dim, settings["base"], settings["over"])
+    plain = copy_to(trained, seq_len.device)
     return torch.where(length > start, inv_freq, plain)

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from .._checks import check_base, check_dim, check_real
-from .base import RopeFreqs, rope_inv_freq
+from .base import RopeFreqs, trained_inv_freq, with_trained
 
 
 def giraffe_power(
-    dim: int, *, power: float, base: float = 10000.0, factor: float = 1.0
+    dim: int,
+    *,
+    power: float,
+    base: float = 10000.0,
+    factor: float = 1.0,
+    over: RopeFreqs | None = None,
 ) -> RopeFreqs:
     """Giraffe, power scaling: slow frequencies slowed further by a power.
 
@@ -20,14 +25,17 @@ def giraffe_power(
     power: kappa, >= 0; 0 leaves the frequencies alone. The authors report 0.5.
     base: RoPE's base, > 1.
     factor: linear interpolation applied first, target length / trained length, >= 1.
+    over: the frequencies that the model was trained with, (dim/2,); None for RoPE's at `base`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2308.10882
     """
-    return RopeFreqs(power_inv_freq("giraffe_power", dim, power, base, factor))
+    return with_trained(over, power_inv_freq("giraffe_power", dim, power, base, factor, over))
 
 
-def power_inv_freq(method: str, dim: int, power: float, base: float, factor: float) -> Tensor:
+def power_inv_freq(
+    method: str, dim: int, power: float, base: float, factor: float, over: RopeFreqs | None = None
+) -> Tensor:
     """Return the scaled frequencies on behalf of `method`: (dim/2,) float32."""
     dim = check_dim(method, dim)
     power = check_real(method, "power", power, at_least=0)
@@ -35,4 +43,4 @@ def power_inv_freq(method: str, dim: int, power: float, base: float, factor: flo
     factor = check_real(method, "factor", factor, at_least=1)
     pairs = dim // 2
     fade = (1.0 - torch.arange(pairs, device="cpu").float() / pairs) ** power
-    return rope_inv_freq(dim, base) / factor * fade
+    return trained_inv_freq(method, dim, base, over) / factor * fade

@@ -53,6 +53,40 @@ def from_hf_config(
     return with_axes(_ADAPTERS[rope_type](source, seq_len), source)
 
 
+def trained(config: Any, *, layer_type: str | None = None) -> RopeFreqs:
+    """Return the frequencies that a model was trained with, from which a new method starts.
+
+    A scaling of the types linear, llama3, longrope (its long set) and proportional is part of a
+    training that ended at max_position_embeddings. Under yarn and dynamic the file names the
+    length before the scaling, and a new factor replaces the old one: these give plain RoPE.
+    `trained_length` gives the length.
+
+    config, layer_type: as for `from_hf_config`.
+
+    Returns frequencies for `over` of the methods that scale, such as `methods.yarn`.
+    Raises as `from_hf_config`.
+    """
+    source = read(config, layer_type)
+    rope_type = check_choice(NAME, "rope_type", source.rope_type, _ADAPTERS)
+    refuse_other_rotations(source)
+    if _is_replaced(source):
+        return with_axes(rope(source.dim, base=source.base), source)
+    longest = source.length if rope_type in ("longrope", "su") else None
+    return with_axes(_ADAPTERS[rope_type](source, longest), source)
+
+
+def trained_length(config: Any, *, layer_type: str | None = None) -> int:
+    """Return the tokens that a model was trained to, with the frequencies of `trained`."""
+    source = read(config, layer_type)
+    return source.original_length if _is_replaced(source) else source.length
+
+
+def _is_replaced(source: Source) -> bool:
+    """Return True for a scaling that a new factor replaces. HunYuan's alpha is a trained base."""
+    dynamic = source.rope_type == "dynamic" and source.get("alpha") is None
+    return dynamic or source.rope_type == "yarn"
+
+
 def _default(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
     if axial_by_default(source):
         return axial_freqs(source)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from .._checks import check_base, check_dim, check_factor, check_falling, check_length
-from .base import RopeFreqs, rope_inv_freq
+from .base import RopeFreqs, trained_inv_freq, with_trained
 
 
 def llama3(
@@ -18,6 +18,7 @@ def llama3(
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
     base: float = 500000.0,
+    over: RopeFreqs | None = None,
 ) -> RopeFreqs:
     """Llama 3.1: slow frequencies interpolated, fast ones kept, blended between.
 
@@ -30,6 +31,8 @@ def llama3(
     original_max_position_embeddings: L, the trained length in tokens.
     low_freq_factor, high_freq_factor: low and high, in rotations, 0 < low < high.
     base: RoPE's base, > 1.
+    over: the frequencies theta_i that the model was trained with, (dim/2,); L is then the length of
+        that training. None for RoPE's at `base`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2407.21783
@@ -41,10 +44,10 @@ def llama3(
     )
     low, high = low_freq_factor, high_freq_factor
     check_falling("llama3", "high_freq_factor", high, "low_freq_factor", low)
-    inv_freq = rope_inv_freq(dim, check_base("llama3", base))
+    inv_freq = trained_inv_freq("llama3", dim, check_base("llama3", base), over)
 
     wavelength = 2 * math.pi / inv_freq
     t = (length / wavelength - low) / (high - low)
     blended = (1 - t) * inv_freq / factor + t * inv_freq
     slowed = torch.where(wavelength > length / low, inv_freq / factor, blended)
-    return RopeFreqs(torch.where(wavelength < length / high, inv_freq, slowed))
+    return with_trained(over, torch.where(wavelength < length / high, inv_freq, slowed))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from .._checks import check_base, check_dim, check_factor, check_falling, check_length
 from ._ramp import index_range, yarn_amplitude
-from .base import RopeFreqs, rope_inv_freq
+from .base import RopeFreqs, trained_inv_freq, trained_pairs, with_trained
 
 
 def mrrope(
@@ -18,6 +16,7 @@ def mrrope(
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
+    over: RopeFreqs | None = None,
 ) -> RopeFreqs:
     """MrRoPE-Pro: positions in a mixed radix, whose scale grows from pair to pair.
 
@@ -34,6 +33,7 @@ def mrrope(
     base: RoPE's base, > 1.
     beta_fast, beta_slow: rotations inside the trained length, 0 < beta_slow < beta_fast.
     attention_factor: A, > 0, used unchanged if given.
+    over: as in `yarn`; a pair's i is then the real one at which RoPE at `base` rotates as fast.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Source: https://github.com/mattian7/mrRoPE
@@ -46,10 +46,11 @@ def mrrope(
     check_falling("mrrope", "beta_fast", beta_fast, "beta_slow", beta_slow)
     low, high = index_range("mrrope", dim, base, length, beta_fast, beta_slow)
     pairs = max(high - low, 1)
-    steps = (torch.arange(dim // 2, device="cpu") - low).clamp(0, pairs).double()
+    _, index = trained_pairs("mrrope", dim, base, over)
+    steps = (index - low).clamp(0, pairs).double()
     # The authors' operations: a power in float64, its quotient in float32.
     step = factor ** (1.0 / (pairs * (pairs + 1)))
     scale = (step ** (steps * (steps + 1))).float()
     scale[steps == pairs] = factor
     amplitude = yarn_amplitude("mrrope", factor, attention_factor, None, None)
-    return RopeFreqs(rope_inv_freq(dim, base) / scale, amplitude)
+    return with_trained(over, trained_inv_freq("mrrope", dim, base, over) / scale, amplitude)

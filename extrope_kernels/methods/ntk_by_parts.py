@@ -18,7 +18,7 @@ from .._checks import (
     check_real,
 )
 from ._ramp import index_ramp, yarn_inv_freq
-from .base import RopeFreqs, base_powers, rope_inv_freq
+from .base import RopeFreqs, rope_inv_freq, scaled_over, trained_pairs, with_trained
 from .ntk_aware import ntk_base
 
 _NAME = "ntk_by_parts"
@@ -41,6 +41,7 @@ def ntk_by_parts(
     beta_slow: float = 1.0,
     truncate: bool = True,
     ramp: str = "index",
+    over: RopeFreqs | None = None,
 ) -> RopeFreqs:
     """NTK-by-parts: fast frequencies kept, slow ones interpolated.
 
@@ -60,6 +61,7 @@ def ntk_by_parts(
     gamma_0, gamma_1: ramp from plain RoPE to that, in rotations, 0 < gamma_1 < gamma_0.
     ntk_factor, extrapolation_factor: multiply the two ramps, from 0 to 1.
     beta_fast, beta_slow, truncate, ramp: as in `yarn`, for "paper".
+    over: as in `yarn`.
 
     Raises ValueError for a value outside these, or for one that the variant does not use; TypeError
     for an argument of the wrong kind.
@@ -77,7 +79,8 @@ def ntk_by_parts(
     check_choice(_NAME, "variant", variant, _VARIANTS)
     used, unused = (pr1, paper) if variant == "pr1" else (paper, pr1)
     _check_untouched(variant, unused)
-    return RopeFreqs(_VARIANTS[variant](dim, factor, base, length, **used))
+    inv_freq = _VARIANTS[variant](dim, factor, base, length, over=over, **used)
+    return with_trained(over, inv_freq)
 
 
 def _check_untouched(variant: str, unused: Mapping[str, Any]) -> None:
@@ -101,6 +104,7 @@ def _pr1(
     gamma_1: float,
     ntk_factor: float,
     extrapolation_factor: float,
+    over: RopeFreqs | None,
 ) -> Tensor:
     check_dim(_NAME, dim, minimum=4)
     check_falling(_NAME, "beta_0", beta_0, "beta_1", beta_1)
@@ -109,12 +113,13 @@ def _pr1(
     extrapolation_factor = check_real(
         _NAME, "extrapolation_factor", extrapolation_factor, at_least=0, at_most=1
     )
-    linear = 1.0 / (factor * base_powers(dim, base))
-    ntk = rope_inv_freq(dim, ntk_base(dim, base, factor))
-    to_ntk = index_ramp(_NAME, dim, base, length, beta_0, beta_1) * ntk_factor
-    to_rope = index_ramp(_NAME, dim, base, length, gamma_0, gamma_1) * extrapolation_factor
+    powers, index = trained_pairs(_NAME, dim, base, over)
+    linear = 1.0 / (factor * powers)
+    ntk = scaled_over(_NAME, rope_inv_freq(dim, ntk_base(dim, base, factor)), dim, base, over)
+    to_ntk = index_ramp(_NAME, index, base, length, beta_0, beta_1) * ntk_factor
+    to_rope = index_ramp(_NAME, index, base, length, gamma_0, gamma_1) * extrapolation_factor
     slowed = linear * (1 - to_ntk) + ntk * to_ntk
-    return slowed * (1 - to_rope) + rope_inv_freq(dim, base) * to_rope
+    return (slowed * (1 - to_rope) + 1.0 / powers * to_rope).float()
 
 
 def _paper(dim: int, factor: float, base: float, length: int, **ends: Any) -> Tensor:

@@ -7,11 +7,16 @@ import math
 import torch
 
 from .._checks import check_base, check_dim, check_factor, check_real
-from .base import RopeFreqs, exponents
+from .base import RopeFreqs, exponents, scaled_over, with_trained
 
 
 def ntk_mixed(
-    dim: int, *, factor: float, base: float = 10000.0, exponent: float = 0.625
+    dim: int,
+    *,
+    factor: float,
+    base: float = 10000.0,
+    exponent: float = 0.625,
+    over: RopeFreqs | None = None,
 ) -> RopeFreqs:
     """NTK-mixed: the factor spread over the pairs, as slow-downs that multiply to it.
 
@@ -25,6 +30,7 @@ def ntk_mixed(
     factor: k, the divisor of the slowest frequency, > 0.
     base: RoPE's base, > 1.
     exponent: from 0 (all pairs alike) to 1 (each pair slower than the last by the same ratio).
+    over: as in `ntk_aware`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Source: https://kexue.fm/archives/9706
@@ -37,4 +43,4 @@ def ntk_mixed(
     index = torch.arange(1, dim // 2 + 1, device="cpu").float()
     # The authors' spelling is a negative power, which differs from 1 / power in the last bit.
     inv_freq = base ** -exponents(dim) * torch.exp(-rate * index**exponent)
-    return RopeFreqs(inv_freq)
+    return with_trained(over, scaled_over("ntk_mixed", inv_freq, dim, base, over))

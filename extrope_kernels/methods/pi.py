@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .._checks import check_base, check_dim, check_factor
-from .base import RopeFreqs, rope_inv_freq
+from .base import RopeFreqs, trained_inv_freq, with_trained
 
 
-def pi(dim: int, *, factor: float, base: float = 10000.0) -> RopeFreqs:
+def pi(
+    dim: int, *, factor: float, base: float = 10000.0, over: RopeFreqs | None = None
+) -> RopeFreqs:
     """Position interpolation: every frequency divided by the factor.
 
     theta_i = base ** (-2i / dim) / factor, i = 0 .. dim/2 - 1
@@ -18,6 +20,7 @@ def pi(dim: int, *, factor: float, base: float = 10000.0) -> RopeFreqs:
     factor: target length / trained length, > 0. The current length over the trained one makes the
         method dynamic ("dynamic linear").
     base: RoPE's base, > 1.
+    over: the frequencies that the model was trained with, (dim/2,); None for RoPE's at `base`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2306.15595
@@ -25,4 +28,4 @@ def pi(dim: int, *, factor: float, base: float = 10000.0) -> RopeFreqs:
     dim = check_dim("pi", dim)
     factor = check_factor("pi", factor)
     base = check_base("pi", base)
-    return RopeFreqs(rope_inv_freq(dim, base) / factor)
+    return with_trained(over, trained_inv_freq("pi", dim, base, over) / factor)

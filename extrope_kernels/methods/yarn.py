@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._checks import check_base, check_dim, check_factor, check_length
 from ._ramp import yarn_amplitude, yarn_inv_freq
-from .base import RopeFreqs
+from .base import RopeFreqs, with_trained
 
 
 def yarn(
@@ -20,6 +20,7 @@ def yarn(
     mscale: float | None = None,
     mscale_all_dim: float | None = None,
     ramp: str = "index",
+    over: RopeFreqs | None = None,
 ) -> RopeFreqs:
     """YaRN: fast frequencies kept, slow ones interpolated, and a temperature.
 
@@ -41,6 +42,8 @@ def yarn(
         g(k) = 0.1 * k * ln(factor) + 1; one alone is ignored, as in transformers.
     ramp: "index", linear in the pair index (the authors' code, all released checkpoints), or
         "rotations", linear in the number of rotations (the paper), where truncate has no effect.
+    over: the frequencies theta_i that the model was trained with, (dim/2,), and its amplitude,
+        which multiplies A; L is then the length of that training. None for RoPE's at `base`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2309.00071
@@ -61,6 +64,7 @@ def yarn(
         beta_slow=beta_slow,
         truncate=truncate,
         ramp=ramp,
+        over=over,
     )
     amplitude = yarn_amplitude("yarn", factor, attention_factor, mscale, mscale_all_dim)
-    return RopeFreqs(inv_freq, amplitude)
+    return with_trained(over, inv_freq, amplitude)
