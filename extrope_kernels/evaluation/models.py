@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .._ext import cache_dirs
-from ..integrations._shared.parameters import values_in
+from ..integrations._shared.parameters import trained_in, values_in
 from ..integrations.transformers import register_interface
 from ..integrations.transformers.find import generator_of
 from . import UsageError
@@ -187,7 +187,8 @@ def unscaled_length(model: PreTrainedModel) -> int:
     config, longest = model.config.get_text_config(), training_length(model)
     parameters = getattr(config, "rope_parameters", None) or {}
     by_type = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
-    values = [values_in(config, each, dim=0) for each in by_type]  # as `extend` reads them
+    # As `extend` reads them.
+    values = [values_in(config, each, 0) | trained_in(config, each, 0) for each in by_type]
     return min(each.get("original_max_position_embeddings", longest) for each in values)
 
 

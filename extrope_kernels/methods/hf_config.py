@@ -57,8 +57,8 @@ def trained(config: Any, *, layer_type: str | None = None) -> RopeFreqs:
     """Return the frequencies that a model was trained with, from which a new method starts.
 
     A scaling of the types linear, llama3, longrope (its long set) and proportional is part of a
-    training that ended at max_position_embeddings. Under yarn and dynamic the file names the
-    length before the scaling, and a new factor replaces the old one: these give plain RoPE.
+    training that ended at max_position_embeddings. Under yarn and dynamic, and under a linear that
+    names its original length, a new factor replaces the old one: these give plain RoPE.
     `trained_length` gives the length.
 
     config, layer_type: as for `from_hf_config`.
@@ -76,15 +76,21 @@ def trained(config: Any, *, layer_type: str | None = None) -> RopeFreqs:
 
 
 def trained_length(config: Any, *, layer_type: str | None = None) -> int:
-    """Return the tokens that a model was trained to, with the frequencies of `trained`."""
+    """Return the tokens that a model was trained to, with the frequencies of `trained`.
+
+    config, layer_type: as for `from_hf_config`.
+    """
     source = read(config, layer_type)
     return source.original_length if _is_replaced(source) else source.length
 
 
 def _is_replaced(source: Source) -> bool:
-    """Return True for a scaling that a new factor replaces. HunYuan's alpha is a trained base."""
-    dynamic = source.rope_type == "dynamic" and source.get("alpha") is None
-    return dynamic or source.rope_type == "yarn"
+    """Return True for a scaling that came after a training: a new factor replaces it."""
+    if source.rope_type == "dynamic":
+        return source.get("alpha") is None  # HunYuan's is a trained base
+    if source.rope_type == "linear":
+        return source.original_length < source.length
+    return source.rope_type == "yarn"
 
 
 def _default(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:

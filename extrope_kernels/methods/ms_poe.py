@@ -40,7 +40,7 @@ def ms_poe(
         (batch, heads, rotary_dim/2) where it was (batch, rotary_dim/2).
     heads: heads of the tensor to rotate, a multiple of group.
     min_ratio, max_ratio: ratios of the first and the last head of the order,
-        0 < min_ratio <= max_ratio.
+        0 < min_ratio <= max_ratio <= 1e37.
     order: the numbers of the heads, or of the groups of heads, each once, smallest ratio first;
         None for 0, 1, 2, ...
     group: adjacent heads that share a ratio.
@@ -58,7 +58,7 @@ def ms_poe(
     if heads % group:
         raise ValueError(f"{_NAME}: heads must be a multiple of group ({group}), got {heads}")
     low = check_real(_NAME, "min_ratio", min_ratio, above=0)
-    high = check_real(_NAME, "max_ratio", max_ratio, at_least=low)
+    high = check_real(_NAME, "max_ratio", max_ratio, at_least=low, at_most=1e37)
     places = _order(order, heads // group)
     ratios = torch.empty(heads // group, dtype=torch.float32, device="cpu")
     ratios[places] = torch.linspace(low, high, heads // group, dtype=torch.float32, device="cpu")

@@ -35,7 +35,7 @@ def dpe(window: int, group_sizes: Sequence[Any] | Tensor, pairs: int | None = No
     if not torch.compiler.is_compiling() and (sizes != sizes.round()).any():
         raise ValueError(f"dpe: group_sizes must be whole numbers >= 1, got {sizes.tolist()}")
     if pairs is not None:
-        parts, over = divmod(check_int("dpe", "pairs", pairs, at_least=1), sizes.shape[-1])
+        parts, over = divmod(check_int("dpe", "pairs", pairs, at_least=1, bits=20), sizes.shape[-1])
         if over:
             raise ValueError(
                 f"dpe: pairs must be a multiple of the {sizes.shape[-1]} group_sizes, got {pairs}"

@@ -181,6 +181,14 @@ def test_a_scaling_that_names_its_original_length_is_replaced(rope_type):
     assert methods.trained_length(config) == 32768
 
 
+def test_a_linear_scaling_that_names_its_original_length_is_replaced():
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    config = {**QWEN_3, "rope_scaling": scaling, LENGTH: 32768}
+    expected = methods.rope(128, base=1e6)
+    assert same_bits(methods.trained(config).inv_freq, expected.inv_freq)
+    assert methods.trained_length(config) == 32768
+
+
 def test_an_alpha_of_hunyuan_is_a_trained_base():
     scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
     config = {"head_dim": 128, "max_position_embeddings": 32768, "rope_scaling": scaling}

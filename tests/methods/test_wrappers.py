@@ -129,6 +129,7 @@ ERRORS = [
     ({"heads": 4, "group": 3}, ValueError, r"heads must be a multiple of group \(3\), got 4"),
     ({"heads": 4, "group": 0}, ValueError, "group must be >= 1, got 0"),
     ({"heads": 4, "min_ratio": 0}, ValueError, "min_ratio must be > 0, got 0"),
+    ({"heads": 4, "max_ratio": 1e300}, ValueError, "max_ratio must be <= 1e.37, got 1e.300"),
     ({"heads": 4, "max_ratio": 1.1}, ValueError, "max_ratio must be >= 1.2, got 1.1"),
     ({"heads": 4, "max_ratio": "2"}, TypeError, "max_ratio must be a number, got '2'"),
     ({"heads": 2, "order": "01"}, TypeError, "order must be a list of ints, got '01'"),

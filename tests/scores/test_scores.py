@@ -112,6 +112,7 @@ def test_position_map():
         ("dpe", (8, [1.5]), r"dpe: group_sizes must be whole numbers >= 1, got \[1.5\]"),
         ("dpe", (8, [[1, 2], [0, 1]]), r"dpe: group_sizes\[2\] must be > 0, got 0"),
         ("dpe", (8, [1, 2], 5), "dpe: pairs must be a multiple of the 2 group_sizes, got 5"),
+        ("dpe", (8, [1, 2, 4, 8], 2**31), r"dpe: pairs must be < 2\*\*20, got 2147483648"),
         ("far_frequencies", (0, [1]), "far_frequencies: window must be >= 1, got 0"),
         ("far_frequencies", (8, [1, -1.0]), r"far_frequencies: divisors\[1\] must be > 0, got -1"),
         ("far_frequencies", (8, [INF]), r"far_frequencies: divisors\[0\] must be finite, got inf"),

@@ -154,8 +154,7 @@ def test_every_layer_rotates_by_the_op_and_by_no_table(family, method):
 
 
 def test_the_method_replaces_the_scaling_of_the_config():
-    scaled = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
-    scaled["original_max_position_embeddings"] = TRAINED // 2
+    scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": TRAINED // 2}
     model, plain = build("llama", scaled), build("llama")
     with extend(model, "rope"), extend(plain, "rope"):
         assert torch.equal(logits(model, IDS), logits(plain, IDS))

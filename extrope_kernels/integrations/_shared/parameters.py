@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from ... import RopeFreqs
-from ...methods import METHODS, WRAPPERS
+from ...methods import METHODS, WRAPPERS, trained, trained_length
 from ...ops.attention import check_log_n
 from ...scores import SCORES, Score
 
@@ -34,6 +36,8 @@ SPARSE = (
     f"of {DUAL_CHUNKS} the sparse part (vertical and slash lines) is left out: "
     "each query sees all keys"
 )
+# Scalings that are part of a training, as `methods.trained` reads them.
+_TRAINED_UNDER = ("linear", "llama3", "longrope", "su", "proportional")
 # Parts of the names of kinds of layers that see a bounded number of keys.
 _BOUNDED = ("sliding", "chunked", "local")
 
@@ -43,10 +47,13 @@ class ModelValues:
     """A model's own values for one of its rotations.
 
     values: parameters of methods by name, including dim.
+    trained: what replaces them for methods that scale, if the model was trained under a scaling:
+        `over`, and the length of that training.
     unrotated: number of its last frequencies that are 0: dims that the model has never rotated.
     """
 
     values: Mapping[str, Any]
+    trained: Mapping[str, Any]
     unrotated: int = 0
 
     @property
@@ -56,7 +63,9 @@ class ModelValues:
 
 
 def plain(value: Any) -> Any:
-    """Return numbers of torch and numpy as Python's, and tensors as lists: JSON has no others."""
+    """Return numbers, lists and mappings, as JSON has, for those of torch and for RopeFreqs."""
+    if isinstance(value, RopeFreqs):
+        return {"inv_freq": plain(value.inv_freq), "attention_factor": value.attention_factor}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     return value.tolist() if hasattr(value, "tolist") else value
@@ -81,10 +90,46 @@ def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str,
     return {name: value for name, value in values.items() if value is not None}
 
 
-def values_for(method: str, model: ModelValues) -> dict[str, Any]:
-    """Return a model's values for parameters of a frequency method."""
+def trained_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """Return the values of a model that was trained under a scaling: `over`, and its length.
+
+    Empty for plain RoPE, and for the scalings that a new factor replaces (yarn, dynamic).
+    dim: 0 for the length alone.
+    """
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    of_hunyuan = rope_type == "dynamic" and parameters.get("alpha") is not None
+    if rope_type not in _TRAINED_UNDER and not of_hunyuan:
+        return {}
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None:
+        return {}
+    described = {name: value for name, value in parameters.items() if name != "mrope_section"}
+    if rope_type != "proportional":  # dim has the share already
+        described.pop("partial_rotary_factor", None)
+    original = getattr(config, _TRAINED, None)
+    of_kind = {
+        "head_dim": dim,
+        "max_position_embeddings": longest,
+        "rope_parameters": described if original is None else {_TRAINED: original, **described},
+    }
+    length = trained_length({**of_kind, "head_dim": 2})
+    if length < longest:  # a scaling after the training
+        return {}
+    return {_TRAINED: length} if dim == 0 else {_TRAINED: length, "over": trained(of_kind)}
+
+
+def values_for(
+    method: str, model: ModelValues, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return a model's values for parameters of a frequency method.
+
+    given: by the user. A base, a trained length or `over` among them decide what is scaled.
+    """
     accepted, own = PARAMETERS[method], _OWN_DEFAULTS.get(method, ())
-    return {k: v for k, v in model.values.items() if k in accepted and k not in own}
+    values = dict(model.values)
+    if "over" in accepted and not {"base", _TRAINED, "over"} & set(given or ()):
+        values |= model.trained
+    return {k: v for k, v in values.items() if k in accepted and k not in own}
 
 
 def bind_method(
@@ -99,18 +144,29 @@ def bind_method(
         raise ValueError(
             f"{op}: dim must be {model.dim}, the rotary dimension of the model, got {given['dim']}"
         )
-    accepted, values = PARAMETERS[method], values_for(method, model)
+    accepted, values = PARAMETERS[method], values_for(method, model, given)
     check_names(op, method, given, values)
     takes_length = "seq_len" in accepted and "seq_len" not in given
     parameters = values | given
     rounded = parameters.pop(_RESONANCE, False)
     if not isinstance(rounded, bool):
         raise TypeError(f"{op}: {_RESONANCE} must be True or False, got {rounded!r}")
+    over = parameters.get("over")
+    if isinstance(over, Mapping):  # as JSON has it
+        inv_freq = torch.tensor(over["inv_freq"], dtype=torch.float32, device="cpu")
+        parameters["over"] = RopeFreqs(inv_freq, float(over["attention_factor"]))
     bound = partial(METHODS[method], **parameters)
+    if method == "rope" and "base" not in given and model.trained:
+        bound = partial(_as_trained, model.trained["over"])
     _check_dim(op, method, bound(seq_len=1) if takes_length else bound(), model.dim)
     if model.unrotated and method != "proportional":
         bound = partial(_without, bound, model.unrotated)
     return partial(_rounded, bound) if rounded else bound, takes_length
+
+
+def _as_trained(over: RopeFreqs) -> RopeFreqs:
+    """Return the frequencies of the model before any extension: `rope` of a trained scaling."""
+    return over
 
 
 def _without(method: Callable[..., RopeFreqs], unrotated: int, **parameters: Any) -> RopeFreqs:

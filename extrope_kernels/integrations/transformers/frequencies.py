@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import RopeFreqs
-from .._shared.parameters import PARAMETERS, ModelValues, bind_method, values_in
+from .._shared.parameters import PARAMETERS, ModelValues, bind_method, trained_in, values_in
 from .find import (
     Changes,
     Override,
@@ -102,13 +102,14 @@ def frequency_changes(
 def values_of(site: RotarySite, layer_type: str | None) -> ModelValues:
     """Return the model's values for the rotation of one kind of layers."""
     parameters = site.parameters(layer_type)
-    values = values_in(site.rotary.config, parameters, site.dim(layer_type))
+    config, dim = site.rotary.config, site.dim(layer_type)
+    values, trained = values_in(config, parameters, dim), trained_in(config, parameters, dim)
     if any(_mscale_function(layer) is not None for layer in site.owner.modules()):
         values |= {name: parameters[name] for name in _MSCALES if parameters.get(name) is not None}
     unrotated = 0
     if parameters.get("rope_type") == "proportional":
         unrotated = int((attribute_of(site.rotary, layer_type, "inv_freq") == 0).sum())
-    return ModelValues(values, unrotated)
+    return ModelValues(values, trained, unrotated)
 
 
 class InForce(threading.local):

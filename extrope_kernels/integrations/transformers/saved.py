@@ -24,7 +24,7 @@ from torch import nn
 
 from ...methods import METHODS
 from ...scores import SCORES
-from .._shared.parameters import bind_method, plain, values_for
+from .._shared.parameters import PARAMETERS, bind_method, plain, values_for
 from .find import Override, RotarySite, attribute_of, find_sites, generator_of
 from .frequencies import values_of
 
@@ -103,9 +103,14 @@ def describe(
     values = [values_of(site, kind) for site in sites for kind in site.layer_types]
     shared: dict[str, Any] = {}
     if method not in SCORES:
-        first, *others = (values_for(method, each) for each in values)
+        first, *others = (
+            {name: plain(value) for name, value in values_for(method, each, parameters).items()}
+            for each in values
+        )
         shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
         shared.pop("dim", None)
+        if "over" in PARAMETERS[method] and not any("over" in each for each in (first, *others)):
+            shared["over"] = None  # a saved config may name a scaling, which is this one
     parameters = {name: plain(value) for name, value in (shared | dict(parameters)).items()}
     known, before = dict(values[0].values), vars(sites[0].owner).get(_ON_OWNER)
     unscaled = sites[0].parameters(sites[0].layer_types[0]).get("rope_type", "default") == "default"
@@ -221,6 +226,8 @@ def _config_with(model: nn.Module, extension: Saved) -> Any:
     text = model.config.get_text_config(decoder=True)
     if any(type(site.rotary.config) is not type(text) for site in sites):
         return None
+    if "over" in PARAMETERS[extension.method] and "over" not in extension.parameters:
+        return None  # kinds of layers were trained under different scalings: read them there
     for entries_of in (_entries, _factors):
         config = _written(model.config, sites, extension, entries_of)
         if config is not None and _agrees(sites, extension, config):
@@ -270,7 +277,10 @@ def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict
     kind, names = _TYPES[method]
     signature = inspect.signature(METHODS[method]).parameters
     values = {name: each.default for name, each in signature.items()}
-    values |= values_for(method, values_of(site, layer_type)) | given
+    own = values_of(site, layer_type)
+    values |= values_for(method, own, given) | given
+    if values.get("over") is not None or (method == "rope" and own.trained and "base" not in given):
+        return None  # no type scales another scaling
     base = values["base"]
     if method == "ntk_aware":
         dim = site.dim(layer_type)
@@ -298,7 +308,8 @@ def _factors(site: RotarySite, layer_type: str | None, extension: Saved) -> dict
         return None
     if (own.values | given).get("mscale_all_dim"):  # latent attention's softmax scale has it
         return None
-    plain = bind_method("extend", "rope", {}, own)[0]().inv_freq
+    base = {"base": own.values.get("base", 10000.0)}  # plain RoPE, whatever was trained
+    plain = bind_method("extend", "rope", base, own)[0]().inv_freq
     factors = (plain.double() / freqs.inv_freq.double()).clamp(max=_STILL).tolist()
     parameters = {
         "short_factor": factors,

@@ -16,7 +16,14 @@ import torch
 
 from ... import RopeFreqs
 from ...methods import from_hf_config
-from .._shared.parameters import ModelValues, bind_method, is_bounded, values_for, values_in
+from .._shared.parameters import (
+    ModelValues,
+    bind_method,
+    is_bounded,
+    trained_in,
+    values_for,
+    values_in,
+)
 from .lengths import ByLength, by_length
 from .settings import (
     LARGEST_HEAD,
@@ -151,7 +158,8 @@ def _by_method(
 ) -> tuple[RopeFreqs, ByLength | None]:
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
-    model = ModelValues(values_in(text, parameters, dim), still)
+    values, trained = values_in(text, parameters, dim), trained_in(text, parameters, dim)
+    model = ModelValues(values, trained, still)
     with in_our_name():
         function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
     if not takes_length:
@@ -159,7 +167,7 @@ def _by_method(
     if not settings.raw:
         return function(seq_len=length), None
     partly = float(parameters.get("partial_rotary_factor", 1.0)) != 1.0
-    given = {**values_for(settings.method, model), **settings.parameters}
+    given = {**values_for(settings.method, model, settings.parameters), **settings.parameters}
     following = by_length(settings.method, function, given, partly)
     return following.freqs(seq_len=length), following
 

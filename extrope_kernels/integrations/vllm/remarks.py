@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .._shared.parameters import PARAMETERS, is_bounded, values_in
+from .._shared.parameters import PARAMETERS, is_bounded, trained_in, values_in
 from .settings import NAME, Settings, describe, read_entry, rotations
 
 _TRAINED, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
@@ -82,6 +82,8 @@ def _counts_from(method: str) -> str | None:
 def _trained_length(settings: Settings, text: Any, parameters: Mapping[str, Any]) -> Any:
     name = settings.method and _counts_from(settings.method)
     values = values_in(text, parameters, dim=0)
+    if not name or "over" in PARAMETERS[settings.method]:
+        values |= trained_in(text, parameters, dim=0)
     return settings.parameters.get(name, values.get(name or _TRAINED))
 
 

@@ -1,0 +1,138 @@
+"""Models that were trained under a scaling keep it when a method extends them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hf_models import (
+    TRAINED,
+    build,
+    freqs_of,
+    logits,
+    rotary_dim,
+    rotary_of,
+    tokens,
+    transformers,
+)
+
+from extrope_kernels import methods
+from extrope_kernels.integrations.transformers import extend, extend_from_saved
+
+ORIGINAL = "original_max_position_embeddings"
+IDS = tokens(2, 50)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    ORIGINAL: 8,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * n for n in range(8)],
+    "long_factor": [1.0 + 0.7 * n for n in range(8)],
+    "factor": 4.0,
+    ORIGINAL: 8,
+}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.5}
+SCALINGS = [
+    ("gemma3_text", LINEAR),
+    ("llama", LLAMA3),
+    ("llama", LONGROPE),
+    ("qwen3", PROPORTIONAL),
+]
+# Methods with the length that each takes for the trained one.
+METHODS = [
+    ("yarn", {"factor": 2.0}, ORIGINAL),
+    ("pi", {"factor": 2.0}, None),
+    ("ntk_aware", {"factor": 2.0}, None),
+    ("dynamic_ntk", {"factor": 2.0, "seq_len": 64}, "max_position_embeddings"),
+]
+
+
+def trained_freqs(model):
+    """The frequencies of a plain model after a forward as long as its training."""
+    logits(model, tokens(1, TRAINED))
+    return freqs_of(model)
+
+
+def with_buffers(model, freqs):
+    """The plain model, its rotary embedding told other frequencies."""
+    model = copy.deepcopy(model)
+    rotary = rotary_of(model)
+    prefix = "full_attention_" if isinstance(rotary.rope_type, dict) else ""
+    for name in ("inv_freq", "original_inv_freq"):
+        getattr(rotary, prefix + name).copy_(freqs.inv_freq)
+    setattr(rotary, f"{prefix}attention_scaling", freqs.attention_factor)
+    types = rotary.rope_type
+    rotary.rope_type = dict.fromkeys(types, "default") if prefix else "default"
+    return model
+
+
+@pytest.mark.parametrize(("method", "parameters", "length"), METHODS)
+@pytest.mark.parametrize(("family", "scaling"), SCALINGS)
+def test_a_method_scales_what_was_trained(family, scaling, method, parameters, length):
+    model = build(family, scaling)
+    over = trained_freqs(model)
+    dim = 2 * len(over.inv_freq) if family == "qwen3" else rotary_dim(family)
+    lengths = {} if length is None else {length: TRAINED}
+    freqs = methods.METHODS[method](dim, **parameters, **lengths, over=over)
+    assert freqs.attention_factor >= over.attention_factor
+    want = logits(with_buffers(model, freqs), IDS)
+    with extend(model, method, **parameters):
+        got = logits(model, IDS)
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+    plain = methods.METHODS[method](dim, **parameters, **lengths)
+    assert (logits(with_buffers(model, plain), IDS) - want).abs().max() > 0.1  # not what it was
+
+
+@pytest.mark.parametrize(("family", "scaling"), SCALINGS)
+def test_rope_is_the_model_as_it_was_trained(family, scaling):
+    model = build(family, scaling)
+    want = logits(with_buffers(model, trained_freqs(model)), IDS)
+    with extend(model, "rope"):
+        torch.testing.assert_close(logits(model, IDS), want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("given", [{"base": 10000.0}, {ORIGINAL: 8}])
+def test_a_base_or_a_length_of_the_callers_means_plain_rope(given):
+    model = build("llama", LLAMA3)
+    freqs = methods.yarn(
+        16, factor=4.0, **{ORIGINAL: 8}, **{k: v for k, v in given.items() if k == "base"}
+    )
+    want = logits(with_buffers(model, freqs), IDS)
+    with extend(model, "yarn", factor=4.0, **given):
+        torch.testing.assert_close(logits(model, IDS), want, rtol=2e-4, atol=2e-4)
+
+
+def test_yarn_of_the_file_is_replaced_over_its_original_length():
+    scaling = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 8}
+    model = build("llama", scaling)
+    freqs = methods.yarn(16, factor=8.0, **{ORIGINAL: 8})
+    want = logits(with_buffers(model, freqs), IDS)
+    with extend(model, "yarn", factor=8.0) as handle:
+        assert handle.length == 64
+        torch.testing.assert_close(logits(model, IDS), want, rtol=2e-4, atol=2e-4)
+
+
+def test_yarn_reaches_twice_the_whole_training():
+    with extend(build("llama", LLAMA3), "yarn", factor=2.0) as handle:
+        assert handle.length == 2 * TRAINED
+
+
+@pytest.mark.parametrize(("family", "scaling"), SCALINGS[1:3])
+def test_a_saved_folder_has_the_trained_scaling_once(family, scaling, tmp_path):
+    model = build(family, scaling)
+    handle = extend(model, "yarn", factor=2.0)
+    want = logits(model, IDS)
+    handle.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "longrope"
+    assert config["max_position_embeddings"] == 2 * TRAINED
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(plain, IDS), want, rtol=1e-4, atol=1e-4)
+    for again in (plain, build(family, scaling)):
+        with extend_from_saved(again, tmp_path):
+            torch.testing.assert_close(logits(again, IDS), want, rtol=1e-6, atol=1e-6)
