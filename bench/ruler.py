@@ -182,7 +182,7 @@ def asked(model: Any, given: Method, loaded: dict[str, Any], cell: Cell, upto: i
     """Return the cell of a given method, with the scores of the samples up to a number."""
     from lm_eval import evaluate
 
-    from extrope_kernels.integrations.lm_eval.model import ExtropeLM
+    from extrope_kernels.evaluation.lm_eval.model import ExtropeLM
 
     method, parameters = given
     samples = {cell.task: list(range(len(cell.scores), upto))}
@@ -275,7 +275,7 @@ def command(cell: Cell, model: str = models.SMOLLM2) -> str:
     shorter = f" --gen_kwargs max_gen_toks={SHORTER[cell.task]}" if cell.task in SHORTER else ""
     find = f"from extrope_kernels.evaluation.models import unpacked; print(unpacked('{model}'))"
     lines = (
-        f'MODEL=$(python -c "{find}") \\\n&& python -m extrope_kernels.integrations.lm_eval run '
+        f'MODEL=$(python -c "{find}") \\\n&& python -m extrope_kernels.evaluation.lm_eval run '
         "--model extrope --device cpu",
         f'--model_args "{",".join(f"{name}={value}" for name, value in given.items())}"',
         f"--tasks {cell.task} --metadata 'max_seq_lengths=[{cell.length}]'{shorter} "

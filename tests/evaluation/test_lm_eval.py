@@ -20,8 +20,8 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402 - where there is lm-eval
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from extrope_kernels.integrations.lm_eval import model as ours  # noqa: E402
-from extrope_kernels.integrations.lm_eval.__main__ import main  # noqa: E402
+from extrope_kernels.evaluation.lm_eval import model as ours  # noqa: E402
+from extrope_kernels.evaluation.lm_eval.__main__ import main  # noqa: E402
 
 NEW = 6
 TEXTS = ("The quick brown fox. " * 5, "Jumps over 13 lazy dogs, " * 3)  # 105 and 75 tokens

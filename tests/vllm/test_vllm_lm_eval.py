@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from transformers import AutoTokenizer
 from vllm_engines import LENGTH, TRAINED, build, save_tokenizer
 
-from extrope_kernels.integrations.lm_eval.model import ExtropeLM
+from extrope_kernels.evaluation.lm_eval.model import ExtropeLM
 
 METHOD = {"method": "yarn", "factor": 4.0}
 # More words than the model was trained on, and what comes behind them.

@@ -186,12 +186,14 @@ def _per_row(x: Tensor) -> Tensor:
 def _fwd_gpu(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     from .triton import merge
 
+    check(outs, lses, inplace=False)
     return merge.merge_fwd([contiguous_rows(x) for x in outs], lses)
 
 
 def _inplace_gpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     from .triton import merge
 
+    check((out, *outs), (lse, *lses), inplace=True)
     merge.merge_inplace(out, lse, [contiguous_rows(x) for x in outs], lses)
 
 

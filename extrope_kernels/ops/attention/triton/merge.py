@@ -1,7 +1,8 @@
 """The ops `merge_fwd` and `merge_inplace` on a GPU: join results over disjoint sets of keys.
 
 The result is the softmax over all keys, in one launch. Each input is read once and the result is
-written once, except for log-sum-exps, which are small.
+written once, except for log-sum-exps, which are small. `ops/attention/merge.py` defines the ops and
+checks their arguments.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
-from ..merge import check
 
 WARPS = 4
 
@@ -111,8 +111,6 @@ def merge_kernel(
 
 def merge_fwd(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge into new tensors; arguments and results are those of `torch.ops.extrope.merge_fwd`."""
-    if not outs:
-        check(outs, lses, inplace=False)
     out, lse = torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)
     _launch(outs, lses, out, lse, in_place=False)
     return out, lse
@@ -126,7 +124,6 @@ def merge_inplace(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequen
 def _launch(
     outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor, in_place: bool
 ) -> None:
-    check(outs, lses, in_place)
     chip_of(out)  # raises for devices without kernels
     for i, x in enumerate(outs):
         if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:

@@ -1,10 +1,10 @@
-"""`python -m extrope_kernels.integrations.lm_eval`: lm-eval's command line with our model in it."""
+"""`python -m extrope_kernels.evaluation.lm_eval`: lm-eval's command line with our model in it."""
 
 from __future__ import annotations
 
 import sys
 
-from ...evaluation import UsageError
+from .. import UsageError
 
 
 def main() -> int:
