@@ -19,7 +19,7 @@ from torch import nn
 from .._ext import cache_dirs
 from ..integrations._shared.parameters import trained_in, values_in
 from ..integrations.transformers import register_interface
-from ..integrations.transformers.find import generator_of
+from ..integrations.transformers.model import generation_config_owner
 from . import UsageError
 from .options import require
 
@@ -131,7 +131,7 @@ def load_model(files: ModelFiles, dtype: str, device: str) -> PreTrainedModel:
 
 def with_body(model: nn.Module) -> PreTrainedModel:
     """Return a model, without a wrapper (PEFT's); raises UsageError unless body and head differ."""
-    model = generator_of(model)
+    model = generation_config_owner(model)
     if getattr(model, "base_model", model) is model:
         raise UsageError(f"{type(model).__name__} has no body apart from its head")
     return model

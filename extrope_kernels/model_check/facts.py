@@ -14,15 +14,14 @@ from .. import RopeFreqs, methods
 from ..evaluation import UsageError
 from ..integrations._shared.parameters import is_bounded
 from ..integrations.transformers import extend
-from ..integrations.transformers.find import (
-    RotarySite,
+from ..integrations.transformers.model import caches_in, shortened
+from ..integrations.transformers.probe.layers import LayerProbe, kind_of
+from ..integrations.transformers.probe.rotary import (
+    RotaryModule,
     attribute_of,
-    caches_in,
-    find_sites,
+    find_rotary_modules,
     owners_of,
-    shortened,
 )
-from ..integrations.transformers.trial import Layers, kind_of
 from . import vllm
 from .models import alike, on_meta, small_ones
 from .source import Source
@@ -145,7 +144,7 @@ def gather(source: Source) -> Facts:
     """Gather the facts; raise UsageError for a model that cannot be built or does not rotate."""
     try:
         model = on_meta(source.config)
-        return _gather(source, model, find_sites(model, "all"))
+        return _gather(source, model, find_rotary_modules(model, "all"))
     except UsageError:
         raise
     except KeyError as error:
@@ -156,7 +155,7 @@ def gather(source: Source) -> Facts:
         raise UsageError(f"cannot be built, or does not rotate: {text}") from error
 
 
-def _gather(source: Source, model: PreTrainedModel, sites: list[RotarySite]) -> Facts:
+def _gather(source: Source, model: PreTrainedModel, sites: list[RotaryModule]) -> Facts:
     config, length, trial = source.config, read_length(source), try_out(model)
     kind = next((k for site in sites for k in site.layer_types if k is None or "full" in k), None)
     return Facts(
@@ -235,9 +234,9 @@ def _ask_for_scores(model: PreTrainedModel) -> Scores:
 
 
 def _kinds(small: PreTrainedModel) -> list[Kind | None]:
-    sites = find_sites(small, "all")
+    sites = find_rotary_modules(small, "all")
     try:
-        found = Layers(small, owners_of(sites)[0], sites, "all")
+        found = LayerProbe(small, owners_of(sites)[0], sites, "all")
     except ValueError:
         return _named_kinds(small.config)
     kinds: list[Kind | None] = [None] * small.config.num_hidden_layers
@@ -279,7 +278,7 @@ def _window(config: PreTrainedConfig, kind: str) -> int | None:
     return values[0] if values and is_bounded(kind) else None
 
 
-def _rotations(source: Source, sites: list[RotarySite], trial: Trial, trained: int) -> Any:
+def _rotations(source: Source, sites: list[RotaryModule], trial: Trial, trained: int) -> Any:
     """Yield a `Rotation` for each kind of layers."""
     by_kind = {kind: site for site in sites for kind in site.layer_types}
     counted = Counter(each for each in trial.kinds if each is not None)
@@ -292,13 +291,13 @@ def _rotations(source: Source, sites: list[RotarySite], trial: Trial, trained: i
 
 
 def _rotation(
-    source: Source, site: RotarySite, key: str | None, layers: Rotation, trained: int
+    source: Source, site: RotaryModule, key: str | None, layers: Rotation, trained: int
 ) -> Rotation:
     parameters = site.parameters(key)
     rope_type = parameters.get("rope_type", "default")
     base = parameters.get("rope_theta", 10000.0)
     with torch.device("cpu"):
-        fresh = type(site.rotary)(site.rotary.config)
+        fresh = type(site.embedding)(site.embedding.config)
     built = RopeFreqs(
         attribute_of(fresh, key, "inv_freq").float().sort(descending=True).values,
         float(attribute_of(fresh, key, "attention_scaling", 1.0)),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..integrations.transformers.find import find_sites
+from ..integrations.transformers.probe.rotary import find_rotary_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -133,7 +133,7 @@ def _take_layers(config: PreTrainedConfig, count: int) -> None:
 
 def rotary_dims(model: PreTrainedModel) -> list[int]:
     """Return the number of dims that each rotary embedding's frequencies rotate."""
-    sites = find_sites(model, "all")
+    sites = find_rotary_modules(model, "all")
     return [site.dim(kind) for site in sites for kind in site.layer_types]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation import UsageError
 from ..evaluation.models import PACKAGES, find_gguf, only_gguf
 from ..evaluation.options import require
-from ..integrations.transformers.find import shortened
+from ..integrations.transformers.model import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

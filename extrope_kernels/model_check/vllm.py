@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import RopeFreqs
-from ..integrations.transformers.find import shortened
+from ..integrations.transformers.model import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -309,14 +309,14 @@ def test_an_indexer_with_a_rotation_of_its_own_keeps_tables():
         _assert_close(logits(model, IDS), plain)
 
 
-def test_a_rehearsal_that_fails_changes_nothing(monkeypatch):
+def test_a_probe_that_fails_changes_nothing(monkeypatch):
     model = _build("LlamaForCausalLM")
     plain = logits(model, IDS)
 
     def fail(owner):
         raise KeyError("sliding_attention")
 
-    monkeypatch.setattr(extension, "run_on_trial", fail)
+    monkeypatch.setattr(extension, "probe_layers", fail)
     with pytest.raises(ValueError, match=r"needs tables of cos and sin .'sliding_attention'"):
         extend(model, "rerope", window=6)
     monkeypatch.undo()

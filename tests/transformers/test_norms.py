@@ -22,8 +22,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from extrope_kernels.integrations.transformers import extend, extension
-from extrope_kernels.integrations.transformers.find import Changes
-from extrope_kernels.integrations.transformers.norms import DeferredNorm
+from extrope_kernels.integrations.transformers.patch.hooks import Patches
+from extrope_kernels.integrations.transformers.patch.norms import DeferredNorm
 
 MODELS = {
     "qwen3": {},  # weights after a rounding
@@ -87,7 +87,7 @@ def test_the_op_norms(family, method, parameters, monkeypatch):
     model, ids = normed(family), tokens(2, 40)
     norms, plain = calls(model, ids), logits(model, ids)
     with monkeypatch.context() as patch:
-        patch.setattr(extension, "norm_changes", lambda sites: Changes())
+        patch.setattr(extension, "norm_patches", lambda rotary_modules: Patches())
         with extend(model, method, **parameters):
             assert not deferred(model)
             own, text = logits(model, ids), generate(model, ids[:1, :20], max_new_tokens=6)

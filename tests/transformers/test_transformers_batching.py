@@ -16,7 +16,7 @@ from hf_models import (
 from torch import nn
 
 from extrope_kernels.integrations.transformers import extend
-from extrope_kernels.integrations.transformers.paged import paged_rows
+from extrope_kernels.integrations.transformers.batch.paged import paged_batch
 
 pytest.importorskip("transformers.generation.continuous_batching.cache_allocators")
 from transformers.generation.continuous_batching import initialization
@@ -177,5 +177,5 @@ def test_caches_that_do_not_say_where_pages_lie_are_refused():
     """Those of transformers before 5.19."""
     older = SimpleNamespace(layer_index_to_group_indices={0: (0, 0)})
     with pytest.raises(ValueError, match=r"extend: transformers must be >= 5\.19"):
-        paged_rows(older, {"cu_seq_lens_k": {}, "position_ids": torch.zeros(1, 3)})
-    assert paged_rows(older, {}) is None
+        paged_batch(older, {"cu_seq_lens_k": {}, "position_ids": torch.zeros(1, 3)})
+    assert paged_batch(older, {}) is None

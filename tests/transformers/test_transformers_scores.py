@@ -164,13 +164,19 @@ def test_rotations_follow_the_device_of_a_layer():
         layer = model.model.layers[1].self_attn
         with layer.register_forward_pre_hook(lambda *args: seen.append(args[2]), with_kwargs=True):
             logits(model, IDS, attention_mask=mask)
-    attending = seen[0]["attention_mask"]
-    assert seen[0]["position_embeddings"] == attending.stored
-    moved = attending.to("meta", non_blocking=True)
-    keys, sin = moved.stored
-    parts = (moved.positions, moved.freqs.inv_freq, moved.rows.leftpad, keys.positions)
-    assert {x.device.type for x in parts} == {"meta"} and sin is None
-    assert attending.positions.device.type == "cpu"
+    attention = seen[0]["attention_mask"]
+    assert seen[0]["position_embeddings"] == attention.stored
+    moved = attention.to("meta", non_blocking=True)
+    keys, also_keys = moved.stored
+    parts = (
+        moved.positions,
+        moved.freqs.inv_freq,
+        moved.batch.leftpad,
+        keys.positions,
+        also_keys.positions,
+    )
+    assert {x.device.type for x in parts} == {"meta"}
+    assert attention.positions.device.type == "cpu"
 
 
 def test_autocast_leaves_queries_wider_than_values():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...integrations.transformers.find import find_sites
+from ...integrations.transformers.probe.rotary import find_rotary_modules
 from ...integrations.transformers.saved import FILE
 from ...scores import SCORES
 from .. import UsageError, models, options, plots, report
@@ -93,8 +93,8 @@ def search(
     if held_out is None:
         print("search: the first half of each text is searched on, the second decides", flush=True)
     print(f"measuring for {budget:g} minutes into {out}", file=sys.stderr, flush=True)
-    site = find_sites(loaded)[0]
-    pairs = site.dim(site.layer_types[0]) // 2
+    rotary_module = find_rotary_modules(loaded)[0]
+    pairs = rotary_module.dim(rotary_module.layer_types[0]) // 2
     by_kind = {"search": to_search, "held-out": decides}
     seconds = 60 * budget
     with report.Display(sys.stdout, seconds) as display, after_each_layer(loaded, display.tick):

@@ -1,23 +1,18 @@
 """Hugging Face models: `extend` a loaded model by any method, save it, `restore` it exactly.
 
-The files, in the order in which `extend` calls them:
-
 extension: `extend`, and the handle that undoes it.
-find: the places where a model rotates, a `RotarySite` for each rotary embedding.
-frequencies: changes of a frequency method; a `Rotary` replaces the rotary embedding's forward.
-trial: four tokens through the model, to learn how its layers attend.
-scores: changes of a score method; a `ScoreRotary` hands an `Attending` to the layers.
-context_parallel: changes for a mesh.
-norms: norms before the rotation, done in the rotation's pass.
-saved: an extension on disk.
 
-In a forward:
-entry: sends direct calls of `forward` through the hooks.
-rotation: a `Rotation` in place of cosines and sines, and the wrapped function that rotates by it.
-attend: the layers' calls of their attention, and an `Attending` in the mask's place.
-rows, packed, paged: the rows of a batch, by the kind of cache.
+probe: what a model does. `rotary` finds the rotary embeddings, a `RotaryModule` for each.
+    `attention` knows how layers call their attention, and runs four tokens to record those calls;
+    `layers` decides by them which layers a score method can serve (`LayerProbe`).
+patch: what we change. `frequencies` and `scores` make the `Patches` of the two kinds of methods,
+    `norms` those of norms before a rotation, `generate` those of the methods that generate, `hooks`
+    what puts hooks around a forward. In a forward `state` says by which ways it is told of them;
+    `rotation` rotates, `score_forward` attends.
+batch: the rows that a forward reads: padded, packed, in pages.
 
 interface: `attn_implementation="extrope"`, also for models that are not extended.
+saved, context_parallel: an extension on disk, and over a mesh. Imported when asked for.
 """
 
 from .._shared.parameters import PARAMETERS

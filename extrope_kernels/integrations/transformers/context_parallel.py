@@ -6,36 +6,37 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from ...scores import SCORES
-from .._shared.parameters import PARAMETERS, is_bounded
-from .attend import ARGUMENT, Call, calls_in, no_freqs, refuse_options, softmax_options
-from .find import (
-    Changes,
-    RotarySite,
+from .._shared.parameters import is_bounded
+from .batch import Batch
+from .batch.padded import full_mask, no_mask
+from .model import (
     argument_names,
     by_name,
     cache_of,
-    owners_of,
-    said_by_extend,
+    reprefix_error,
     shortened,
     tokens_of,
     unsupported,
 )
-from .frequencies import Rotary
-from .rows import full_mask, no_mask
-from .trial import (
+from .patch.frequencies import RotaryForward
+from .patch.hooks import Patches
+from .probe.attention import (
+    ARGUMENT,
+    Call,
     Recorder,
     attend_as_own,
+    calls_in,
     check_options,
-    entrance,
-    kind_of,
+    first_call,
     mixes,
-    run_on_trial,
-    window_of_cache,
+    no_freqs,
+    probe_layers,
+    refuse_options,
+    softmax_options,
 )
+from .probe.layers import kind_of, window_of_cache
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy
@@ -52,7 +53,7 @@ class Shared:
         try:  # checks mesh and balance; the strategy is checked in its first use
             distributed.local_positions(0, mesh, balance=balance)
         except (TypeError, ValueError) as error:
-            raise said_by_extend(error) from None
+            raise reprefix_error(error) from None
         self.distributed = distributed
         self.mesh = mesh
         self.strategy = strategy
@@ -72,6 +73,10 @@ class Shared:
             tokens.shape[1] * self.size, self.mesh, balance=self.balance, device=tokens.device
         )[None]
 
+    def batch(self, tokens: Tensor) -> SharedBatch:
+        """Return this rank's tokens of a forward."""
+        return SharedBatch(self, self.positions(tokens))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
         """Attend from this rank's queries to the keys of all ranks; tensors in the ops' layout."""
         mesh = {"mesh": self.mesh, "strategy": self.strategy, "balance": self.balance}
@@ -79,7 +84,7 @@ class Shared:
 
 
 @dataclass(frozen=True, eq=False)
-class SharedRows:
+class SharedBatch(Batch):
     """This rank's tokens of a forward, and the ranks that share their sequences.
 
     positions: (1, seqlen / P) int64.
@@ -87,10 +92,9 @@ class SharedRows:
 
     shared: Shared
     positions: Tensor
-    leftpad: None = None
 
-    def to(self, device: torch.device | str | int) -> SharedRows:
-        return self
+    def for_layer(self, layer: nn.Module, arguments: dict[str, Any], attention: Any) -> Any:
+        return by_its_name(layer, arguments, attention)
 
     def attend(
         self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
@@ -118,7 +122,7 @@ class SharedAttention:
         return self.shared.attend(q, k, v, freqs=no_freqs(q), **softmax_options(module, options))
 
 
-class SharedForward:
+class SharedHooks:
     """Hooks around the forwards of a model whose tokens are spread over ranks."""
 
     def __init__(
@@ -165,14 +169,14 @@ class SharedForward:
     ) -> tuple[tuple, dict[str, Any]]:
         """Hand the attention to a layer that rotates by itself: its forward pre-hook."""
         arguments = by_name(self.layer_argument_names[layer], args, kwargs)
-        attending = SharedAttention(self.shared)
-        arguments["attention_mask"] = self.calls[layer].mask(layer, attending)
-        return (), by_its_name(layer, arguments, attending)
+        attention = SharedAttention(self.shared)
+        arguments["attention_mask"] = self.calls[layer].mask(layer, attention)
+        return (), by_its_name(layer, arguments, attention)
 
 
-def by_its_name(layer: nn.Module, arguments: dict[str, Any], attending: Any) -> dict[str, Any]:
+def by_its_name(layer: nn.Module, arguments: dict[str, Any], attention: Any) -> dict[str, Any]:
     """Return a layer's arguments, with the attention among those that it passes on, if it does."""
-    named = {ARGUMENT: attending} if "kwargs" in argument_names(layer) else {}
+    named = {ARGUMENT: attention} if "kwargs" in argument_names(layer) else {}
     return arguments | named
 
 
@@ -197,21 +201,21 @@ def _refuse_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         )
 
 
-def share(model: nn.Module, sites: Sequence[RotarySite], shared: Shared, changes: Changes) -> None:
+def share(model: nn.Module, owners: Sequence[nn.Module], shared: Shared, patches: Patches) -> None:
     """Add a mesh's changes to a method's; the model is not changed yet."""
-    for _, _, value in changes.overrides:
-        if isinstance(value, Rotary):
+    for _, _, value in patches.overrides:
+        if isinstance(value, RotaryForward):
             value.shared = shared
     first: list = [(model, _refuse_labels, None)] if "labels" in argument_names(model) else []
     last: list = []
-    for owner in owners_of(sites):
-        layers = _rotating_by_themselves(model, owner, changes.layers)
-        forward = SharedForward(owner, shared, layers)
-        first.append((owner, forward.before_forward, None))
+    for owner in owners:
+        layers = _rotating_by_themselves(model, owner, patches.layers)
+        hooks = SharedHooks(owner, shared, layers)
+        first.append((owner, hooks.before_forward, None))
         for layer, call in layers.items():
-            changes.overrides += call.overrides(layer)
-        last += [(layer, forward.before_layer, None) for layer in layers]
-    changes.hooks = first + changes.hooks + last
+            patches.overrides += call.overrides(layer)
+        last += [(layer, hooks.before_layer, None) for layer in layers]
+    patches.hooks = first + patches.hooks + last
 
 
 def _rotating_by_themselves(
@@ -225,8 +229,8 @@ def _rotating_by_themselves(
     recorder = Recorder(calls)
     try:
         with recorder.in_place():
-            there = run_on_trial(entrance(model, owner))
-            back = run_on_trial(entrance(model, owner), backwards=True)
+            there = probe_layers(first_call(model, owner))
+            back = probe_layers(first_call(model, owner), backwards=True)
     except Exception as error:  # a foreign model may raise anything
         reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
         raise unsupported(owner, reason) from error
@@ -249,32 +253,3 @@ def _rotating_by_themselves(
         qkv = given.q, given.k, given.v
         attend_as_own(owner, layer, call, qkv, no_freqs(given.q), False, given)
     return found
-
-
-class RegionGuard:
-    """A guard that raises in a region of torch's `context_parallel` if a model has no mesh.
-
-    The region shards tokens and replaces PyTorch's attention, so the model would compute something
-    else. Only frequencies that no length changes are right, at positions that are sharded too.
-    """
-
-    def __init__(self, method: str) -> None:
-        self.why = ""
-        if method in SCORES:
-            self.why = f"{method} does not attend by PyTorch's function"
-        elif "seq_len" in PARAMETERS[method]:
-            self.why = f"{method} would take the length of a rank's tokens for the sequence's"
-
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raise in such a region: forward pre-hook of the owner."""
-        if torch.compiler.is_compiling():
-            return
-        function = nn.functional.scaled_dot_product_attention
-        if not (getattr(function, "__module__", None) or "").startswith("torch.distributed"):
-            return
-        given = by_name(argument_names(module), args, kwargs).get("position_ids")
-        if self.why or given is None:
-            raise ValueError(
-                "extend: a model in a region of torch's context_parallel must be extended with a "
-                f"mesh, got one without; {self.why or 'position_ids are not given'}"
-            )

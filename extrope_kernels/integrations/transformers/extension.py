@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +13,17 @@ from torch import nn
 
 from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
 from .._shared.parameters import PARAMETERS
-from .context_parallel import RegionGuard, Shared, share
-from .entry import Entry
-from .find import (
-    Changes,
-    RotarySite,
-    find_sites,
-    owners_of,
-    said_by_extend,
-    shortened,
-    unsupported,
-)
-from .frequencies import Rotary, frequency_changes
 from .interface import register_interface
-from .norms import norm_changes
-from .paged import batching_overrides, forget_pages
-from .rotation import unwrap_apply, wrap_apply
-from .saved import Saved, describe, read, save, saving_overrides
-from .scores import Asked, ScoreRotary, read_score, score_changes
-from .trial import entrance, refuse_without_weights, run_on_trial
+from .model import generation_config_owner, reprefix_error, shortened, unsupported
+from .patch.frequencies import RotaryForward, frequency_patches
+from .patch.generate import forget_pages, generation_patches
+from .patch.hooks import ON_OWNER, Applied, Patches, RegionGuard, route_forward_through_hooks
+from .patch.norms import norm_patches
+from .patch.rotation import unwrap_apply, wrap_apply
+from .patch.score_forward import ScoreRotaryForward
+from .patch.scores import ScoreRequest, read_score, score_patches
+from .probe.attention import first_call, probe_layers, refuse_without_weights
+from .probe.rotary import RotaryModule, find_rotary_modules, owners_of
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy
@@ -51,6 +44,13 @@ def extend(
 ) -> Extension:
     """Change the frequencies or the relative positions of a loaded model, in place.
 
+    **This runs the model on four tokens, several times**: for a score method, a mesh and raw
+    keys, and where a model norms queries and keys. No list of models says how layers rotate and
+    attend, so `extend` tries it: which dims rotate, in which pairs, what each attention gets, and
+    if the op gives the same as the layer's own. It raises ValueError where that fails. The probe
+    changes nothing; it needs the weights, and a model's hooks see it.
+
+    Then rotary embeddings, attentions and `generate` of this model get other functions and hooks.
     Weights, buffers and configuration do not change. `generate` alone stops by default at
     max_position_embeddings: for longer prompts give it max_new_tokens.
 
@@ -111,68 +111,77 @@ def extend(
     impossible parameter; TypeError for a parameter that the method does not have. The model is
     unchanged then.
     """
-    sites = find_sites(model, layers)
+    rotary_modules = find_rotary_modules(model, layers)
+    owners = owners_of(rotary_modules)
     if method not in PARAMETERS:
         raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
     if cache not in (None, "raw") or (cache is not None and mesh is not None):
         raise ValueError(
             f"extend: cache must be None or 'raw', and None with a mesh, got {cache!r}"
         )
-    _refuse_after(sites, method)
-    if method in SCORES or cache is not None or mesh is not None:
-        for owner in owners_of(sites):
+    _refuse_after(rotary_modules, method)
+    is_score = method in SCORES
+    if is_score or cache is not None or mesh is not None:
+        for owner in owners:
             refuse_without_weights(owner, method)
     register_interface()
-    shared = None if mesh is None else Shared(mesh, strategy, balance)
-    if method in SCORES:
-        asked = read_score(sites, method, parameters, cache)
-        changes = score_changes(model, sites, method, asked, layers)
+    if mesh is not None:  # imported late: it takes half a second, and not every torch has it
+        from .context_parallel import Shared, share
+
+        shared = Shared(mesh, strategy, balance)
+
+    # What changes in the model.
+    if is_score:
+        request = read_score(rotary_modules, method, parameters, cache)
+        patches = score_patches(model, rotary_modules, method, request, layers)
     else:
-        changes = frequency_changes(model, sites, method, parameters, cache)
-    by_length = method if method not in SCORES and changes.hooks else None
-    changes.overrides += batching_overrides(model, by_length)
-    has_hooks = bool(changes.hooks) or shared is not None
-    saved = describe(sites, method, parameters, layers, cache)
-    changes.overrides += saving_overrides(model, sites, saved)
-    if shared is None:
+        patches = frequency_patches(rotary_modules, method, parameters, cache)
+    has_hooks = bool(patches.hooks) or mesh is not None
+    by_length = method if patches.hooks and not is_score else None
+    patches.overrides += generation_patches(model, by_length, cache, is_score)
+    before = vars(owners[0]).get(ON_OWNER)
+    applied = Applied(method, parameters, layers, cache, before)
+    patches.overrides.append((owners[0], ON_OWNER, applied))
+    for each in dict.fromkeys((model, generation_config_owner(model))):
+        if hasattr(each, "save_pretrained"):
+            saving = partial(_save_plain, each, model, applied)
+            patches.overrides.append((each, "save_pretrained", saving))
+    if mesh is None:
         guard = RegionGuard(method)
-        changes.hooks[:0] = [(site.owner, guard.before_forward, None) for site in sites]
+        patches.hooks[:0] = [(each.owner, guard.before_forward, None) for each in rotary_modules]
     else:
-        share(model, sites, shared, changes)
+        share(model, owners, shared, patches)
     if has_hooks:
-        _let_none_pass_by(sites, changes)
-    extension = Extension(model, changes, saved)
+        route_forward_through_hooks(owners, patches)
+
+    # In place, and tried out.
+    extension = Extension(model, patches, applied)
     try:
-        if method in SCORES or shared is not None:
-            _rehearse(model, sites, shared)
-        if shared is None and (method in SCORES or cache is None):
-            extension.add(norm_changes(sites))
-        if cache is not None and method not in SCORES:
-            extension = _with_raw_keys(model, extension, saved)
+        if is_score or mesh is not None:
+            _try_patched(model, owners, mesh is not None)
+        if mesh is None and (is_score or cache is None):
+            extension.add(norm_patches(rotary_modules))
+        if cache is not None and not is_score:
+            extension = _with_raw_keys(model, extension)
     except BaseException:
         extension.restore()
         raise
     return extension
 
 
-def _let_none_pass_by(sites: list[RotarySite], changes: Changes) -> None:
-    """Send direct calls of `forward` through the modules' hooks."""
-    for entry in map(Entry, owners_of(sites)):
-        changes.overrides.append((entry.module, "forward", entry))
-        changes.hooks.append((entry.module, entry.before_forward, None))
-
-
-def _with_raw_keys(model: nn.Module, before: Extension, saved: Saved) -> Extension:
+def _with_raw_keys(model: nn.Module, before: Extension) -> Extension:
     """Let layers rotate queries and all cached keys by the frequencies of an extension."""
-    sites = find_sites(model, saved.layers)
-    own = PositionMap()
-    score = Score(saved.method, (Region(FIRST_KEY, own, own),), stored=UNROTATED)
-    changes = score_changes(model, sites, saved.method, Asked(score), saved.layers)
-    _let_none_pass_by(sites, changes)
-    extension = Extension(model, changes, saved)
+    applied = before.applied
+    rotary_modules = find_rotary_modules(model, applied.layers)
+    owners, own = owners_of(rotary_modules), PositionMap()
+    request = ScoreRequest(Score(applied.method, (Region(FIRST_KEY, own, own),), stored=UNROTATED))
+    patches = score_patches(model, rotary_modules, applied.method, request, applied.layers)
+    patches.overrides += generation_patches(model, None, applied.cache, True)
+    route_forward_through_hooks(owners, patches)
+    extension = Extension(model, patches, applied)
     try:
-        _rehearse(model, sites, None)
-        extension.add(norm_changes(sites))
+        _try_patched(model, owners, False)
+        extension.add(norm_patches(rotary_modules))
     except BaseException:
         extension.restore()
         raise
@@ -189,6 +198,8 @@ def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
     Returns a handle as `extend` does; its `restore()` undoes all of them.
     Raises ValueError for a folder without an extension, and as `extend`.
     """
+    from .saved import read
+
     handle: Extension | None = None
     try:
         for saved in read(folder):
@@ -204,13 +215,13 @@ def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
     return handle
 
 
-def _refuse_after(sites: list[RotarySite], method: str) -> None:
+def _refuse_after(rotary_modules: Sequence[RotaryModule], method: str) -> None:
     """Raise ValueError if an extension is in place that must be the last."""
-    for site in sites:
-        before = vars(site.rotary).get("forward")
-        if not isinstance(before, Rotary):
+    for rotary_module in rotary_modules:
+        before = vars(rotary_module.module).get("forward")
+        if not isinstance(before, RotaryForward):
             continue
-        if isinstance(before, ScoreRotary):
+        if isinstance(before, ScoreRotaryForward):
             raise ValueError(
                 f"extend: {method} must come before {before.method}, "
                 "got a model that is extended by it; restore that one first"
@@ -222,14 +233,14 @@ def _refuse_after(sites: list[RotarySite], method: str) -> None:
             )
 
 
-def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) -> None:
+def _try_patched(model: nn.Module, owners: Sequence[nn.Module], over_mesh: bool) -> None:
     """Run four tokens, to find what a model does between its rotary embedding and its layers."""
-    for owner in owners_of(sites):
+    for owner in owners:
         try:
-            run_on_trial(entrance(model, owner))
+            probe_layers(first_call(model, owner))
         except Exception as error:  # a foreign model may raise anything
-            if shared is not None and isinstance(error, ValueError):
-                raise said_by_extend(error) from None  # raised by the attention over the mesh
+            if over_mesh and isinstance(error, ValueError):
+                raise reprefix_error(error) from None  # raised by the attention over the mesh
             raise unsupported(
                 owner,
                 "its code between the rotary embedding and the layers needs tables of cos and sin "
@@ -237,39 +248,56 @@ def _rehearse(model: nn.Module, sites: list[RotarySite], shared: Shared | None) 
             ) from error
 
 
+def _save_plain(
+    module: nn.Module, model: nn.Module, applied: Applied, *args: Any, **options: Any
+) -> None:
+    """Replace `save_pretrained` of an extended model; module: the part whose method it is."""
+    from .saved import save_plain
+
+    save_plain(module, model, applied, *args, **options)
+
+
 class Extension:
     """An extension in place: `restore()`, or the end of a `with` block, undoes it.
 
-    length: the tokens that the model reaches by a method that stretches its trained length; None
-        if the method sets no end (ReRoPE, Dual Chunk Attention, dynamic methods) or does not say
-        it (another base). `extend` leaves max_position_embeddings alone: tell `length` to clients
-        that cut prompts there.
     before: the extension that `restore` undoes too, if there is one.
     """
 
-    def __init__(self, model: nn.Module, changes: Changes, saved: Saved) -> None:
+    def __init__(self, model: nn.Module, patches: Patches, applied: Applied) -> None:
         self.model = model
-        self.method = saved.method
-        self.length = saved.length
+        self.method = applied.method
+        self.applied = applied
         self.before: Extension | None = None
         forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
-        self.add(changes)
+        self.add(patches)
+
+    @property
+    def length(self) -> int | None:
+        """The tokens that the model reaches by a method that stretches its trained length.
+
+        None if the method sets no end (ReRoPE, Dual Chunk Attention, dynamic methods) or does not
+        say it (another base). `extend` leaves max_position_embeddings alone: tell `length` to
+        clients that cut prompts there.
+        """
+        from .saved import describe
+
+        return describe(self.model, self.applied).length
 
     @property
     def first(self) -> Extension:
         """The extension that `restore` undoes last."""
         return self if self.before is None else self.before.first
 
-    def add(self, changes: Changes) -> None:
-        """Apply more changes, as far as the first changes allow."""
-        for module, name, value in changes.overrides:
+    def add(self, patches: Patches) -> None:
+        """Apply more patches, as far as the first ones allow."""
+        for module, name, value in patches.overrides:
             self._overrides.append((module, name, value, vars(module).get(name)))
             vars(module)[name] = value
-            if isinstance(value, Rotary) and value.fused is not None:
+            if isinstance(value, RotaryForward) and value.fused is not None:
                 wrap_apply(value.fused.modeling, value)
-        for module, before, after in changes.hooks:
+        for module, before, after in patches.hooks:
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
             self._undo.append(handle.remove)
             if after is not None:
@@ -296,6 +324,8 @@ class Extension:
         """
         if not self._overrides:
             raise ValueError("extend: save_pretrained must come before restore, got it after")
+        from .saved import save
+
         save(self.model, folder, length, options)
 
     def restore(self) -> None:
@@ -315,7 +345,7 @@ class Extension:
                 del vars(module)[name]
             else:
                 vars(module)[name] = previous
-            if isinstance(value, Rotary) and value.fused is not None:
+            if isinstance(value, RotaryForward) and value.fused is not None:
                 unwrap_apply(value.fused.modeling, value)
         while self._undo:
             self._undo.pop()()

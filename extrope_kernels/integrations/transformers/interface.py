@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import rope_attention, rope_attention_with_kvcache
-from .attend import KNOWN, no_freqs, softmax_options
-from .paged import INTERFACE
-from .rows import records
+from .batch.padded import records
+from .patch.generate import INTERFACE
+from .probe.attention import KNOWN, no_freqs, softmax_options
 
 _ON_MASK = "_extrope_causal"
 # Arguments that causal rows do not need.

@@ -15,7 +15,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from torch import nn
 from ...methods import METHODS
 from ...scores import SCORES
 from .._shared.parameters import PARAMETERS, bind_method, plain, values_for
-from .find import Override, RotarySite, attribute_of, find_sites, generator_of
-from .frequencies import values_of
+from .patch.frequencies import values_of
+from .patch.hooks import ON_OWNER, Applied
+from .probe.rotary import RotaryModule, attribute_of, find_rotary_modules
 
 FILE = "extrope.json"
-_ON_OWNER = "_extrope_extensions"
 _TRAINED = "original_max_position_embeddings"
 _STILL = 1e30  # factor of a pair that does not rotate; in float32 there is no difference
 # Methods with a name in configs: that name, and its parameters.
@@ -76,50 +75,42 @@ class Saved:
 
     parameters: for a frequency method also the model's, if all kinds of layers share them.
     length: the number of tokens that the extended model can read; None: no limit.
-    before: the earlier extension of the model. This is no list because torch.export replaces a
-        module's lists by copies.
     """
 
     method: str
     parameters: dict[str, Any]
     layers: str
     length: int | None = None
-    before: Saved | None = None
     cache: str | None = None
 
-    def all(self) -> list[Saved]:
-        """Return all extensions of the model up to this one, which is the last."""
-        return [self] if self.before is None else [*self.before.all(), self]
 
-
-def describe(
-    sites: Sequence[RotarySite],
-    method: str,
-    parameters: Mapping[str, Any],
-    layers: str,
-    cache: str | None,
-) -> Saved:
-    """Return the stored form of an extension that is about to be applied."""
-    values = [values_of(site, kind) for site in sites for kind in site.layer_types]
+def describe(model: nn.Module, applied: Applied) -> Saved:
+    """Return the stored form of an extension of a model."""
+    method, rotary_modules = applied.method, find_rotary_modules(model, applied.layers)
+    values = [values_of(each, kind) for each in rotary_modules for kind in each.layer_types]
     shared: dict[str, Any] = {}
     if method not in SCORES:
         first, *others = (
-            {name: plain(value) for name, value in values_for(method, each, parameters).items()}
+            {
+                name: plain(value)
+                for name, value in values_for(method, each, applied.parameters).items()
+            }
             for each in values
         )
         shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
         shared.pop("dim", None)
         if "over" in PARAMETERS[method] and not any("over" in each for each in (first, *others)):
             shared["over"] = None  # a saved config may name a scaling, which is this one
-    parameters = {name: plain(value) for name, value in (shared | dict(parameters)).items()}
-    known, before = dict(values[0].values), vars(sites[0].owner).get(_ON_OWNER)
-    unscaled = sites[0].parameters(sites[0].layer_types[0]).get("rope_type", "default") == "default"
-    if before is not None:
-        known["max_position_embeddings"] = before.length
-    elif unscaled:  # a saved config has the extended length
+    given = shared | applied.parameters
+    parameters = {name: plain(value) for name, value in given.items()}
+    known = dict(values[0].values)
+    own = rotary_modules[0].parameters(rotary_modules[0].layer_types[0])
+    if applied.before is not None:
+        known["max_position_embeddings"] = describe(model, applied.before).length
+    elif own.get("rope_type", "default") == "default":  # a saved config has the extended length
         known["max_position_embeddings"] = known.get("original_max_position_embeddings")
     length = _length(method, {**known, **parameters})
-    return Saved(method, parameters, layers, length, before, cache)
+    return Saved(method, parameters, applied.layers, length, applied.cache)
 
 
 def _length(method: str, values: Mapping[str, Any]) -> int | None:
@@ -140,39 +131,33 @@ def _length(method: str, values: Mapping[str, Any]) -> int | None:
     return int(trained * factor) if stretches else None
 
 
-def saving_overrides(model: nn.Module, sites: Sequence[RotarySite], saved: Saved) -> list[Override]:
-    """Return the attributes that let an extended model be saved."""
-    overrides: list[Override] = [(sites[0].owner, _ON_OWNER, saved)]
-    for each in dict.fromkeys((model, generator_of(model))):
-        if hasattr(each, "save_pretrained"):
-            saving = partial(_save_plain, each, saved)
-            overrides.append((each, "save_pretrained", saving))
-    return overrides
-
-
-def _save_plain(
+def save_plain(
+    module: nn.Module,
     model: nn.Module,
-    saved: Saved,
+    applied: Applied,
     save_directory: str | os.PathLike,
     *args: Any,
     **options: Any,
 ) -> None:
-    """Replace `save_pretrained` of an extended model, whose config is the plain model's."""
+    """Save by a module's own `save_pretrained`, which writes the plain model's config."""
     _refuse_upload(options)
-    type(model).save_pretrained(model, save_directory, *args, **options)
+    type(module).save_pretrained(module, save_directory, *args, **options)
     if not options.get("is_main_process", True):
         return
-    _write(saved.all(), save_directory)
+    _write([describe(model, each) for each in applied.all()], save_directory)
     warnings.warn(
         f"extend: config.json in {save_directory} is the plain model's; its extension by "
-        f"{saved.method} is in {FILE}, which extend_from_saved reads. save_pretrained of "
+        f"{applied.method} is in {FILE}, which extend_from_saved reads. save_pretrained of "
         "what extend returned writes a config that other programs read",
-        stacklevel=2,
+        stacklevel=3,
     )
 
 
 def save(
-    model: nn.Module, folder: str | os.PathLike, length: int | None, options: Mapping[str, Any]
+    model: nn.Module,
+    folder: str | os.PathLike,
+    length: int | None,
+    options: Mapping[str, Any],
 ) -> None:
     """Save an extended model: weights, a config, and its extensions."""
     from transformers import PreTrainedModel
@@ -183,7 +168,8 @@ def save(
             "merge adapters, or save them and the model apart"
         )
     _refuse_upload(options)
-    extensions = vars(find_sites(model, "all")[0].owner)[_ON_OWNER].all()
+    applied = vars(find_rotary_modules(model, "all")[0].owner)[ON_OWNER]
+    extensions = [describe(model, each) for each in applied.all()]
     type(model).save_pretrained(model, folder, **options)  # completes its config too
     if not options.get("is_main_process", True):
         return
@@ -222,31 +208,31 @@ def _config_with(model: nn.Module, extension: Saved) -> Any:
 
     Some classes of configs know no type but LongRoPE (Phi-3).
     """
-    sites = find_sites(model, extension.layers)
+    rotary_modules = find_rotary_modules(model, extension.layers)
     text = model.config.get_text_config(decoder=True)
-    if any(type(site.rotary.config) is not type(text) for site in sites):
+    if any(type(rotary_module.module.config) is not type(text) for rotary_module in rotary_modules):
         return None
     if "over" in PARAMETERS[extension.method] and "over" not in extension.parameters:
         return None  # kinds of layers were trained under different scalings: read them there
     for entries_of in (_entries, _factors):
-        config = _written(model.config, sites, extension, entries_of)
-        if config is not None and _agrees(sites, extension, config):
+        config = _written(model.config, rotary_modules, extension, entries_of)
+        if config is not None and _agrees(rotary_modules, extension, config):
             return config
     return None
 
 
 def _written(
     plain: Any,
-    sites: Sequence[RotarySite],
+    rotary_modules: Sequence[RotaryModule],
     extension: Saved,
     entries_of: Callable[..., dict[str, Any] | None],
 ) -> Any:
     """Return a copy of a config with an extension's entries; None if there are none."""
     config = copy.deepcopy(plain)
     text = config.get_text_config(decoder=True)
-    for site in sites:
-        for layer_type in site.layer_types:
-            entries = entries_of(site, layer_type, extension)
+    for rotary_module in rotary_modules:
+        for layer_type in rotary_module.layer_types:
+            entries = entries_of(rotary_module, layer_type, extension)
             if entries is None:
                 return None
             if layer_type is None:
@@ -255,7 +241,7 @@ def _written(
                 text.rope_parameters = {**text.rope_parameters, layer_type: entries}
     if getattr(text, "rope_scaling_layers", None) is not None:  # Molmo 2 scales these alone
         text.rope_scaling_layers = list(range(text.num_hidden_layers))
-    trained = values_of(sites[0], sites[0].layer_types[0]).values.get(_TRAINED)
+    trained = values_of(rotary_modules[0], rotary_modules[0].layer_types[0]).values.get(_TRAINED)
     if not _names_trained(text) and trained != getattr(text, "max_position_embeddings", None):
         text.original_max_position_embeddings = trained  # the scaling before had it
     if extension.length is not None:
@@ -266,7 +252,9 @@ def _written(
     return config
 
 
-def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict[str, Any] | None:
+def _entries(
+    rotary_module: RotaryModule, layer_type: str | None, extension: Saved
+) -> dict[str, Any] | None:
     """Return the rope_parameters for one kind of layers; None if no type takes them."""
     method, given = extension.method, extension.parameters
     if method not in _TYPES or given.get("resonance") or given.get("ramp", "index") != "index":
@@ -277,31 +265,33 @@ def _entries(site: RotarySite, layer_type: str | None, extension: Saved) -> dict
     kind, names = _TYPES[method]
     signature = inspect.signature(METHODS[method]).parameters
     values = {name: each.default for name, each in signature.items()}
-    own = values_of(site, layer_type)
+    own = values_of(rotary_module, layer_type)
     values |= values_for(method, own, given) | given
     if values.get("over") is not None or (method == "rope" and own.trained and "base" not in given):
         return None  # no type scales another scaling
     base = values["base"]
     if method == "ntk_aware":
-        dim = site.dim(layer_type)
+        dim = rotary_module.dim(layer_type)
         base *= values["factor"] ** (dim / (dim - 2))
     if method == "longrope" and values["factor"] is None:
         values["factor"] = (
             values["max_position_embeddings"] / values["original_max_position_embeddings"]
         )
-    kept = {k: v for k, v in site.parameters(layer_type).items() if k not in _SCALING}
+    kept = {k: v for k, v in rotary_module.parameters(layer_type).items() if k not in _SCALING}
     told = {name: values[name] for name in names if values[name] is not None}
     if method == "longrope":
         told |= _by_vllms_names(values)
     return {**kept, "rope_type": kind, "rope_theta": base, **told}
 
 
-def _factors(site: RotarySite, layer_type: str | None, extension: Saved) -> dict[str, Any] | None:
+def _factors(
+    rotary_module: RotaryModule, layer_type: str | None, extension: Saved
+) -> dict[str, Any] | None:
     """Return LongRoPE's rope_parameters with an extension's frequencies at every length.
 
     None if it has no such frequencies or changes more, or if the model has no trained length.
     """
-    own, given = values_of(site, layer_type), extension.parameters
+    own, given = values_of(rotary_module, layer_type), extension.parameters
     trained = own.values.get(_TRAINED)
     function, takes_length = bind_method("extend", extension.method, given, own)
     if takes_length or trained is None or (freqs := function()).log_decay is not None:
@@ -319,7 +309,7 @@ def _factors(site: RotarySite, layer_type: str | None, extension: Saved) -> dict
     }
     written = replace(extension, method="longrope", parameters=parameters)
     amplitudes = dict.fromkeys(_AMPLITUDES, freqs.attention_factor)  # Phimoe needs them always
-    return (_entries(site, layer_type, written) or {}) | amplitudes
+    return (_entries(rotary_module, layer_type, written) or {}) | amplitudes
 
 
 def _by_vllms_names(values: Mapping[str, Any]) -> dict[str, float]:
@@ -349,31 +339,31 @@ def _names_trained(text: Any) -> bool:
     return all(_TRAINED in each for each in nested)
 
 
-def _agrees(sites: Sequence[RotarySite], extension: Saved, config: Any) -> bool:
+def _agrees(rotary_modules: Sequence[RotaryModule], extension: Saved, config: Any) -> bool:
     """Return True if transformers reads a config, and computes the extension's frequencies."""
     try:
         text = type(config).from_dict(config.to_dict()).get_text_config(decoder=True)
         with torch.device("cpu"):
-            fresh = [type(site.rotary)(text) for site in sites]
+            fresh = [type(rotary_module.module)(text) for rotary_module in rotary_modules]
     except Exception:  # each class has its own rules, and its own errors
         return False
     return all(
-        _same_frequencies(site, layer_type, extension, rotary)
-        for site, rotary in zip(sites, fresh, strict=True)
-        for layer_type in site.layer_types
+        _same_frequencies(rotary_module, layer_type, extension, rotary)
+        for rotary_module, rotary in zip(rotary_modules, fresh, strict=True)
+        for layer_type in rotary_module.layer_types
     )
 
 
 def _same_frequencies(
-    site: RotarySite, layer_type: str | None, extension: Saved, fresh: nn.Module
+    rotary_module: RotaryModule, layer_type: str | None, extension: Saved, fresh: nn.Module
 ) -> bool:
     """Return True if a fresh rotary embedding has an extension's frequencies."""
     function, takes_length = bind_method(
-        "extend", extension.method, extension.parameters, values_of(site, layer_type)
+        "extend", extension.method, extension.parameters, values_of(rotary_module, layer_type)
     )
     freqs = function(seq_len=1) if takes_length else function()
     own = attribute_of(fresh, layer_type, "inv_freq").float()
-    if (order := site.orders[layer_type]) is not None:
+    if (order := rotary_module.orders[layer_type]) is not None:
         own = own[order.argsort()]
     factor = float(attribute_of(fresh, layer_type, "attention_scaling", 1.0))
     same = own.shape == freqs.inv_freq.shape and torch.allclose(own, freqs.inv_freq, rtol=1e-5)

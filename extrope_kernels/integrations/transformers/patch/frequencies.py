@@ -1,7 +1,7 @@
 """The changes that `extend` makes for a frequency method.
 
-A `Rotary` replaces the forward of each rotary embedding. A method that depends on the length is
-frozen per request: keys are cached after rotation, so all tokens of a request must be rotated by
+A `RotaryForward` replaces the forward of each rotary embedding. A method that depends on the length
+is frozen per request: keys are cached after rotation, so all tokens of a request must be rotated by
 the same frequencies. A request starts with a forward whose cache is empty or absent, and with every
 call of `generate` that does not continue a filled cache. Its frequencies are chosen then, for the
 length that it will reach. They stay with its cache and with copies of it, whatever other requests
@@ -10,68 +10,51 @@ come between.
 
 from __future__ import annotations
 
-import sys
-import threading
 import uuid
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs
-from .._shared.parameters import PARAMETERS, ModelValues, bind_method, trained_in, values_in
-from .find import (
-    Changes,
+from .... import RopeFreqs
+from ..._shared.parameters import PARAMETERS, ModelValues, bind_method, trained_in, values_in
+from ..model import (
     Override,
-    RotarySite,
-    Tables,
     argument_names,
-    attribute_of,
     by_name,
     cache_of,
     caches_in,
+    exports_to_onnx,
     forward_of,
-    generator_of,
     tokens_in,
     tokens_of,
     unsupported,
 )
+from ..probe.rotary import RotaryModule, Tables, attribute_of
+from .hooks import Patches
 from .rotation import Rotation, wrap_apply
-
-if TYPE_CHECKING:
-    from .context_parallel import Shared
-
-FreqsByKind = dict[str | None, RopeFreqs]
-
-_ON_CACHE = "_extrope_freqs"
-# For the call of `generate` in progress: the tokens it may reach, and its frequencies.
-_current_call: ContextVar[tuple[int, dict[str, FreqsByKind]] | None] = ContextVar(
-    "extrope_generate", default=None
-)
+from .state import FREQS_ON_CACHE, FreqsByKind, ThreadFrequencies, in_progress
 
 
-def frequency_changes(
-    model: nn.Module,
-    sites: list[RotarySite],
+def frequency_patches(
+    rotary_modules: list[RotaryModule],
     method: str,
     parameters: Mapping[str, Any],
     cache: str | None,
-) -> Changes:
-    """Return the changes of a frequency method; the model is not changed yet.
+) -> Patches:
+    """Return the patches of a frequency method; the model is not changed yet.
 
     cache: "raw" if every forward rotates all keys anew.
     """
-    changes = Changes()
-    for site in sites:
-        if getattr(site.rotary.config, "alibi", False):
-            raise unsupported(site.owner, "its layers have ALiBi in place of a rotation")
+    patches = Patches()
+    for rotary_module in rotary_modules:
+        if getattr(rotary_module.module.config, "alibi", False):
+            raise unsupported(rotary_module.owner, "its layers have ALiBi in place of a rotation")
         functions, freqs, takes_length = {}, {}, False
-        for layer_type in site.layer_types:
+        for layer_type in rotary_module.layer_types:
             function, takes_length = bind_method(
-                "extend", method, parameters, values_of(site, layer_type)
+                "extend", method, parameters, values_of(rotary_module, layer_type)
             )
             functions[layer_type] = function
             freqs[layer_type] = function(seq_len=1) if takes_length else function()
@@ -81,81 +64,70 @@ def frequency_changes(
                     f"extend: cache must be None for {method}, whose keys grow without bound where "
                     f"positions do not start anew, got {cache!r}"
                 )
-            if site.fused is None:
+            if rotary_module.fused is None:
                 raise unsupported(
-                    site.owner, f"one table rotates its queries and keys, but {method} needs two"
+                    rotary_module.owner,
+                    f"one table rotates its queries and keys, but {method} needs two",
                 )
-        rotary = Rotary(site, InForce(freqs), method)
-        changes.overrides.append((site.rotary, "forward", rotary))
-        changes.overrides += _softmax_scales(site, method, parameters)
+        rotary = RotaryForward(rotary_module, ThreadFrequencies(freqs), method)
+        patches.overrides.append((rotary_module.module, "forward", rotary))
+        patches.overrides += _softmax_scales(rotary_module, method, parameters)
         if takes_length:
-            kind = LengthDependence if cache is None else EachLength
-            length = kind(site, rotary, functions)
-            changes.hooks.append((site.owner, length.before_forward, length.after_forward))
-    generator = generator_of(model)
-    if changes.hooks and cache is None and hasattr(generator, "generate"):
-        generate = partial(_generate_one_request, generator, vars(generator).get("generate"))
-        changes.overrides.append((generator, "generate", generate))
-    return changes
+            kind = LengthHooks if cache is None else EachLengthHooks
+            length = kind(rotary_module, rotary, functions)
+            patches.hooks.append((rotary_module.owner, length.before_forward, length.after_forward))
+    return patches
 
 
-def values_of(site: RotarySite, layer_type: str | None) -> ModelValues:
+def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValues:
     """Return the model's values for the rotation of one kind of layers."""
-    parameters = site.parameters(layer_type)
-    config, dim = site.rotary.config, site.dim(layer_type)
+    parameters = rotary_module.parameters(layer_type)
+    config, dim = rotary_module.module.config, rotary_module.dim(layer_type)
     values, trained = values_in(config, parameters, dim), trained_in(config, parameters, dim)
-    if any(_mscale_function(layer) is not None for layer in site.owner.modules()):
+    if any(_mscale_function(layer) is not None for layer in rotary_module.owner.modules()):
         values |= {name: parameters[name] for name in _MSCALES if parameters.get(name) is not None}
     unrotated = 0
     if parameters.get("rope_type") == "proportional":
-        unrotated = int((attribute_of(site.rotary, layer_type, "inv_freq") == 0).sum())
+        unrotated = int((attribute_of(rotary_module.module, layer_type, "inv_freq") == 0).sum())
     return ModelValues(values, trained, unrotated)
 
 
-class InForce(threading.local):
-    """The frequencies of forwards, which those in other threads do not change."""
-
-    def __init__(self, freqs: FreqsByKind) -> None:  # in each thread anew
-        self.freqs = dict(freqs)
-
-    def __reduce__(self) -> tuple[type, tuple[FreqsByKind]]:
-        return type(self), (self.freqs,)
-
-
-class Rotary:
+class RotaryForward:
     """Replacement forward of a rotary embedding, with other frequencies.
 
-    in_force: frequencies by kind of layers (None if the model has one kind); other kinds keep the
-        model's own tables. A method that depends on the length sets them at the start of every
+    thread_freqs: frequencies by kind of layers (None if the model has one kind); other kinds keep
+        the model's own tables. A method that depends on the length sets them at the start of every
         forward; an extension by a score method shares those of the extension before it.
     method: the extension's.
-    shared: the ranks that share tokens, if the extension is over a mesh.
+    shared: the ranks that share tokens (`context_parallel.Shared`), if it is over a mesh.
     """
 
-    def __init__(self, site: RotarySite, in_force: InForce, method: str) -> None:
-        self.site = site
-        self.rotary = site.rotary
-        self.fused = site.fused
-        self.in_force = in_force
+    def __init__(
+        self, rotary_module: RotaryModule, thread_freqs: ThreadFrequencies, method: str
+    ) -> None:
+        self.rotary_module = rotary_module
+        self.module = rotary_module.module
+        self.fused = rotary_module.fused
+        self.thread_freqs = thread_freqs
         self.method = method
-        self.shared: Shared | None = None
+        self.shared: Any = None
         self._tables: dict[str | None, Tables] = {}
 
     @property
     def freqs(self) -> FreqsByKind:
         """The frequencies of this thread's forward."""
-        return self.in_force.freqs
+        return self.thread_freqs.freqs
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        """Return a `Rotation` in place of cos if the op rotates, else the model's tables."""
+        """Return a `Rotation` in place of the tables if the op rotates, else the model's tables."""
         if layer_type not in self.freqs:
-            return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
+            return type(self.module).forward(self.module, x, position_ids, layer_type)
         freqs = self.freqs_on(layer_type, x.device)
         if self.fused is not None and position_ids.dim() == 2 and not exports_to_onnx():
             if not torch.compiler.is_compiling():
                 # Again, as Liger may have replaced the function since (a Trainer's option).
                 wrap_apply(self.fused.modeling, self)
-            return Rotation(freqs, position_ids, self.fused.interleaved), None
+            return (Rotation(freqs, position_ids, self.fused.interleaved),) * 2
         made = self.tables(layer_type, freqs, x, position_ids)
         if self.fused is not None and made[0].dim() != 3:
             shape = tuple(position_ids.shape)
@@ -168,12 +140,12 @@ class Rotary:
         """Return the model's own tables for these frequencies."""
         if freqs.log_decay is not None:
             raise ValueError(
-                f"extend: {type(self.rotary).__name__} makes one table for queries and keys, "
+                f"extend: {type(self.module).__name__} makes one table for queries and keys, "
                 f"which {self.method} scales differently"
             )
         made = self._tables.get(layer_type)
         if made is None or made.freqs is not freqs:
-            made = self._tables[layer_type] = self.site.tables(layer_type, freqs)
+            made = self._tables[layer_type] = self.rotary_module.tables(layer_type, freqs)
         return made(x, position_ids)
 
     def freqs_on(self, layer_type: str | None, device: torch.device) -> RopeFreqs:
@@ -196,22 +168,19 @@ class Rotary:
             wrap_apply(self.fused.modeling, self)
 
 
-def exports_to_onnx() -> bool:
-    """Return True if a graph is made for ONNX, which has only PyTorch's own operations."""
-    onnx = None if torch.compiler.is_dynamo_compiling() else sys.modules.get("torch.onnx")
-    return onnx is not None and onnx.is_in_onnx_export()
-
-
-class LengthDependence:
-    """Hooks that choose a `Rotary`'s frequencies at the start of its owner's forwards."""
+class LengthHooks:
+    """Hooks that choose a `RotaryForward`'s frequencies at the start of its owner's forwards."""
 
     def __init__(
-        self, site: RotarySite, rotary: Rotary, methods: dict[str | None, Callable[..., RopeFreqs]]
+        self,
+        rotary_module: RotaryModule,
+        rotary: RotaryForward,
+        methods: dict[str | None, Callable[..., RopeFreqs]],
     ) -> None:
         self.rotary = rotary
         self.methods = methods
         self.key = uuid.uuid4().hex  # equal in copies of the model, which may continue its caches
-        self.argument_names = argument_names(site.owner)
+        self.argument_names = argument_names(rotary_module.owner)
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the frequencies of this forward's request: forward pre-hook."""
@@ -228,10 +197,11 @@ class LengthDependence:
             self._attach(cache, dict(self.rotary.freqs))
 
     def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> FreqsByKind:
-        of_cache = getattr(cache, _ON_CACHE, {}).get(self.key)
+        of_cache = getattr(cache, FREQS_ON_CACHE, {}).get(self.key)
         if torch.compiler.is_compiling() and of_cache:
             return of_cache  # a graph of a step: its prompt has chosen
-        limit, chosen = _current_call.get() or (None, {})
+        request = getattr(in_progress, "request", None)
+        limit, chosen = (None, {}) if request is None else (request.limit, request.freqs)
         if self.key not in chosen:
             past = tokens_in(cache)
             if past and of_cache is not None:
@@ -260,12 +230,12 @@ class LengthDependence:
         return length if positions is None else int(positions.max()) + 1
 
     def _attach(self, cache: Any, freqs: FreqsByKind) -> None:
-        if not hasattr(cache, _ON_CACHE):
-            setattr(cache, _ON_CACHE, {})
-        getattr(cache, _ON_CACHE)[self.key] = freqs
+        if not hasattr(cache, FREQS_ON_CACHE):
+            setattr(cache, FREQS_ON_CACHE, {})
+        getattr(cache, FREQS_ON_CACHE)[self.key] = freqs
 
 
-class EachLength(LengthDependence):
+class EachLengthHooks(LengthHooks):
     """Hooks that choose frequencies for every forward anew, by its number of tokens."""
 
     def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> FreqsByKind:
@@ -281,42 +251,6 @@ class EachLength(LengthDependence):
         """Do nothing: a cache of raw keys fits any frequencies."""
 
 
-def _generate_one_request(
-    model: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any
-) -> Any:
-    """Replace `model.generate`: each call is one request, for all its forwards.
-
-    previous: an earlier replacement, if there is one.
-    """
-    token = _current_call.set((_reach(model, *args, **kwargs), {}))
-    try:
-        if previous is not None:
-            return previous(*args, **kwargs)
-        return type(model).generate(model, *args, **kwargs)
-    finally:
-        _current_call.reset(token)
-
-
-def _reach(
-    model: nn.Module, inputs: Any = None, generation_config: Any = None, *_: Any, **kwargs: Any
-) -> int:
-    """Return the tokens that `generate` may reach; those of the prompt if it sets no limit."""
-    # Beside embeddings there may be ids of no tokens.
-    prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    prompt = max((x.shape[1] for x in prompts if x is not None), default=1)
-    defaults = getattr(model, "generation_config", None)
-
-    def limit(name: str) -> int | None:
-        if name in kwargs:
-            return kwargs[name]
-        values = (getattr(config, name, None) for config in (generation_config, defaults))
-        return next((value for value in values if value is not None), None)
-
-    if (new_tokens := limit("max_new_tokens")) is not None:
-        return prompt + new_tokens
-    return max(prompt, limit("max_length") or 0)
-
-
 # DeepSeek's temperature. Latent attention rotates some dims of a head, but YaRN scales the logits
 # of all. So the layers multiply their softmax scale by mscale^2, which they read from the
 # configuration when they are built. Other frequencies bring their own factor. Such layers are known
@@ -326,15 +260,17 @@ _MSCALES = ("mscale", "mscale_all_dim")
 _MSCALE_IN_FORCE = "_extrope_mscale"
 
 
-def _softmax_scales(site: RotarySite, method: str, given: Mapping[str, Any]) -> list[Override]:
+def _softmax_scales(
+    rotary_module: RotaryModule, method: str, given: Mapping[str, Any]
+) -> list[Override]:
     """Return the overrides of the layers' `scaling`; none if the model has no such layers."""
-    config = site.parameters(site.layer_types[0])
+    config = rotary_module.parameters(rotary_module.layer_types[0])
     parameters: dict[str, Any] = {"rope_type": "default"}
     if set(_MSCALES) <= set(PARAMETERS[method]):
         own = {name: config[name] for name in _MSCALES if name in config}
         parameters = {"rope_type": method, **own, **given}
     overrides: list[Override] = []
-    for layer in site.owner.modules():
+    for layer in rotary_module.owner.modules():
         if (function := _mscale_function(layer)) is not None:
             if parameters.get("mscale_all_dim") and "factor" not in parameters:
                 raise ValueError(

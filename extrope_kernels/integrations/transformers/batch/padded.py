@@ -1,11 +1,4 @@
-"""The rows of a batch: their first tokens, and their attention to a cache's keys and values.
-
-Positions count from each row's first token. There are several kinds of rows: these two, packed,
-paged and those of a mesh. All have `positions`, (batch or 1, new); `leftpad`, (batch,) int32, or
-None without padding; `to(device)`; and `attend(layer, q, k, v, call)`, from queries of (batch, new,
-heads, head_dim) to keys and values as a cache returns them. call has score, freqs and options of
-the ops, and chunk_size if the layer attends in chunks.
-"""
+"""Padded rows: a batch over a growing cache, and one over a static cache in a graph."""
 
 from __future__ import annotations
 
@@ -17,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import rope_attention, rope_attention_with_kvcache
-from .find import cache_of
-from .packed import PackedRows, rows_by_positions
+from .... import rope_attention, rope_attention_with_kvcache
+from . import Batch
+from .packed import PackedBatch, packed_by_positions
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PaddedBatch(Batch):
     """The tokens of one forward, and earlier ones in the cache.
 
     past, new: numbers of tokens, padding included.
@@ -42,12 +35,12 @@ class Rows:
         """The number of keys in a row after this forward."""
         return self.past + self.new
 
-    def last(self, count: int) -> Rows:
+    def last(self, count: int) -> PaddedBatch:
         """Return rows of only the last new tokens; the others count as past."""
         past, positions = self.total - count, self.positions[:, self.new - count :]
         return replace(self, past=past, new=count, positions=positions)
 
-    def to(self, device: torch.device | str | int) -> Rows:
+    def to(self, device: torch.device | str | int) -> PaddedBatch:
         return self if self.leftpad is None else replace(self, leftpad=self.leftpad.to(device))
 
     def attend(
@@ -109,9 +102,9 @@ def records(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def read_rows(
+def read_batch(
     tokens: Tensor, past: int, mask: Any, position_ids: Tensor | None
-) -> Rows | PackedRows:
+) -> PaddedBatch | PackedBatch:
     """Return the rows of a forward; raise ValueError for other masks and positions.
 
     tokens: (batch, new, ...); only shape and device count.
@@ -137,7 +130,7 @@ def read_rows(
         if not _counts(position_ids, positions, real) and not _counts(position_ids, slots):
             packed = None
             if may_pack and position_ids.dim() == 2:
-                packed = rows_by_positions(position_ids.expand(batch, new), real)
+                packed = packed_by_positions(position_ids.expand(batch, new), real)
             if packed is None:
                 raise ValueError(
                     "extend: position_ids must count 0, 1, 2, ... from the first token of each "
@@ -146,7 +139,7 @@ def read_rows(
                     "positions, as images have"
                 )
             return packed
-    return Rows(past, new, runs, positions, leftpad)
+    return PaddedBatch(past, new, runs, positions, leftpad)
 
 
 def no_mask(device: torch.device | None = None) -> Tensor:
@@ -243,11 +236,11 @@ def _counts(given: Tensor, positions: Tensor, real: Tensor | None = None) -> boo
 
 
 @dataclass(frozen=True, eq=False)
-class StaticRows:
+class StaticBatch(Batch):
     """The tokens of one forward over a static cache under `torch.compile`.
 
     One graph runs for every step: values that change between steps are tensors, and nothing is read
-    on the host. Only forwards without compilation have the checks of `read_rows`.
+    on the host. Only forwards without compilation have the checks of `read_batch`.
 
     positions: (batch or 1, new) int64; 0 in the padding.
     ends: (batch,) int32, each row's slots in use after the new tokens are cached.
@@ -257,9 +250,9 @@ class StaticRows:
     ends: Tensor
     leftpad: Tensor | None
 
-    def to(self, device: torch.device | str | int) -> StaticRows:
+    def to(self, device: torch.device | str | int) -> StaticBatch:
         leftpad = None if self.leftpad is None else self.leftpad.to(device)
-        return StaticRows(self.positions, self.ends.to(device), leftpad)
+        return StaticBatch(self.positions, self.ends.to(device), leftpad)
 
     def attend(
         self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
@@ -273,7 +266,7 @@ class StaticRows:
         return rope_attention_with_kvcache(q, k, v, **call)
 
 
-def static_rows(tokens: Tensor, past: Tensor, mask: Any) -> StaticRows:
+def static_batch(tokens: Tensor, past: Tensor, mask: Any) -> StaticBatch:
     """Return the rows of a forward whose past, for all rows, is a tensor of the cache.
 
     tokens: (batch, new, ...). mask: (batch, slots) with 0 for padding and unused slots; or None.
@@ -294,16 +287,4 @@ def static_rows(tokens: Tensor, past: Tensor, mask: Any) -> StaticRows:
         leftpad = leftpad.to(torch.int32)
     # The cache increases `past` in place.
     ends = (past + new).to(torch.int32).repeat(batch)
-    return StaticRows(positions, ends, leftpad)
-
-
-def keep_mask(*, attention_mask: Any = None, **arguments: Any) -> Any:
-    """Replace a model's `create_masks_for_generate`: keep the mask, which rows are read from.
-
-    With a static cache it gets the cache's length, so that every step has the same shapes.
-    """
-    layers = getattr(cache_of(arguments), "layers", ())
-    slots = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return attention_mask
-    return nn.functional.pad(attention_mask, (0, max(slots - attention_mask.shape[1], 0)))
+    return StaticBatch(positions, ends, leftpad)

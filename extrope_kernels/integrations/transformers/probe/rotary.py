@@ -1,45 +1,29 @@
-"""Find a model's rotations and their form by trial, not by the names of models.
+"""Find a model's rotations and their form by trying them, not by the names of models.
 
-`find_sites` yields a `RotarySite` for each rotary embedding of the language model. A rotary
-embedding makes tables (cosines and sines, or complex numbers). A twin of it makes the tables of
-other frequencies, and keeps all else that it does: axes of positions, orders of the dims. If the
-op rotates as the layers do by these tables, it takes over.
+`find_rotary_modules` returns a `RotaryModule` for each rotary embedding of the language model. A
+rotary embedding makes tables (cosines and sines, or complex numbers). A copy of it, given other
+frequencies, makes tables of those and keeps all else that it does: axes of positions, orders of the
+dims. If the op rotates as the layers do by these tables, it takes over.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import FunctionType
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, apply_rope_qk, methods
-from .._shared.parameters import is_bounded
-from .rotation import APPLY, original_apply
+from .... import RopeFreqs, apply_rope_qk, methods
+from ..._shared.parameters import is_bounded
+from ..model import argument_names, forward_of, unsupported
 
-Override = tuple[nn.Module, str, Any]
-Hook = tuple[nn.Module, Callable[..., Any], "Callable[..., Any] | None"]
+APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate
 _LAYERS = ("full", "all")
-_POSITIONS = [[0, 1, 5, 11]]  # of trials
-
-
-@dataclass
-class Changes:
-    """An extension's changes in a model.
-
-    overrides: (module, name, value) each, attributes that hide those of the module's class.
-    hooks: (module, before its forward, after it or None) each.
-    layers: those that attend by a score method.
-    """
-
-    overrides: list[Override] = field(default_factory=list)
-    hooks: list[Hook] = field(default_factory=list)
-    layers: Sequence[nn.Module] = ()
+_POSITIONS = [[0, 1, 5, 11]]  # of a probe
 
 
 @dataclass(frozen=True)
@@ -55,10 +39,11 @@ class Fused:
 
 
 @dataclass(frozen=True, eq=False)
-class RotarySite:
+class RotaryModule:
     """One rotary embedding and its surroundings.
 
     owner: the module whose forward takes the tokens and calls the rotary embedding.
+    module: the rotary embedding.
     orders: by kind of layers to extend (None if all layers have one rotation): the pair of each
         frequency, if they are not in the order of the pairs; else None.
     fused: the op's options to do what the layers do with tables; None if it cannot.
@@ -66,7 +51,7 @@ class RotarySite:
     """
 
     owner: nn.Module
-    rotary: nn.Module
+    module: nn.Module
     orders: Mapping[str | None, Tensor | None]
     fused: Fused | None
     single: bool
@@ -78,61 +63,62 @@ class RotarySite:
 
     def parameters(self, layer_type: str | None) -> Mapping[str, Any]:
         """Return the entries of config.rope_parameters for a kind of layers."""
-        return _parameters(self.rotary, layer_type)
+        return _parameters(self.module, layer_type)
 
     def dim(self, layer_type: str | None) -> int:
         """Return the number of dims of a head that a kind of layers rotates."""
-        return 2 * attribute_of(self.rotary, layer_type, "inv_freq").shape[-1]
+        return 2 * attribute_of(self.module, layer_type, "inv_freq").shape[-1]
 
     def tables(self, layer_type: str | None, freqs: RopeFreqs) -> Tables:
         """Return the rotary embedding's tables for other frequencies."""
-        return Tables(self.rotary, layer_type, freqs, self.orders[layer_type])
+        return Tables(self.module, layer_type, freqs, self.orders[layer_type])
+
+    def own_freqs(self, layer_type: str | None) -> RopeFreqs:
+        """Return the model's own frequencies, on its device.
+
+        Raises ValueError if they change with the length.
+        """
+        rotary, kind = self.module, self.module.rope_type
+        if layer_type is not None:
+            kind = kind[layer_type]
+        if "dynamic" in kind or kind == "longrope":
+            raise unsupported(
+                self.owner,
+                f"its frequencies ({kind}) change with the length; "
+                "extend it by a method of that name first",
+            )
+        inv_freq = attribute_of(rotary, layer_type, "inv_freq")
+        if inv_freq.dtype != torch.float32:
+            # A cast of the whole model rounded them; the config still has the exact values.
+            with torch.device("cpu"):
+                fresh = type(rotary)(rotary.config)
+            inv_freq = attribute_of(fresh, layer_type, "inv_freq").to(inv_freq.device)
+        if (order := self.orders[layer_type]) is not None:
+            inv_freq = inv_freq[order.argsort().to(inv_freq.device)]
+        factor = float(attribute_of(rotary, layer_type, "attention_scaling", 1.0))
+        return RopeFreqs(inv_freq.detach().float().clone(), factor)
 
 
-def find_sites(model: nn.Module, layers: str = "full") -> list[RotarySite]:
+def find_rotary_modules(model: nn.Module, layers: str = "full") -> list[RotaryModule]:
     """Return every rotary embedding of `model`; raise ValueError if one cannot be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"extend: model must be a transformers model, got {type(model).__name__}")
     if layers not in _LAYERS:
         raise ValueError(f"extend: layers must be full or all, got {layers!r}")
-    sites = [_site(owner, rotary, layers) for owner, rotary in _rotary_embeddings(model)]
-    if not sites:
+    rotary_modules = [
+        _rotary_module(owner, rotary, layers) for owner, rotary in _rotary_embeddings(model)
+    ]
+    if not rotary_modules:
         raise ValueError(
             "extend: model must have a rotary embedding configured by rope_parameters, "
             f"got a {type(model).__name__} without"
         )
-    return sites
+    return rotary_modules
 
 
-def owners_of(sites: Sequence[RotarySite]) -> list[nn.Module]:
+def owners_of(rotary_modules: Sequence[RotaryModule]) -> list[nn.Module]:
     """Return the owners of rotary embeddings, each once."""
-    return list(dict.fromkeys(site.owner for site in sites))
-
-
-def generator_of(model: nn.Module) -> nn.Module:
-    """Return the model of transformers in a wrapper (PEFT's, torch.compile's), which generates.
-
-    It generates also if the wrapper is called or removed; an encoder beside it has no `generate`.
-    """
-    from transformers import PreTrainedModel
-
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    return next((part for part in parts if hasattr(part, "generate")), model)
-
-
-def unsupported(owner: nn.Module, reason: str) -> ValueError:
-    """Return the error that says why a model cannot be extended."""
-    return ValueError(f"extend: {type(owner).__name__} is not a supported architecture: {reason}")
-
-
-def said_by_extend(error: Exception) -> Exception:
-    """Return another function's error with `extend` as its beginning."""
-    return type(error)(f"extend: {str(error).partition(': ')[2]}")
-
-
-def shortened(error: Exception) -> str:
-    """Return the first line of other code's error, to quote it."""
-    return str(error).split("\n")[0][:200]
+    return list(dict.fromkeys(each.owner for each in rotary_modules))
 
 
 def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -171,7 +157,7 @@ def _owner(around: list[nn.Module]) -> nn.Module:
     return next((each for each in around if "inputs_embeds" in argument_names(each)), around[0])
 
 
-def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
+def _rotary_module(owner: nn.Module, rotary: nn.Module, layers: str) -> RotaryModule:
     layer_types: list[str | None] = [None]
     if any(isinstance(value, Mapping) for value in rotary.config.rope_parameters.values()):
         kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
@@ -188,7 +174,7 @@ def _site(owner: nn.Module, rotary: nn.Module, layers: str) -> RotarySite:
     orders = {layer_type: _order(owner, fresh, layer_type) for layer_type in layer_types}
     usual = not single and all(order is None for order in orders.values())
     fused = _find_fused(owner, fresh, layer_types) if usual else None
-    return RotarySite(owner, rotary, orders, fused, single)
+    return RotaryModule(owner, rotary, orders, fused, single)
 
 
 def _parameters(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any]:
@@ -238,11 +224,11 @@ class Tables:
         if order is not None:
             freqs = replace(freqs, inv_freq=freqs.inv_freq[..., order.to(freqs.inv_freq.device)])
         self.options = {} if layer_type is None else {"layer_type": layer_type}
-        self.twin = _twin(rotary, layer_type, freqs)
+        self.reference = reference_copy(rotary, layer_type, freqs)
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> Any:
         try:
-            return type(self.twin).forward(self.twin, x, position_ids, **self.options)
+            return type(self.reference).forward(self.reference, x, position_ids, **self.options)
         except IndexError:
             # Before transformers 5.19, embeddings with three axes take no positions of one.
             if position_ids.dim() != 2:
@@ -250,10 +236,10 @@ class Tables:
             return self(x, position_ids.expand(3, -1, -1))
 
 
-def _twin(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> nn.Module:
+def reference_copy(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> nn.Module:
     """Return the rotary embedding with other frequencies, independent of the length."""
-    twin = copy.copy(rotary)
-    attributes = vars(twin)
+    reference = copy.copy(rotary)
+    attributes = vars(reference)
     attributes.pop("forward", None)
     attributes["_buffers"] = dict(rotary._buffers)
     name = _prefixed(layer_type, "inv_freq")
@@ -268,10 +254,10 @@ def _twin(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) -> nn.Mod
         config.rope_parameters = {**config.rope_parameters, "rope_type": "default"}
     else:
         attributes["rope_type"] = {**rotary.rope_type, layer_type: "default"}
-    return twin
+    return reference
 
 
-def trial_numbers(first: float, last: float, count: int) -> Tensor:
+def probe_numbers(first: float, last: float, count: int) -> Tensor:
     """Return evenly spaced numbers, independent of torch's default dtype and device."""
     return torch.linspace(first, last, count, dtype=torch.float32, device="cpu")
 
@@ -282,7 +268,7 @@ def _change_tables(rotary: nn.Module, layer_type: str | None) -> bool:
     Doubled frequencies must give the same tables as doubled positions. Raises ValueError if they
     do not: the angle then depends on more.
     """
-    inv_freq = trial_numbers(0.2, 1.1, attribute_of(rotary, layer_type, "inv_freq").shape[-1])
+    inv_freq = probe_numbers(0.2, 1.1, attribute_of(rotary, layer_type, "inv_freq").shape[-1])
     positions = torch.tensor(_POSITIONS, device="cpu")
     x = inv_freq.new_zeros(1, 4, 2 * inv_freq.numel())
 
@@ -339,9 +325,11 @@ def _pairing(rotary: nn.Module, layer_type: str | None, modeling: str) -> bool |
     kwargs = {} if layer_type is None else {"layer_type": layer_type}
     inv_freq = attribute_of(rotary, layer_type, "inv_freq").float()
     freqs = RopeFreqs(inv_freq, float(attribute_of(rotary, layer_type, "attention_scaling", 1.0)))
-    q = trial_numbers(-1, 1, 4 * 2 * inv_freq.numel()).view(1, 1, 4, -1)
+    q = probe_numbers(-1, 1, 4 * 2 * inv_freq.numel()).view(1, 1, 4, -1)
     cos, sin = type(rotary).forward(rotary, q, positions, **kwargs)
-    expected = original_apply(modeling)(q, q.flip(-1), cos, sin)
+    apply = getattr(importlib.import_module(modeling), APPLY)
+    apply = getattr(apply, "original", apply)  # of a model that is extended already
+    expected = apply(q, q.flip(-1), cos, sin)
     options = {"positions": positions, "backend": "reference"}
     for interleaved in (False, True):
         got = apply_rope_qk(
@@ -363,51 +351,3 @@ def rotating_layers(owner: nn.Module) -> Iterator[nn.Module]:
         forward = forward_of(module)
         if forward and {"position_embeddings", "cos", "sin"} <= set(forward.__code__.co_varnames):
             yield module
-
-
-def forward_of(module: nn.Module) -> FunctionType | None:
-    """Return the function behind a module's forward, or None if it is not Python's."""
-    forward = inspect.unwrap(type(module).forward)
-    return forward if isinstance(forward, FunctionType) else None
-
-
-def argument_names(module: nn.Module) -> list[str]:
-    """Return the names of a forward's arguments in their order."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a forward by their names."""
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
-
-
-def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache given to a model, or None: its name changed within version 5."""
-    cache = arguments.get("cache")
-    return arguments.get("past_key_values") if cache is None else cache
-
-
-def tokens_in(cache: Any) -> int:
-    """Return a cache's number of tokens; 0 for None."""
-    if cache is None:
-        return 0
-    if past := int(cache.get_seq_length()):
-        return past
-    # MiniMax's first layers have states, so the cache calls itself empty.
-    layers = getattr(cache, "layers", ())
-    return max((int(x.get_seq_length()) for x in layers if hasattr(x, "get_seq_length")), default=0)
-
-
-def tokens_of(arguments: Mapping[str, Any]) -> Tensor:
-    """Return a model's tokens, (batch, seqlen) of ids or (batch, seqlen, hidden_size)."""
-    ids = arguments.get("input_ids")
-    return arguments.get("inputs_embeds") if ids is None else ids
-
-
-def caches_in(output: Any) -> Iterator[Any]:
-    """Yield the caches that a model returns."""
-    if output is None:  # it raised an error
-        return
-    for value in output.values() if isinstance(output, Mapping) else output:
-        if hasattr(value, "get_seq_length"):
-            yield value

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import rope_attention
+from .... import rope_attention
+from . import Batch
 
 BOUNDARIES = "cu_seq_lens_q"
 _OF_KEYS = "cu_seq_lens_k"
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRows:
+class PackedBatch(Batch):
     """The tokens of one forward of packed rows; it has no cache.
 
     positions: (batch, new) int64, counted from each sequence's first token.
@@ -31,9 +32,9 @@ class PackedRows:
 
     positions: Tensor
     cu_seqlens: Tensor
-    leftpad: None = None
+    has_boundaries = True
 
-    def to(self, device: torch.device | str | int) -> PackedRows:
+    def to(self, device: torch.device | str | int) -> PackedBatch:
         return replace(self, cu_seqlens=self.cu_seqlens.to(device))
 
     def attend(
@@ -49,7 +50,7 @@ class PackedRows:
         return out.unflatten(0, q.shape[:2])
 
 
-def rows_by_positions(given: Tensor, real: Tensor | None) -> PackedRows | None:
+def packed_by_positions(given: Tensor, real: Tensor | None) -> PackedBatch | None:
     """Return the rows whose positions start anew with each sequence; None if there are none.
 
     given: (batch, new) position_ids. real: (batch, new) bool, False in padding; None without.
@@ -64,10 +65,10 @@ def rows_by_positions(given: Tensor, real: Tensor | None) -> PackedRows | None:
     wrong = given != positions
     if (wrong if real is None else wrong & real).any():
         return None
-    return PackedRows(positions, _with_end(starts, given.numel()))
+    return PackedBatch(positions, _with_end(starts, given.numel()))
 
 
-def rows_by_boundaries(tokens: Tensor, arguments: Mapping[str, Any]) -> PackedRows:
+def packed_by_boundaries(tokens: Tensor, arguments: Mapping[str, Any]) -> PackedBatch:
     """Return the rows by boundaries among a model's arguments; in a graph no value is read.
 
     tokens: (1, new, ...). Tokens past the last boundary are padding.
@@ -89,7 +90,7 @@ def rows_by_boundaries(tokens: Tensor, arguments: Mapping[str, Any]) -> PackedRo
     positions = (index - boundaries[sequence])[None]
     if not torch.compiler.is_compiling():
         _check(boundaries, positions, arguments.get("position_ids"))
-    return PackedRows(positions, _with_end(boundaries, new))
+    return PackedBatch(positions, _with_end(boundaries, new))
 
 
 def _check(boundaries: Tensor, positions: Tensor, given: Tensor | None) -> None:

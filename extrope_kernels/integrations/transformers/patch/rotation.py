@@ -2,8 +2,8 @@
 
 A model calls its rotary embedding once per forward and hands the resulting (cos, sin) to
 `apply_rotary_pos_emb`, a global of its modeling module, in every layer. A `Rotation` takes the
-place of cos, None that of sin, and the global is wrapped to rotate by it. Tables of other models
-go to the original function.
+place of both, and the global is wrapped to rotate by it. Tables of other models go to the original
+function.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import RopeFreqs, apply_rope, apply_rope_qk
-
-APPLY = "apply_rotary_pos_emb"
+from .... import RopeFreqs, apply_rope, apply_rope_qk
+from ..probe.rotary import APPLY
 
 # For each modeling module: its original function, the wrapped one, and their users.
 _wrapped: dict[str, tuple[Callable[..., Any], Callable[..., Any], weakref.WeakSet]] = {}
@@ -62,8 +61,10 @@ class Rotation:
         """Return this rotation with a norm before it."""
         return Rotation(self.freqs, self.positions, self.interleaved, self.keys_only, norm)
 
-    def to(self, device: torch.device | str | int, **_: Any) -> Rotation:
+    def to(self, device: torch.device | torch.dtype | str | int, **_: Any) -> Rotation:
         """Move to `device`: accelerate's hooks call it if a model spans several devices."""
+        if isinstance(device, torch.dtype):
+            return self
         positions, norm = self.positions, self.norm
         if positions is not None:
             positions = positions.to(device)
@@ -116,13 +117,6 @@ def unwrap_apply(modeling: str, user: object) -> None:
         setattr(module, APPLY, original)
 
 
-def original_apply(modeling: str) -> Callable[..., Any]:
-    """Return the modeling module's own `apply_rotary_pos_emb`, wrapped or not."""
-    current = getattr(importlib.import_module(modeling), APPLY)
-    original, wrapper, _ = _wrapped.get(modeling, (None, None, None))
-    return original if current is wrapper else current
-
-
 def _taking_rotations(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
@@ -130,4 +124,5 @@ def _taking_rotations(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(q, k, cos, sin, *args, **kwargs)
         return cos.rotate(q, k, *(args or (kwargs.get("unsqueeze_dim", 1),)))
 
+    apply_rotary_pos_emb.original = original  # type: ignore[attr-defined]
     return apply_rotary_pos_emb

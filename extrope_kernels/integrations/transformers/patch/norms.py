@@ -7,7 +7,6 @@ those roundings.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,33 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attend import call_of
-from .find import (
-    Changes,
-    Override,
-    RotarySite,
-    argument_names,
-    by_name,
-    owners_of,
-    rotating_layers,
-)
+from ..model import Override, argument_names, by_name
+from ..probe.attention import Recorded, Recorder, call_of, probe_layers
+from ..probe.rotary import RotaryModule, owners_of, rotating_layers
+from .hooks import Patches
 from .rotation import Norm, Rotation
-from .trial import Recorded, Recorder, run_on_trial
+from .state import in_progress
 
 _NAMES = ("q_norm", "k_norm")
 _ARGUMENT = "position_embeddings"
-# Per thread: `norm`, the norm of the layer in progress if the rotation does it.
-_in_progress = threading.local()
 
 
-def norm_changes(sites: Sequence[RotarySite]) -> Changes:
-    """Return the changes that leave norms to the op, in a model whose rotations are extended."""
-    changes = Changes()
-    for owner in owners_of([site for site in sites if site.fused is not None]):
+def norm_patches(rotary_modules: Sequence[RotaryModule]) -> Patches:
+    """Return the patches that leave norms to the op, in a model whose rotations are extended."""
+    patches = Patches()
+    for owner in owners_of([each for each in rotary_modules if each.fused is not None]):
         for layer, fused in _agreeing(owner).items():
-            changes.overrides += fused.overrides()
-            changes.hooks.append((layer, fused.before_layer, fused.after_layer))
-    return changes
+            patches.overrides += fused.overrides()
+            patches.hooks.append((layer, fused.before_layer, fused.after_layer))
+    return patches
 
 
 class FusedNorm:
@@ -74,15 +65,15 @@ class FusedNorm:
             and all(each.is_in_place() for each in self.deferred)
             and not torch.is_autocast_enabled(self.norms[0].weight.device.type)
         )
-        _in_progress.norm = self if rotation_norms else None
+        in_progress.norm = self if rotation_norms else None
         if rotation_norms:
             norm = Norm(*(self._weight(norm) for norm in self.norms), self.eps)
-            arguments[_ARGUMENT] = (rotation.after(norm), *given[1:])
+            arguments[_ARGUMENT] = (rotation.after(norm),) * 2
         return (), arguments
 
     def after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
         """Let norms norm again if called by themselves: forward hook of the layer."""
-        _in_progress.norm = None
+        in_progress.norm = None
 
     def _weight(self, norm: nn.Module) -> Tensor:
         return 1.0 + norm.weight.float() if self.from_one else norm.weight
@@ -100,7 +91,7 @@ class DeferredNorm:
         return vars(self.norm).get("forward") is self and _is_own(self.norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if getattr(_in_progress, "norm", None) is self.fused:
+        if getattr(in_progress, "norm", None) is self.fused:
             return x
         return type(self.norm).forward(self.norm, x)
 
@@ -138,7 +129,7 @@ def _may_be_fused(norm: nn.Module | None) -> bool:
 
 
 def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
-    """Return the norms that the op computes like the model, by a trial with four tokens."""
+    """Return the norms that the op computes like the model, by a probe with four tokens."""
     layers = []
     for layer in rotating_layers(owner):
         norms = [getattr(layer, name, None) for name in _NAMES]
@@ -171,7 +162,7 @@ def _record(
     overrides = [each for norm in norms.values() for each in norm.overrides()]
     hooks = [(layer, norm.before_layer) for layer, norm in norms.items()]
     with recorder.in_place(overrides, hooks):
-        run_on_trial(owner)
+        probe_layers(owner)
     return recorder.seen
 
 

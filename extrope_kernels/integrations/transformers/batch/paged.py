@@ -7,22 +7,19 @@ The ops read pages in place, so extended layers are told that there is nothing t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import rope_attention_with_kvcache
-from .find import Override, generator_of
-
-INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
+from .... import rope_attention_with_kvcache
+from . import Batch
 
 
 @dataclass(frozen=True, eq=False)
-class PagedRows:
+class PagedBatch(Batch):
     """The tokens of one forward of continuous batching.
 
     positions: (1, total) int32 or int64, counted from each request's first token.
@@ -36,15 +33,17 @@ class PagedRows:
     positions: Tensor
     arguments: Mapping[str, Any]
     tables: dict[int, Tensor] = field(default_factory=dict)
-    leftpad: None = None
+    has_boundaries = True
 
-    def to(self, device: torch.device | str | int) -> PagedRows:
-        return self  # one device holds the whole cache
-
-    def for_layer(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def for_layer(self, layer: nn.Module, arguments: dict[str, Any], attention: Any) -> Any:
         """Return a layer's arguments changed so that its cache writes and does not gather."""
+        if start := attention.heads.start:
+            raise ValueError(
+                f"extend: {type(layer).__name__} must rotate the first dims of its heads for "
+                f"continuous batching, got {start} dims before them"
+            )
         if "read_index" not in arguments:
-            return dict(arguments)
+            return arguments
         return {**arguments, "read_index": [x[:0] for x in arguments["read_index"]]}
 
     def attend(
@@ -110,7 +109,7 @@ class PagedRows:
             cached.flatten(0, 1).index_copy_(0, slots, x[0, :requests].to(cached.dtype))
 
 
-def paged_rows(cache: Any, arguments: Mapping[str, Any]) -> PagedRows | None:
+def paged_batch(cache: Any, arguments: Mapping[str, Any]) -> PagedBatch | None:
     """Return the rows of a forward of continuous batching; None for any other.
 
     Raises ValueError before transformers 5.19, whose caches do not say where pages lie.
@@ -122,69 +121,4 @@ def paged_rows(cache: Any, arguments: Mapping[str, Any]) -> PagedRows | None:
                 "got an older one"
             )
         return None
-    return PagedRows(cache, arguments["position_ids"], arguments)
-
-
-@cache
-def _stay_out_of_graphs() -> None:
-    """Let compiled steps call the attention over pages, as they call transformers' own.
-
-    PyTorch 2.13 cannot compile a product of sizes of views of pages, all of them unknown. Done
-    late, because it imports the compiler.
-    """
-    PagedRows.attend = torch.compiler.disable(PagedRows.attend)  # type: ignore[method-assign]
-
-
-def batching_overrides(model: nn.Module, refused: str | None) -> list[Override]:
-    """Return the overrides for continuous batching.
-
-    refused: the extension's method, if its frequencies depend on the length.
-    """
-    name, generator = "init_continuous_batching", generator_of(model)
-    if not hasattr(generator, name):
-        return []
-    batching = partial(_start_batching, generator, vars(generator).get(name), refused)
-    return [(generator, name, batching)]
-
-
-def _start_batching(
-    model: nn.Module,
-    previous: Callable[..., Any] | None,
-    refused: str | None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Replace `model.init_continuous_batching`.
-
-    previous: an earlier replacement, if there is one.
-    refused: the extension's method, if its frequencies depend on the length.
-    """
-    if refused is not None:
-        raise ValueError(
-            f"extend: {refused} must be given a seq_len for continuous batching, got none; one "
-            "forward has requests of many lengths, and one set of frequencies"
-        )
-    _stay_out_of_graphs()
-    implementation = model.config._attn_implementation
-    if implementation == INTERFACE:
-        # The manager takes names that it knows; extended layers keep theirs.
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    try:
-        if previous is not None:
-            manager = previous(*args, **kwargs)
-        else:
-            manager = type(model).init_continuous_batching(model, *args, **kwargs)
-    except BaseException:
-        if implementation == INTERFACE:
-            model.set_attn_implementation(implementation)
-        raise
-    if implementation == INTERFACE:
-        manager._original_attn_impl = implementation  # its `stop` restores it
-    return manager
-
-
-def forget_pages(model: nn.Module) -> None:
-    """Drop a manager that the model keeps: its pages hold keys of the earlier rotation."""
-    generator = generator_of(model)
-    if hasattr(generator, "destroy_cached_continuous_batching_manager"):
-        generator.destroy_cached_continuous_batching_manager()
+    return PagedBatch(cache, arguments["position_ids"], arguments)

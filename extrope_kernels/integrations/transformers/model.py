@@ -1,0 +1,95 @@
+"""Facts about a model and the arguments of its forwards that every part needs, and our errors."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A module, the name of an attribute, and the value that hides the class's own.
+Override = tuple[nn.Module, str, Any]
+
+
+def generation_config_owner(model: nn.Module) -> nn.Module:
+    """Return the model of transformers in a wrapper (PEFT's, torch.compile's), which generates.
+
+    It generates also if the wrapper is called or removed; an encoder beside it has no `generate`.
+    """
+    from transformers import PreTrainedModel
+
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return next((part for part in parts if hasattr(part, "generate")), model)
+
+
+def unsupported(owner: nn.Module, reason: str) -> ValueError:
+    """Return the error that says why a model cannot be extended."""
+    return ValueError(f"extend: {type(owner).__name__} is not a supported architecture: {reason}")
+
+
+def reprefix_error(error: Exception) -> Exception:
+    """Return another function's error with `extend` as its beginning."""
+    return type(error)(f"extend: {str(error).partition(': ')[2]}")
+
+
+def shortened(error: Exception) -> str:
+    """Return the first line of other code's error, to quote it."""
+    return str(error).split("\n")[0][:200]
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Return the names of a forward's arguments in their order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def forward_of(module: nn.Module) -> FunctionType | None:
+    """Return the function behind a module's forward, or None if it is not Python's."""
+    forward = inspect.unwrap(type(module).forward)
+    return forward if isinstance(forward, FunctionType) else None
+
+
+def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a forward by their names."""
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def tokens_of(arguments: Mapping[str, Any]) -> Tensor:
+    """Return a model's tokens, (batch, seqlen) of ids or (batch, seqlen, hidden_size)."""
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache given to a model, or None: its name changed within version 5."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def tokens_in(cache: Any) -> int:
+    """Return a cache's number of tokens; 0 for None."""
+    if cache is None:
+        return 0
+    if past := int(cache.get_seq_length()):
+        return past
+    # MiniMax's first layers have states, so the cache calls itself empty.
+    layers = getattr(cache, "layers", ())
+    return max((int(x.get_seq_length()) for x in layers if hasattr(x, "get_seq_length")), default=0)
+
+
+def caches_in(output: Any) -> Iterator[Any]:
+    """Yield the caches that a model returns."""
+    if output is None:  # it raised an error
+        return
+    for value in output.values() if isinstance(output, Mapping) else output:
+        if hasattr(value, "get_seq_length"):
+            yield value
+
+
+def exports_to_onnx() -> bool:
+    """Return True if a graph is made for ONNX, which has only PyTorch's own operations."""
+    onnx = None if torch.compiler.is_dynamo_compiling() else sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()

@@ -1,0 +1,1 @@
+"""What `extend` changes in a model."""

@@ -1,0 +1,140 @@
+"""Patches of the methods that generate: `generate`, its masks, and continuous batching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch.paged import PagedBatch
+from ..model import Override, cache_of, generation_config_owner
+from .state import Request, in_progress
+
+INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
+
+
+def generation_patches(
+    model: nn.Module, by_length: str | None, cache: str | None, score: bool
+) -> list[Override]:
+    """Return the overrides of the methods that generate.
+
+    by_length: the extension's method, if its frequencies depend on the length. score: layers attend
+    by a score method.
+    """
+    owner = generation_config_owner(model)
+    overrides: list[Override] = []
+    if hasattr(owner, "generate") and by_length is not None and cache is None:
+        one_request = partial(_generate_one_request, owner, vars(owner).get("generate"))
+        overrides.append((owner, "generate", one_request))
+    if hasattr(owner, "generate") and score:
+        overrides.append((owner, "create_masks_for_generate", keep_mask))
+    if hasattr(owner, "init_continuous_batching"):
+        previous = vars(owner).get("init_continuous_batching")
+        batching = partial(_start_batching, owner, previous, by_length)
+        overrides.append((owner, "init_continuous_batching", batching))
+    return overrides
+
+
+def _start_batching(
+    model: nn.Module,
+    previous: Callable[..., Any] | None,
+    refused: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Replace `model.init_continuous_batching`.
+
+    previous: an earlier replacement, if there is one.
+    refused: the extension's method, if its frequencies depend on the length.
+    """
+    if refused is not None:
+        raise ValueError(
+            f"extend: {refused} must be given a seq_len for continuous batching, got none; one "
+            "forward has requests of many lengths, and one set of frequencies"
+        )
+    _stay_out_of_graphs()
+    implementation = model.config._attn_implementation
+    if implementation == INTERFACE:
+        # The manager takes names that it knows; extended layers keep theirs.
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        if previous is not None:
+            manager = previous(*args, **kwargs)
+        else:
+            manager = type(model).init_continuous_batching(model, *args, **kwargs)
+    except BaseException:
+        if implementation == INTERFACE:
+            model.set_attn_implementation(implementation)
+        raise
+    if implementation == INTERFACE:
+        manager._original_attn_impl = implementation  # its `stop` restores it
+    return manager
+
+
+def forget_pages(model: nn.Module) -> None:
+    """Drop a manager that the model keeps: its pages hold keys of the earlier rotation."""
+    generator = generation_config_owner(model)
+    if hasattr(generator, "destroy_cached_continuous_batching_manager"):
+        generator.destroy_cached_continuous_batching_manager()
+
+
+@cache
+def _stay_out_of_graphs() -> None:
+    """Let compiled steps call the attention over pages, as they call transformers' own.
+
+    PyTorch 2.13 cannot compile a product of sizes of views of pages, all of them unknown. Done
+    late, because it imports the compiler.
+    """
+    PagedBatch.attend = torch.compiler.disable(PagedBatch.attend)  # type: ignore[method-assign]
+
+
+def _generate_one_request(
+    model: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    """Replace `model.generate`: each call is one request, for all its forwards.
+
+    previous: an earlier replacement, if there is one.
+    """
+    outer = getattr(in_progress, "request", None)  # of a model that asks this one to draft
+    in_progress.request = Request(_reach(model, *args, **kwargs))
+    try:
+        if previous is not None:
+            return previous(*args, **kwargs)
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        in_progress.request = outer
+
+
+def _reach(
+    model: nn.Module, inputs: Any = None, generation_config: Any = None, *_: Any, **kwargs: Any
+) -> int:
+    """Return the tokens that `generate` may reach; those of the prompt if it sets no limit."""
+    # Beside embeddings there may be ids of no tokens.
+    prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    prompt = max((x.shape[1] for x in prompts if x is not None), default=1)
+    defaults = getattr(model, "generation_config", None)
+
+    def limit(name: str) -> int | None:
+        if name in kwargs:
+            return kwargs[name]
+        values = (getattr(config, name, None) for config in (generation_config, defaults))
+        return next((value for value in values if value is not None), None)
+
+    if (new_tokens := limit("max_new_tokens")) is not None:
+        return prompt + new_tokens
+    return max(prompt, limit("max_length") or 0)
+
+
+def keep_mask(*, attention_mask: Any = None, **arguments: Any) -> Any:
+    """Replace a model's `create_masks_for_generate`: keep the mask, which rows are read from.
+
+    With a static cache it gets the cache's length, so that every step has the same shapes.
+    """
+    layers = getattr(cache_of(arguments), "layers", ())
+    slots = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return attention_mask
+    return nn.functional.pad(attention_mask, (0, max(slots - attention_mask.shape[1], 0)))

@@ -1,0 +1,466 @@
+"""How a model's layers call their attention, and a run on four tokens that records those calls.
+
+A layer passes its mask on to its attention, whatever it does before. So an object in the mask's
+place can compute the attention: `attend(layer, q, k, v, options)`, with q, k, v of (batch, heads,
+seqlen, head_dim) and the options of transformers' interface, returns (batch, seqlen, heads,
+head_dim). Layers call their attention in three ways, one `Call` each.
+
+A `Recorder` is such an object. It keeps what layers pass to their attention, and `probe_layers`
+runs the model. `attend_as_own` then compares a layer's own attention with the op's.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .... import RopeFreqs, rope_attention
+from ..batch.packed import BOUNDARIES
+from ..model import (
+    Override,
+    argument_names,
+    by_name,
+    forward_of,
+    reprefix_error,
+    shortened,
+    unsupported,
+)
+
+TOKENS = 4  # of a probe
+ATTENTION = "extrope_score"  # in the config of a layer that attends by a score method
+# The object in the mask's place is passed by this name too, as accelerate removes masks.
+ARGUMENT = "extrope_attention"
+# Options that layers pass to their attention: also options of the ops, or without effect here.
+KNOWN = {
+    *("scaling", "dropout", "is_causal", "softcap", "s_aux", "sliding_window", "position_ids"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    "output_router_logits",
+}
+_METHOD = ["self", "query", "key", "value", "attention_mask"]
+_sdpa = nn.functional.scaled_dot_product_attention
+
+
+class Call:
+    """A call through transformers' registered functions, by the name in the layer's config."""
+
+    attention = ATTENTION
+
+    def overrides(self, layer: nn.Module) -> list[Override]:
+        """Return attributes that make the layer use the object in the mask's place."""
+        config = copy.copy(layer.config)  # everything in it is shared
+        config._attn_implementation_internal = self.attention
+        return [(layer, "config", config)]
+
+    def mask(self, layer: nn.Module, attention: Any) -> Any:
+        """Return the object for the mask's place that leads to `attention`."""
+        return attention
+
+    def own(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict
+    ) -> Tensor | None:
+        """Attend by the layer's own function; None if it has none."""
+        function = forward_of(layer).__globals__.get("eager_attention_forward")
+        return function and function(layer, q, k, v, mask, **options)[0]
+
+
+class SdpaCall(Call):
+    """A call of PyTorch's function, for layers whose config names it (Falcon)."""
+
+    attention = "sdpa"
+
+    def mask(self, layer: nn.Module, attention: Any) -> Any:
+        return _SdpaMask(layer, attention)
+
+    def own(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict
+    ) -> Tensor:
+        return _sdpa(q, k, v, mask, scale=options["scaling"], enable_gqa=True).transpose(1, 2)
+
+
+class MethodCall(Call):
+    """A call of the layer's own method of (query, key, value, mask): GPT-NeoX-Japanese."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def overrides(self, layer: nn.Module) -> list[Override]:
+        return [(layer, self.name, partial(_attend_by_mask, layer))]
+
+    def own(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict
+    ) -> Tensor:
+        return getattr(type(layer), self.name)(layer, q, k, v, mask)[0].transpose(1, 2)
+
+
+def call_of(module: nn.Module) -> Call | None:
+    """Return how a module calls its attention; None if no op can replace that."""
+    forward = forward_of(module)
+    if forward is None or "attention_mask" not in argument_names(module):
+        return None
+    names = forward.__code__.co_names
+    if "config" in vars(module):
+        if "ALL_ATTENTION_FUNCTIONS" in names:
+            return Call()
+        if _sdpa.__name__ in names:
+            return SdpaCall()
+    for name in names:
+        method = inspect.getattr_static(type(module), name, None)
+        if inspect.isfunction(method) and list(inspect.signature(method).parameters) == _METHOD:
+            return MethodCall(name)
+    return None
+
+
+def calls_in(owner: nn.Module) -> dict[nn.Module, Call]:
+    """Return an owner's modules whose attention an op can replace, with their calls of it."""
+    calls = ((module, call_of(module)) for module in owner.modules())
+    return {module: call for module, call in calls if call is not None}
+
+
+def register_attention() -> None:
+    """Register the attention of score methods by name in transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Attend by the object in the mask's place: a function of transformers' interface."""
+    attention_mask = options.pop(ARGUMENT, attention_mask)
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        raise RuntimeError(
+            f"extend: {type(module).__name__} must be called by its model, got a direct call"
+        )
+    return attention_mask.attend(module, query, key, value, options), None
+
+
+def _attend_by_mask(
+    layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any
+) -> tuple[Tensor, None]:
+    options = {"dropout": dropout_of(layer) if layer.training else 0.0}
+    return attention_mask.attend(layer, query, key, value, options).transpose(1, 2), None
+
+
+@dataclass(frozen=True, eq=False)
+class _SdpaMask:
+    """A mask that takes over PyTorch's attention function."""
+
+    layer: nn.Module
+    attention: Any
+
+    def __getitem__(self, index: Any) -> _SdpaMask:
+        """Return itself: before 5.2, transformers' layers cut their mask to the number of keys."""
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        if function is not _sdpa:
+            return NotImplemented
+        return _sdpa_by_mask(*args, **(kwargs or {}))
+
+
+def _sdpa_by_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,  # ignored: the numbers of heads tell
+) -> Tensor:
+    if is_causal:
+        raise ValueError("extend: is_causal must be False beside a mask, got True")
+    options = {"scaling": scale, "dropout": dropout_p}
+    out = attn_mask.attention.attend(attn_mask.layer, query, key, value, options)
+    return out.transpose(1, 2)
+
+
+def dropout_of(layer: nn.Module) -> float:
+    """Return a layer's dropout probability; 0 outside training."""
+    dropout = getattr(layer, "attention_dropout", 0.0)
+    return dropout.p if isinstance(dropout, nn.Dropout) else dropout
+
+
+def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a layer's attention options as options of the ops."""
+    found = {"softmax_scale": options.get("scaling")}
+    if found["softmax_scale"] is None:
+        found["softmax_scale"] = getattr(module, "scaling", None)
+    if options.get("softcap") is not None:
+        found["softcap"] = float(options["softcap"])
+    if options.get("s_aux") is not None:
+        sinks = options["s_aux"]
+        found["sinks"] = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
+    # Qwen2 MoE's layers have their window only in the mask.
+    if window := options.get("sliding_window", getattr(module, "sliding_window", None)):
+        found["sliding_window"] = window
+    return found
+
+
+def no_freqs(x: Tensor) -> RopeFreqs:
+    """Return frequencies of 0, for queries and keys that need no rotation by an op."""
+    return RopeFreqs(torch.zeros(1, dtype=torch.float32, device=x.device))
+
+
+def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool = False) -> None:
+    """Raise ValueError for options that change the attention and may be set at any time.
+
+    packed: the rows are packed, and know the boundaries of sequences.
+    """
+    if options.get("dropout"):
+        raise ValueError(
+            "extend: a model in training must have attention_dropout 0, "
+            f"got {options['dropout']} in {type(module).__name__}"
+        )
+    if options.get(BOUNDARIES) is not None and not packed:
+        raise ValueError(
+            f"extend: {BOUNDARIES} must be left out, got one; give each sequence a row"
+        )
+
+
+def rotated_first(x: Tensor, start: int) -> Tensor:
+    """Put the rotated dims first, where the ops expect them: scores are sums over dims."""
+    return x if start == 0 else torch.cat((x[..., start:], x[..., :start]), -1)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A layer's arguments to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+
+
+class UnfitLayer(Exception):
+    """A layer does something that a score method cannot; the message says what."""
+
+
+class Recorder:
+    """An attention that records its arguments; it takes the mask's place, so layers call it.
+
+    calls: each layer's form of call of its attention. name: the mask's name among several, if
+        layers get a mapping of them; None for the whole argument.
+    called: rotating layers that the owner has called. seen: the layers' arguments to attention.
+    masks: as the owner gave them. names: theirs, if layers got several.
+    output: the owner's output.
+    """
+
+    def __init__(self, calls: Mapping[nn.Module, Call], name: str | None = None) -> None:
+        self.calls = calls
+        self.name = name
+        self.called: dict[nn.Module, None] = {}
+        self.seen: dict[nn.Module, Recorded] = {}
+        self.masks: dict[nn.Module, Any] = {}
+        self.names: list[str] = []
+        self.output: Any = None
+
+    @contextmanager
+    def in_place(
+        self,
+        overrides: Iterable[Override] = (),
+        hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = (),
+    ) -> Iterator[None]:
+        """Make the layers call this recorder for a while.
+
+        overrides: more attributes to hide. hooks: more forward pre-hooks, after the recorder's own.
+        """
+        register_attention()
+        overrides = list(overrides)
+        for layer, call in self.calls.items():
+            overrides += call.overrides(layer)
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module, hook in [*((layer, self.before_layer) for layer in self.calls), *hooks]
+        ]
+        try:
+            with replaced(overrides):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def note_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the layer and take its mask's place: forward pre-hook of layers that rotate."""
+        self.called[layer] = None
+
+    def before_layer(
+        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        arguments = by_name(argument_names(layer), args, kwargs)
+        mask = self.masks[layer] = arguments.get("attention_mask")
+        self.names = list(mask) if isinstance(mask, Mapping) else self.names
+        return (), with_mask(arguments, self.name, self.calls[layer].mask(layer, self))
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        if k.shape[2] != q.shape[2]:
+            raise UnfitLayer(
+                f"{type(module).__name__} attends to keys beside those of the tokens, "
+                "which have no distance"
+            )
+        self.seen[module] = Recorded(q, k, v, options)
+        # Made of the values alone: later layers are then the same in both runs.
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
+
+
+def with_mask(arguments: dict[str, Any], name: str | None, value: Any) -> dict[str, Any]:
+    """Return a layer's arguments with `value` as the mask of that name, or as the only one."""
+    if name is not None:
+        value = {**arguments["attention_mask"], name: value}
+    return arguments | {"attention_mask": value}
+
+
+@contextmanager
+def replaced(overrides: Sequence[Override]) -> Iterator[None]:
+    """Hide attributes of modules for a while."""
+    before = [(module, name, vars(module).get(name)) for module, name, _ in overrides]
+    for module, name, value in overrides:
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            if value is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = value
+
+
+def first_call(model: nn.Module, owner: nn.Module) -> nn.Module:
+    """Return the module that a probe of an owner calls: FSDP wants its root called first."""
+    return model if _fsdp_modules(model) else owner
+
+
+def _fsdp_modules(module: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [each for each in module.modules() if fsdp and isinstance(each, fsdp.FSDPModule)]
+
+
+@torch.no_grad()
+def probe_layers(owner: nn.Module, backwards: bool = False, **options: Tensor) -> Any:
+    """Run an owner, or its `first_call`, on four tokens without dropout; return its output.
+
+    backwards: True for the last token first.
+    """
+    embed = getattr(owner, "get_input_embeddings", None)
+    weights = embed() if embed is not None else owner
+    tokens = torch.arange(TOKENS, device=_device_of(weights))[None]
+    options = {name: value.to(tokens.device) for name, value in options.items()}
+    tokens = tokens.flip(1) if backwards else tokens
+    with without_dropout(owner):
+        output = owner(input_ids=tokens, use_cache=False, **options)
+    for module in _fsdp_modules(owner):
+        module.reshard()  # the root keeps its parameters whole for a backward
+    return output
+
+
+@contextmanager
+def without_dropout(owner: nn.Module) -> Iterator[None]:
+    """Put the modules that are in training into evaluation mode for a while."""
+    training = [module for module in owner.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def refuse_without_weights(owner: nn.Module, method: str) -> None:
+    """Raise ValueError for a model without weights, which cannot be tried out."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in owner.modules())  # by accelerate
+    if not offloaded and all(weight.device.type == "meta" for weight in owner.parameters()):
+        raise ValueError(
+            f"extend: {type(owner).__name__} must have its weights for {method}, "
+            "got parameters on the meta device"
+        )
+
+
+def _device_of(weights: nn.Module) -> Any:
+    """Return a module's device; accelerate keeps offloaded weights on meta."""
+    device = next(weights.parameters()).device
+    hook = getattr(weights, "_hf_hook", None)
+    return getattr(hook, "execution_device", device) if device.type == "meta" else device
+
+
+@torch.no_grad()
+def attend_as_own(
+    owner: nn.Module,
+    layer: nn.Module,
+    call: Call,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    freqs: RopeFreqs,
+    interleaved: bool,
+    given: Recorded,
+) -> None:
+    """Raise ValueError unless the op gives the same as a layer's own attention.
+
+    qkv: the op's, of (1, heads, 4, head_dim), rotated by freqs. given: the layer's own.
+    """
+    v = given.v
+    qkv = [x.to(v.dtype).transpose(1, 2) for x in qkv]
+    options = softmax_options(layer, given.options)
+    try:
+        ours = rope_attention(*qkv, freqs, interleaved=interleaved, **options)
+    except ValueError as error:  # heads that the op does not support
+        raise reprefix_error(error) from None
+    mask = v.new_full((TOKENS, TOKENS), torch.finfo(v.dtype).min).triu(1)
+    q, k = given.q.to(v.dtype), given.k.to(v.dtype)
+    try:
+        own = call.own(layer, q, k, v, mask[None, None], given.options)
+    except Exception as error:  # a foreign function may raise anything
+        reason = f"its own attention cannot be tried out ({shortened(error)})"
+        raise unsupported(owner, f"{type(layer).__name__}: {reason}") from error
+    if own is None or not close(ours, own.view_as(ours)):
+        raise unsupported(owner, f"{type(layer).__name__} attends in a way of its own")
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Return True if equal up to a few roundings, at best of float32, the dtype of tables."""
+    eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = 16 * eps * max(b.abs().max().item(), 1e-30)
+    return bool((a - b).abs().max() <= tolerance)
+
+
+def check_options(owner: nn.Module, layer: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that the ops lack. options: the layer's, for its attention."""
+    name = type(layer).__name__
+    options = {key: value for key, value in options.items() if value is not None}
+    if layer.training:
+        options["dropout"] = dropout_of(layer)
+    refuse_options(layer, options)
+    if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
+        raise unsupported(
+            owner, f"{name} is not causal, but score methods have no distance to later keys"
+        )
+    if others := [key for key in options if key not in KNOWN]:
+        raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")
+
+
+def mixes(there: Any, back: Any) -> bool:
+    """Return True if tokens mix outside of attention.
+
+    The owner runs on four tokens, and on the same backwards, with an attention that gives every
+    token its own value: one result must be the other backwards.
+    """
+    there, back = (
+        next(iter(x.values())) if isinstance(x, Mapping) else x[0] for x in (there, back)
+    )
+    return not close(there, back.flip(1))

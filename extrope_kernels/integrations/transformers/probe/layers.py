@@ -1,0 +1,335 @@
+"""Probe how a model's layers attend, by four tokens: `LayerProbe`.
+
+The model runs twice with an attention that only records its arguments: once with tables of
+position 0, once with those of positions 0 to 3 and of frequencies for the probe. The difference is
+the rotation, wherever in a layer it happens. Then the op attends to the same arguments by a score
+that changes nothing, and must give the results of the layer's own attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .... import RopeFreqs, apply_rope
+from ..._shared.parameters import is_bounded
+from ..batch.padded import no_mask
+from ..model import shortened, unsupported
+from .attention import (
+    TOKENS,
+    Recorded,
+    Recorder,
+    UnfitLayer,
+    attend_as_own,
+    calls_in,
+    check_options,
+    close,
+    first_call,
+    mixes,
+    probe_layers,
+    replaced,
+    rotated_first,
+)
+from .rotary import RotaryModule, probe_numbers, rotating_layers
+
+_AMPLITUDE = 2.0  # of a probe of attention factors
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The rotation of an extended layer's heads, and the bounds of the keys that they see.
+
+    start: the first rotated dim; the frequencies tell how many there are.
+    interleaved: the pairing of dims. sign: -1 if pairs are rotated backwards. scaled: False if a
+    norm after the rotation undoes the attention factor (Llama 4).
+    chunk_size: in tokens, if the layer attends in chunks. sliding_window: in tokens, if its cache
+    keeps no more, even if its attention gets no such option.
+    """
+
+    start: int
+    interleaved: bool
+    sign: int
+    scaled: bool = True
+    chunk_size: int | None = None
+    sliding_window: int | None = None
+
+
+# Rotary embeddings with the kinds of layers to extend, and each one's frequencies for the probe.
+_ProbeFreqs = list[tuple[RotaryModule, "str | None", Tensor]]
+
+
+def _probe_freqs(rotary_modules: Sequence[RotaryModule]) -> _ProbeFreqs:
+    """Return frequencies so fast that four tokens tell all pairs and kinds apart."""
+    kinds = [(each, layer_type) for each in rotary_modules for layer_type in each.layer_types]
+    return [
+        (each, kind, probe_numbers(0.2, 1.1, each.dim(kind) // 2) * (1 + 0.37 * number))
+        for number, (each, kind) in enumerate(kinds)
+    ]
+
+
+class _ProbeTables:
+    """A rotary embedding that gives extended layers tables of the probe's frequencies."""
+
+    def __init__(
+        self, rotary_module: RotaryModule, freqs: _ProbeFreqs, still: bool, amplitude: float
+    ) -> None:
+        self.rotary = rotary_module.module
+        self.still = still
+        self.tables = {
+            layer_type: rotary_module.tables(layer_type, RopeFreqs(inv_freq, amplitude))
+            for other, layer_type, inv_freq in freqs
+            if other is rotary_module
+        }
+
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        if layer_type not in self.tables:
+            return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
+        positions = torch.arange(position_ids.shape[-1], device=x.device) * (not self.still)
+        return self.tables[layer_type](x, positions.expand(position_ids.shape))
+
+
+class LayerProbe:
+    """The attention layers that an owner's rotary embeddings serve.
+
+    far: layers to extend, which see all keys, with the rotation of their heads.
+    near: layers that attend as before: those without a rotation and, unless layers="all", those
+        with a sliding window or chunks, where training has covered all distances.
+    calls: each layer's form of call of its attention. mask_name: its mask's name, if layers get
+        several.
+    unrotated: near layers without a rotation that take part in the probed rotary embeddings.
+    needs_mask: True if something else than the attention of far layers uses the mask.
+    others_mix: True if tokens mix outside of attention (convolutions, states).
+    around: the layer of a rotary embedding that belongs to one layer.
+
+    Raises ValueError if a layer does something that the ops do not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        owner: nn.Module,
+        rotary_modules: Sequence[RotaryModule],
+        layers: str,
+    ) -> None:
+        self.owner = owner
+        self.first_call = first_call(model, owner)
+        self.rotary_modules = rotary_modules
+        self.freqs = _probe_freqs(rotary_modules)
+        self.calls = calls_in(owner)
+        self.around = {
+            each.module: layer
+            for layer in self.calls
+            for each in rotary_modules
+            if each.module in layer.modules()
+        }
+        self.mask_name: str | None = None
+        self.far: dict[nn.Module, Heads] = {}
+        self.near: list[nn.Module] = []
+        still, moved = self._try_out()
+        self._loud = self._record(amplitude=_AMPLITUDE).seen
+        for layer in moved.called:
+            if layer not in moved.seen:
+                name = type(layer).__name__
+                reason = f"{name} computes its attention itself, with nothing to replace"
+                raise unsupported(owner, reason)
+        self.unrotated = [
+            layer
+            for layer in moved.seen
+            if not self._sort(layer, still.seen[layer], moved.seen[layer], layers)
+        ]
+        if not self.far:
+            reason = "none of its layers rotates"
+            if len(self.unrotated) < len(moved.seen):
+                reason = (
+                    "all its layers that rotate have a sliding window or chunks, "
+                    "so none sees distances past it"
+                )
+            raise unsupported(owner, reason)
+        self.needs_mask = self._needs_mask()
+        self.others_mix = mixes(still.output, self._record(still=True, backwards=True).output)
+
+    def _try_out(self) -> tuple[Recorder, Recorder]:
+        """Run the owner twice; if layers get several masks, find the attention's among them."""
+        first = Recorder(self.calls)
+        try:
+            return self._record(first, still=True), self._record()
+        except ValueError:
+            for self.mask_name in first.names:
+                try:
+                    return self._record(still=True), self._record()
+                except ValueError:
+                    continue
+            raise
+
+    def _record(
+        self,
+        recorder: Recorder | None = None,
+        still: bool = False,
+        amplitude: float = 1.0,
+        **options: Any,
+    ) -> Recorder:
+        """Run the owner on four tokens; still: True for all of them at position 0."""
+        recorder = recorder or Recorder(self.calls, self.mask_name)
+        overrides = [
+            (each.module, "forward", _ProbeTables(each, self.freqs, still, amplitude))
+            for each in self.rotary_modules
+        ]
+        hooks = [(layer, recorder.note_layer) for layer in rotating_layers(self.owner)]
+        try:
+            with recorder.in_place(overrides, hooks):
+                recorder.output = probe_layers(self.first_call, **options)
+        except UnfitLayer as unfit:
+            raise unsupported(self.owner, str(unfit)) from unfit
+        except Exception as error:  # a foreign layer may raise anything
+            reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
+            if Recorder.__name__ in str(error):
+                reason = (
+                    "its layers choose or weigh keys by a mask made of their contents, "
+                    "a score method by distances alone"
+                )
+            raise unsupported(self.owner, reason) from error
+        return recorder
+
+    def _sort(self, layer: nn.Module, still: Recorded, moved: Recorded, layers: str) -> bool:
+        """Sort a layer into far or near; return True if it rotates."""
+        heads, freqs = self._heads(layer, still, moved)
+        bounds = None if heads is None else self._bounds(layer, moved.options, layers)
+        if bounds is None or (bounds and layers == "full"):
+            self.near.append(layer)
+            return heads is not None
+        check_options(self.owner, layer, moved.options)
+        q, k = (rotated_first(x, heads.start) for x in (still.q, still.k))
+        attend_as_own(
+            self.owner, layer, self.calls[layer], (q, k, moved.v), freqs, heads.interleaved, moved
+        )
+        normal, loud = (rotated_first(x.q, heads.start) for x in (moved, self._loud[layer]))
+        scaled = _grows(normal, loud, 2 * freqs.inv_freq.numel())
+        self.far[layer] = replace(heads, scaled=scaled, **bounds)
+        return True
+
+    def _heads(
+        self, layer: nn.Module, still: Recorded, moved: Recorded
+    ) -> tuple[Heads | None, RopeFreqs | None]:
+        """Return a layer's rotation (None without one) and the probe's frequencies."""
+        name = type(layer).__name__
+        if close(still.q, moved.q) and close(still.k, moved.k):
+            return None, None
+        if not close(still.v, moved.v):
+            reason = f"{name} rotates its values too, so its output is not of distances"
+            raise unsupported(self.owner, reason)
+        for rotary_module, _, inv_freq in self.freqs:
+            if self.around.get(rotary_module.module, layer) is not layer:
+                continue
+            last = still.q.shape[-1] - 2 * inv_freq.numel()
+            starts = {0, last} if last >= 0 else set()
+            for start, interleaved, sign in product(starts, (False, True), (1, -1)):
+                heads = Heads(start, interleaved, sign)
+                freqs = RopeFreqs(sign * inv_freq.to(still.q.device))
+                if all(
+                    close(_rotated(a, freqs, heads), rotated_first(b, start))
+                    for a, b in ((still.q, moved.q), (still.k, moved.k))
+                ):
+                    return heads, freqs
+        raise unsupported(
+            self.owner,
+            f"what {name} does after its rotation makes its logits depend on more than distances",
+        )
+
+    def _bounds(
+        self, layer: nn.Module, options: Mapping[str, Any], layers: str
+    ) -> dict[str, int] | None:
+        """Return the window or the chunks of a layer, by their name in `Heads`; {} without.
+
+        A window is known to the attention, or only to the cache (Phimoe, Moshi). Chunks are only in
+        the mask, but have a name. None for a layer of that name that is not to be extended.
+        """
+        if window := options.get("sliding_window"):
+            return {"sliding_window": window}
+        if is_bounded(kind_of(layer)):
+            size = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
+            if layers == "full" or not size or not sees_chunks(self._masks_of_chunks[layer], 2):
+                return None
+            return {"chunk_size": size}
+        window = window_of_cache(self.owner, layer)
+        return {"sliding_window": window} if window else {}
+
+    @cached_property
+    def _masks_of_chunks(self) -> dict[nn.Module, Any]:
+        """Return the layers' masks if the config names chunks of two tokens."""
+        config = copy.copy(self.owner.config)
+        config.attention_chunk_size = 2
+        with replaced([(self.owner, "config", config)]):
+            return self._record().masks
+
+    def _needs_mask(self) -> bool:
+        """Return True if something else than the attention of extended layers uses the mask.
+
+        Padding must not change other tokens; in convolutions and states it would.
+        """
+        if len(self.far) != getattr(self.owner.config, "num_hidden_layers", None):
+            return True
+        padded = torch.ones(1, TOKENS, dtype=torch.int64)
+        padded[0, 0] = 0
+        masked, free = (
+            self._record(still=True, attention_mask=mask) for mask in (padded, no_mask())
+        )
+        return not torch.equal(masked.output[0][:, 1:], free.output[0][:, 1:])
+
+
+def kind_of(layer: nn.Module) -> str:
+    """Return the config's name for the layer's kind; "" if it has no names for kinds."""
+    kinds = getattr(getattr(layer, "config", None), "layer_types", None)
+    index = getattr(layer, "layer_idx", None)
+    return kinds[index] if kinds and index is not None and index < len(kinds) else ""
+
+
+def window_of_cache(owner: nn.Module, layer: nn.Module) -> int | None:
+    """Return the window that a layer's cache keeps, even if the layer itself knows none.
+
+    Raises ValueError for a model's own cache, which may keep other keys beside the window.
+    """
+    from transformers import DynamicCache
+
+    index = getattr(layer, "layer_idx", None)
+    try:
+        cached = DynamicCache(config=owner.config).layers[index]
+    except (AttributeError, IndexError, KeyError, TypeError):  # another layer's keys, or cache
+        return None
+    window = getattr(cached, "sliding_window", None)
+    if window is not None and not type(cached).__module__.startswith(DynamicCache.__module__):
+        raise unsupported(owner, f"its {type(cached).__name__} keeps more keys than a window")
+    return window
+
+
+def sees_chunks(mask: Any, size: int) -> bool:
+    """Return True if a layer's mask in the probe lets tokens see their own chunks of that size."""
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != (TOKENS, TOKENS):
+        return False
+    token = torch.arange(TOKENS, device=mask.device)
+    own = token[:, None] // size == token // size
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return bool((seen == (own & (token <= token[:, None]))).all())
+
+
+def _grows(normal: Tensor, loud: Tensor, dims: int) -> bool:
+    """Return True if the probe's attention factor has grown the first dims, not been undone.
+
+    The nearer of both: norms add an epsilon, so neither is exact.
+    """
+    grown = torch.cat((normal[..., :dims] * _AMPLITUDE, normal[..., dims:]), -1)
+    return bool((loud - grown).abs().sum() < (loud - normal).abs().sum())
+
+
+def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
+    """Rotate x, (batch, heads, seqlen, head_dim)."""
+    x = rotated_first(x, heads.start).transpose(1, 2)
+    positions = torch.arange(x.shape[1], device=x.device)
+    options = {"positions": positions, "interleaved": heads.interleaved, "backend": "reference"}
+    return apply_rope(x, freqs, **options).transpose(1, 2)
