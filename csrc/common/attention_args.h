@@ -1,12 +1,64 @@
-// Checks shared by the ops of attention with and without a cache: head_dims, frequencies, numbers.
+// The keyword arguments of the ops of attention, with and without a cache, and their checks.
 #pragma once
 
 #include <cmath>
+#include <optional>
+#include <vector>
 
-#include "common/attention_numbers.h"
+#include "common/map_args.h"
 #include "common/softmax_params.h"
 
 namespace extrope {
+
+// The parameters that every op's function ends with, in the order of OPTIONS in
+// extrope_kernels/ops/attention/call.py, and the call that reads them.
+#define EXTROPE_OPTIONS                                                                      \
+  std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor, \
+      bool interleaved, double softcap, std::optional<int64_t> sliding_window,               \
+      bool float32_results, int64_t granularity, const std::vector<int64_t>&region_starts,   \
+      const std::vector<int64_t>&map_kinds, const std::vector<int64_t>&map_moduli,           \
+      const std::vector<double>&map_divisors, const std::vector<bool>&map_floors,            \
+      const std::vector<double>&map_offsets, const std::vector<double>&map_caps,             \
+      const std::vector<int64_t>&map_rows
+#define EXTROPE_READ_OPTIONS(op)                                                                \
+  AttentionOptions {                                                                            \
+    softmax_scale, log_n, attention_factor, interleaved, softcap, float32_results,              \
+        regions_of(                                                                             \
+            op, granularity, sliding_window, region_starts,                                     \
+            {map_kinds, map_moduli, map_divisors, map_floors, map_offsets, map_caps, map_rows}) \
+  }
+
+struct AttentionOptions {
+  std::optional<double> softmax_scale, log_n;
+  double attention_factor;
+  bool interleaved;
+  double softcap;  // 0: none
+  bool float32_results;
+  Regions regions;
+};
+
+// Reads regions, far keys first. The maps are the q_map and the k_map of each region in turn, and
+// then the one by which keys come rotated.
+inline Regions regions_of(const char* op, int64_t granularity,
+                          std::optional<int64_t> sliding_window, const std::vector<int64_t>& starts,
+                          const MapColumns& maps) {
+  const size_t count = starts.size();
+  require_of(op, 1 <= count && count <= kMaxRegions, "region_starts must be of 1 to ", kMaxRegions,
+             " regions, got ", count);
+  check_columns(op, maps, 2 * count + 1);
+  require_of(op, std::is_sorted(starts.begin(), starts.end()),
+             "a score must have regions with rising starts");
+  require_of(op, granularity >= 1, "a score's granularity must be >= 1, got ", granularity);
+  require_of(op, !sliding_window || *sliding_window >= 1,
+             "sliding_window must be None or >= 1, got ", sliding_window.value_or(0));
+  Regions regions{static_cast<int64_t>(count), granularity};
+  for (size_t r = 0; r < count; ++r) {
+    regions.at[r] = {starts[r], map_at(op, maps, 2 * r), map_at(op, maps, 2 * r + 1)};
+  }
+  regions.stored = map_at(op, maps, 2 * count);
+  regions.sliding_window = sliding_window.value_or(kNoWindow);
+  return regions;
+}
 
 inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
   require_of(op, head_dim % 8 == 0 && 8 <= head_dim && head_dim <= kMaxHeadDim, name,
@@ -37,17 +89,16 @@ inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequence
              shape_of(*log_decay));
 }
 
-inline double softmax_scale_of(const char* op, double softmax_scale, int64_t head_dim) {
-  const double scale =
-      softmax_scale != 0 ? softmax_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
+inline double softmax_scale_of(const char* op, std::optional<double> given, int64_t head_dim) {
+  const double scale = given.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
   require_of(op, scale > 0 && std::isfinite(scale),
              "softmax_scale must be None or a number > 0, got ", scale);
   return scale;
 }
 
-inline void check_factors(const char* op, double log_n, double attention_factor) {
-  require_of(op, log_n == 0 || (log_n > 1 && std::isfinite(log_n)),
-             "log_n must be None or a length > 1, got ", log_n);
+inline void check_factors(const char* op, std::optional<double> log_n, double attention_factor) {
+  require_of(op, !log_n || (*log_n > 1 && std::isfinite(*log_n)),
+             "log_n must be None or a length > 1, got ", log_n.value_or(0));
   require_of(op, attention_factor > 0 && std::isfinite(attention_factor),
              "attention_factor must be > 0, got ", attention_factor);
 }

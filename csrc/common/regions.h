@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -13,16 +12,28 @@
 namespace extrope {
 
 constexpr int kMaxRegions = 3;
-constexpr int kMapNumbers = 5;
 constexpr int64_t kNoWindow = int64_t{1} << 62;
 
-// Maps p to min(f((p mod modulus) / divisor) + offset, cap), f floor or the identity. A negative
-// divisor stands for a map of pairs: see PairMaps.
+// What a map makes of a position p, f being floor or the identity; MapKind in scores/base.py.
+enum class MapKind : int64_t {
+  kSame = 0,      // p
+  kShifted = 1,   // (p mod modulus) + offset
+  kGrouped = 2,   // f((p mod modulus) / divisor) + offset
+  kCapped = 3,    // min(f((p mod modulus) / divisor) + offset, cap)
+  kConstant = 4,  // offset
+  kPerPair = 5,   // f((p mod modulus) / divisor_i) + offset_i for pair i, from a row of PairMaps
+};
+
+// A map in the form that gives every kind but kPerPair by one formula,
+// min(f((p mod modulus) / divisor) + offset, cap).
 struct PositionMap {
-  int64_t modulus;  // 0: none
-  double divisor;   // infinite: every position becomes offset
-  bool floor;
-  double offset, cap;
+  MapKind kind = MapKind::kSame;
+  int64_t modulus = 0;  // 0: none
+  double divisor = 1;   // infinite if constant
+  bool floor = false;
+  double offset = 0;
+  double cap = INFINITY;
+  int64_t row = 0;  // of PairMaps, if kPerPair
 
   EXTROPE_INLINE double operator()(int64_t position) const {
     return std::min(place(remainder(position), divisor, offset), cap);
@@ -35,27 +46,18 @@ struct PositionMap {
     p /= divisor;
     return (floor ? std::floor(p) : p) + offset;
   }
-  EXTROPE_INLINE bool is_constant() const { return std::isinf(divisor); }
+  EXTROPE_INLINE bool is_constant() const { return kind == MapKind::kConstant; }
+  EXTROPE_INLINE bool is_of_pairs() const { return kind == MapKind::kPerPair; }
   EXTROPE_INLINE bool operator==(const PositionMap& x) const {
-    return modulus == x.modulus && divisor == x.divisor && floor == x.floor && offset == x.offset &&
-           cap == x.cap;
+    return kind == x.kind && modulus == x.modulus && divisor == x.divisor && floor == x.floor &&
+           offset == x.offset && cap == x.cap && row == x.row;
   }
 
-  EXTROPE_INLINE bool is_of_pairs() const { return divisor < 0; }
-  EXTROPE_INLINE int64_t row() const { return static_cast<int64_t>(-divisor) - 1; }
-
-  EXTROPE_INLINE static PositionMap constant(double place) {
-    return {0, INFINITY, false, place, INFINITY};
+  EXTROPE_INLINE constexpr static PositionMap constant(double place) {
+    return {.kind = MapKind::kConstant, .divisor = INFINITY, .offset = place};
   }
   EXTROPE_INLINE static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 };
-
-// Serialised graphs have no infinity: the largest double stands for it.
-inline PositionMap map_of(const double* numbers) {
-  const auto read = [](double x) { return x >= DBL_MAX ? INFINITY : x; };
-  return {static_cast<int64_t>(numbers[0]), read(numbers[1]), numbers[2] != 0, numbers[3],
-          read(numbers[4])};
-}
 
 // Divisors and offsets of each pair of dims, a row per map of pairs.
 struct PairMaps {
@@ -64,7 +66,7 @@ struct PairMaps {
   int64_t padded = 0;            // pairs, rounded up to whole vectors
 
   EXTROPE_INLINE const double* divisors(const PositionMap& map, int64_t head) const {
-    return data + (map.row() * 2 * heads + (heads > 1 ? head : 0)) * padded;
+    return data + (map.row * 2 * heads + (heads > 1 ? head : 0)) * padded;
   }
   EXTROPE_INLINE const double* offsets(const PositionMap& map, int64_t head) const {
     return divisors(map, head) + heads * padded;

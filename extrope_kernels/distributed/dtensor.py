@@ -18,54 +18,56 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from ..ops._shared.library import ops
 
-# Which of an op's first arguments are rows of tokens, and which are log-sum-exps.
-_ROWS = {
-    **{"rope_fwd": 2, "rope_bwd": 4, "attention_fwd": 3, "attention_bwd": 7},
-    **{"rope_norm_fwd": 2, "rope_norm_bwd": 4},
-}
-_NUMBERS = {"attention_bwd": (1, 6)}
 _OUTPUTS = {
     **{"rope_fwd": 2, "rope_bwd": 3, "attention_fwd": 2, "attention_bwd": 3},
     **{"rope_norm_fwd": 2, "rope_norm_bwd": 4},
 }
+_LSES = ("dlse", "lse")  # of the arguments that have rows of tokens
 Placements = list[Any]
+Args = dict[str, Any]  # an op's tensors by the names of its schema, or their placements
 
 
 def register() -> None:
     """Register the rules of all ops, for every backend."""
-    for name in _ROWS:
+    for name in _OUTPUTS:
         suffixes = ("", "_triton", "_flash_attn") if "attention" in name else ("", "_triton")
         overloads = [getattr(ops, name + suffix).default for suffix in suffixes]
         register_sharding(overloads)(_rule(name))
 
 
 def _rule(name: str) -> Callable[..., list[tuple[Placements, Placements]]]:
-    count = _ROWS[name]
+    schema = getattr(ops, name).default._schema
+    names = [x.name for x in schema.arguments if not x.kwarg_only]
+    # The first arguments have rows of tokens.
+    count = names.index("q_norm_weight" if "norm" in name else "inv_freq")
 
     def acceptable(*args: Any, **options: Any) -> list[tuple[Placements, Placements]]:
-        args = (*args, *[None] * (count - len(args)))
-        rows, others = args[:count], args[count:]
-        found = [([Replicate()] * _OUTPUTS[name], _whole(args))]
+        # Arguments that have their defaults may be missing.
+        given = dict(zip(names, args))
+        rows = {x: given.pop(x, None) for x in names[:count]}
+        whole = {**_whole(rows), **_whole(given)}
+        found = [([Replicate()] * _OUTPUTS[name], [*whole.values()])]
         of_others = _attention_args
         if name.startswith("rope"):
             of_others = _norm_args if "norm" in name else _rope_args
+        first = next(iter(rows.values()))
         for what in ("batch", "heads", "sequence"):
-            rest = of_others(what, rows, others)
+            rest = of_others(what, first, given)
             if rest is None or not _divides(what, rows):
                 continue
-            dim = _dim(what, rows[0])
-            given = [None if x is None else Shard(dim) for x in rows]
-            for n in _NUMBERS.get(name, ()):
-                given[n] = rows[n] and Shard(_of_numbers(what, rows[0]))
-            found.append((_outputs(name, what, rows, others), [*given, *rest]))
+            of_rows = {x: None if y is None else Shard(_dim(what, first)) for x, y in rows.items()}
+            for x in _LSES:
+                if rows.get(x) is not None:
+                    of_rows[x] = Shard(_of_numbers(what, first))
+            found.append((_outputs(name, what, rows, given), [*of_rows.values(), *rest.values()]))
         return found
 
     return acceptable
 
 
-def _whole(args: tuple[Any, ...]) -> Placements:
+def _whole(args: Args) -> Args:
     """Replicate every tensor; numbers are None."""
-    return [Replicate() if hasattr(x, "ndim") else None for x in args]
+    return {name: Replicate() if hasattr(x, "ndim") else None for name, x in args.items()}
 
 
 def _dim(what: str, rows: Any) -> int:
@@ -78,12 +80,13 @@ def _of_numbers(what: str, rows: Any) -> int:
     return rows.ndim - 3 if what == "heads" else 0
 
 
-def _divides(what: str, rows: tuple[Any, ...]) -> bool:
+def _divides(what: str, rows: Args) -> bool:
     """Return True if heads can be cut so that queries stay with their keys."""
     if what != "heads":
         return True
-    heads = [x.shape[-2] for x in rows if x is not None]  # log-sum-exps have them there too
-    sizes = list(rows[0].mesh.shape)
+    given = [x for x in rows.values() if x is not None]
+    heads = [x.shape[-2] for x in given]  # log-sum-exps have them there too
+    sizes = list(given[0].mesh.shape)
     for count in range(1, len(sizes) + 1):
         for some in itertools.combinations(sizes, count):
             ranks = math.prod(some)
@@ -93,82 +96,82 @@ def _divides(what: str, rows: tuple[Any, ...]) -> bool:
     return True
 
 
-def _rope_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
+def _rope_args(what: str, q: Any, args: Args) -> Args | None:
     """Place inv_freq, positions, cu_seqlens, log_decay and axes, as far as they are given."""
-    inv_freq, positions, cu_seqlens, *_ = (*args, None, None)
-    q, packed = rows[0], rows[0].ndim == 3
-    if what != "heads" and (packed or cu_seqlens is not None):
+    inv_freq, positions = args["inv_freq"], args.get("positions")
+    if what != "heads" and (q.ndim == 3 or args.get("cu_seqlens") is not None):
         return None
     found = _whole(args)
     if what == "heads":
         if _per_head(inv_freq):
-            found[0] = Shard(1)
+            found["inv_freq"] = Shard(1)
         return found
     if what == "batch":
         if inv_freq.ndim > 1 and inv_freq.shape[0] > 1:
-            found[0] = Shard(0)
+            found["inv_freq"] = Shard(0)
         if positions is not None:
             by_token = positions.ndim == 1 and positions.shape[0] == q.shape[1]
             if positions.ndim == 1 and 1 < q.shape[1] < positions.shape[0]:
                 return None  # as many sequences as tokens: a rank would read them by token
             dim = 1 if positions.ndim == 3 else 0
             if not by_token and positions.shape[dim] > 1:
-                found[1] = Shard(dim)
+                found["positions"] = Shard(dim)
         return found
     if positions is None or positions.shape[-1] != q.shape[1]:
         return None
-    found[1] = Shard(positions.ndim - 1)
+    found["positions"] = Shard(positions.ndim - 1)
     return found
 
 
-def _norm_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
-    """Place the norm weights of q and k, whole for a norm over all heads, then `_rope_args`."""
-    weights, rest = args[:2], _rope_args(what, rows, args[2:])
-    over_heads = any(x is not None and x.shape[0] != rows[0].shape[-1] for x in weights)
-    if rest is None or (what == "heads" and over_heads):
-        return None
-    return [*_whole(weights), *rest]
+def _norm_args(what: str, q: Any, args: Args) -> Args | None:
+    """Place the norm weights of q and k, whole for a norm over all heads, and `_rope_args`."""
+    weights = (args["q_norm_weight"], args["k_norm_weight"])
+    over_heads = any(x is not None and x.shape[0] != q.shape[-1] for x in weights)
+    return None if what == "heads" and over_heads else _rope_args(what, q, args)
 
 
-def _attention_args(what: str, rows: tuple[Any, ...], args: tuple[Any, ...]) -> Placements | None:
-    """Place inv_freq, cu_seqlens, log_decay, sinks, query_scale, pair_maps, starts, if given."""
-    if what == "sequence" or (what == "batch" and rows[0].ndim == 3):
+def _attention_args(what: str, q: Any, args: Args) -> Args | None:
+    """Place the tensors of a call as far as they are given."""
+    if what == "sequence" or (what == "batch" and q.ndim == 3):
         return None
     found = _whole(args)
-    for n, x in enumerate(args):
-        if not hasattr(x, "ndim"):
-            continue
-        if what == "heads":
-            found[n] = _by_heads(n, x)
-        elif ((n in (0, 4) and x.ndim > 1) or n > 5) and x.shape[0] > 1:
-            found[n] = Shard(0)
+    inv_freq, maps, scale = args["inv_freq"], args["pair_maps"], args["query_scale"]
+    if what == "heads":
+        if args["sinks"] is not None:
+            found["sinks"] = Shard(0)
+        if _per_head(inv_freq):
+            found["inv_freq"] = Shard(1)
+        if maps is not None and maps.shape[2] > 1:
+            found["pair_maps"] = Shard(2)
+        return found
+    of_sequences = {"q_start": args["q_start"], "k_start": args["k_start"]}
+    if inv_freq.ndim > 1:
+        of_sequences["inv_freq"] = inv_freq
+    if scale is not None and scale.ndim > 1:
+        of_sequences["query_scale"] = scale
+    for name, x in of_sequences.items():
+        if x is not None and x.shape[0] > 1:
+            found[name] = Shard(0)
     return found
 
 
-def _by_heads(n: int, x: Any) -> Any:
-    """Shard the n-th argument if heads are cut: sinks, and frequencies and maps of heads."""
-    if n == 3:
-        return Shard(0)
-    if n == 0 and _per_head(x):
-        return Shard(1)
-    return Shard(2) if n == 5 and x.shape[2] > 1 else Replicate()
-
-
-def _outputs(name: str, what: str, rows: tuple[Any, ...], others: tuple[Any, ...]) -> Placements:
-    dim = Shard(_dim(what, rows[0]))
+def _outputs(name: str, what: str, rows: Args, others: Args) -> Placements:
+    first, *more = rows.values()
+    dim = Shard(_dim(what, first))
     if name == "attention_fwd":
-        return [dim, Shard(_of_numbers(what, rows[0]))]
+        return [dim, Shard(_of_numbers(what, first))]
     if name == "attention_bwd":
         return [dim] * 3
-    of_k = Replicate() if rows[1] is None else dim
+    of_k = Replicate() if more[0] is None else dim
     if name in ("rope_fwd", "rope_norm_fwd"):
         return [dim, of_k]
     if name == "rope_norm_bwd":
-        return [dim, of_k, *(Replicate() if x is None else Partial() for x in others[:2])]
+        weights = (others["q_norm_weight"], others["k_norm_weight"])
+        return [dim, of_k, *(Replicate() if x is None else Partial() for x in weights)]
     angles = {"batch": Shard(0), "sequence": Shard(1), "heads": Partial()}[what]
-    if what == "heads" and _per_head(others[0]):
+    if what == "heads" and _per_head(others["inv_freq"]):
         angles = Shard(2)
-    return [dim, of_k, Replicate() if rows[2] is None else angles]
+    return [dim, of_k, Replicate() if rows["q"] is None else angles]
 
 
 def _per_head(inv_freq: Any) -> bool:

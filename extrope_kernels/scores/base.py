@@ -13,24 +13,31 @@ between pairs of dims, or between heads, is a `PairMap`.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 FIRST_KEY = -(1 << 62)  # a start: from the first key on
-# Serialised graphs (AOTInductor) have no infinity: in an op's numbers this stands for it.
-_INFINITE = sys.float_info.max
+
+
+class MapKind(IntEnum):
+    """What a map makes of a position p; f is floor or the identity. C++: csrc/common/regions.h."""
+
+    SAME = 0  # p
+    SHIFTED = 1  # (p mod modulus) + offset
+    GROUPED = 2  # f((p mod modulus) / divisor) + offset
+    CAPPED = 3  # min(f((p mod modulus) / divisor) + offset, cap)
+    CONSTANT = 4  # offset
+    PER_PAIR = 5  # f((p mod modulus) / divisor_i) + offset_i for pair i, from a row of pair_maps
 
 
 class PositionMap(NamedTuple):
     """Map p to min(f((p mod modulus) / divisor) + offset, cap), where f is floor or the identity.
 
-    It is numbers, not a function, so that kernels can evaluate it. In `Score.plain` a negative
-    divisor stands for a PairMap: see `row`.
+    It is numbers, not a function, so that kernels can evaluate it.
 
     modulus: in tokens; 0 for none.
     divisor: > 0, a whole number with floor; with inf every position becomes `offset`.
@@ -55,23 +62,35 @@ class PositionMap(NamedTuple):
         return p.clamp(max=self.cap) if self.cap < math.inf else p
 
     @property
-    def row(self) -> int | None:
-        """The row of `Score.pair_maps` with the divisors and offsets; None: the same for all."""
-        return int(-self.divisor) - 1 if self.divisor < 0 else None
+    def kind(self) -> MapKind:
+        """The simplest kind that has these numbers."""
+        if self.divisor == math.inf:
+            return MapKind.CONSTANT
+        if self.cap < math.inf:
+            return MapKind.CAPPED
+        if self.divisor != 1 or self.floor:
+            return MapKind.GROUPED
+        return MapKind.SHIFTED if self.modulus or self.offset else MapKind.SAME
 
-    def numbers(self) -> list[float]:
-        """Return the map in an op's numbers; C++ reads them in csrc/common/regions.h."""
-        return [min(float(x), _INFINITE) for x in self]
-
-    @classmethod
-    def read(cls, numbers: Sequence[float]) -> PositionMap:
-        """Build the map from the result of `numbers`."""
-        modulus, divisor, floor, offset, cap = numbers
-        divisor, cap = (math.inf if x >= _INFINITE else x for x in (divisor, cap))
-        return cls(int(modulus), divisor, bool(floor), offset, cap)
+    @property
+    def row(self) -> None:
+        """None: all pairs have the same divisor and offset, see PairRow."""
+        return None
 
 
-MAP_NUMBERS = len(PositionMap._fields)
+class PairRow(NamedTuple):
+    """A PairMap in `Score.plain`: its divisors and offsets are a row of `Score.pair_maps`."""
+
+    modulus: int
+    floor: bool
+    row: int
+
+    @property
+    def kind(self) -> MapKind:
+        return MapKind.PER_PAIR
+
+
+PlainMap = PositionMap | PairRow
 SAME = PositionMap()  # the token's own position
 UNROTATED = PositionMap(divisor=math.inf)  # position 0
 
@@ -168,8 +187,8 @@ class Region(NamedTuple):
     """
 
     start: int
-    q_map: PositionMap | PairMap
-    k_map: PositionMap | PairMap
+    q_map: PlainMap | PairMap
+    k_map: PlainMap | PairMap
 
 
 @dataclass(frozen=True)
@@ -186,13 +205,12 @@ class Score:
     name: str
     regions: tuple[Region, ...]
     granularity: int = 1
-    stored: PositionMap | PairMap = UNROTATED
-    # The arguments of every op call, see AttentionCall: numbers, and the divisors and offsets of
-    # all PairMaps, (rows, 2, heads_k or 1, pairs) float64, or None.
-    numbers: list[float] = field(init=False, repr=False, compare=False)
+    stored: PlainMap | PairMap = UNROTATED
+    # Divisors and offsets of all PairMaps, (rows, 2, heads_k or 1, pairs) float64, or None.
     pair_maps: Tensor | None = field(init=False, repr=False, compare=False)
     _in_rows: Score | None = field(init=False, repr=False, compare=False)
     _copies: dict[tuple[torch.device, bool], Tensor] = field(init=False, repr=False, compare=False)
+    _hash: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -204,21 +222,22 @@ class Score:
         for by in (*[x for _, *maps in self.regions for x in maps], self.stored):
             _check_map(self.name, by)
         rows: list[PairMap] = []
-        starts = [float(region.start) for region in self.regions]
-        q_maps = [x for region in self.regions for x in _plain(region.q_map, rows).numbers()]
-        k_maps = [x for region in self.regions for x in _plain(region.k_map, rows).numbers()]
-        numbers = [float(self.granularity), *starts, *q_maps, *k_maps]
+        regions = tuple(
+            Region(x.start, _plain(x.q_map, rows), _plain(x.k_map, rows)) for x in self.regions
+        )
         stored = _plain(self.stored, rows)
-        object.__setattr__(self, "numbers", numbers)
+        in_rows = Score(self.name, regions, self.granularity, stored) if rows else None
         object.__setattr__(self, "pair_maps", _table(self.name, rows) if rows else None)
-        in_rows = None
-        if rows:
-            regions = tuple(
-                Region(x.start, _plain(x.q_map, rows), _plain(x.k_map, rows)) for x in self.regions
-            )
-            in_rows = Score(self.name, regions, self.granularity, stored)
         object.__setattr__(self, "_in_rows", in_rows)
         object.__setattr__(self, "_copies", {})
+        object.__setattr__(self, "_hash", None)
+
+    def __hash__(self) -> int:
+        found = self._hash
+        if found is None:  # kept, because every call looks its score up
+            found = hash((self.name, self.regions, self.granularity, self.stored))
+            object.__setattr__(self, "_hash", found)
+        return found
 
     def pair_maps_on(self, x: Tensor) -> Tensor | None:
         """Return `pair_maps` on the device of x, copied there once, for training once more."""
@@ -236,10 +255,10 @@ class Score:
 
     def stored_at(self, positions: Tensor) -> Tensor:
         """Map positions (...) by `stored`: (...), or (..., pairs) by a PairMap of all heads."""
-        maps = self.pair_maps_on(positions)
-        if maps is None or isinstance(self.stored, PositionMap):
+        if isinstance(self.stored, PositionMap):
             return self.stored(positions)
-        divisor, offset = maps[self.plain.stored.row, :, 0]  # type: ignore[union-attr]
+        maps, row = self.pair_maps_on(positions), self.plain.stored.row  # type: ignore[union-attr]
+        divisor, offset = maps[row, :, 0]  # type: ignore[index]
         return map_pairs(positions, self.stored.modulus, divisor, self.stored.floor, offset)
 
     @property
@@ -248,13 +267,13 @@ class Score:
         return self._in_rows or self
 
 
-def _check_map(name: str, by: PositionMap | PairMap) -> None:
+def _check_map(name: str, by: PlainMap | PairMap) -> None:
     """Raise ValueError for numbers that kernels would not all read alike."""
     if not (0 <= by.modulus < math.inf and by.modulus == int(by.modulus)):
         raise ValueError(f"{name}: a map's modulus must be a whole number >= 0, got {by.modulus}")
-    if isinstance(by, PairMap):
+    if isinstance(by, (PairMap, PairRow)):
         return
-    if not (by.divisor > 0 or by.row is not None) or not abs(by.offset) < math.inf:
+    if not by.divisor > 0 or not abs(by.offset) < math.inf:
         raise ValueError(f"{name}: a map must have a divisor > 0 and a finite offset, got {by}")
     if by.floor and not (by.divisor == math.inf or by.divisor == int(by.divisor)):
         raise ValueError(f"{name}: a map with floor must have a whole divisor, got {by}")
@@ -265,16 +284,16 @@ def _check_map(name: str, by: PositionMap | PairMap) -> None:
         raise ValueError(f"{name}: a map with a cap must have whole numbers only, got {by}")
 
 
-def _plain(of_pairs: PositionMap | PairMap, rows: list[PairMap]) -> PositionMap:
+def _plain(by: PlainMap | PairMap, rows: list[PairMap]) -> PlainMap:
     """Return the map in numbers; add a PairMap's divisors and offsets to the rows."""
-    if isinstance(of_pairs, PositionMap):
-        return of_pairs
+    if not isinstance(by, PairMap):
+        return by
     readable = not torch.compiler.is_compiling()  # values can be compared
-    same = (n for n, x in enumerate(rows) if x is of_pairs or (readable and x.same_row(of_pairs)))
+    same = (n for n, x in enumerate(rows) if x is by or (readable and x.same_row(by)))
     row = next(same, len(rows))
     if row == len(rows):
-        rows.append(of_pairs)
-    return PositionMap(of_pairs.modulus, -1.0 - row, of_pairs.floor)
+        rows.append(by)
+    return PairRow(by.modulus, by.floor, row)
 
 
 def _table(name: str, rows: list[PairMap]) -> Tensor:

@@ -8,6 +8,7 @@ from attention_oracle import frequencies, make_qkv
 
 from extrope_kernels import rope_attention, rope_attention_with_kvcache, scores
 from extrope_kernels.methods import RopeFreqs
+from extrope_kernels.ops.attention import make_call
 from extrope_kernels.testing import attention_backends, device
 
 Q, K, V = make_qkv(2, 6, None, 4, 2)
@@ -179,6 +180,7 @@ def test_triton_says_what_it_needs_on_a_cpu(monkeypatch):
 
 
 def test_the_raw_op_checks_too():
-    message = "^attention: numbers must describe 1 to 3 regions, got 9 of them"
+    message = "^attention: region_starts must be of 1 to 3 regions, got 4"
+    options = make_call(FREQS, None).options | {"region_starts": [0] * 4}
     with pytest.raises((RuntimeError, ValueError), match=message):
-        torch.ops.extrope.attention_fwd(Q, K, V, THETA, *[None] * 7, numbers=[0.0] * 9)
+        torch.ops.extrope.attention_fwd(Q, K, V, THETA, *[None] * 7, **options)

@@ -115,7 +115,9 @@ def test_head_dims_of_the_fused_kernels():
 # The op itself: what a call of torch.ops may get wrong, too
 
 WRONG = {
-    "numbers": (dict(numbers=[0.0] * 9), "numbers must describe 1 to 3"),
+    "no regions": (dict(region_starts=[]), "region_starts must be of 1 to 3 regions, got 0"),
+    "a map alone": (dict(map_kinds=[0]), "map_kinds must be of 5 maps"),
+    "no kind": (dict(map_kinds=[9] * 5), "MapKind"),
     "k seqlen": (dict(k=NEW[:, :1], v=NEW[:, :1]), "k must have q's batch and seqlen"),
     "k alone": (dict(v=None), "k and v must be given together, got k alone"),
     "inv_freq": (dict(inv_freq=randn(DIM)), "inv_freq must"),
@@ -131,7 +133,7 @@ def op_call(score=scores.rerope(4), **changes):  # noqa: B008
         "v_cache": randn(2, 12, 2, DIM), "k": NEW, "v": NEW, "inv_freq": call.inv_freq,
         "cu_seqlens_q": None, "log_decay": None, "sinks": None, "query_scale": None,
         "pair_maps": None, "cache_seqlens": ints(3, 5), "block_table": None,
-        "cache_leftpad": None, "k_scale": None, "v_scale": None, "numbers": call.numbers,
+        "cache_leftpad": None, "k_scale": None, "v_scale": None, **call.options,
     }  # fmt: skip
     return {**given, **changes}
 

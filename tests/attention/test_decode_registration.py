@@ -19,7 +19,7 @@ def arguments(case: dict, score: str, **options):
     caches = (inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num())
     names = ("cache_seqlens", "block_table", "cache_leftpad", "k_scale", "v_scale")
     cached = [inputs.call.get(name) for name in names]
-    return [inputs.q, *caches, None, None, *call.tensors[:6], *cached], {"numbers": call.numbers}
+    return [inputs.q, *caches, None, None, *call.tensors[:6], *cached], call.options
 
 
 def op(backend: str):
@@ -37,12 +37,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(score, name, fast_backend):
     case, options = CASES[name]
-    args, numbers = arguments(case, score, **options)
-    torch.library.opcheck(op(fast_backend).default, tuple(args), numbers)
+    args, options_of_op = arguments(case, score, **options)
+    torch.library.opcheck(op(fast_backend).default, tuple(args), options_of_op)
     k = torch.randn(2, 2, 2, 32, device=device()).to(args[0].dtype)
     args[3:5] = k, k + 1
     args[11] = args[11] - 2
-    torch.library.opcheck(op(fast_backend).default, tuple(args), numbers)
+    torch.library.opcheck(op(fast_backend).default, tuple(args), options_of_op)
 
 
 @pytest.mark.parametrize("score", ("leaky_rerope", "no score"))
@@ -78,9 +78,9 @@ def test_default_backend_takes_float64():
 
 
 def test_a_gradient_through_the_raw_op_fails_rather_than_vanish(fast_backend):
-    args, numbers = arguments({}, "rerope")
+    args, options_of_op = arguments({}, "rerope")
     args[0] = args[0].clone().requires_grad_()
-    out, _ = op(fast_backend)(*args, **numbers)
+    out, _ = op(fast_backend)(*args, **options_of_op)
     with pytest.raises(NotImplementedError, match="decode: is for inference"):
         out.sum().backward()
 

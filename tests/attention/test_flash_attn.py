@@ -21,7 +21,8 @@ from flash_attn_stubs import installed_source, signatures, stub_module, stub_mod
 
 from extrope_kernels.ops.attention import flash_attn, reference, rotation
 from extrope_kernels.ops.attention.flash_attn import engine_check, engines
-from extrope_kernels.scores import FIRST_KEY, PositionMap, Region
+from extrope_kernels.scores import FIRST_KEY, Region
+from extrope_kernels.scores.base import PairRow
 from extrope_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +84,7 @@ def test_heads(engine, heads, cu_seqlens):
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
 def test_frequencies_and_divisors_of_heads(engine, cu_seqlens):
     *tensors, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens)
-    of_pairs = PositionMap(divisor=-1.0)  # row 0 of pair_maps
+    of_pairs = PairRow(0, floor=False, row=0)
     regions = (Region(FIRST_KEY, of_pairs, of_pairs), call.regions[1])
     call = call._replace(
         inv_freq=call.inv_freq * torch.tensor([1.0, 0.5])[None, :, None],

@@ -30,7 +30,7 @@ def make_call(dtype, score, dims=(32, 32), packed=False, wide=True):
 
 
 def arguments(call):
-    return call.tensors, {"numbers": call.numbers}
+    return call.tensors, call.options
 
 
 BEST = list(itertools.product([""], SCORES, [(32, 32), (32, 48)], [False, True], DTYPES))
@@ -51,7 +51,7 @@ def test_rounded_they_are_the_16_bit_results(suffix, score, dims, packed, dtype)
     forward, backward = (getattr(OPS, f"attention_{op}{suffix}") for op in ("fwd", "bwd"))
     qkv, call = make_call(dtype, score, dims, packed)
     tensors, of_wide = arguments(call)
-    of_narrow = {"numbers": call._replace(float32_results=False).numbers}
+    of_narrow = call._replace(float32_results=False).options
     out, lse = forward(*qkv, *tensors, **of_narrow)
     wide, same_lse = forward(*qkv, *tensors, **of_wide)
     assert wide.dtype == torch.float32 and not torch.equal(wide, out.float())
@@ -80,8 +80,8 @@ def test_their_gradients_are_of_q_k_and_v():
     dout = torch.randn_like(qkv[0])
     found = []
     for wide in (False, True):
-        numbers = call._replace(float32_results=wide).numbers
-        out, _ = OPS.attention_fwd(*qkv, *call.tensors, numbers=numbers)
+        options = call._replace(float32_results=wide).options
+        out, _ = OPS.attention_fwd(*qkv, *call.tensors, **options)
         found.append(torch.autograd.grad(out, qkv, dout.to(out.dtype)))
     for got, want in zip(*found, strict=True):
         assert got.dtype == torch.bfloat16 and torch.equal(got, want)

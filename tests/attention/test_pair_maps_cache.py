@@ -230,8 +230,7 @@ def test_a_table_that_no_map_names(any_backend):
     name = {"reference": "attention_fwd", "cpu": "attention_fwd"}.get(any_backend)
     op = getattr(torch.ops.extrope, name or f"attention_fwd_{any_backend}")
     outs = [
-        op(q, k, v, *call._replace(pair_maps=x).tensors, numbers=call.numbers)[0]
-        for x in (None, table)
+        op(q, k, v, *call._replace(pair_maps=x).tensors, **call.options)[0] for x in (None, table)
     ]
     assert torch.equal(*outs)
 
@@ -314,7 +313,7 @@ def test_the_op_refuses(any_backend):
         (table[0], "maps of pairs must be|maps name row"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
-            op(q, k, v, *call._replace(pair_maps=wrong).tensors, numbers=call.numbers)
+            op(q, k, v, *call._replace(pair_maps=wrong).tensors, **call.options)
 
 
 def test_append_refuses(any_backend):

@@ -94,9 +94,8 @@ def engine(monkeypatch):
 
 def both_passes(q, k, v, call, dout, dlse):
     """out, lse and gradients of the ops as they run on a GPU."""
-    numbers = {"numbers": call.numbers}
-    out, lse = op._fwd_cuda(q, k, v, *call.tensors, **numbers)
-    return out, lse, *op._bwd_cuda(dout, dlse, q, k, v, out, lse, *call.tensors, **numbers)
+    out, lse = op._fwd_cuda(q, k, v, *call.tensors, **call.options)
+    return out, lse, *op._bwd_cuda(dout, dlse, q, k, v, out, lse, *call.tensors, **call.options)
 
 
 def expected(q, k, v, call, dout, dlse):
@@ -166,7 +165,7 @@ def test_tracing_selects_nothing(monkeypatch):
     monkeypatch.setattr(select_backend, "select", not_asked)
     call = make_call(methods.rope(64).to("meta"), scores.rerope(100))
     q = torch.empty(1, 300, 4, 64, device="meta", dtype=BF16)
-    out, lse = op._fwd_fake(q, q, q, *call.tensors, numbers=call.numbers)
+    out, lse = op._fwd_fake(q, q, q, *call.tensors, **call.options)
     assert out.shape == q.shape and lse.shape == (1, 4, 300)
 
 

@@ -19,6 +19,7 @@ from extrope_kernels import (
     rope_append_kvcache,
     scores,
 )
+from extrope_kernels.ops._shared.maps import columns_of
 from extrope_kernels.testing import device, make_qk
 
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
@@ -91,7 +92,7 @@ def test_opcheck_append(backend, case):
     else:
         tensors[0], tensors[5] = None, None
         tensors += [ints(3, 9), None, None, None, ints(1, 2)]
-        options = {"stored": scores.rerope(4, 2.0).stored.numbers(), "interleaved": True}
+        options = {**columns_of([scores.rerope(4, 2.0).stored]), "interleaved": True}
     torch.library.opcheck(op("rope_append", backend), tuple(tensors), options)
 
 
@@ -187,7 +188,7 @@ def test_without_a_library(run_python):
         ops, inv_freq = torch.ops.extrope, ek.methods.rope(8).inv_freq
         q = torch.randn(2, 4, 5, 8).transpose(1, 2)
         k = torch.randn(2, 2, 5, 8).transpose(1, 2)
-        numbers = AttentionCall(inv_freq, score=scores.rerope(3)).numbers
+        options = AttentionCall(inv_freq, score=scores.rerope(3)).options
         none = (None,) * 7
         used = torch.full((2,), 5, dtype=torch.int32)
         empty, caches = used * 0, (torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 8))
@@ -198,11 +199,11 @@ def test_without_a_library(run_python):
             (ops.rope_norm_bwd, (q, k, q, k, torch.ones(8), None, inv_freq), {}),
             (ops.rope_cos_sin, (q, k, torch.ones(1, 5, 4), torch.ones(1, 5, 4)), {}),
             (ops.permute_fwd, (q, k, ek.head_permutations(2, 8)), {}),
-            (ops.attention_fwd, (q, k, k, inv_freq, *none), {"numbers": numbers}),
+            (ops.attention_fwd, (q, k, k, inv_freq, *none), options),
             (
                 ops.decode,
                 (q, *caches, None, None, inv_freq, *none[:5], used, *none[:4]),
-                {"numbers": numbers},
+                options,
             ),
             (ops.rope_append, (q, k, k, *caches, None, None, inv_freq, empty), {}),
         ]

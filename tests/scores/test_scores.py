@@ -7,7 +7,9 @@ import torch
 from score_examples import EXAMPLES, OF_PAIRS, by_regions, indices
 
 from extrope_kernels import methods, rope_attention, scores
+from extrope_kernels.ops._shared.maps import columns_of, maps_of
 from extrope_kernels.scores import FIRST_KEY, SCORES, PairMap, PositionMap, Region, Score
+from extrope_kernels.scores.base import MapKind, PairRow
 
 INF = float("inf")
 
@@ -28,7 +30,6 @@ def test_regions_give_the_definition(name, seqlen):
 def test_far_keys_are_stored_as_they_are_seen(name):
     score = EXAMPLES[name].score
     assert score.name == name and score.stored == score.regions[0].k_map
-    assert len(score.numbers) == 1 + 11 * len(score.regions)
 
 
 @pytest.mark.parametrize("seqlen", [1, 5, 64])
@@ -85,8 +86,22 @@ def test_position_map():
     assert PositionMap(modulus=4, offset=4, cap=6)(p).tolist() == [6, 4, 5, 5, 6]
     assert PositionMap(divisor=2, floor=True, offset=1)(p).tolist() == [0, 1, 1, 3, 4]
     assert PositionMap(divisor=INF, offset=3)(p).tolist() == [3] * 5
-    for made in (PositionMap(), PositionMap(4, 2.5, True, -3.0, 6.0), PositionMap(divisor=INF)):
-        assert PositionMap.read(made.numbers()) == made and INF not in made.numbers()
+
+
+def test_maps_survive_their_columns():
+    made = [
+        PositionMap(),
+        PositionMap(7, offset=-3.0),
+        PositionMap(4, 2.5),
+        PositionMap(4, 2.0, True, -3.0, 6.0),
+        PositionMap(divisor=INF, offset=5.0),
+        PairRow(3, True, 2),
+    ]
+    assert [x.kind for x in made] == list(MapKind)
+    columns = columns_of(made)
+    assert maps_of(columns) == made
+    assert all(math.isfinite(x) for column in columns.values() for x in column)
+    assert maps_of(columns_of([PositionMap(divisor=INF, offset=5, cap=3)]))[0](torch.zeros(1)) == 3
 
 
 @pytest.mark.parametrize(
@@ -129,6 +144,7 @@ def test_nonsense_is_refused(name, parameters, refusal):
         (PositionMap(modulus=-5), "a map's modulus must be a whole number >= 0, got -5"),
         (PositionMap(modulus=2.5), "a map's modulus must be a whole number >= 0, got 2.5"),
         (PairMap([1.0, 2.0], modulus=-5), "a map's modulus must be a whole number >= 0, got -5"),
+        (PositionMap(divisor=-1.0), "a map must have a divisor > 0 and a finite offset"),
         (PositionMap(divisor=0), "a map must have a divisor > 0 and a finite offset"),
         (PositionMap(divisor=math.nan), "a map must have a divisor > 0 and a finite offset"),
         (PositionMap(offset=math.inf), "a map must have a divisor > 0 and a finite offset"),

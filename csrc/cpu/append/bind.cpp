@@ -26,13 +26,11 @@ class Append {
         rows_(rows_of(a, cache_)),
         writes_(cache_, rows_, a.batch(), a.seqlen()) {
     check(a.q.has_value() || !r.q_norm_weight.has_value(), "q_norm_weight needs a q");
-    check(r.stored.empty() || r.stored.size() == kMapNumbers, "stored must be ", kMapNumbers,
-          " numbers, got ", r.stored.size());
   }
   Append(const Append&) = delete;
 
   void run(const OptionalTensor& out_q) {
-    if (r_.inv_freq.has_value() && r_.stored.empty()) {
+    if (r_.inv_freq.has_value() && !r_.stored) {
       add_together(out_q);
     } else {
       add_apart(out_q);
@@ -64,10 +62,7 @@ class Append {
       rotations_.add(make_norm_params(q, *a_.q, kNone, r_.q_norm_weight, kNone, r_.norm_eps));
     }
     RopeParams k = unrotated_part(a_.k);
-    if (r_.inv_freq.has_value()) {
-      const PositionMap stored = map_of(r_.stored.data());
-      if (!is_raw(stored)) k = stored_keys(stored);
-    }
+    if (r_.inv_freq.has_value() && !is_raw(*r_.stored)) k = stored_keys(*r_.stored);
     writes_.take_keys(k.tensors[0]);
     rotations_.add(make_norm_params(k, a_.k, kNone, r_.k_norm_weight, kNone, r_.norm_eps));
   }
@@ -83,7 +78,7 @@ class Append {
     p.tensors[0].decay_sign = -1.0;
     set_positions(p);
     if (p.axes) {
-      check(stored == PositionMap{0, 1.0, false, 0.0, INFINITY},
+      check(stored.kind == MapKind::kSame,
             "positions by axis must be where a score method stores keys, got a map of them");
       check_axes_of_pairs(p);
       return p;
@@ -130,13 +125,33 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
                    const OptionalTensor& cache_leftpad, const OptionalTensor& positions,
                    const OptionalTensor& log_decay, const OptionalTensor& axes,
                    const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                   std::vector<double> stored, double norm_eps, double attention_factor,
+                   const std::vector<int64_t>& map_kinds, const std::vector<int64_t>& map_moduli,
+                   const std::vector<double>& map_divisors, const std::vector<bool>& map_floors,
+                   const std::vector<double>& map_offsets, const std::vector<double>& map_caps,
+                   const std::vector<int64_t>& map_rows, double norm_eps, double attention_factor,
                    bool interleaved, double decay_origin) {
-  const Call call({q, k, v, k_cache, v_cache, q_norm_weight, k_norm_weight, inv_freq, cache_seqlens,
-                   block_table, slot_mapping, cu_seqlens, cache_leftpad, positions, log_decay, axes,
-                   k_scale, v_scale},
-                  std::move(stored), norm_eps, attention_factor, interleaved, decay_origin);
-  Append append(call.args, call.rotation);
+  const Args args{.q = q,
+                  .k = k,
+                  .v = v,
+                  .k_cache = k_cache,
+                  .v_cache = v_cache,
+                  .cache_seqlens = cache_seqlens,
+                  .block_table = block_table,
+                  .slot_mapping = slot_mapping,
+                  .cu_seqlens = cu_seqlens,
+                  .cache_leftpad = cache_leftpad,
+                  .k_scale = k_scale,
+                  .v_scale = v_scale};
+  const Rotation rotation{.inv_freq = inv_freq,
+                          .positions = positions,
+                          .q_norm_weight = q_norm_weight,
+                          .k_norm_weight = k_norm_weight,
+                          .options = {cu_seqlens, log_decay, axes, attention_factor, 0, interleaved,
+                                      /*inverse=*/false, decay_origin, args.packed()},
+                          .stored = stored_of({map_kinds, map_moduli, map_divisors, map_floors,
+                                               map_offsets, map_caps, map_rows}),
+                          .norm_eps = norm_eps};
+  Append append(args, rotation);
   Tensor out = q.has_value() ? fresh_like(*q, kOp) : fresh(k, {0}, k.scalar_type(), kOp);
   append.run(q.has_value() ? OptionalTensor(out) : kNone);
   return out;

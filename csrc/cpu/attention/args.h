@@ -20,11 +20,11 @@ void require(bool condition, const Message&... message) {
   require_of("attention", condition, message...);
 }
 
-// The arguments of an op after q, k and v, in its order.
-struct Options {
+// The arguments of an op after q, k and v.
+struct Args {
   TensorView inv_freq;
   OptionalView cu_seqlens, log_decay, sinks, query_scale, pair_maps, q_start, k_start;
-  AttentionNumbers numbers;
+  AttentionOptions options;
 
   bool packed() const { return cu_seqlens.has_value(); }
   std::vector<double> pair_maps_of(AttentionParams& p) const {
@@ -32,10 +32,10 @@ struct Options {
     return set_pair_maps("attention", pair_maps, p.heads_k, half, log_decay.has_value(), p.regions);
   }
   RotationArgs rotation() const {
-    const double factor = numbers.attention_factor;
+    const double factor = options.attention_factor;
     return {padded_rows(inv_freq),
             log_decay.has_value() ? padded_rows(*log_decay).values : std::vector<double>(),
-            numbers.log_n, factor * factor};
+            options.log_n.value_or(0), factor * factor};
   }
 };
 
@@ -99,11 +99,11 @@ inline Starts starts_of(const char* name, const OptionalView& start, int64_t seq
 }
 
 // Without q_start, queries and keys end together.
-inline void set_starts(AttentionParams& p, const Options& options) {
+inline void set_starts(AttentionParams& p, const Args& args) {
   const int64_t sequences = p.cu_seqlens ? p.num_sequences : p.batch;
-  p.k_start = starts_of("k_start", options.k_start, sequences);
-  p.q_start = starts_of("q_start", options.q_start, sequences);
-  if (options.q_start.has_value()) return;
+  p.k_start = starts_of("k_start", args.k_start, sequences);
+  p.q_start = starts_of("q_start", args.q_start, sequences);
+  if (args.q_start.has_value()) return;
   p.q_start = p.k_start;
   p.q_start.offset = p.cu_seqlens ? 0 : p.seqlen_k - p.seqlen_q;
 }
@@ -120,9 +120,9 @@ inline int64_t end_of_queries(const AttentionParams& p) {
 }
 
 inline AttentionParams make_params(const TensorView& q, const TensorView& k, const TensorView& v,
-                                   const Options& options) {
+                                   const Args& args) {
   AttentionParams p{};
-  const bool packed = options.packed();
+  const bool packed = args.packed();
   p.dtype = dtype_of("attention", q);
   p.q = view(q, packed, "q");
   const AttentionTensor raw_k = view(k, packed, "k");
@@ -132,19 +132,20 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   p.v = view(v, packed, "v");
   check_like(v, k, p.v.head_dim, "v", "k");
   check_head_dim("attention", "v's head_dim", p.v.head_dim);
-  if (packed) set_cu_seqlens(p, *options.cu_seqlens);
-  set_starts(p, options);
+  if (packed) set_cu_seqlens(p, *args.cu_seqlens);
+  set_starts(p, args);
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, p.heads_k,
-                    options.inv_freq, options.log_decay);
-  const AttentionNumbers& n = options.numbers;
-  check_factors("attention", n.log_n, n.attention_factor);
-  p.softmax_scale = static_cast<float>(softmax_scale_of("attention", n.softmax_scale, p.head_dim));
-  p.regions = n.regions;
+                    args.inv_freq, args.log_decay);
+  const AttentionOptions& options = args.options;
+  check_factors("attention", options.log_n, options.attention_factor);
+  p.softmax_scale =
+      static_cast<float>(softmax_scale_of("attention", options.softmax_scale, p.head_dim));
+  p.regions = options.regions;
   p.regions.trim(end_of_queries(p));
-  p.sinks = sinks_of("attention", options.sinks, p.heads_q);
-  p.softcap = softcap_of("attention", n.softcap);
-  p.row_scale = query_scale_of("attention", options.query_scale, p.batch, p.seqlen_q, packed);
-  p.interleaved = n.interleaved;
+  p.sinks = sinks_of("attention", args.sinks, p.heads_q);
+  p.softcap = softcap_of("attention", options.softcap);
+  p.row_scale = query_scale_of("attention", args.query_scale, p.batch, p.seqlen_q, packed);
+  p.interleaved = options.interleaved;
   return p;
 }
 

@@ -45,19 +45,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const OptionalTensor& log_decay, const OptionalTensor& sinks,
                                    const OptionalTensor& query_scale,
                                    const OptionalTensor& pair_maps, const OptionalTensor& q_start,
-                                   const OptionalTensor& k_start,
-                                   const std::vector<double>& numbers) {
-  const Options options{inv_freq, cu_seqlens,  log_decay,
-                        sinks,    query_scale, pair_maps,
-                        q_start,  k_start,     attention_numbers(kOp, numbers)};
-  AttentionParams p = make_params(q, k, v, options);
-  const std::vector<double> maps_of_p = options.pair_maps_of(p);
-  const Rotation rotation(p, options.rotation(), rotates_ahead(p.dtype));
-  p.float32_out = options.numbers.float32_results;
+                                   const OptionalTensor& k_start, EXTROPE_OPTIONS) {
+  const Args args{inv_freq, cu_seqlens,  log_decay,
+                  sinks,    query_scale, pair_maps,
+                  q_start,  k_start,     EXTROPE_READ_OPTIONS(kOp)};
+  AttentionParams p = make_params(q, k, v, args);
+  const std::vector<double> maps_of_p = args.pair_maps_of(p);
+  const Rotation rotation(p, args.rotation(), rotates_ahead(p.dtype));
+  p.float32_out = args.options.float32_results;
   const Tensor out =
       fresh(shape(q, p.v.head_dim), p.float32_out ? ScalarType::Float : q.scalar_type(), kOp);
-  const Tensor lse = fresh(lse_shape(p, options.packed()), ScalarType::Float, kOp);
-  p.out = view(out, options.packed(), "out");
+  const Tensor lse = fresh(lse_shape(p, args.packed()), ScalarType::Float, kOp);
+  p.out = view(out, args.packed(), "out");
   p.lse = static_cast<float*>(lse.data_ptr());
   if (p.heads_q > 0) run_forward(p, kernels(p.dtype));
   return {out, lse};
@@ -68,28 +67,27 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& inv_freq,
     const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& sinks,
     const OptionalTensor& query_scale, const OptionalTensor& pair_maps,
-    const OptionalTensor& q_start, const OptionalTensor& k_start,
-    const std::vector<double>& numbers) {
-  const Options options{inv_freq, cu_seqlens,  log_decay,
-                        sinks,    query_scale, pair_maps,
-                        q_start,  k_start,     attention_numbers(kOp, numbers)};
-  AttentionParams p = make_params(q, k, v, options);
-  const std::vector<double> maps_of_p = options.pair_maps_of(p);
-  const bool packed = options.packed();
+    const OptionalTensor& q_start, const OptionalTensor& k_start, EXTROPE_OPTIONS) {
+  const Args args{inv_freq, cu_seqlens,  log_decay,
+                  sinks,    query_scale, pair_maps,
+                  q_start,  k_start,     EXTROPE_READ_OPTIONS(kOp)};
+  AttentionParams p = make_params(q, k, v, args);
+  const std::vector<double> maps_of_p = args.pair_maps_of(p);
+  const bool packed = args.packed();
   check_like(dout, q, p.v.head_dim, "dout", "q");
   check_like(out, q, p.v.head_dim, "out", "q");
   p.dout = view(dout, packed, "dout");
   p.out = view(out, packed, "out");
   p.lse = check_lse(p, lse, "lse");
   if (dlse.has_value()) p.dlse = check_lse(p, *dlse, "dlse");
-  const Rotation rotation(p, options.rotation(), /*keys_ahead=*/false);
+  const Rotation rotation(p, args.rotation(), /*keys_ahead=*/false);
   const Tensor dq = fresh(shape(q, p.head_dim), ScalarType::Float, kOp);
   const Tensor dk = zeros_of(shape(k, p.head_dim)), dv = zeros_of(shape(v, p.v.head_dim));
   p.dq = view(dq, packed, "dq");
   p.dk = view(dk, packed, "dk");
   p.dv = view(dv, packed, "dv");
   if (p.heads_q > 0) run_backward(p, kernels(p.dtype));
-  if (options.numbers.float32_results || p.dtype == DType::f32) return {dq, dk, dv};
+  if (args.options.float32_results || p.dtype == DType::f32) return {dq, dk, dv};
   const auto narrow = [&](const Tensor& x) { return torch::stable::to(x, q.scalar_type()); };
   return {narrow(dq), narrow(dk), narrow(dv)};
 }

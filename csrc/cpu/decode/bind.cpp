@@ -36,19 +36,19 @@ Tensor result(const CacheArgs& a, std::vector<int64_t> sizes, ScalarType dtype) 
 }
 
 DecodeParams make_params(const CacheArgs& a, const Tensor& q, const OptionalTensor& sinks,
-                         const OptionalTensor& query_scale, const AttentionNumbers& n) {
+                         const OptionalTensor& query_scale, const AttentionOptions& options) {
   DecodeParams p{};
   p.cache = cache_of(a, q);
   set_queries(p, a, q);
-  p.regions = n.regions;
+  p.regions = options.regions;
   check_decay(a, p.regions);
-  p.softcap = softcap_of(a.op, n.softcap);
-  p.softmax_scale = softmax_scale_of(a.op, n.softmax_scale, p.cache.head_dim);
+  p.softcap = softcap_of(a.op, options.softcap);
+  p.softmax_scale = softmax_scale_of(a.op, options.softmax_scale, p.cache.head_dim);
   p.sinks = sinks_of(a.op, sinks, p.heads_q);
   p.query_scale = query_scale_of(a.op, query_scale, p.cache.batch, p.seqlen_q, a.packed());
-  check_factors(a.op, n.log_n, n.attention_factor);
-  p.log_n = n.log_n;
-  p.amplitude = n.attention_factor * n.attention_factor;
+  check_factors(a.op, options.log_n, options.attention_factor);
+  p.log_n = options.log_n.value_or(0);
+  p.amplitude = options.attention_factor * options.attention_factor;
   return p;
 }
 
@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor> decode(
     const OptionalTensor& log_decay, const OptionalTensor& sinks, const OptionalTensor& query_scale,
     const OptionalTensor& pair_maps, const Tensor& cache_seqlens, const OptionalTensor& block_table,
     const OptionalTensor& cache_leftpad, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, const std::vector<double>& numbers) {
-  const AttentionNumbers n = attention_numbers("decode", numbers);
+    const OptionalTensor& v_scale, EXTROPE_OPTIONS) {
+  const AttentionOptions options = EXTROPE_READ_OPTIONS("decode");
   const CacheArgs args{.op = "decode",
                        .k_cache = k_cache,
                        .v_cache = v_cache,
@@ -71,10 +71,10 @@ std::tuple<Tensor, Tensor> decode(
                        .cache_leftpad = cache_leftpad,
                        .log_decay = log_decay,
                        .cu_seqlens_q = cu_seqlens_q,
-                       .interleaved = n.interleaved,
+                       .interleaved = options.interleaved,
                        .k_scale = k_scale,
                        .v_scale = v_scale};
-  DecodeParams p = make_params(args, q, sinks, query_scale, n);
+  DecodeParams p = make_params(args, q, sinks, query_scale, options);
   const FrequencyRows freqs = frequencies_of(args, p.cache);
   p.freqs = freqs.params;
   const std::vector<double> maps_of_p = set_pair_maps(

@@ -10,8 +10,8 @@
 namespace extrope {
 
 inline void check_map(const char* op, const PositionMap& map, int64_t rows) {
-  if (!map.is_of_pairs()) return;  // a constant map's divisor is infinite, and names no row
-  require_of(op, 0 <= map.row() && map.row() < rows, "maps name row ", map.row(), " of ", rows,
+  if (!map.is_of_pairs()) return;
+  require_of(op, 0 <= map.row && map.row < rows, "maps name row ", map.row, " of ", rows,
              " in pair_maps");
 }
 

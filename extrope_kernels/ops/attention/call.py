@@ -1,15 +1,14 @@
 """`AttentionCall`, the one description of an attention call, and `KVCache`, its cache.
 
 Checks, reference and kernels all read these. A torch op takes only tensors and numbers: a call
-passes through it as `call.tensors` and `call.numbers`, and `read_call` rebuilds it. C++ reads the
-same numbers in csrc/common/attention_numbers.h.
+passes through it as `call.tensors` and `call.options`, and `read_call` rebuilds it. C++ reads the
+same arguments in csrc/common/attention_args.h.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +16,32 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores.base import (
     FIRST_KEY,
-    MAP_NUMBERS,
     SAME,
     UNROTATED,
-    PositionMap,
+    PlainMap,
     Region,
     Score,
     map_pairs,
 )
 from .._shared.dtypes import NO_SCALES, Scales, accumulator
+from .._shared.layouts import cached_by_layout
+from .._shared.maps import COLUMNS, FARTHEST, columns_of, maps_of
 
-_TENSORS = 8  # before a call's other fields
-_SINGLE_NUMBERS = 8  # before the regions
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
+# The arguments of every attention op besides its tensors. The maps are the q_map and the k_map of
+# each region in turn, far keys first, and then the one by which k is rotated already.
+OPTIONS = {
+    "softmax_scale": "float? softmax_scale=None",
+    "log_n": "float? log_n=None",
+    "attention_factor": "float attention_factor=1.0",
+    "interleaved": "bool interleaved=False",
+    "softcap": "float softcap=0.0",
+    "sliding_window": "int? sliding_window=None",
+    "float32_results": "bool float32_results=False",
+    "granularity": "int granularity",
+    "region_starts": "int[] region_starts",
+    **{name: f"{kind} {name}" for name, kind in COLUMNS.items()},
+}
 
 
 class AttentionCall(NamedTuple):
@@ -57,27 +69,26 @@ class AttentionCall(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The call's tensors, in the order of the fields and the op's arguments."""
-        return self[:_TENSORS]
+        return self[:_NUM_TENSORS]
 
     @property
-    def fixed(self) -> Hashable:
+    def fixed(self) -> tuple[Any, ...]:
         """All fields except tensors."""
-        return self[_TENSORS:]
+        return self[_NUM_TENSORS:]
 
     @property
-    def numbers(self) -> list[float]:
-        """The other fields as the op's list of floats; 0 stands for None."""
-        return [
-            _or_zero(self.softmax_scale),
-            _or_zero(self.log_n),
-            float(self.attention_factor),
-            float(self.interleaved),
-            float(self.softcap),
-            _or_zero(self.sliding_window),
-            float(self.float32_results),
-            *self.score.numbers,
-            *self.stored.numbers(),
-        ]
+    def options(self) -> dict[str, Any]:
+        """The other fields as the op's keyword arguments, see OPTIONS."""
+        return {
+            "softmax_scale": None if self.softmax_scale is None else float(self.softmax_scale),
+            "log_n": None if self.log_n is None else float(self.log_n),
+            "attention_factor": float(self.attention_factor),
+            "interleaved": bool(self.interleaved),
+            "softcap": float(self.softcap),
+            "sliding_window": None if self.sliding_window is None else int(self.sliding_window),
+            "float32_results": bool(self.float32_results),
+            **_options_of_score(self.score, self.keys_stored),
+        }
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -90,7 +101,7 @@ class AttentionCall(NamedTuple):
         return self.score.granularity
 
     @property
-    def stored(self) -> PositionMap:
+    def stored(self) -> PlainMap:
         """The map by which k is rotated already."""
         return self.score.stored if self.keys_stored else UNROTATED
 
@@ -131,7 +142,7 @@ class AttentionCall(NamedTuple):
         """Return the dtype of out, or of the gradients, for q, k and v of `dtype`."""
         return accumulator(dtype) if self.float32_results else dtype
 
-    def mapped(self, by: PositionMap, positions: Tensor) -> Tensor:
+    def mapped(self, by: PlainMap, positions: Tensor) -> Tensor:
         """Map positions (...) by a map of the score: (...) or (..., heads, pairs) float64."""
         if by.row is None:
             return by(positions)
@@ -140,7 +151,10 @@ class AttentionCall(NamedTuple):
 
     def scale(self, head_dim: int) -> float:
         """Return the factor of all logits."""
-        return self.softmax_scale or head_dim**-0.5
+        return head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+
+_NUM_TENSORS = AttentionCall._fields.index("score")
 
 
 class KVCache(NamedTuple):
@@ -197,47 +211,59 @@ def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall
     )
 
 
-def read_call(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> AttentionCall:
-    """Rebuild the call from `call.numbers` and `call.tensors`; the last tensors may be missing."""
-    return AttentionCall(*tensors, *(None,) * (_TENSORS - len(tensors)), *_read(tuple(numbers)))
+def read_call(tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> AttentionCall:
+    """Rebuild the call from `call.tensors`, maybe without the last ones, and `call.options`."""
+    fixed = cached_by_layout(_read, options_key(options), options)
+    return with_tensors(tensors, fixed)
 
 
-@functools.lru_cache(maxsize=4096)
-def _read(numbers: tuple[float, ...]) -> tuple:
-    """Return the fields of a call that are not tensors."""
-    softmax_scale, log_n, factor, interleaved, softcap, window, float32, granularity = numbers[
-        :_SINGLE_NUMBERS
-    ]
-    count, over = divmod(len(numbers) - _SINGLE_NUMBERS - MAP_NUMBERS, 1 + 2 * MAP_NUMBERS)
-    if over or not 1 <= count <= 3:
-        raise ValueError(
-            f"attention: numbers must describe 1 to 3 regions, got {len(numbers)} of them"
-        )
-    starts = numbers[_SINGLE_NUMBERS : _SINGLE_NUMBERS + count]
-    maps = [
-        PositionMap.read(numbers[n : n + MAP_NUMBERS])
-        for n in range(_SINGLE_NUMBERS + count, len(numbers), MAP_NUMBERS)
-    ]
-    of_regions = zip(starts, maps[:count], maps[count : 2 * count], strict=True)
-    regions = tuple(Region(int(start), q_map, k_map) for start, q_map, k_map in of_regions)
-    call = AttentionCall(
-        *(None,) * _TENSORS,
-        score=Score("attention", regions, int(granularity), maps[-1]),
-        keys_stored=True,
-        softmax_scale=softmax_scale or None,
-        log_n=log_n or None,
-        attention_factor=factor,
-        interleaved=bool(interleaved),
-        softcap=softcap,
-        sliding_window=int(window) or None,
-        float32_results=bool(float32),
-    )
-    return call[_TENSORS:]
+def with_tensors(tensors: Sequence[Tensor | None], fixed: Sequence[Any]) -> AttentionCall:
+    """Return the call of `call.tensors`, maybe without the last ones, and `call.fixed`."""
+    return AttentionCall(*tensors, *[None] * (_NUM_TENSORS - len(tensors)), *fixed)
 
 
-def _or_zero(x: float | None) -> float:
-    """Encode None as 0, and 0, which every option refuses, as -1."""
-    return 0.0 if x is None else float(x) or -1.0
+def options_key(options: Mapping[str, Any]) -> Hashable:
+    """Return an op's keyword arguments as a key; those that have their defaults may be missing."""
+    values = [tuple(x) if type(x) is list else x for x in options.values()]
+    return (*options, *values)
+
+
+def _options_of_score(score: Score, keys_stored: bool) -> dict[str, Any]:
+    """Return a score's part of `call.options`, made once."""
+    make = _make_options_of_score
+    if torch.compiler.is_compiling():  # a cache would not be traced
+        return make(score, keys_stored)
+    return cached_by_layout(make, (score, keys_stored), score, keys_stored)
+
+
+def _make_options_of_score(score: Score, keys_stored: bool) -> dict[str, Any]:
+    maps = [x for region in score.regions for x in (region.q_map, region.k_map)]
+    return {
+        "granularity": min(int(score.granularity), FARTHEST),
+        "region_starts": [int(max(-FARTHEST, min(x.start, FARTHEST))) for x in score.regions],
+        **columns_of([*maps, score.stored if keys_stored else UNROTATED]),
+    }
+
+
+def _read(options: Mapping[str, Any]) -> Sequence[Any]:
+    """Return `call.fixed`."""
+    fields = dict(options)
+    starts, granularity = fields.pop("region_starts"), fields.pop("granularity")
+    columns = {name: fields.pop(name) for name in COLUMNS}
+    count = len(starts)
+    if not 1 <= count <= 3:
+        raise ValueError(f"attention: region_starts must be of 1 to 3 regions, got {count}")
+    for name, column in columns.items():
+        if len(column) != 2 * count + 1:
+            raise ValueError(
+                f"attention: {name} must be of {2 * count + 1} maps, two a region and that of the "
+                f"given keys, got {len(column)}"
+            )
+    *maps, stored = maps_of(columns)
+    regions = tuple(map(Region, starts, maps[::2], maps[1::2]))
+    score = Score("attention", regions, granularity, stored)
+    none = [None] * _NUM_TENSORS
+    return AttentionCall(*none, score=score, keys_stored=True, **fields).fixed  # type: ignore[arg-type]
 
 
 def lse_shape(q: Tensor) -> tuple[int, ...]:

@@ -7,8 +7,7 @@ Triton or the composition over flash-attn on a GPU. Ops with a suffix run that b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,34 +18,43 @@ from .._shared.dtypes import Scales, accumulator
 from .._shared.layouts import cached_by_layout, layout_key
 from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference
-from .call import AttentionCall, KVCache, lse_shape, read_call
+from .call import (
+    OPTIONS,
+    AttentionCall,
+    KVCache,
+    lse_shape,
+    options_key,
+    read_call,
+    with_tensors,
+)
 from .checks import check_attention, check_decode, check_head_dim, check_slots, check_values
 from .frequency_gradients import backward_with_frequencies
 from .select_backend import engine_named, select_backend
 
-Tensors = tuple[Tensor | None, ...]
 _CALL = (
     "Tensor inv_freq, Tensor? cu_seqlens, Tensor? log_decay, Tensor? sinks, Tensor? query_scale, "
-    "Tensor? pair_maps, Tensor? q_start, Tensor? k_start, *, float[] numbers"
+    "Tensor? pair_maps, Tensor? q_start, Tensor? k_start"
 )
-_INV_FREQ, _SINKS, _PAIR_MAPS = 3, 6, 8  # indices among the arguments of attention_fwd
-# The numbers are those of AttentionCall. decode's cu_seqlens_q is the call's cu_seqlens; the cache
-# decides q_start and k_start. k and v, if given, are written into the cache first.
+_OPTIONS = ", ".join(OPTIONS.values())
+# decode's cu_seqlens_q is the call's cu_seqlens; the cache decides q_start and k_start. k and v, if
+# given, are written into the cache first.
 _SCHEMAS = {
-    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor out, Tensor lse)",
+    "attention_fwd": (
+        f"(Tensor q, Tensor k, Tensor v, {_CALL}, *, {_OPTIONS}) -> (Tensor out, Tensor lse)"
+    ),
     "attention_bwd": (
         "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"{_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)"
+        f"{_CALL}, *, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "decode": (
         "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
         "Tensor inv_freq, Tensor? cu_seqlens_q, Tensor? log_decay, Tensor? sinks, "
         "Tensor? query_scale, Tensor? pair_maps, Tensor cache_seqlens, Tensor? block_table, "
-        "Tensor? cache_leftpad, Tensor? k_scale, Tensor? v_scale, *, "
-        "float[] numbers) -> (Tensor out, Tensor lse)"
+        f"Tensor? cache_leftpad, Tensor? k_scale, Tensor? v_scale, *, {_OPTIONS}) "
+        "-> (Tensor out, Tensor lse)"
     ),
 }
-_DECODE_TENSORS = 6  # of the call, from inv_freq to pair_maps
+_DIFFERENTIABLE = ("q", "k", "v", "inv_freq", "sinks", "pair_maps")  # of attention_fwd
 
 
 # -------------------------------------------------------------------------------------------------
@@ -61,9 +69,7 @@ def forward(
         check_attention("attention", q, k, v, call)
         check_values("attention", call, len(q))
         return reference.forward(q, k, v, call)
-    return _op("attention_fwd", backend)(
-        q, k, v, *replicated(q, call.tensors), numbers=call.numbers
-    )
+    return _op("attention_fwd", backend)(q, k, v, *replicated(q, call.tensors), **call.options)
 
 
 def backward(
@@ -84,7 +90,7 @@ def backward(
     given = (dout, dlse, q, k, v, out, lse)
     if _by_reference(q, backend):
         return reference.backward(*given, call)
-    return _op("attention_bwd", backend)(*given, *call.tensors, numbers=call.numbers)
+    return _op("attention_bwd", backend)(*given, *call.tensors, **call.options)
 
 
 def decode(
@@ -100,9 +106,11 @@ def decode(
         check_decode("decode", q, k, v, cache, call)
         check_slots("decode", cache, call.cu_seqlens, len(q))
         return reference.decode(q, k, v, cache, call)
-    of_call = call.tensors[:_DECODE_TENSORS]
-    tensors = (q, cache.k, cache.v, k, v, *of_call, *cache.tensors)
-    return _op("decode", backend)(*tensors, numbers=call.numbers)
+    return _op("decode", backend)(
+        q, cache.k, cache.v, k, v, call.inv_freq, call.cu_seqlens, call.log_decay, call.sinks,
+        call.query_scale, call.pair_maps, cache.seqlens, cache.block_table, cache.leftpad,
+        *cache.scales, **call.options,
+    )  # fmt: skip
 
 
 def _by_reference(q: Tensor, backend: str | None) -> bool:
@@ -118,55 +126,57 @@ def _op(name: str, backend: str | None) -> Any:
 # From an op's arguments to a kernel
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Sequence[float]):
-    """Rebuild and check the call."""
-    call = read_call(tensors, numbers)
-    key = (layout_key(q, k, v, *tensors), call.fixed)
-    cached_by_layout(check_attention, key, "attention", q, k, v, call)
+def _attention(q, k, v, tensors, options, fused: bool = True) -> AttentionCall:
+    """Rebuild the call, checked once for each layout of its tensors; fused: for a fused kernel."""
+    key = (layout_key(q, k, v, *tensors), options_key(options), fused)
+    fixed = cached_by_layout(_checked_attention, key, q, k, v, tensors, options, fused)
+    call = with_tensors(tensors, fixed)
     check_values("attention", call, len(q))
     return call
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, numbers: Sequence[float]):
-    """Rebuild the call and check it for a fused kernel."""
-    call = _attention(q, k, v, tensors, numbers)
-    check_head_dim("attention", q)
-    check_head_dim("attention", v)
-    return call
+def _checked_attention(q, k, v, tensors, options, fused):
+    """Return `call.fixed` of a right call."""
+    call = read_call(tensors, options)
+    check_attention("attention", q, k, v, call)
+    if fused:
+        check_head_dim("attention", q)
+        check_head_dim("attention", v)
+    return call.fixed
 
 
-def _fwd_reference(q, k, v, *tensors, numbers):
-    return reference.forward(q, k, v, _attention(q, k, v, tensors, numbers))
+def _fwd_reference(q, k, v, *tensors, **options):
+    return reference.forward(q, k, v, _attention(q, k, v, tensors, options, fused=False))
 
 
-def _bwd_reference(dout, dlse, q, k, v, out, lse, *tensors, numbers):
-    call = _attention(q, k, v, tensors, numbers)
+def _bwd_reference(dout, dlse, q, k, v, out, lse, *tensors, **options):
+    call = _attention(q, k, v, tensors, options, fused=False)
     return reference.backward(dout, dlse, q, k, v, out, lse, call)
 
 
-def _fwd_triton(q, k, v, *tensors, numbers):
+def _fwd_triton(q, k, v, *tensors, **options):
     from . import triton
 
-    return triton.forward(q, k, v, _fused(q, k, v, tensors, numbers))
+    return triton.forward(q, k, v, _attention(q, k, v, tensors, options))
 
 
-def _bwd_triton(dout, dlse, q, k, v, out, lse, *tensors, numbers):
+def _bwd_triton(dout, dlse, q, k, v, out, lse, *tensors, **options):
     from . import triton
 
-    return triton.backward(dout, dlse, q, k, v, out, lse, _fused(q, k, v, tensors, numbers))
+    return triton.backward(dout, dlse, q, k, v, out, lse, _attention(q, k, v, tensors, options))
 
 
-def _fwd_flash_attn(q, k, v, *tensors, numbers):
-    return flash_attn.forward(q, k, v, _fused(q, k, v, tensors, numbers))
+def _fwd_flash_attn(q, k, v, *tensors, **options):
+    return flash_attn.forward(q, k, v, _attention(q, k, v, tensors, options))
 
 
-def _bwd_flash_attn(dout, dlse, q, k, v, out, lse, *tensors, numbers):
-    call = _fused(q, k, v, tensors, numbers)
+def _bwd_flash_attn(dout, dlse, q, k, v, out, lse, *tensors, **options):
+    call = _attention(q, k, v, tensors, options)
     return flash_attn.backward(dout, dlse, q, k, v, out, lse, call)
 
 
-def _fwd_cuda(q, k, v, *tensors, numbers):
-    call = _fused(q, k, v, tensors, numbers)
+def _fwd_cuda(q, k, v, *tensors, **options):
+    call = _attention(q, k, v, tensors, options)
     selected = select_backend(q, k, v, call)
     if selected.backend == "flash_attn":
         return flash_attn.forward(q, k, v, call, engine_named(selected.engine))
@@ -175,8 +185,8 @@ def _fwd_cuda(q, k, v, *tensors, numbers):
     return triton.forward(q, k, v, call)
 
 
-def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, numbers):
-    call, given = _fused(q, k, v, tensors, numbers), (dout, dlse, q, k, v, out, lse)
+def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, **options):
+    call, given = _attention(q, k, v, tensors, options), (dout, dlse, q, k, v, out, lse)
     selected = select_backend(q, k, v, call)
     if selected.backend == "flash_attn":
         return flash_attn.backward(*given, call, engine_named(selected.engine))
@@ -185,63 +195,100 @@ def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, numbers):
     return triton.backward(*given, call)
 
 
-def _read_decode(_, k_cache, v_cache, k, v, *tensors, numbers) -> tuple[KVCache, AttentionCall]:
-    """Rebuild the cache and the call from an op's arguments."""
-    *cached, k_scale, v_scale = tensors[_DECODE_TENSORS:]
-    cu_seqlens = tensors[1]
-    appended = 0 if k is None or k.dim() != 4 else k.shape[1]
-    new = (appended, None if k is None else cu_seqlens)
-    cache = KVCache(k_cache, v_cache, *cached, Scales(k_scale, v_scale), *new)
-    return cache, read_call(tensors[:_DECODE_TENSORS], numbers)
+class DecodeTensors(NamedTuple):
+    """The tensors of `decode`, in the order of its schema."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    inv_freq: Tensor
+    cu_seqlens_q: Tensor | None
+    log_decay: Tensor | None
+    sinks: Tensor | None
+    query_scale: Tensor | None
+    pair_maps: Tensor | None
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    cache_leftpad: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    def cache(self) -> KVCache:
+        appended = 0 if self.k is None or self.k.dim() != 4 else self.k.shape[1]
+        return KVCache(
+            self.k_cache,
+            self.v_cache,
+            self.cache_seqlens,
+            self.block_table,
+            self.cache_leftpad,
+            Scales(self.k_scale, self.v_scale),
+            appended,
+            None if self.k is None else self.cu_seqlens_q,
+        )
+
+    def of_call(self) -> tuple[Tensor | None, ...]:
+        """Return AttentionCall.tensors without q_start and k_start."""
+        return (
+            self.inv_freq, self.cu_seqlens_q, self.log_decay, self.sinks, self.query_scale,
+            self.pair_maps,
+        )  # fmt: skip
 
 
-def _decode_call(*tensors, numbers) -> tuple[KVCache, AttentionCall]:
-    """Rebuild and check the cache and the call."""
-    q, _, _, k, v = tensors[:5]
-    cache, call = _read_decode(*tensors, numbers=numbers)
-    key = (layout_key(*tensors), call.fixed)
-    cached_by_layout(check_decode, key, "decode", q, k, v, cache, call)
-    check_slots("decode", cache, call.cu_seqlens, len(q))
+def _decode_call(x: DecodeTensors, options, fused: bool = True) -> tuple[KVCache, AttentionCall]:
+    """Rebuild the cache and the call, checked once for each layout of the tensors."""
+    key = (layout_key(*x), options_key(options), fused)
+    fixed = cached_by_layout(_checked_decode, key, x, options, fused)
+    cache, call = x.cache(), with_tensors(x.of_call(), fixed)
+    check_slots("decode", cache, call.cu_seqlens, len(x.q))
     return cache, call
 
 
-def _decode_reference(*tensors, numbers):
-    q, _, _, k, v = tensors[:5]
-    return reference.decode(q, k, v, *_decode_call(*tensors, numbers=numbers))
+def _checked_decode(x: DecodeTensors, options, fused: bool):
+    """Return `call.fixed` of a right call."""
+    call = read_call(x.of_call(), options)
+    check_decode("decode", x.q, x.k, x.v, x.cache(), call)
+    if fused:
+        check_head_dim("decode", x.q)
+        check_head_dim("decode", x.v_cache)
+    return call.fixed
 
 
-def _decode_triton(*tensors, numbers):
+def _decode_reference(*tensors, **options):
+    x = DecodeTensors(*tensors)
+    return reference.decode(x.q, x.k, x.v, *_decode_call(x, options, fused=False))
+
+
+def _decode_triton(*tensors, **options):
     from . import triton
 
-    q, _, _, k, v = tensors[:5]
-    cache, call = _decode_call(*tensors, numbers=numbers)
-    check_head_dim("decode", q)
-    check_head_dim("decode", cache.v)
-    return triton.decode(q, k, v, cache, call)
+    x = DecodeTensors(*tensors)
+    return triton.decode(x.q, x.k, x.v, *_decode_call(x, options))
 
 
 # -------------------------------------------------------------------------------------------------
 # Fakes and gradients
 
 
-def _fwd_fake(q, k, v, *tensors, numbers):
-    call = read_call(tensors, numbers)
+def _fwd_fake(q, k, v, *tensors, **options):
+    call = read_call(tensors, options)
     check_attention("attention", q, k, v, call)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
     return out, q.new_empty(lse_shape(q), dtype=accumulator(q.dtype))
 
 
-def _bwd_fake(dout, dlse, q, k, v, out, lse, *tensors, numbers):
-    call = read_call(tensors, numbers)
+def _bwd_fake(dout, dlse, q, k, v, out, lse, *tensors, **options):
+    call = read_call(tensors, options)
     check_attention("attention", q, k, v, call)
     return tuple(x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
 
 
-def _decode_fake(*tensors, numbers):
-    q, _, v_cache, k, v = tensors[:5]
-    check_decode("decode", q, k, v, *_read_decode(*tensors, numbers=numbers))
-    lse = q.new_empty(lse_shape(q), dtype=accumulator(q.dtype))
-    return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), lse
+def _decode_fake(*tensors, **options):
+    x = DecodeTensors(*tensors)
+    check_decode("decode", x.q, x.k, x.v, x.cache(), read_call(x.of_call(), options))
+    lse = x.q.new_empty(lse_shape(x.q), dtype=accumulator(x.q.dtype))
+    return x.q.new_empty((*x.q.shape[:-1], x.v_cache.shape[-1])), lse
 
 
 def _register_gradient(suffix: str) -> None:
@@ -249,12 +296,14 @@ def _register_gradient(suffix: str) -> None:
     fwd = getattr(ops, f"attention_fwd{suffix}").default
     bwd = getattr(ops, f"attention_bwd{suffix}").default
 
+    names = [x.name for x in fwd._schema.arguments if not x.kwarg_only]
+
     def save(ctx, args, options, outputs):
-        for n, x in enumerate(args[3:], start=3):
-            if x is not None and x.requires_grad and n not in (_INV_FREQ, _SINKS, _PAIR_MAPS):
+        for name, x in zip(names, args):
+            if x is not None and x.requires_grad and name not in _DIFFERENTIABLE:
                 raise ValueError(
-                    f"attention: {fwd._schema.arguments[n].name} must not require grad, got one "
-                    "that does; backend='reference' has its gradient"
+                    f"attention: {name} must not require grad, got one that does; "
+                    "backend='reference' has its gradient"
                 )
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -268,20 +317,23 @@ def _register_gradient(suffix: str) -> None:
         out = out.to(q.dtype)
         dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout.to(q.dtype))
         dlse = None if dlse is None else dlse.contiguous()
-        of_freq = of_sinks = of_maps = None
-        needs = ctx.needs_input_grad[2:]  # after the two arguments that every recorded op has
-        if needs[_INV_FREQ] or any(needs[_PAIR_MAPS : _PAIR_MAPS + 1]):
+        # The first two arguments that are recorded are not the op's.
+        needs = dict(zip(names, ctx.needs_input_grad[2:]))
+        call = read_call(tensors, ctx.options)
+        grads: dict[str, Tensor | None] = {}
+        if needs["inv_freq"] or needs["pair_maps"]:
 
             def of_call(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-                return bwd(dout, dlse, q, k, v, out, lse, *call.tensors, numbers=call.numbers)
+                return bwd(dout, dlse, q, k, v, out, lse, *call.tensors, **call.options)
 
-            call = read_call(tensors, ctx.options["numbers"])
-            grads, of_freq, of_maps = backward_with_frequencies(of_call, q, k, call)
+            of_rows, of_freq, of_maps = backward_with_frequencies(of_call, q, k, call)
+            grads |= {"inv_freq": of_freq, "pair_maps": of_maps}
         else:
-            grads = bwd(dout, dlse, q, k, v, out, lse, *tensors, **ctx.options)
-        if any(needs[_SINKS : _SINKS + 1]):
-            of_sinks = grad_of_sinks(tensors[_SINKS - 3], dout, dlse, out, lse)
-        return *grads, of_freq, None, None, of_sinks, None, of_maps
+            of_rows = bwd(dout, dlse, q, k, v, out, lse, *tensors, **ctx.options)
+        grads |= dict(zip(("q", "k", "v"), of_rows))
+        if needs["sinks"]:
+            grads["sinks"] = grad_of_sinks(call.sinks, dout, dlse, out, lse)
+        return tuple(grads.get(name) for name in names)
 
     register_backward(library, fwd, save, backward)
     only_first = "the fused kernels have first derivatives only; use backend='reference'"
@@ -306,9 +358,10 @@ def grad_of_sinks(
     return found.movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
 
 
-def _written(args: Tensors) -> Tensors:
+def _written(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the caches if decode appends to them, else nothing."""
-    return () if args[3] is None else args[1:3]
+    x = DecodeTensors(*tensors)
+    return () if x.k is None else (x.k_cache, x.v_cache)
 
 
 def _define() -> None:

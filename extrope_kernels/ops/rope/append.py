@@ -6,6 +6,7 @@ the op runs Triton's. `rope_append_triton` always runs Triton's.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .._shared.checks import REFUSALS, check_real, raise_as_value_error, refuse_
 from .._shared.decay import check_new_keys, check_numbers
 from .._shared.dtypes import quantize
 from .._shared.library import library, load_on_first_use, ops
+from .._shared.maps import COLUMNS, columns_of
 from .._shared.positions import cache_lengths
 from .append_checks import Append, check, check_values
 from .norm import rms_norm, rope_norm_fwd
@@ -26,7 +28,6 @@ from .op import triton_kernels
 
 BACKENDS = ("reference", "cpu", "triton")
 _OP = "rope_append_kvcache"
-_POSITIONS = 13  # index among the op's tensors; log_decay and axes follow
 
 
 def rope_append_kvcache(
@@ -157,7 +158,7 @@ def _rope_args(
         )
     if score.stored == UNROTATED:
         return None, None, None
-    options["stored"] = (SAME if by_pair else score.stored).numbers()
+    options |= columns_of([SAME if by_pair else score.stored])
     return freqs.inv_freq, freqs.log_decay, None
 
 
@@ -177,7 +178,8 @@ def _placed_by_pair(
     places = score.stored_at(call.token_positions()).detach().movedim(-1, 0)
     places = places if places.dim() == 3 else places[:, None]
     axes = torch.arange(pairs, dtype=torch.int32, device=call.k.device)
-    return (*tensors[:_POSITIONS], places, None, axes, *tensors[_POSITIONS + 3 :])
+    given = dict(zip((x.name for x in fields(Append)), tensors))
+    return tuple((given | {"positions": places, "log_decay": None, "axes": axes}).values())
 
 
 def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor:
@@ -270,14 +272,15 @@ def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor |
 # -------------------------------------------------------------------------------------------------
 # The op
 
-# stored: the map by which a score method stores keys; q then stays unrotated.
+# The map, if there is one, is that by which a score method stores keys; q then stays unrotated.
+_MAP = ", ".join(f"{kind} {name}=[]" for name, kind in COLUMNS.items())
 _SCHEMA = (
     "(Tensor? q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor? q_norm_weight, Tensor? k_norm_weight, Tensor? inv_freq, Tensor? cache_seqlens=None, "
     "Tensor? block_table=None, Tensor? slot_mapping=None, Tensor? cu_seqlens=None, "
     "Tensor? cache_leftpad=None, Tensor? positions=None, Tensor? log_decay=None, "
     "Tensor? axes=None, Tensor? k_scale=None, Tensor? v_scale=None, *, "
-    "float[] stored=[], float norm_eps=1e-6, float attention_factor=1.0, "
+    f"{_MAP}, float norm_eps=1e-6, float attention_factor=1.0, "
     "bool interleaved=False, float decay_origin=0.0) -> Tensor"
 )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...scores.base import MAP_NUMBERS, SAME, PositionMap
+from ...scores.base import SAME, PlainMap
 from .._shared.checks import (
     DTYPES,
     check_cu_seqlens,
@@ -21,6 +21,7 @@ from .._shared.checks import (
     refuse_flags,
 )
 from .._shared.dtypes import FP8, Scales, check_cache_dtype, check_scale_values, check_scales
+from .._shared.maps import maps_of
 from .._shared.positions import sequence_of_token
 from . import checks as rope_checks
 
@@ -47,7 +48,14 @@ class Append:
     axes: Tensor | None = None
     k_scale: Tensor | None = None  # for a cache in float8_e4m3fn
     v_scale: Tensor | None = None
-    stored: tuple[float, ...] | list[float] = ()  # a map for k; q is then not rotated
+    # The columns of a map for k, or of none: q is then not rotated.
+    map_kinds: Sequence[int] = ()
+    map_moduli: Sequence[int] = ()
+    map_divisors: Sequence[float] = ()
+    map_floors: Sequence[bool] = ()
+    map_offsets: Sequence[float] = ()
+    map_caps: Sequence[float] = ()
+    map_rows: Sequence[int] = ()
     norm_eps: float = 1e-6
     attention_factor: float = 1.0
     interleaved: bool = False
@@ -81,12 +89,13 @@ class Append:
 
     @property
     def rotates_q(self) -> bool:
-        return self.inv_freq is not None and not self.stored
+        return self.inv_freq is not None and self.map is None
 
     @property
-    def map(self) -> PositionMap | None:
+    def map(self) -> PlainMap | None:
         """The map by which a score method stores keys."""
-        return PositionMap.read(self.stored) if self.stored else None
+        found = maps_of(vars(self))
+        return found[0] if found else None
 
     def sequence_and_place(self) -> tuple[Tensor, Tensor]:
         """Return each token's sequence and its index in that one's new tokens: (batch, seqlen)."""
@@ -258,15 +267,13 @@ def _check_rotation(op: str, call: Append) -> None:
     weights = (call.q_norm_weight, call.k_norm_weight)
     weights = weights if q is not None else weights[::-1]
     _told_as(op, lambda: rope_checks.check_norm(first, second, *weights, call.norm_eps))
-    if len(call.stored) not in (0, MAP_NUMBERS):
-        raise ValueError(f"{op}: stored must be {MAP_NUMBERS} numbers, got {len(call.stored)}")
     if call.inv_freq is None:
-        if call.stored:
+        if call.map is not None:
             raise ValueError(f"{op}: a score method needs frequencies, got None")
         if call.positions is not None:  # not read
             check_dense(op, "positions", call.positions)
         return
-    if call.stored:  # the attention rotates q
+    if call.map is not None:  # the attention rotates q
         first, second = k, None
     if call.packed and call.cu_seqlens is None:
         first, second = (x if x is None else x[None] for x in (first, second))
@@ -282,7 +289,7 @@ def _check_rotation(op: str, call: Append) -> None:
         raise ValueError(
             f"{op}: positions must have an entry a token, got shape {tuple(call.positions.shape)}"
         )
-    if call.stored:
+    if call.map is not None:
         whole = call.positions.dtype in (torch.int32, torch.int64)
         placed = call.positions.dim() == 3 and call.map == SAME  # by pair
         if not placed and (call.positions.dim() > 2 or not whole):

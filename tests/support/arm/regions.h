@@ -10,20 +10,20 @@ namespace extrope {
 namespace {
 
 constexpr int64_t kFirstKey = -(int64_t{1} << 62);
-constexpr PositionMap kSame{0, 1.0, false, 0.0, INFINITY};
-constexpr PositionMap kUnrotated{0, INFINITY, false, 0.0, INFINITY};
+constexpr PositionMap kSame{};
+constexpr PositionMap kUnrotated = PositionMap::constant(0);
 
 inline Regions rope() { return {1, 1, {{kFirstKey, kSame, kSame}}, kUnrotated}; }
 
 inline Regions rerope(int64_t window) {
-  const PositionMap far{0, INFINITY, false, static_cast<double>(window), INFINITY};
+  const PositionMap far = PositionMap::constant(static_cast<double>(window));
   return {2, 1, {{kFirstKey, far, kUnrotated}, {1 - window, kSame, kSame}}, kUnrotated};
 }
 
 inline Regions self_extend(int64_t window, int64_t group) {
   const double offset = static_cast<double>(window - window / group);
-  const PositionMap q{0, static_cast<double>(group), true, offset, INFINITY};
-  const PositionMap k{0, static_cast<double>(group), true, 0.0, INFINITY};
+  const PositionMap q{MapKind::kGrouped, 0, static_cast<double>(group), true, offset};
+  const PositionMap k{MapKind::kGrouped, 0, static_cast<double>(group), true};
   return {2, 1, {{kFirstKey, q, k}, {1 - window, kSame, kSame}}, kUnrotated};
 }
 
@@ -44,7 +44,8 @@ inline const std::vector<double>& groups_of_pairs(int64_t window) {
 // As self_extend, with groups of each pair and head.
 inline Regions groups_by_pair() {
   constexpr int64_t kWindow = 40;
-  const PositionMap q{0, -1.0, true, 0.0, INFINITY}, k{0, -2.0, true, 0.0, INFINITY};
+  const PositionMap q{.kind = MapKind::kPerPair, .floor = true, .row = 0};
+  const PositionMap k{.kind = MapKind::kPerPair, .floor = true, .row = 1};
   Regions regions{2, 1, {{kFirstKey, q, k}, {1 - kWindow, kSame, kSame}}, kUnrotated};
   regions.pair_maps = {groups_of_pairs(kWindow).data(), 2, 32};
   return regions;
@@ -53,9 +54,9 @@ inline Regions groups_by_pair() {
 // Three regions whose starts are shared by blocks of queries, as dual chunk attention has.
 inline Regions chunked(int64_t chunk) {
   const double size = static_cast<double>(chunk);
-  const PositionMap in_chunk{chunk, 1.0, false, 0.0, INFINITY};
-  const PositionMap next{chunk, 1.0, false, size, 1.5 * size};
-  const PositionMap last{0, INFINITY, false, 1.5 * size, INFINITY};
+  const PositionMap in_chunk{MapKind::kShifted, chunk};
+  const PositionMap next{MapKind::kCapped, chunk, 1.0, false, size, 1.5 * size};
+  const PositionMap last = PositionMap::constant(1.5 * size);
   return {3,
           chunk,
           {{kFirstKey, last, in_chunk}, {-chunk, next, in_chunk}, {0, in_chunk, in_chunk}},

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....scores import PositionMap, Region
+from ....scores import Region
+from ....scores.base import PairRow, PlainMap
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.angles import cos_sin, fixed_angle
 from ..._shared.triton.exp import exp
@@ -183,7 +184,7 @@ def regions_of(k: Tensor, call: AttentionCall) -> list[Region]:
     return call.trimmed(FARTHEST if placed else k.shape[-3])
 
 
-def key_maps(k: Tensor, call: AttentionCall) -> list[PositionMap]:
+def key_maps(k: Tensor, call: AttentionCall) -> list[PlainMap]:
     """Return the distinct maps that keys must be rotated to, without the one of the given keys."""
     maps = [region.k_map for region in regions_of(k, call)]
     return list(dict.fromkeys(x for x in maps if x != call.stored))
@@ -228,7 +229,7 @@ def rope_heads_of(call: AttentionCall) -> tuple[int, int]:
 # Position maps: from a token's position to its cosines and sines
 
 
-def map_of(position_map: PositionMap) -> tuple:
+def map_of(position_map: PlainMap) -> tuple:
     """Return a map as (modulus, divisor, factor, whole, fraction, cap), for device functions.
 
     A position p becomes min(p % modulus // divisor + whole, cap), a whole number. This times
@@ -237,10 +238,10 @@ def map_of(position_map: PositionMap) -> tuple:
     A map of pairs has divisor -1, factor 1 with floor and 0 without, and its row as whole. These
     are plain tuples: Triton 3.6 takes no named ones within a tuple.
     """
-    modulus, divisor, floor, offset, cap = position_map
-    modulus = modulus if modulus <= _LARGEST else 0
-    if position_map.row is not None:
-        return modulus, -1, float(floor), position_map.row, 0.0, _NO_CAP
+    modulus = position_map.modulus if position_map.modulus <= _LARGEST else 0
+    if isinstance(position_map, PairRow):
+        return modulus, -1, float(position_map.floor), position_map.row, 0.0, _NO_CAP
+    _, divisor, floor, offset, cap = position_map
     constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
     integral = float(offset).is_integer()
     slow = not (constant or floor) and (divisor != 1 or not integral)
