@@ -12,10 +12,11 @@ struct RowValues {
   RowValues(Workspace& space, int64_t rows)
       : lse(space.take(rows)),
         delta(space.take(rows)),
-        scale(space.take(rows)),
-        logit_scale(space.take(rows)) {}
-  float *lse, *delta;          // lse to base 2
-  float *scale, *logit_scale;  // of logits to base 2, or in units of the cap
+        logit_scale(space.take(rows)),
+        q_scale(space.take(rows)) {}
+  float *lse, *delta;  // (rows,), lse to base 2
+  float* logit_scale;  // (rows,): d logit / d <q, k>
+  float* q_scale;      // (rows,): the same with log2(e), or 1 / softcap
 };
 
 // Adds in eight sums, since delta is later subtracted from numbers near to it.
@@ -30,33 +31,34 @@ inline float dot(const float* a, const float* b, int64_t count) {
 // Computes delta = <dout, out> - dlse, and lse to base 2. Rows past the last one have a probability
 // of 1 for every key, and no gradient.
 template <typename T>
-void load_row_values(const BlockRows& block, const RowValues& w) {
-  const AttentionParams& p = block.p;
+void load_row_values(const TileQueries& queries, const RowValues& w) {
+  const AttentionParams& p = queries.p;
   const int64_t dim = p.v.head_dim;
   float out[kMaxHeadDim], dout[kMaxHeadDim];
-  for (int64_t row = 0; row < block.slices * kSlice; ++row) {
-    const bool real = row < block.count;
+  for (int64_t row = 0; row < queries.slices * kQueryLanes; ++row) {
+    const bool valid = row < queries.count;
     w.lse[row] = w.delta[row] = 0.0f;
-    w.scale[row] = real ? block.scale(row) : 0.0f;
-    w.logit_scale[row] = p.softcap > 0 ? w.scale[row] / p.softcap : w.scale[row] * kLog2E;
-    if (!real) continue;
-    const int64_t at = block.lse_index(row);
+    w.logit_scale[row] = valid ? queries.logit_scale(row) : 0.0f;
+    w.q_scale[row] = p.softcap > 0 ? w.logit_scale[row] / p.softcap : w.logit_scale[row] * kLog2E;
+    if (!valid) continue;
+    const int64_t at = queries.lse_index(row);
     const float lse = p.lse[at] * kLog2E;
     w.lse[row] = lse == -__builtin_inff() ? 0.0f : lse;
-    widen_row(static_cast<const T*>(p.out.data) + block.offset(p.out, row), dim, out);
-    widen_row(static_cast<const T*>(p.dout.data) + block.offset(p.dout, row), dim, dout);
+    widen_row(static_cast<const T*>(p.out.data) + queries.offset(p.out, row), dim, out);
+    widen_row(static_cast<const T*>(p.dout.data) + queries.offset(p.dout, row), dim, dout);
     const float product = dot(out, dout, dim);
     w.delta[row] = p.dlse ? product - p.dlse[at] : product;
   }
 }
 
 // Rotates a row of a region's dq back and adds it to that of earlier regions.
-inline void write_dq_row(const BlockRows& block, int64_t region, int64_t row, const float* grad) {
-  const AttentionParams& p = block.p;
+inline void write_dq_row(const TileQueries& queries, int64_t region, int64_t row,
+                         const float* grad) {
+  const AttentionParams& p = queries.p;
   float back[kMaxHeadDim];
-  float* to = static_cast<float*>(p.dq.data) + block.offset(p.dq, row);
-  const int64_t token = block.tile.first_q + block.token(row);
-  unrotate_row(p, grad, cos_sin_at(block, p.q_cos_sin[region], token), back);
+  float* to = static_cast<float*>(p.dq.data) + queries.offset(p.dq, row);
+  const int64_t token = queries.tile.first_q + queries.token(row);
+  unrotate_row(p, grad, cos_sin_at(queries, p.q_cos_sin[region], token), back);
   if (region > 0) {
     add_row(back, p.head_dim, to);
   } else {
@@ -65,8 +67,8 @@ inline void write_dq_row(const BlockRows& block, int64_t region, int64_t row, co
 }
 
 // Returns the first key that the regions from `region` on may still touch.
-inline int64_t next_key(const BlockRows& block, int64_t region) {
-  return region < block.p.regions.count ? tile_keys(block, region).first : kAllKeys;
+inline int64_t next_key(const TileQueries& queries, int64_t region) {
+  return region < queries.p.regions.count ? tile_keys(queries, region).begin : kAllKeys;
 }
 
 }  // namespace

@@ -7,8 +7,9 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kSliceTiles = kSlice / kSide;
-static_assert(kSliceTiles % 2 == 0 && kRows == 2 * kSide && kRows == kDepth && kFloats == kSide);
+constexpr int64_t kQueryTiles = kQueryLanes / kSide;
+static_assert(kQueryTiles % 2 == 0 && kKeyRows == 2 * kSide && kKeyRows == kDepth &&
+              kFloats == kSide);
 
 inline int64_t dim_tiles_of(const AttentionTensor& x) { return (x.head_dim + kDepth - 1) / kDepth; }
 
@@ -18,21 +19,21 @@ inline bf16* take_values(Workspace& space, int64_t values) {
 
 // One value per row of a slice.
 struct SliceValues {
-  floats at[kSliceVectors];
+  floats at[kQueryVectors];
 };
 
-// Merges the scores of `rows` keys: `found` if the row sees the key, else earlier regions' scores,
-// or `hidden`.
-inline void merge_rows(const float* found, int64_t rows, const RowKeys visible, int64_t key,
-                       bool first, const SliceValues hidden, float* scores) {
+// Merges the logits of `rows` keys: `product` if the row sees the key, else those of earlier
+// regions, or `hidden`.
+inline void merge_rows(const float* product, int64_t rows, const RowKeys seen, int64_t key,
+                       bool is_first_region, const SliceValues hidden, float* logits) {
   for (int i = 0; i < rows; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
-    for (int j = 0; j < kSliceVectors; ++j) {
-      const int64_t at = i * kSlice + j * kFloats;
-      const ints seen = (here >= visible.first[j]) & (here < visible.last[j]);
-      const floats rest = first ? hidden.at[j] : load<floats>(scores + at);
-      store(scores + at, seen ? load<floats>(found + at) : rest);
+    for (int j = 0; j < kQueryVectors; ++j) {
+      const int64_t at = i * kQueryLanes + j * kFloats;
+      const ints sees = (here >= seen.begin[j]) & (here < seen.end[j]);
+      const floats rest = is_first_region ? hidden.at[j] : load<floats>(logits + at);
+      store(logits + at, sees ? load<floats>(product + at) : rest);
     }
   }
 }
@@ -69,42 +70,44 @@ struct QueryRows {
 };
 
 // Rotates the rows from `first` on, and prefetches the next ones meanwhile.
-inline void read_queries(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
-                         int64_t first, QueryRows& rows) {
-  const AttentionParams& p = block.p;
+inline void read_queries(const TileQueries& queries, const AttentionTensor& x,
+                         const CosSin& cos_sin, int64_t first, QueryRows& rows) {
+  const AttentionParams& p = queries.p;
   const RowRotation rotation{x.head_dim, p.half, p.interleaved};
   const bf16* data = static_cast<const bf16*>(x.data);
-  block.each_of_vector(first + kSide, [&](int64_t, int64_t token, int64_t head) {
-    const bf16* next = data + block.offset(x, token, head);
+  queries.each_of_vector(first + kSide, [&](int64_t, int64_t token, int64_t head) {
+    const bf16* next = data + queries.offset(x, token, head);
     for (int64_t d = 0; d < x.head_dim; d += kDepth) __builtin_prefetch(next + d);
   });
-  block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
-    rows.at[i] = data + block.offset(x, token, head);
-    const RowCosSin row = cos_sin_at(block, cos_sin, block.tile.first_q + token);
+  queries.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
+    rows.at[i] = data + queries.offset(x, token, head);
+    const RowCosSin row = cos_sin_at(queries, cos_sin, queries.tile.first_q + token);
     if (!row.cos) return;
     rotate_values(rotation, rows.at[i], row, rows.rotated[i]);
     rows.at[i] = rows.rotated[i];
   });
 }
 
-// Packs x transposed: (slices, dim / 32, kSliceTiles) right tiles of 16 rows.
-inline void pack_query_pairs(const BlockRows& block, const AttentionTensor& x,
+// Packs x transposed: (slices, dim / 32, kQueryTiles) right tiles of 16 rows.
+inline void pack_query_pairs(const TileQueries& queries, const AttentionTensor& x,
                              const CosSin& cos_sin, bf16* to) {
   const int64_t dim = x.head_dim, dim_tiles = dim_tiles_of(x);
   QueryRows rows;
-  for (int64_t first = 0; first < block.slices * kSlice; first += kSide) {
-    read_queries(block, x, cos_sin, first, rows);
-    bf16* slice = to + first / kSlice * dim_tiles * kSlice * kDepth + first % kSlice * kDepth;
+  for (int64_t first = 0; first < queries.slices * kQueryLanes; first += kSide) {
+    read_queries(queries, x, cos_sin, first, rows);
+    bf16* slice =
+        to + first / kQueryLanes * dim_tiles * kQueryLanes * kDepth + first % kQueryLanes * kDepth;
     for (int64_t d = 0; d < dim_tiles; ++d) {
       words tile[kSide];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kSide; ++i) {
-        tile[i] = first + i < block.count ? load_values(rows.at[i] + d * kDepth, dim - d * kDepth)
-                                          : words{};
+        tile[i] = first + i < queries.count ? load_values(rows.at[i] + d * kDepth, dim - d * kDepth)
+                                            : words{};
       }
       transpose(tile);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; ++i) store(slice + d * kSlice * kDepth + i * kDepth, tile[i]);
+      for (int64_t i = 0; i < kSide; ++i)
+        store(slice + d * kQueryLanes * kDepth + i * kDepth, tile[i]);
     }
   }
 }
@@ -120,17 +123,17 @@ inline void pair_rows(const words a, const words b, words& low, words& high) {
 }
 
 // Packs x: (rows / 32, dim / 16) right tiles; rows past the last one are zero.
-inline void pack_row_pairs(const BlockRows& block, const AttentionTensor& x, const CosSin& cos_sin,
-                           bf16* to) {
+inline void pack_row_pairs(const TileQueries& queries, const AttentionTensor& x,
+                           const CosSin& cos_sin, bf16* to) {
   const int64_t dim = x.head_dim, dim_tiles = dim_tiles_of(x);
   QueryRows rows;
-  for (int64_t first = 0; first < block.slices * kSlice; first += kSide) {
-    read_queries(block, x, cos_sin, first, rows);
+  for (int64_t first = 0; first < queries.slices * kQueryLanes; first += kSide) {
+    read_queries(queries, x, cos_sin, first, rows);
     bf16* tiles = to + first / kDepth * 2 * dim_tiles * kTileValues + first % kDepth * kSide;
     for (int64_t i = 0; i < kSide; i += 2) {
       for (int64_t d = 0; d < dim_tiles; ++d) {
         const auto values = [&](int64_t row) {
-          return first + row < block.count
+          return first + row < queries.count
                      ? load_values(rows.at[row] + d * kDepth, dim - d * kDepth)
                      : words{};
         };
@@ -183,18 +186,18 @@ inline void pack_key_columns(const KeyBlock& key_block, int64_t dim, const Row& 
 }
 
 // Undoes the transposition of a product: calls visit(i, d, sums) for 16 dims from d on of row first
-// + i, from (slices, dim / 16, kSliceTiles) tiles of sums.
+// + i, from (slices, dim / 16, kQueryTiles) tiles of sums.
 template <typename Visit>
-inline void each_sum(const BlockRows& block, const float* from, int64_t first, int64_t dim,
+inline void each_sum(const TileQueries& queries, const float* from, int64_t first, int64_t dim,
                      const Visit& visit) {
-  const float* slice =
-      from + first / kSlice * round_up(dim, kDepth) * kSlice + first % kSlice * kSide;
+  const float* slice = from + first / kQueryLanes * round_up(dim, kDepth) * kQueryLanes +
+                       first % kQueryLanes * kSide;
   for (int64_t d = 0; d < dim; d += kSide) {
     words rows[kSide];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(slice + d * kSlice + i * kSide);
+    for (int64_t i = 0; i < kSide; ++i) rows[i] = load<words>(slice + d * kQueryLanes + i * kSide);
     transpose(rows);
-    for (int64_t i = 0; i < smaller(kSide, block.count - first); ++i) {
+    for (int64_t i = 0; i < smaller(kSide, queries.count - first); ++i) {
       visit(i, d, bits_as<floats>(rows[i]));
     }
   }
@@ -202,15 +205,15 @@ inline void each_sum(const BlockRows& block, const float* from, int64_t first, i
 
 // Writes them to rows of x, of type T.
 template <typename T>
-void unpack_sums(const BlockRows& block, const float* from, const float* scale,
+void unpack_sums(const TileQueries& queries, const float* from, const float* scale,
                  const AttentionTensor& x) {
   const int64_t dim = x.head_dim;
-  for (int64_t first = 0; first < block.count; first += kSide) {
+  for (int64_t first = 0; first < queries.count; first += kSide) {
     T* to[kSide];
-    block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
-      to[i] = static_cast<T*>(x.data) + block.offset(x, token, head);
+    queries.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
+      to[i] = static_cast<T*>(x.data) + queries.offset(x, token, head);
     });
-    each_sum(block, from, first, dim, [&](int64_t i, int64_t d, floats sums) {
+    each_sum(queries, from, first, dim, [&](int64_t i, int64_t d, floats sums) {
       sums *= scale[first + i];
       if (d + kSide <= dim) return store_narrow(to[i] + d, sums);
       float values[kSide];

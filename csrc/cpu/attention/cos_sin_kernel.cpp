@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "cpu/attention/cos_sin.h"
+#include "cpu/runtime/pair_angles.h"
 #include "cpu/runtime/workspace.h"
 #include "cpu/simd/e4m3.h"
-#include "cpu/simd/pair_angles.h"
 #include "cpu/simd/rotate_to_float.h"
 #include "cpu/simd/sincos.h"
 

@@ -1,9 +1,24 @@
 // Forward of the attention over regions on the CPU. Compiled once per instruction set, with
 // EXTROPE_ISA as its name.
 //
-// A tile of query rows takes the keys block by block and keeps a running row_max and row_sum. Every
-// slice of rows has its own range of a block's keys. So masks are needed only in the few parts of
-// kRows keys in which the rows of one slice disagree.
+// A call of attention_tile computes a tile of queries: some tokens of a sequence in all q heads
+// that share a head of k. A row is one token in one q head; rows are in the order token (slow), q
+// head (fast). The tile reads keys and values in blocks. In slices of kQueryLanes rows, a row in
+// each lane of kQueryVectors vectors, it does for each block, with online softmax:
+//
+//   S = K Q^T                    (keys, rows)   logits to base 2
+//   P = exp2(S - row_max)        (keys, rows)
+//   O = O * rescale + V^T P      (head_dim of v, rows)
+//
+// In region r a row sees the keys [start(r), start(r + 1)), with queries and keys rotated for r.
+// Later rows have later starts. So a slice sees a block, in parts of kKeyRows keys, as
+//
+//          begin         full_begin      full_end        end
+//   | unseen |   merged      |    full       |   merged   | unseen |
+//
+// In a region's full parts every row sees every key: S is one product without a mask. Merged parts
+// get a product from each region that some row sees there, and every row keeps its region's: see
+// merge_region(). Without a score method there is one region, and merging is the causal mask.
 
 #include "cpu/attention/blocks.h"
 #include "cpu/attention/kernels.h"
@@ -12,214 +27,264 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kBlockM = 768, kBlockN = 128;
-// The running row_max starts here rather than at -inf, so that differences are never NaN.
+constexpr int64_t kBlockM = 768, kBlockN = 128;  // the most rows of a tile, and keys of a block
+static_assert(8 % kKeyRows == 0, "V^T P takes kKeyRows dims at once of a head_dim that 8 divides");
+
+// row_max starts here. It is finite, so that row_max - row_max is 0 for rows without keys too, and
+// exp2(-inf - row_max) is exactly 0.
 constexpr float kLowest = -1e30f;
 
-struct Forward {
-  Forward(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
-    const int64_t block = rows_of(p, plan);
-    q = space.take(p.regions.count * block * p.head_dim);
-    out = space.take(block * p.v.head_dim);
+// The sums of a product: kKeyRows keys (or dims of v) of kQueryLanes rows, in registers.
+using SliceSums = Sums<kKeyRows, kQueryVectors>;
+
+// The tile's scratch memory: arrays of floats, cut from one piece. `slices` cover the tile's rows.
+struct Scratch {
+  Scratch(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
+    const int64_t rows = rows_of(p, plan);
+    q = space.take(p.regions.count * rows * p.head_dim);
+    out = space.take(rows * p.v.head_dim);
     keys = space.take(plan.block_n * greater(p.regions.count * p.head_dim, p.v.head_dim));
     values = space.take(plan.block_n * p.v.head_dim);
-    scores = space.take(plan.block_n * kSlice);
-    row_max = space.take(block);
-    row_sum = space.take(block);
-    scale = space.take(block);
+    logits = space.take(plan.block_n * kQueryLanes);
+    row_max = space.take(rows);
+    row_sum = space.take(rows);
+    q_scale = space.take(rows);
+    out_scale = space.take(rows);
   }
   Workspace space;
-  float* q;                          // (regions, slices, head_dim, kSlice)
-  float* out;                        // (slices, v's head_dim, kSlice)
-  float* keys;                       // (regions, keys, head_dim); values too, before packing
-  float* values;                     // (v's head_dim / kRows, keys, kRows)
-  float* scores;                     // (keys, kSlice)
-  float *row_max, *row_sum, *scale;  // (block,)
+  float* q;       // (regions, slices, head_dim, kQueryLanes), rotated, times q_scale
+  float* out;     // (slices, head_dim of v, kQueryLanes): O before its division
+  float* keys;    // (regions, block_n, head_dim), rotated; before that the block's values
+  float* values;  // (head_dim of v / kKeyRows, keys of the block, kKeyRows)
+  float* logits;  // (block_n, kQueryLanes): S of one slice, then P
+  float *row_max, *row_sum;  // (rows,), to base 2
+  float* q_scale;    // (rows,): the logits' factor, with log2(e) or 1 / softcap; 0 in padding
+  float* out_scale;  // (rows,): v_scale / row_sum
 };
 
-// A slice and the block of keys in one region that it works on.
-struct SliceView {
-  const float *q, *keys;
-  int64_t dim, first;  // the block's first key
-  float softcap;       // to base 2
+// A slice's queries and a block's keys in one region.
+struct RegionView {
+  const float* q;     // (head_dim, kQueryLanes)
+  const float* keys;  // (block_n, head_dim)
+  int64_t head_dim;
+  int64_t first_key;  // the block's first key, in the sequence
+  float softcap;      // to base 2
 };
 
-EXTROPE_INLINE void cap_block(Sums<kRows, kSliceVectors>& sums, float softcap) {
+// Keeps the logits of keys that a row sees in this region. The others become those of earlier
+// regions, in `logits`, or -inf if this is the first region to write these keys.
+EXTROPE_INLINE void merge_region(SliceSums& sums, const RowKeys& seen, int64_t key,
+                                 bool is_first_region, const float* logits) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) cap(sums.at[i], softcap);
-}
-
-// Computes scores of parts that every row of a slice sees, or that it shares with other regions.
-template <bool Shared, bool Capped>
-EXTROPE_INLINE void score_blocks(const Forward& w, const SliceView& v, int64_t begin, int64_t end,
-                                 const RowKeys& visible, int64_t written,
-                                 floats (&row_max)[kSliceVectors]) {
-  for (int64_t key = begin; key < end; key += kRows) {
-    Sums<kRows, kSliceVectors> sums{};
-    float* scores = w.scores + key * kSlice;
-    multiply_add(sums, v.keys + key * v.dim, v.dim, 1, v.q, kSlice, v.dim);
-    if constexpr (Capped) cap_block(sums, v.softcap);
-    if constexpr (Shared) merge_block(sums, visible, v.first + key, key >= written, scores);
+  for (int i = 0; i < kKeyRows; ++i) {
+    const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kSliceVectors; ++j) row_max[j] = larger(row_max[j], sums.at[i][j]);
+    for (int j = 0; j < kQueryVectors; ++j) {
+      const ints sees = (here >= seen.begin[j]) & (here < seen.end[j]);
+      floats rest = floats{} - __builtin_inff();
+      if (!is_first_region) rest = load<floats>(logits + i * kQueryLanes + j * kFloats);
+      sums.at[i][j] = sees ? sums.at[i][j] : rest;
     }
-    store_sums(sums, scores, kSlice);
   }
 }
 
-// Computes a slice's scores in one region. Earlier regions have written those of the keys before
-// `written`.
+// S = K Q^T for the block's keys [begin, end), all in merged parts or all in full ones; raises
+// row_max. Earlier regions have written the keys before `written`.
+template <bool Merged, bool Capped>
+EXTROPE_INLINE void multiply_parts(const Scratch& w, const RegionView& view, int64_t begin,
+                                   int64_t end, const RowKeys& seen, int64_t written,
+                                   floats (&row_max)[kQueryVectors]) {
+  for (int64_t key = begin; key < end; key += kKeyRows) {
+    SliceSums sums{};
+    float* logits = w.logits + key * kQueryLanes;  // (kKeyRows, kQueryLanes)
+    // sums[key][row] += keys[key][d] * q[d][row], over d
+    multiply_add(sums, view.keys + key * view.head_dim, view.head_dim, 1, view.q, kQueryLanes,
+                 view.head_dim);
+#pragma GCC unroll 16
+    for (int i = 0; Capped && i < kKeyRows; ++i) apply_softcap(sums.at[i], view.softcap);
+    if constexpr (Merged) merge_region(sums, seen, view.first_key + key, key >= written, logits);
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeyRows; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kQueryVectors; ++j) row_max[j] = larger(row_max[j], sums.at[i][j]);
+    }
+    store_sums(sums, logits, kQueryLanes);
+  }
+}
+
+// S = K Q^T for all of a slice's parts in one region.
 template <bool Capped>
-void score_region(const BlockRows& block, const Forward& w, const SliceView& v, int64_t slice,
-                  int64_t region, const SliceBlocks& b, int64_t written,
-                  floats (&row_max)[kSliceVectors]) {
-  RowKeys visible;
-  if (b.has_shared()) visible = row_keys(block, slice, region);
-  const int64_t shared[2][2] = {{b.begin, b.full_begin}, {b.full_end, b.end}};
-  for (const auto& [begin, end] : shared) {
-    score_blocks<true, Capped>(w, v, begin, end, visible, written, row_max);
+void multiply_region(const TileQueries& queries, const Scratch& w, const RegionView& view,
+                     int64_t slice, int64_t region, const SliceParts& parts, int64_t written,
+                     floats (&row_max)[kQueryVectors]) {
+  RowKeys seen;
+  if (parts.has_merged()) seen = row_keys(queries, slice, region);
+  const int64_t merged[2][2] = {{parts.begin, parts.full_begin}, {parts.full_end, parts.end}};
+  for (const auto& [begin, end] : merged) {
+    multiply_parts<true, Capped>(w, view, begin, end, seen, written, row_max);
   }
-  score_blocks<false, Capped>(w, v, b.full_begin, b.full_end, visible, written, row_max);
+  multiply_parts<false, Capped>(w, view, parts.full_begin, parts.full_end, seen, written, row_max);
 }
 
-// Turns scores into probabilities; returns the rescale factor of earlier sums.
-EXTROPE_INLINE void softmax_block(const Forward& w, int64_t slice, const RegionBlocks& blocks,
-                                  const floats (&row_max)[kSliceVectors],
-                                  floats (&rescale)[kSliceVectors]) {
-  floats sum[kSliceVectors];
-  for (int j = 0; j < kSliceVectors; ++j) {
-    const int64_t at = slice * kSlice + j * kFloats;
-    rescale[j] = exp2_vector(load<floats>(w.row_max + at) - row_max[j]);
-    sum[j] = load<floats>(w.row_sum + at) * rescale[j];
-    store(w.row_max + at, row_max[j]);
+// P = exp2(S - row_max) for the block's keys [begin, end). Updates the slice's row_max and row_sum;
+// returns the rescale factors of its earlier sums.
+EXTROPE_INLINE void softmax_slice(const Scratch& w, int64_t slice, int64_t begin, int64_t end,
+                                  const floats (&row_max)[kQueryVectors],
+                                  floats (&rescale)[kQueryVectors]) {
+  floats sum[kQueryVectors];
+  for (int j = 0; j < kQueryVectors; ++j) {
+    const int64_t row = slice * kQueryLanes + j * kFloats;
+    rescale[j] = exp2_vector(load<floats>(w.row_max + row) - row_max[j]);
+    sum[j] = load<floats>(w.row_sum + row) * rescale[j];
+    store(w.row_max + row, row_max[j]);
   }
-  for (int64_t key = blocks.begin; key < blocks.end; ++key) {
-    float* scores = w.scores + key * kSlice;
+  for (int64_t key = begin; key < end; ++key) {
+    float* logits = w.logits + key * kQueryLanes;  // (kQueryLanes,)
 #pragma GCC unroll 16
-    for (int j = 0; j < kSliceVectors; ++j) {
-      const floats e = exp2_vector(load<floats>(scores + j * kFloats) - row_max[j]);
-      store(scores + j * kFloats, e);
-      sum[j] += e;
+    for (int j = 0; j < kQueryVectors; ++j) {
+      const floats probability = exp2_vector(load<floats>(logits + j * kFloats) - row_max[j]);
+      store(logits + j * kFloats, probability);
+      sum[j] += probability;
     }
   }
-  for (int j = 0; j < kSliceVectors; ++j) store(w.row_sum + slice * kSlice + j * kFloats, sum[j]);
+  for (int j = 0; j < kQueryVectors; ++j) {
+    store(w.row_sum + slice * kQueryLanes + j * kFloats, sum[j]);
+  }
 }
 
+// Attends from one slice to one block of keys.
 template <bool Capped>
-void visit_slice(const BlockRows& block, const TilePlan& plan, const Forward& w, int64_t slice,
-                 const KeyBlock& key_block) {
-  const RegionBlocks blocks(block, slice, key_block);
-  if (blocks.begin >= blocks.end) return;
-  const int64_t dim = block.p.head_dim, value_dim = block.p.v.head_dim;
-  floats row_max[kSliceVectors], rescale[kSliceVectors];
-  for (int j = 0; j < kSliceVectors; ++j) {
-    row_max[j] = load<floats>(w.row_max + slice * kSlice + j * kFloats);
+void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratch& w, int64_t slice,
+                  const KeyBlock& key_block) {
+  const RegionParts parts(queries, slice, key_block);
+  if (parts.begin >= parts.end) return;
+  const AttentionParams& p = queries.p;
+  floats row_max[kQueryVectors], rescale[kQueryVectors];
+  for (int j = 0; j < kQueryVectors; ++j) {
+    row_max[j] = load<floats>(w.row_max + slice * kQueryLanes + j * kFloats);
   }
-  for (int64_t r = 0, written = 0; r < block.p.regions.count; ++r) {
-    const SliceBlocks& b = blocks.of[r];
-    if (b.begin >= b.end) continue;
-    const SliceView v{w.q + (r * block.slices + slice) * dim * kSlice,
-                      w.keys + r * plan.block_n * dim, dim, key_block.first,
-                      block.p.softcap * kLog2E};
-    score_region<Capped>(block, w, v, slice, r, b, written, row_max);
-    written = b.end;
+
+  // S = K Q^T, region by region. Regions rise with the keys, so each writes up to its last part.
+  for (int64_t r = 0, written = 0; r < p.regions.count; ++r) {
+    if (parts.of[r].begin >= parts.of[r].end) continue;
+    const RegionView view{.q = w.q + (r * queries.slices + slice) * p.head_dim * kQueryLanes,
+                          .keys = w.keys + r * plan.block_n * p.head_dim,
+                          .head_dim = p.head_dim,
+                          .first_key = key_block.first,
+                          .softcap = p.softcap * kLog2E};
+    multiply_region<Capped>(queries, w, view, slice, r, parts.of[r], written, row_max);
+    written = parts.of[r].end;
   }
-  softmax_block(w, slice, blocks, row_max, rescale);
-  for (int64_t d = 0; d < value_dim; d += kRows) {
-    float* out = w.out + (slice * value_dim + d) * kSlice;
-    Sums<kRows, kSliceVectors> sums;
-    load_sums(sums, out, kSlice);
+
+  // P = exp2(S - row_max)
+  softmax_slice(w, slice, parts.begin, parts.end, row_max, rescale);
+
+  // O = O * rescale + V^T P
+  for (int64_t d = 0; d < p.v.head_dim; d += kKeyRows) {
+    float* out = w.out + (slice * p.v.head_dim + d) * kQueryLanes;  // (kKeyRows, kQueryLanes)
+    SliceSums sums;
+    load_sums(sums, out, kQueryLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kKeyRows; ++i) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kSliceVectors; ++j) sums.at[i][j] *= rescale[j];
+      for (int j = 0; j < kQueryVectors; ++j) sums.at[i][j] *= rescale[j];
     }
-    multiply_add(sums, w.values + d * key_block.padded + blocks.begin * kRows, 1, kRows,
-                 w.scores + blocks.begin * kSlice, kSlice, blocks.end - blocks.begin);
-    store_sums(sums, out, kSlice);
+    // sums[d][row] += values[key][d] * P[key][row], over keys
+    multiply_add(sums, w.values + d * key_block.padded + parts.begin * kKeyRows, 1, kKeyRows,
+                 w.logits + parts.begin * kQueryLanes, kQueryLanes, parts.end - parts.begin);
+    store_sums(sums, out, kQueryLanes);
   }
 }
 
-// Divides by the sums of probabilities and writes out, of type T, and lse.
+// Writes lse, and out = O * out_scale, of type Out.
+template <typename Out>
+void finish(const TileQueries& queries, const Scratch& w) {
+  finish_softmax(queries, w.row_max, w.row_sum, w.out_scale);
+  const AttentionTensor& out = queries.p.out;
+  RowBuffer rows;  // (kFloats, head_dim of v)
+  for (int64_t first = 0; first < queries.count; first += kFloats) {
+    unpack_rows(w.out, first, out.head_dim, w.out_scale, rows);
+    queries.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
+      narrow_row(rows[i], out.head_dim,
+                 static_cast<Out*>(out.data) + queries.offset(out, token, head));
+    });
+  }
+}
+
+// Packs a block's values, and its keys rotated for each region: a region's keys lie where they are
+// in the block, and the rest of its part of w.keys is not read.
 template <typename T>
-void finish(const BlockRows& block, const Forward& w) {
-  finish_sums(block, w.row_max, w.row_sum, w.scale);
-  const AttentionTensor& x = block.p.out;
-  RowBuffer rows;
-  for (int64_t first = 0; first < block.count; first += kFloats) {
-    unpack_rows(w.out, first, x.head_dim, w.scale, rows);
-    block.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
-      narrow_row(rows[i], x.head_dim, static_cast<T*>(x.data) + block.offset(x, token, head));
+void pack_block(const TileQueries& queries, const TilePlan& plan, const Scratch& w,
+                const TileKeys& seen, const KeyBlock& key_block) {
+  const AttentionParams& p = queries.p;
+  with_element_type<T>(
+      p.v, [&](auto type) { pack_rows<decltype(type)>(queries, p.v, {}, key_block, w.keys); });
+  pack_columns<kKeyRows>(w.keys, p.v.head_dim, key_block.padded, w.values);
+  for (int64_t r = 0; r < p.regions.count; ++r) {
+    pack_region(seen, r, key_block, [&](const KeyBlock& keys, int64_t offset) {
+      with_element_type<T>(p.k[r], [&](auto type) {
+        pack_rows<decltype(type)>(queries, p.k[r], p.k_cos_sin[r], keys,
+                                  w.keys + (r * plan.block_n + offset) * p.head_dim);
+      });
     });
   }
 }
 
 template <typename T, bool Capped>
-void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
-  const AttentionParams& p = block.p;
-  const int64_t padded = block.slices * kSlice;
+void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
+  const AttentionParams& p = queries.p;
+  const int64_t padded_rows = queries.slices * kQueryLanes;
+  // With a softcap, S is in units of it until apply_softcap(), which brings log2(e).
   const float unit = Capped ? 1.0f / p.softcap : kLog2E;
-  std::memset(w.out, 0, padded * p.v.head_dim * sizeof(float));
-  std::memset(w.row_sum, 0, padded * sizeof(float));
-  for (int64_t row = 0; row < padded; ++row) {
+  std::memset(w.out, 0, padded_rows * p.v.head_dim * sizeof(float));
+  std::memset(w.row_sum, 0, padded_rows * sizeof(float));
+  for (int64_t row = 0; row < padded_rows; ++row) {
     w.row_max[row] = kLowest;
-    w.scale[row] = row < block.count ? block.scale(row) * unit : 0.0f;
+    w.q_scale[row] = row < queries.count ? queries.logit_scale(row) * unit : 0.0f;
   }
-  const BlockKeys seen(block);
+  const TileKeys seen(queries);
   for (int64_t r = 0; r < p.regions.count; ++r) {
     if (!seen.sees(r)) continue;
-    pack_slices<T>(block, p.q, p.q_cos_sin[r], w.scale, w.q + r * padded * p.head_dim);
+    pack_slices<T>(queries, p.q, p.q_cos_sin[r], w.q_scale, w.q + r * padded_rows * p.head_dim);
   }
-  for (int64_t first = seen.first; first < seen.last; first += plan.block_n) {
+  for (int64_t first = seen.begin; first < seen.end; first += plan.block_n) {
     const KeyBlock key_block = seen.key_block(first, plan.block_n);
-    with_rows<T>(p.v,
-                 [&](auto type) { pack_rows<decltype(type)>(block, p.v, {}, key_block, w.keys); });
-    pack_columns(w.keys, p.v.head_dim, key_block.padded, w.values);
-    for (int64_t r = 0; r < p.regions.count; ++r) {
-      pack_part(seen, r, key_block, [&](const KeyBlock& part, int64_t offset) {
-        with_rows<T>(p.k[r], [&](auto type) {
-          pack_rows<decltype(type)>(block, p.k[r], p.k_cos_sin[r], part,
-                                    w.keys + (r * plan.block_n + offset) * p.head_dim);
-        });
-      });
-    }
-    for (int64_t slice = 0; slice < block.slices; ++slice) {
-      prefetch_block<T>(block, seen, first + plan.block_n, plan.block_n, slice);
-      visit_slice<Capped>(block, plan, w, slice, key_block);
+    pack_block<T>(queries, plan, w, seen, key_block);
+    for (int64_t slice = 0; slice < queries.slices; ++slice) {
+      prefetch_block<T>(queries, seen, first + plan.block_n, plan.block_n, slice);
+      attend_slice<Capped>(queries, plan, w, slice, key_block);
     }
   }
-  with_out<T>(p, [&](auto type) { finish<decltype(type)>(block, w); });
+  with_out_type<T>(p, [&](auto type) { finish<decltype(type)>(queries, w); });
 }
 
 template <typename T>
-void forward(const BlockRows& block, const TilePlan& plan, const Forward& w) {
-  if (block.p.softcap > 0) return forward<T, true>(block, plan, w);
-  forward<T, false>(block, plan, w);
+void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
+  if (queries.p.softcap > 0) return forward<T, true>(queries, plan, w);
+  forward<T, false>(queries, plan, w);
 }
 
 }  // namespace
 
 TilePlan EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA)(const AttentionParams& p) {
   TilePlan plan{};
-  plan.tokens = tile_rows(p, kBlockM);
-  plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kRows));
-  plan.workspace = Forward(p, plan, nullptr).space.used();
+  plan.tokens = tokens_per_tile(p, kBlockM);
+  plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kKeyRows));
+  plan.workspace = Scratch(p, plan, nullptr).space.used();
   return plan;
 }
 
 void EXTROPE_EXPAND(attention_tile_, EXTROPE_ISA)(const AttentionParams& p, const QueryTile& tile,
                                                   const TilePlan& plan, float* workspace) {
-  const BlockRows block{p, tile};
-  const Forward w(p, plan, workspace);
+  const TileQueries queries{p, tile};
+  const Scratch w(p, plan, workspace);
   switch (p.dtype) {
     case DType::bf16:
-      return forward<bf16>(block, plan, w);
+      return forward<bf16>(queries, plan, w);
     case DType::f16:
-      return forward<f16>(block, plan, w);
+      return forward<f16>(queries, plan, w);
     default:
-      return forward<float>(block, plan, w);
+      return forward<float>(queries, plan, w);
   }
 }
 

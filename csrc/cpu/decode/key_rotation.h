@@ -10,8 +10,8 @@
 
 #include "cpu/decode/tile.h"
 #include "cpu/runtime/buffer.h"
+#include "cpu/runtime/pair_angles.h"
 #include "cpu/runtime/workspace.h"
-#include "cpu/simd/pair_angles.h"
 #include "cpu/simd/rotate_to_float.h"
 #include "cpu/simd/sincos.h"
 

@@ -93,7 +93,7 @@ void score_tile(const float* q, int64_t stride, Rows<T> keys, int64_t count, int
 inline void cap_tile(float softcap, float* scores, int64_t count) {
   for (int64_t i = 0; i < count; i += kFloats) {
     floats logits[1] = {load<floats>(scores + i)};
-    cap(logits, softcap);
+    apply_softcap(logits, softcap);
     store(scores + i, logits[0]);
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd/bf16_tiles.h"
+#include "cpu/simd/gemm.h"
 
 namespace extrope {
 namespace {

@@ -7,21 +7,15 @@
 namespace extrope {
 namespace {
 
-// Sums in registers: kRows x kPanelVectors vectors for products whose rows are read in place,
-// kTallRows x kWideVectors for products with narrower columns.
+// Sums in registers for products with narrow columns: kTallRows x kWideVectors vectors.
 #if defined(__AVX512BF16__)
-constexpr int kRows = 32, kTallRows = 32;  // in tiles of 16 x 16 sums
+constexpr int kTallRows = 32;  // in tiles of 16 x 16 sums
 #elif defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8, kTallRows = 12;  // of 32 registers
+constexpr int kTallRows = 12;  // of 32 registers
 #else
-constexpr int kRows = 4, kTallRows = 6;  // of 16 registers
+constexpr int kTallRows = 6;  // of 16 registers
 #endif
-#if defined(__AVX512BF16__)
-constexpr int kPanelVectors = 4, kWideVectors = 2;
-#else
-constexpr int kPanelVectors = 3, kWideVectors = 2;
-#endif
-constexpr int kPanel = kPanelVectors * kFloats;  // lanes
+constexpr int kWideVectors = 2;
 constexpr int kWide = kWideVectors * kFloats;
 
 template <int Rows, int Vectors>

@@ -1,7 +1,7 @@
 // Transposes a square of words in vector registers.
 #pragma once
 
-#include "cpu/simd/gemm.h"
+#include "cpu/simd/simd.h"
 
 namespace extrope {
 namespace {
