@@ -205,7 +205,7 @@ def _rows(case: Case, heads: int, tokens: int = SEQLEN, itemsize: int = 0) -> in
 def rope_traffic(case: Case, launch: Launch) -> Traffic:
     """Count a rotation: a pass rotates one head in a tile of tokens; a gradient reads more."""
     tiles, shares = launch.grid[:2]
-    read = 2 if case.call is rotate_back or launch.args.get("q_parts") is not None else 1
+    read = 2 if case.call is rotate_back or launch.name == "norm_rotate_backward_kernel" else 1
     moved = _rows(case, HEADS_Q + HEADS_K) * (read + 1)
     if case.call is rotate_by_tables:  # half a row of each for a token
         moved += _rows(case, 1)
@@ -326,6 +326,7 @@ TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
     "rope rotate_kernel": ("rotation", rope_traffic),
     "cos_sin_kernel": ("rotation", rope_traffic),
     "norm_rotate_kernel": ("norm and rotation", rope_traffic),
+    "norm_rotate_backward_kernel": ("norm and rotation", rope_traffic),
     "rope_append_kernel": ("norm, rotation and append", append_traffic),
     "rotate_kernel": ("attention's rotation", rotate_traffic),
     "forward_kernel": ("attention", attention_traffic),
@@ -422,8 +423,8 @@ def compiled(index: int) -> list[Row] | str:
         variant = case.variant
         if key == "rotate_kernel":
             variant += " inverse" if launch["INVERSE"] else "" if launch["TILE"].q_maps else " keys"
-        elif key == "norm_rotate_kernel":
-            variant = "backward" if (kernel, "forward") in found else "forward"
+        elif kernel == "norm and rotation":
+            variant = "backward" if "backward" in key else "forward"
         found[kernel, variant] = row_of(kernel, case, variant, code, traffic(case, launch), chip)
     return list(found.values())
 

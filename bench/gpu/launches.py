@@ -43,6 +43,7 @@ OPERATIONS = {
     Kernel("triton", "rope", "rotate_kernel"): "rope",
     Kernel("triton", "rope", "cos_sin_kernel"): "rope by cos and sin",
     Kernel("triton", "rope", "norm_rotate_kernel"): "norm and rope",
+    Kernel("triton", "rope", "norm_rotate_backward_kernel"): "norm and rope, backward",
     Kernel("triton", "rope", "rope_append_kernel"): "norm, rope and append",
     Kernel("triton", "attention", "rotate_kernel"): "rerope",
     Kernel("triton", "attention", "forward_kernel"): "rerope",

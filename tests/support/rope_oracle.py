@@ -58,7 +58,7 @@ def rotate(
     by = (rotation.inv_freq, rotation.positions, rotation.cu_seqlens, rotation.log_decay)
     rope = device.Rope(*by, rotation.axes)
     if prepared is not None:
-        device.launch(kernels.rotate_kernel, prepared, tensors, angle_grad, rope, rotation.offset)
+        device.launch(kernels.rotate_kernel, prepared, tensors, angle_grad, *rope, rotation.offset)
 
 
 def sequence_and_index(rotation: Rotation, b: int, s: int) -> tuple[int, int]:

@@ -116,7 +116,7 @@ def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -
     return kind
 
 
-def refuse_overlap(q: Tensor, k: Tensor | None) -> None:
+def refuse_expanded(q: Tensor, k: Tensor | None) -> None:
     """Raise ValueError for a tensor whose elements share memory: it cannot be overwritten."""
     for name, x in (("q", q), ("k", k)):
         if x is not None and overlaps_itself(x):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._shared.dtypes import accumulator
 from .._shared.pairs import cross, join_pairs, split_pairs
 from .._shared.positions import sequence_of_token
-from .checks import refuse_overlap
+from .checks import refuse_expanded
 from .rotation import Rotation, resolve, token_positions
 
 
@@ -45,7 +45,7 @@ def rope_bwd(
 
 def rope_inplace(q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options) -> None:
     """Compute `torch.ops.extrope.rope_inplace`."""
-    refuse_overlap(q, k)
+    refuse_expanded(q, k)
     for x, out in zip((q, k), rope_fwd(q, k, *rope_args, **options)):
         if x is not None:
             x.copy_(out)

@@ -1,13 +1,11 @@
-"""Shared by the rotation's kernels: tokens, positions, angles, rows of heads, and the launch.
+"""Shared by the rotation's kernels: tokens, positions, angles, and the launch.
 
-In device functions a tensor of heads is a tuple: the pointer, and its strides of batch, seq and
-head in groups of TILE.align elements. Tokens are a tuple of (TOKENS,) tensors: batch, seq and the
-mask of valid tokens. Shapes in comments are TILE's: TOKENS, PAIRS and REST (rest_dims).
+Shapes in comments are TILE's: TOKENS and PAIRS (`tokens` and `pairs` of a Tile).
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +16,8 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ..._shared.triton.exp import exp
-from ..._shared.triton.launch import VECTOR_BYTES, alignment, chip_of, strides_of
-from ..._shared.triton.pairs import load_parts, store_parts
+from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
+from ..._shared.triton.pairs import load_parts
 from ..._shared.triton.sincos import add_quarters, cos_sin_polynomials, cos_sin_polynomials_wide
 from ..._shared.triton.tokens import rows, sequence_of
 from ..rotation import Rotation
@@ -30,9 +28,9 @@ FEW_TOKENS = 512
 # 30 KB of loads in flight on each multiprocessor of an H100; more would only repeat the sincos.
 TARGET_WARPS = 4096
 # These integers change from call to call: kernels do not specialise on them.
-POSITION_NUMBERS = (
-    *("count", "seqlen", "position_axis", "position_batch", "position_seq", "num_sequences"),
-    "search_steps",
+CALL_NUMBERS = (
+    *("offset", "count", "seqlen", "num_sequences", "search_steps"),
+    *("positions_stride_axis", "positions_stride_batch", "positions_stride_seq"),
 )
 
 
@@ -41,20 +39,20 @@ class Tile(NamedTuple):
 
     tokens: int  # of a program
     pairs: int  # half, rounded up to a power of two
-    rest: int  # dims after the rotated ones
+    rest: int  # dims after the rotated ones, as far as they are copied
     rest_dims: int  # rest, rounded up to a power of two; 1 if none
-    align: int  # elements, at most 16 bytes, that divide all strides
+    align: int  # elements, at most 16 bytes, that divide all strides of q, k, ...
     heads_q: int
     heads_k: int
     wide: bool  # float64 throughout, instead of float32 after the angles
     half: int  # pairs of dims that rotate
-    interleaved: bool
+    interleaved: bool  # pairs are dims (2i, 2i + 1), not (i, i + half)
     conjugate: bool  # rotates by minus the angle
-    freq_sequence: int = 0  # strides of the frequencies
-    freq_head: int = 0
+    inv_freq_stride_sequence: int = 0
+    inv_freq_stride_head: int = 0
     per_head: bool = False  # heads have frequencies of their own
     num_axes: int = 0  # of the positions, where every pair reads its own
-    positions_are_offsets: bool = False
+    positions_are_offsets: bool = False  # one for each sequence
     decay_sign: float = 1.0  # of q; k has the other
 
 
@@ -68,13 +66,24 @@ class Rope(NamedTuple):
     axes: Tensor | None = None
 
 
+def stride_names(*names: str) -> tuple[str, ...]:
+    """Name the strides of (batch, seqlen, heads, head_dim) tensors, as kernels do.
+
+    Kernels do not specialise on them: Tile.align says what divides them all.
+    """
+    return tuple(f"{name}_stride_{axis}" for name in names for axis in ("batch", "seq", "head"))
+
+
 # -------------------------------------------------------------------------------------------------
 # Tokens and their positions
 
 
 @triton.jit
 def program_tokens(count, seqlen, TILE: tl.constexpr):
-    """Return this program's tokens, counted through batch and seqlen."""
+    """Return this program's tokens, counted through batch and seqlen: batch, seq, valid.
+
+    All (TOKENS,). batch and seq are int64, so that their products with strides are.
+    """
     first = tl.program_id(0).to(count.dtype) * TILE.tokens
     valid = tl.arange(0, TILE.tokens) < count - first
     token = first + tl.arange(0, TILE.tokens)
@@ -90,32 +99,39 @@ def program_heads(HEADS: tl.constexpr):
 
 
 @triton.jit
-def token_positions(
-    tokens, rope, offset, position_axis, position_batch, position_seq, num_sequences, search_steps,
-    TILE: tl.constexpr,
+def load_positions(
+    batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, offset,
+    positions_stride_axis, positions_stride_batch, positions_stride_seq, num_sequences,
+    search_steps, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return sequence (TOKENS,) and position (TOKENS, 1 or PAIRS) float64, in any given form."""
-    batch, seq, valid = tokens
+    """Return sequence (TOKENS,) int64 and position (TOKENS, 1 or PAIRS) float64, plus offset.
+
+    batch, seq, valid: from program_tokens; packed if there are cu_seqlens, with a batch of 0.
+    positions: None for the index in the sequence; or those of tokens, (batch or 1, seqlen); or, if
+        TILE.positions_are_offsets, of each sequence's first token; or, with axes, (num_axes,
+        batch or 1, seqlen), of which pair i reads row axes[i].
+    """
     sequence = batch
     position = seq.to(tl.float64)
-    if rope.cu_seqlens is not None:
-        sequence = sequence_of(seq, rope.cu_seqlens, num_sequences, search_steps)
-        position = (seq - tl.load(rope.cu_seqlens + sequence)).to(tl.float64)
+    if cu_seqlens_ptr is not None:
+        sequence = sequence_of(seq, cu_seqlens_ptr, num_sequences, search_steps)
+        position = (seq - tl.load(cu_seqlens_ptr + sequence)).to(tl.float64)
     if TILE.positions_are_offsets:
-        start = tl.load(rope.positions + sequence * position_batch, mask=valid, other=0)
-        position += start.to(tl.float64)
-    elif rope.positions is not None:
-        at = rope.positions + batch * position_batch + seq * position_seq
+        start_ptr = positions_ptr + sequence * positions_stride_batch
+        position += tl.load(start_ptr, mask=valid, other=0).to(tl.float64)
+    elif positions_ptr is not None:
+        token_ptr = positions_ptr + batch * positions_stride_batch + seq * positions_stride_seq
         if TILE.num_axes == 0:
-            position = tl.load(at, mask=valid, other=0).to(tl.float64)
+            position = tl.load(token_ptr, mask=valid, other=0).to(tl.float64)
     position = position[:, None]  # (TOKENS, 1)
     if TILE.num_axes > 0:
         pair = tl.arange(0, TILE.pairs)
-        axis = tl.load(rope.axes + pair, mask=pair < TILE.half, other=0)
-        axis = tl.minimum(tl.maximum(axis, 0), TILE.num_axes - 1).to(tl.int64)  # clamped
-        at = at[:, None] + (axis * position_axis)[None, :]
+        axis = tl.load(axes_ptr + pair, mask=pair < TILE.half, other=0)
+        # Clamped: no value may read out of bounds, and the host does not wait to check them.
+        axis = tl.minimum(tl.maximum(axis, 0), TILE.num_axes - 1).to(tl.int64)
+        pair_ptr = token_ptr[:, None] + (axis * positions_stride_axis)[None, :]
         mask = valid[:, None] & (pair < TILE.half)[None, :]
-        position = tl.load(at, mask=mask, other=0).to(tl.float64)  # (TOKENS, PAIRS)
+        position = tl.load(pair_ptr, mask=mask, other=0).to(tl.float64)  # (TOKENS, PAIRS)
     return sequence, position + tl.cast(offset, tl.float64)
 
 
@@ -147,34 +163,20 @@ def sincos(angle, TILE: tl.constexpr):
 
 
 @triton.jit
-def head_cos_sin(angles, head, valid, TILE: tl.constexpr):
-    """Return (TOKENS, PAIRS) cosines and sines of a head, or of all if they share frequencies.
+def decayed(amplitude, distance, log_decay_ptr, SIGN: tl.constexpr, TILE: tl.constexpr):
+    """Return amplitude * exp(SIGN * distance * log_decay), by which xPos scales the pairs.
 
-    angles: (inv_freq, sequence, position, its distance from decay's origin, log_decay, amplitude).
+    (TOKENS, PAIRS) in the kernel's dtype; (1, 1) without log_decay. distance: of the positions from
+    the one where nothing decays.
     """
-    inv_freq, sequence, position = angles[0], angles[1], angles[2]
-    pair = tl.arange(0, TILE.pairs)
-    at = inv_freq + (sequence * TILE.freq_sequence)[:, None] + pair[None, :] + head * TILE.freq_head
-    mask = valid[:, None] & (pair < TILE.half)[None, :]
-    return sincos(position * tl.load(at, mask=mask, other=0.0).to(tl.float64), TILE)
-
-
-@triton.jit
-def scaled(cos, sin, angles, SIGN: tl.constexpr, TILE: tl.constexpr):
-    """Multiply cos and sin by the amplitude, and sin by the direction.
-
-    SIGN: 1 for q, -1 for k, whose amplitudes change with the position in opposite directions.
-    """
-    far, log_decay = angles[3], angles[4]
-    scale = tl.full((1, 1), angles[5], tl.float64)
-    if log_decay is not None:
+    factor = tl.full((1, 1), amplitude, tl.float64)
+    if log_decay_ptr is not None:
         pair = tl.arange(0, TILE.pairs)
-        rate = tl.load(log_decay + pair, mask=pair < TILE.half, other=0.0).to(tl.float64)
+        rate = tl.load(log_decay_ptr + pair, mask=pair < TILE.half, other=0.0).to(tl.float64)
         # The sign first: products shared by q and k would stay in registers while q is rotated.
-        exponent = far * (SIGN * TILE.decay_sign) * rate[None, :]
-        scale = scale * (tl.exp(exponent) if TILE.wide else exp(exponent))
-    scale = scale.to(cos.dtype)
-    return cos * scale, sin * (-scale if TILE.conjugate else scale)
+        exponent = distance * SIGN * rate[None, :]
+        factor = factor * (tl.exp(exponent) if TILE.wide else exp(exponent))
+    return factor.to(tl.float64 if TILE.wide else tl.float32)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -182,28 +184,11 @@ def scaled(cos, sin, angles, SIGN: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def head_rows(x, tokens, head, TILE: tl.constexpr):
-    """Return (TOKENS,) pointers to dim 0 of a head."""
-    return rows(x[0], tokens[0], tokens[1], head, x[1], x[2], x[3], TILE)
-
-
-@triton.jit
-def load_head(at, valid, TILE: tl.constexpr):
-    """Load both dims of the pairs, (TOKENS, PAIRS), and the rest, (TOKENS, REST); widen them."""
+def load_head(row_ptrs, valid, TILE: tl.constexpr):
+    """Load (TOKENS,) rows as load_parts does, in the dtype that the kernel computes in."""
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    a, b, rest = load_parts(at, valid, TILE)
+    a, b, rest = load_parts(row_ptrs, valid, TILE)
     return a.to(WIDE), b.to(WIDE), rest.to(WIDE)
-
-
-@triton.jit
-def rotate_head(x, out, tokens, head, cos, sin, TILE: tl.constexpr):
-    """Rotate a head of x into out; return both dims of the pairs, not yet rounded."""
-    WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    a, b, rest = load_parts(head_rows(x, tokens, head, TILE), tokens[2], TILE)
-    a, b = a.to(WIDE), b.to(WIDE)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    store_parts(head_rows(out, tokens, head, TILE), (a, b, rest), tokens[2], TILE)
-    return a, b
 
 
 # -------------------------------------------------------------------------------------------------
@@ -214,91 +199,93 @@ class Launch(NamedTuple):
     """A launch, worked out once per layout of a call's tensors."""
 
     grid: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]  # of the tensors of heads, in the kernels' form
     numbers: tuple[int | float, ...]  # the last arguments that are not constexpr
     options: dict[str, Any]  # constexprs, and Triton's own options
+    strides: tuple[tuple[int, ...], ...] | None = None  # see `settle`
 
 
 def launch(kernel: Any, prepared: Launch, tensors: Sequence[Tensor | None], *others: Any) -> None:
-    """Launch on the tensors' GPU; tensors: those of heads, as given to `settle`."""
-    heads = tuple([x if x is None else (x, *n) for x, n in zip(tensors, prepared.strides)])
+    """Launch on the tensors' GPU; tensors: as given to `build_launch`."""
     some = tensors[1] if tensors[0] is None else tensors[0]
+    if prepared.strides is not None:
+        pairs = zip(tensors, prepared.strides)
+        tensors = [tuple([x if x is None else (x, *n) for x, n in pairs])]
     if not some.is_cuda or some.get_device() == torch.cuda.current_device():
-        kernel[prepared.grid](heads, *others, *prepared.numbers, **prepared.options)
+        kernel[prepared.grid](*tensors, *others, *prepared.numbers, **prepared.options)
     else:
         with torch.cuda.device_of(some):
-            kernel[prepared.grid](heads, *others, *prepared.numbers, **prepared.options)
+            kernel[prepared.grid](*tensors, *others, *prepared.numbers, **prepared.options)
 
 
-def settle(
+def build_launch(
     tensors: Sequence[Tensor | None],
-    by: dict[str, Any],
+    constants: dict[str, Any],
     numbers: tuple[int | float, ...],
     *,
     one_program: bool = False,
-    may_be_few: bool = True,
-    width: int = 0,
+    small_tiles: bool = True,
+    pairs_in_registers: int = 0,
     copies_rest: bool = True,
     **options: Any,
 ) -> Launch | None:
     """Work out the launch on q, k and other (batch, seqlen, heads, head_dim) tensors or None.
 
     Tiles and grids take few different values, so little is compiled. Returns None if there is
-    nothing to do.
+    nothing to do. The launch's numbers: strides of batch, seq and head for each tensor (0 for
+    None), count = batch * seqlen, seqlen, then `numbers`.
 
-    by, numbers: as from `launch_constants`; numbers follow count and seqlen.
+    constants, numbers: as from `launch_constants`.
     one_program: a program takes all heads.
-    may_be_few: a program may take few tokens.
-    width: pairs that registers hold, if not half.
+    small_tiles: a program may take few tokens.
+    pairs_in_registers: the pairs of a head that the tile is sized by, if not Tile.pairs.
     options: as in Launch.
     """
     q, k, *_ = tensors
     x, heads_q, heads_k = k if q is None else q, *(0 if x is None else x.shape[2] for x in (q, k))
     batch, seqlen, _, head_dim = x.shape
-    count, spread = batch * seqlen, 1 if one_program else max(heads_q, heads_k)
+    count, most_shares = batch * seqlen, 1 if one_program else max(heads_q, heads_k)
     chip_of(x)  # raises if something is missing
     if count * max(heads_q, heads_k) == 0:
         return None
-    pairs, rest = next_power_of_2(by["half"]), head_dim - 2 * by["half"] if copies_rest else 0
-    if count < FEW_TOKENS and may_be_few:
+    half = constants["half"]
+    pairs, rest = next_power_of_2(half), head_dim - 2 * half if copies_rest else 0
+    if count < FEW_TOKENS and small_tiles:
         tokens, warps = max(1, 64 // pairs), 1
     else:  # 128 threads, each with one vector of first dims and one of second dims
-        tokens, warps = max(1, 128 * VECTOR_BYTES // x.itemsize // (width or pairs)), 4
+        vectors = 128 * VECTOR_BYTES // x.itemsize
+        tokens, warps = max(1, vectors // (pairs_in_registers or pairs)), 4
     tiles = triton.cdiv(count, tokens)
-    strides = [() if x is None else strides_of(x)[:3] for x in tensors]
-    of_tokens = [each[1] for each in strides if each]
-    align = alignment(x.itemsize, itertools.chain(*strides), of_tokens)
+    shares = min(most_shares, max(1, TARGET_WARPS // (warps * tiles)))
+    strides = [n for x in tensors for n in ((0, 0, 0) if x is None else strides_of(x)[:3])]
+    align = math.gcd(VECTOR_BYTES // x.itemsize, *strides)
     sizes = (tokens, pairs, rest, next_power_of_2(max(rest, 1)), align, heads_q, heads_k)
-    options["TILE"] = Tile(*sizes, wide=x.dtype == torch.float64, **by)
-    return Launch(
-        (tiles, min(spread, max(1, TARGET_WARPS // (warps * tiles)))),
-        tuple(tuple(n // align for n in each) for each in strides),
-        (count, seqlen, *numbers),
-        {**options, "num_warps": warps, "enable_fp_fusion": True},
-    )
+    options["TILE"] = Tile(*sizes, wide=x.dtype == torch.float64, **constants)
+    options |= {"num_warps": warps, "enable_fp_fusion": True}
+    return Launch((tiles, shares), (*strides, count, seqlen, *numbers), options)
 
 
 def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:
-    """Return `by` and `numbers` for `settle`."""
+    """Return `constants` and `numbers` for `build_launch`."""
     positions, axes = rotation.positions, rotation.axes
     strides = (0, 0, 0) if positions is None else strides_of(positions)
     if axes is None:  # no stride of axes; offsets have only a stride of sequences
         strides = (0, *strides, 0)[:3]
     sequences = 0 if rotation.cu_seqlens is None else rotation.cu_seqlens.shape[0] - 1
-    freq_sequence, freq_head, _ = strides_of(rotation.inv_freq)
-    by = {
+    inv_freq_stride_sequence, inv_freq_stride_head, _ = strides_of(rotation.inv_freq)
+    constants = {
         "half": rotation.inv_freq.shape[-1],
         "interleaved": rotation.interleaved,
         "conjugate": rotation.conjugate,
-        "freq_sequence": freq_sequence,
-        "freq_head": freq_head,
+        "inv_freq_stride_sequence": inv_freq_stride_sequence,
+        "inv_freq_stride_head": inv_freq_stride_head,
         "per_head": rotation.per_head,
         "num_axes": 0 if axes is None else positions.shape[0],
         "positions_are_offsets": rotation.positions_are_offsets,
         "decay_sign": 1.0 if rotation.log_decay is None else rotation.decay_signs[0],
     }
-    found = (*strides, sequences, sequences.bit_length())
-    return by, (*found, rotation.decay_origin, rotation.amplitude)
+    search_steps = sequences.bit_length()
+    numbers = (*strides, sequences, search_steps, rotation.decay_origin, rotation.amplitude)
+    return constants, numbers
 
 
 def as_inputs(tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -310,3 +297,48 @@ def as_inputs(tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> lis
 def empty_outputs(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Allocate outputs like q and k."""
     return torch.empty_like(q), None if k is None else torch.empty_like(k)
+
+
+# -------------------------------------------------------------------------------------------------
+# UNTIL THE MERGE: for append.py alone, whose tensors of heads are tuples of the pointer and its
+# strides in groups of TILE.align elements. Goes with Launch.strides and its two lines in `launch`.
+
+POSITION_NUMBERS = (
+    *("count", "seqlen", "position_axis", "position_batch", "position_seq", "num_sequences"),
+    "search_steps",
+)
+
+
+@triton.jit
+def token_positions(
+    tokens, rope, offset, position_axis, position_batch, position_seq, num_sequences, search_steps,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Call load_positions."""
+    return load_positions(
+        tokens[0], tokens[1], tokens[2], rope.positions, rope.cu_seqlens, rope.axes, offset,
+        position_axis, position_batch, position_seq, num_sequences, search_steps, TILE,
+    )  # fmt: skip
+
+
+@triton.jit
+def head_rows(x, tokens, head, TILE: tl.constexpr):
+    """Return (TOKENS,) pointers to dim 0 of a head."""
+    return rows(x[0], tokens[0], tokens[1], head, x[1], x[2], x[3], TILE)
+
+
+def settle(
+    tensors: Sequence[Tensor | None],
+    by: dict[str, Any],
+    numbers: tuple[int | float, ...],
+    **options: Any,
+) -> Launch | None:
+    """Build a launch with its strides in Launch.strides."""
+    prepared = build_launch(tensors, by, numbers, **options)
+    if prepared is None:
+        return None
+    align, given = prepared.options["TILE"].align, prepared.numbers
+    strides = tuple(
+        tuple(n // align for n in given[3 * i : 3 * i + 3]) for i in range(len(tensors))
+    )
+    return prepared._replace(strides=strides, numbers=given[3 * len(tensors) :])

@@ -1,12 +1,21 @@
 """RMSNorm and the rotation after it in Triton: one launch for q and k, forward and backward.
 
-y = R (x * scale * weight), R the rotation and scale = 1 / sqrt(mean(x**2) + eps); the mean is over
-each head, or over all heads of a token (TOGETHER). With g = R^T dy, u = g * weight, n = x * scale:
+The mean is over the dims of each head, or over those of all heads of a token (TOGETHER), by the
+weight's size. R is the rotation with its amplitude:
 
-    dx = scale * (u - n * mean(n * u))        dweight = sum over tokens (and heads) of g * n
+    rstd = 1 / sqrt(mean(x**2) + eps)        y = R (x * rstd * weight)
+
+Backward, with g = R^T dy, u = g * weight and n = x * rstd:
+
+    dx = rstd * (u - n * mean(n * u))        dweight = sum over tokens (and heads) of g * n
+
+A row is in three parts: `a` and `b`, both dims of its pairs, (TOKENS, PAIRS), and `rest`, the dims
+that do not rotate, (TOKENS, REST); 0 past the row's dims.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -18,24 +27,24 @@ from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.fp8 import parts_of_codes
 from ..._shared.triton.launch import chip_of
 from ..._shared.triton.pairs import store_parts
-from ..checks import check_norm, refuse_overlap
+from ..checks import check_norm, refuse_expanded
 from ..rotation import resolve
 from .device import (
-    POSITION_NUMBERS,
+    CALL_NUMBERS,
     Launch,
     Rope,
     as_inputs,
+    build_launch,
+    decayed,
     empty_outputs,
-    head_cos_sin,
-    head_rows,
     launch,
     launch_constants,
     load_head,
+    load_positions,
     program_heads,
     program_tokens,
-    scaled,
-    settle,
-    token_positions,
+    sincos,
+    stride_names,
 )
 
 # A backward's limit: without one, ptxas spills to fit one more block.
@@ -43,7 +52,7 @@ ALL_REGISTERS = 255
 
 
 @triton.jit
-def _row_sum(a, b, rest, TILE: tl.constexpr):
+def _sum_dims(a, b, rest, TILE: tl.constexpr):
     """Sum over the dims of a head: (TOKENS, 1)."""
     total = tl.sum(a + b, 1)
     if TILE.rest > 0:
@@ -52,18 +61,23 @@ def _row_sum(a, b, rest, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_weights(weight, head, TOGETHER: tl.constexpr, TILE: tl.constexpr):
-    """Load (1, dims) parts of the weights of a head."""
-    if TOGETHER:
-        weight += head * (2 * TILE.half + TILE.rest)
-    one = tl.arange(0, 1)
-    return load_head(weight + one, one == 0, TILE)
+def _load_weight(weight_ptr, TILE: tl.constexpr):
+    """Load a head's weight as a row: (1, PAIRS) twice and (1, REST)."""
+    row = tl.arange(0, 1)
+    return load_head(weight_ptr + row, row == 0, TILE)
 
 
 @triton.jit
-def _head_angles(angles, head, valid, SIGN: tl.constexpr, TILE: tl.constexpr):
-    cos, sin = head_cos_sin(angles, head, valid, TILE)
-    return scaled(cos, sin, angles, SIGN, TILE)
+def _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE: tl.constexpr):
+    """Return a head's cosines and sines times the amplitude, (TOKENS, PAIRS)."""
+    pair = tl.arange(0, TILE.pairs)
+    mask = valid[:, None] & (pair < TILE.half)[None, :]
+    freq_ptrs = inv_freq_ptr + (sequence * TILE.inv_freq_stride_sequence)[:, None] + pair[None, :]
+    freq = tl.load(freq_ptrs + head * TILE.inv_freq_stride_head, mask=mask, other=0.0)
+    cos, sin = sincos(position * freq.to(tl.float64), TILE)
+    if TILE.conjugate:
+        sin = -sin  # minus the angle: a backward, or an inverse call
+    return cos * amplitude, sin * amplitude
 
 
 # -------------------------------------------------------------------------------------------------
@@ -71,53 +85,104 @@ def _head_angles(angles, head, valid, SIGN: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def norm_rotate_heads(
-    x, weight, out, tokens, to, angles, codes_scale,
-    HEADS: tl.constexpr, SIGN: tl.constexpr, TOGETHER: tl.constexpr, ROTATES: tl.constexpr,
-    EPS: tl.constexpr, TILE: tl.constexpr,
+def norm_rotate(
+    x_ptr, x_row, x_stride_head, valid, weight_ptr,
+    out_ptr, out_row, out_stride_head, out_valid, codes_scale_ptr,
+    inv_freq_ptr, sequence, position, amplitude,
+    HEADS: tl.constexpr, TOGETHER: tl.constexpr, ROTATES: tl.constexpr, EPS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate this program's share of the heads of x into out.
 
-    weight: None for no norm. to: like tokens, their places in out. codes_scale: scale of the heads
-    if out is fp8, else None. SIGN: as for `scaled`.
+    x_row, out_row: (TOKENS,) int64, where the rows of head 0 begin, in elements.
+    weight_ptr: (head_dim,), or (HEADS * head_dim,) if TOGETHER; None: no norm.
+    codes_scale_ptr: (HEADS,) if out is a cache in fp8, else None.
+    sequence, position, amplitude: as from load_positions and `decayed`, used if ROTATES.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    TOKENS: tl.constexpr = TILE.tokens
-    DIMS: tl.constexpr = 2 * TILE.half + TILE.rest
-    valid = tokens[2]
+    TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
+    HEAD_DIM: tl.constexpr = 2 * TILE.half + TILE.rest
     eps = tl.full((1, 1), EPS, WIDE)  # a plain number is a float32
-    scale = tl.full((TOKENS, 1), 1.0, WIDE)
+    rstd = tl.full((TOKENS, 1), 1.0, WIDE)
     if TOGETHER:
         squares = tl.zeros((TOKENS, 1), WIDE)
         for head in range(0, HEADS):
-            a, b, rest = load_head(head_rows(x, tokens, head, TILE), valid, TILE)
-            squares += _row_sum(a * a, b * b, rest * rest, TILE)
-        scale = 1.0 / tl.sqrt(squares / (HEADS * DIMS) + eps)
-    zero = tl.cast(0, tl.int64)
-    if ROTATES:
-        cos, sin = _head_angles(angles, zero, valid, SIGN, TILE)
-    if weight is not None:
-        wa, wb, wrest = _load_weights(weight, zero, False, TILE)
+            head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
+            # TILE.align divides all strides: if not told, the compiler loads element by element.
+            x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
+            a, b, rest = load_head(x_ptr + x_at, valid, TILE)
+            squares += _sum_dims(a * a, b * b, rest * rest, TILE)
+        rstd = 1.0 / tl.sqrt(squares / (HEADS * HEAD_DIM) + eps)
+    if ROTATES and not TILE.per_head:
+        cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, 0, valid, TILE)
+    if weight_ptr is not None:
+        w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
     first, last = program_heads(HEADS)
     for head in range(first, last):
         head = tl.cast(head, tl.int64)
         if ROTATES and TILE.per_head:
-            cos, sin = _head_angles(angles, head, valid, SIGN, TILE)
-        a, b, rest = load_head(head_rows(x, tokens, head, TILE), valid, TILE)
-        if weight is not None:
+            cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
+        x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
+        a, b, rest = load_head(x_ptr + x_at, valid, TILE)
+        if weight_ptr is not None:
             if TOGETHER:
-                wa, wb, wrest = _load_weights(weight, head, True, TILE)
+                w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
             else:
-                mean = _row_sum(a * a, b * b, rest * rest, TILE) / DIMS
-                scale = 1.0 / tl.sqrt(mean + eps)
-            a, b, rest = a * scale * wa, b * scale * wb, rest * scale * wrest
+                squares = _sum_dims(a * a, b * b, rest * rest, TILE)
+                rstd = 1.0 / tl.sqrt(squares / HEAD_DIM + eps)
+            a, b, rest = a * rstd * w_a, b * rstd * w_b, rest * rstd * w_rest
         if ROTATES:
             a, b = a * cos - b * sin, b * cos + a * sin
         parts = (a, b, rest)
-        if codes_scale is not None:
-            dtype: tl.constexpr = x[0].dtype.element_ty
-            parts = parts_of_codes(parts, tl.load(codes_scale + head), dtype, TILE)
-        store_parts(head_rows(out, to, head, TILE), parts, to[2], TILE)
+        if codes_scale_ptr is not None:  # as if rounded to x's dtype first
+            codes_scale = tl.load(codes_scale_ptr + head)
+            parts = parts_of_codes(parts, codes_scale, x_ptr.dtype.element_ty, TILE)
+        out_at = tl.multiple_of(out_row + head * out_stride_head, TILE.align)
+        store_parts(out_ptr + out_at, parts, out_valid, TILE)  # rounds once
+
+
+@triton.jit(do_not_specialize=(*stride_names("q", "k", "q_out", "k_out"), *CALL_NUMBERS))
+def norm_rotate_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr,
+    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+    count, seqlen,  # tokens: count = batch * seqlen
+    positions_stride_axis, positions_stride_batch, positions_stride_seq,
+    num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
+    decay_origin: tl.float64, amplitude: tl.float64,
+    Q_TOGETHER: tl.constexpr, K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotate q and k: axis 0 is tiles of tokens, axis 1 shares of the heads.
+
+    The weights of q and k, and what rotates them, are as in norm_rotate and rotate_kernel. k may be
+    None. q_out and k_out may be q and k; with TOGETHER a program then has all heads, since it reads
+    them before it overwrites one.
+    """
+    batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
+    # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
+    sequence, position = load_positions(
+        batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, offset, positions_stride_axis,
+        positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
+    )  # fmt: skip
+    distance = position - decay_origin
+    norm_rotate(
+        q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head, valid, q_weight_ptr,
+        q_out_ptr, batch * q_out_stride_batch + seq * q_out_stride_seq, q_out_stride_head, valid,
+        None, inv_freq_ptr, sequence, position,
+        decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE),
+        TILE.heads_q, Q_TOGETHER, True, EPS, TILE,
+    )  # fmt: skip
+    if k_ptr is not None:
+        norm_rotate(
+            k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head, valid, k_weight_ptr,
+            k_out_ptr, batch * k_out_stride_batch + seq * k_out_stride_seq, k_out_stride_head,
+            valid, None, inv_freq_ptr, sequence, position,
+            decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE),
+            TILE.heads_k, K_TOGETHER, True, EPS, TILE,
+        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------
@@ -125,146 +190,176 @@ def norm_rotate_heads(
 
 
 @triton.jit
-def _add_rows(to, x, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """Store the sum over the rows of x in COUNT elements from FIRST on."""
-    DIMS: tl.constexpr = x.shape[1]
-    dim = tl.arange(0, DIMS)
-    tl.store(to + FIRST + STEP * dim, tl.sum(x, 0), mask=dim < COUNT)
+def _store_dweight(dweight_ptr, a, b, rest, TILE: tl.constexpr):
+    """Store the sums over the rows of a head's (TOKENS, ...) parts as a row."""
+    row = tl.arange(0, 1)
+    sums = (tl.sum(a, 0)[None, :], tl.sum(b, 0)[None, :], tl.sum(rest, 0)[None, :])
+    store_parts(dweight_ptr + row, sums, row == 0, TILE)
 
 
 @triton.jit
-def _store_sums(to, a, b, rest, TILE: tl.constexpr):
-    """Store this program's part of the gradients of a head's weights."""
-    STEP: tl.constexpr = 2 if TILE.interleaved else 1
-    SECOND: tl.constexpr = 1 if TILE.interleaved else TILE.half
-    _add_rows(to, a, 0, STEP, TILE.half)
-    _add_rows(to, b, SECOND, STEP, TILE.half)
-    if TILE.rest > 0:
-        _add_rows(to, rest, 2 * TILE.half, 1, TILE.rest)
-
-
-@triton.jit
-def _load_gradients(grad, saved, tokens, head, cos, sin, TILE: tl.constexpr):
-    """Load g, the gradients rotated back, and x, each in three parts."""
-    a, b, grest = load_head(head_rows(grad, tokens, head, TILE), tokens[2], TILE)
-    xa, xb, xrest = load_head(head_rows(saved, tokens, head, TILE), tokens[2], TILE)
-    return a * cos - b * sin, b * cos + a * sin, grest, xa, xb, xrest
-
-
-@triton.jit
-def _backward_heads(
-    grad, out, saved, weight, parts, tokens, angles,
-    HEADS: tl.constexpr, SIGN: tl.constexpr, TOGETHER: tl.constexpr, EPS: tl.constexpr,
-    TILE: tl.constexpr,
+def _norm_rotate_backward(
+    dy_ptr, dy_row, dy_stride_head, x_ptr, x_row, x_stride_head, weight_ptr,
+    dx_ptr, dx_row, dx_stride_head, dweight_ptr,
+    inv_freq_ptr, sequence, position, amplitude, valid,
+    HEADS: tl.constexpr, TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of all heads of one tensor, and this program's part of its weights'."""
+    """Write the gradients of all heads of x, and this program's part of its weight's.
+
+    dy_row, x_row, dx_row: (TOKENS,) int64, where the rows of head 0 begin, in elements.
+    dweight_ptr: (programs, dims of the weight), to be summed over the programs.
+    """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     TOKENS: tl.constexpr = TILE.tokens
     PAIRS: tl.constexpr = TILE.pairs
     REST: tl.constexpr = TILE.rest_dims
-    DIMS: tl.constexpr = 2 * TILE.half + TILE.rest
-    COUNT: tl.constexpr = HEADS * DIMS if TOGETHER else DIMS
-    valid = tokens[2]
-    zero = tl.cast(0, tl.int64)
-    eps = tl.full((1, 1), EPS, WIDE)
-    parts += tl.program_id(0).to(tl.int64) * (HEADS * DIMS if TOGETHER else DIMS)
-    cos, sin = _head_angles(angles, zero, valid, SIGN, TILE)
-    wa, wb, wrest = _load_weights(weight, zero, False, TILE)
+    HEAD_DIM: tl.constexpr = 2 * TILE.half + TILE.rest
+    COUNT: tl.constexpr = HEADS * HEAD_DIM if TOGETHER else HEAD_DIM  # elements under the mean
+    eps = tl.full((1, 1), EPS, WIDE)  # a plain number is a float32
+    dweight_ptr += tl.program_id(0).to(tl.int64) * COUNT
+    if not TILE.per_head:
+        cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, 0, valid, TILE)
+    w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
+
+    # Sums of x**2 and of x * u, over all heads if TOGETHER: then they take a pass of their own.
     squares = tl.zeros((TOKENS, 1), WIDE)
     products = tl.zeros((TOKENS, 1), WIDE)
     if TOGETHER:
         for head in range(0, HEADS):
-            head = tl.cast(head, tl.int64)
+            head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
             if TILE.per_head:
-                cos, sin = _head_angles(angles, head, valid, SIGN, TILE)
-            wa, wb, wrest = _load_weights(weight, head, True, TILE)
-            ga, gb, grest, a, b, rest = _load_gradients(grad, saved, tokens, head, cos, sin, TILE)
-            squares += _row_sum(a * a, b * b, rest * rest, TILE)
-            products += _row_sum(a * (ga * wa), b * (gb * wb), rest * (grest * wrest), TILE)
-    sum_a = tl.zeros((TOKENS, PAIRS), WIDE)
-    sum_b = sum_a
-    sum_rest = tl.zeros((TOKENS, REST), WIDE)
+                cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
+            w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
+            # TILE.align divides all strides: if not told, the compiler loads element by element.
+            dy_at = tl.multiple_of(dy_row + head * dy_stride_head, TILE.align)
+            x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
+            dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
+            x_a, x_b, x_rest = load_head(x_ptr + x_at, valid, TILE)
+            g_a, g_b = dy_a * cos - dy_b * sin, dy_b * cos + dy_a * sin  # R^T: sin is minus R's
+            squares += _sum_dims(x_a * x_a, x_b * x_b, x_rest * x_rest, TILE)
+            products += _sum_dims(
+                x_a * (g_a * w_a), x_b * (g_b * w_b), x_rest * (g_rest * w_rest), TILE
+            )
+
+    dw_a = tl.zeros((TOKENS, PAIRS), WIDE)
+    dw_b = dw_a
+    dw_rest = tl.zeros((TOKENS, REST), WIDE)
     for head in range(0, HEADS):
         head = tl.cast(head, tl.int64)
         if TILE.per_head:
-            cos, sin = _head_angles(angles, head, valid, SIGN, TILE)
+            cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
         # With dims that pass unrotated, registers do not suffice to hold the weights.
-        if TOGETHER or TILE.rest > 0:
-            wa, wb, wrest = _load_weights(weight, head, TOGETHER, TILE)
-        ga, gb, grest, a, b, rest = _load_gradients(grad, saved, tokens, head, cos, sin, TILE)
-        ua, ub, urest = ga * wa, gb * wb, grest * wrest
-        if not TOGETHER:
-            squares = _row_sum(a * a, b * b, rest * rest, TILE)
-            products = _row_sum(a * ua, b * ub, rest * urest, TILE)
-        scale = 1.0 / tl.sqrt(squares / COUNT + eps)
-        mean = products * scale / COUNT
-        a, b, rest = a * scale, b * scale, rest * scale
-        dx = (scale * (ua - a * mean), scale * (ub - b * mean), scale * (urest - rest * mean))
-        store_parts(head_rows(out, tokens, head, TILE), dx, valid, TILE)
-        # Invalid rows have gradients of 0; their x is 0 too, but its scale may be infinite.
-        ga, gb = tl.where(valid[:, None], ga * a, 0.0), tl.where(valid[:, None], gb * b, 0.0)
         if TOGETHER:
-            grest = tl.where(valid[:, None], grest * rest, 0.0)
-            _store_sums(parts + head * DIMS, ga, gb, grest, TILE)
+            w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
+        elif TILE.rest > 0:
+            w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
+        dy_at = tl.multiple_of(dy_row + head * dy_stride_head, TILE.align)
+        x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
+        dx_at = tl.multiple_of(dx_row + head * dx_stride_head, TILE.align)
+
+        # g = R^T dy, u = g * weight
+        dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
+        x_a, x_b, x_rest = load_head(x_ptr + x_at, valid, TILE)
+        g_a, g_b = dy_a * cos - dy_b * sin, dy_b * cos + dy_a * sin  # R^T: sin is minus R's
+        u_a, u_b, u_rest = g_a * w_a, g_b * w_b, g_rest * w_rest
+        if not TOGETHER:
+            squares = _sum_dims(x_a * x_a, x_b * x_b, x_rest * x_rest, TILE)
+            products = _sum_dims(x_a * u_a, x_b * u_b, x_rest * u_rest, TILE)
+
+        # n = x * rstd, dx = rstd * (u - n * mean(n * u))
+        rstd = 1.0 / tl.sqrt(squares / COUNT + eps)  # (TOKENS, 1)
+        mean = products * rstd / COUNT
+        n_a, n_b, n_rest = x_a * rstd, x_b * rstd, x_rest * rstd
+        dx_a, dx_b = rstd * (u_a - n_a * mean), rstd * (u_b - n_b * mean)
+        dx_rest = rstd * (u_rest - n_rest * mean)
+        store_parts(dx_ptr + dx_at, (dx_a, dx_b, dx_rest), valid, TILE)  # rounds once
+
+        # dweight = sum of g * n. Rows past the last token have g = 0 and x = 0, but rstd, without
+        # eps, is infinite there.
+        gn_a = tl.where(valid[:, None], g_a * n_a, 0.0)
+        gn_b = tl.where(valid[:, None], g_b * n_b, 0.0)
+        if TOGETHER:
+            gn_rest = tl.where(valid[:, None], g_rest * n_rest, 0.0)
+            _store_dweight(dweight_ptr + head * HEAD_DIM, gn_a, gn_b, gn_rest, TILE)
         else:
-            sum_a += ga
-            sum_b += gb
+            dw_a += gn_a
+            dw_b += gn_b
             if TILE.rest > 0:
-                sum_rest += tl.where(valid[:, None], grest * rest, 0.0)
+                dw_rest += tl.where(valid[:, None], g_rest * n_rest, 0.0)
     if not TOGETHER:
-        _store_sums(parts, sum_a, sum_b, sum_rest, TILE)
+        _store_dweight(dweight_ptr, dw_a, dw_b, dw_rest, TILE)
 
 
-# -------------------------------------------------------------------------------------------------
-# The kernel and its launch
-
-
-@triton.jit
-def _one_tensor(
-    x, out, saved, weight, parts, tokens, angles,
-    HEADS: tl.constexpr, SIGN: tl.constexpr, TOGETHER: tl.constexpr, EPS: tl.constexpr,
-    TILE: tl.constexpr,
+@triton.jit(
+    do_not_specialize=(*stride_names("dq_out", "dk_out", "dq", "dk", "q", "k"), *CALL_NUMBERS)
+)
+def norm_rotate_backward_kernel(
+    dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr,
+    q_dweight_ptr, k_dweight_ptr,
+    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
+    dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,
+    dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
+    dq_stride_batch, dq_stride_seq, dq_stride_head,
+    dk_stride_batch, dk_stride_seq, dk_stride_head,
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    count, seqlen,  # tokens: count = batch * seqlen
+    positions_stride_axis, positions_stride_batch, positions_stride_seq,
+    num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
+    decay_origin: tl.float64, amplitude: tl.float64,
+    Q_TOGETHER: tl.constexpr, K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Process q or k: backward if there are parts."""
-    if parts is not None:
-        _backward_heads(
-            x, out, saved, weight, parts, tokens, angles, HEADS, SIGN, TOGETHER, EPS, TILE
-        )
-    else:
-        norm_rotate_heads(
-            x, weight, out, tokens, tokens, angles, None, HEADS, SIGN, TOGETHER, True, EPS, TILE
-        )
+    """Turn gradients of the outputs into those of q and k: axis 0 is tiles of tokens.
 
-
-@triton.jit(do_not_specialize=("offset", *POSITION_NUMBERS))
-def norm_rotate_kernel(
-    heads, q_weight, k_weight, q_parts, k_parts, rope,
-    offset, count, seqlen, position_axis, position_batch, position_seq, num_sequences, search_steps,
-    decay_origin: tl.float64, amplitude: tl.float64, Q_TOGETHER: tl.constexpr,
-    K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Norm and rotate: axis 0 is tiles of tokens, axis 1 shares of the heads. rope: a Rope.
-
-    With q_parts or k_parts it is the backward of that tensor. Its programs take all heads, and each
-    writes a row of (programs, dims of the weight) parts: sums for the gradients of the weights.
+    A program has all heads of its tokens. dq_out, dk_out: gradients of the forward's outputs; dq,
+    dk: of its inputs q and k. q_dweight, k_dweight: see _norm_rotate_backward; None without weight.
     """
-    q, k, q_out, k_out, q_saved, k_saved = heads
-    tokens = program_tokens(count, seqlen, TILE)
-    sequence, position = token_positions(
-        tokens, rope, offset, position_axis, position_batch, position_seq, num_sequences,
-        search_steps, TILE,
+    batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
+    # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
+    sequence, position = load_positions(
+        batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, offset, positions_stride_axis,
+        positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
     )  # fmt: skip
-    far = position - decay_origin
-    angles = (rope.inv_freq, sequence, position, far, rope.log_decay, amplitude)
-    _one_tensor(
-        q, q_out, q_saved, q_weight, q_parts, tokens, angles, TILE.heads_q, 1.0, Q_TOGETHER, EPS,
-        TILE,
-    )  # fmt: skip
-    if k is not None:
-        _one_tensor(
-            k, k_out, k_saved, k_weight, k_parts, tokens, angles, TILE.heads_k, -1.0, K_TOGETHER,
-            EPS, TILE,
+    distance = position - decay_origin
+
+    dq_out_row = batch * dq_out_stride_batch + seq * dq_out_stride_seq
+    dq_row = batch * dq_stride_batch + seq * dq_stride_seq
+    q_row = batch * q_stride_batch + seq * q_stride_seq
+    q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
+    if q_weight_ptr is not None:
+        _norm_rotate_backward(
+            dq_out_ptr, dq_out_row, dq_out_stride_head, q_ptr, q_row, q_stride_head, q_weight_ptr,
+            dq_ptr, dq_row, dq_stride_head, q_dweight_ptr,
+            inv_freq_ptr, sequence, position, q_amplitude, valid,
+            TILE.heads_q, Q_TOGETHER, EPS, TILE,
         )  # fmt: skip
+    else:  # R^T alone
+        norm_rotate(
+            dq_out_ptr, dq_out_row, dq_out_stride_head, valid, None,
+            dq_ptr, dq_row, dq_stride_head, valid, None,
+            inv_freq_ptr, sequence, position, q_amplitude,
+            TILE.heads_q, False, True, EPS, TILE,
+        )  # fmt: skip
+
+    if dk_out_ptr is not None:
+        dk_out_row = batch * dk_out_stride_batch + seq * dk_out_stride_seq
+        dk_row = batch * dk_stride_batch + seq * dk_stride_seq
+        k_row = batch * k_stride_batch + seq * k_stride_seq
+        k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
+        if k_weight_ptr is not None:
+            _norm_rotate_backward(
+                dk_out_ptr, dk_out_row, dk_out_stride_head, k_ptr, k_row, k_stride_head,
+                k_weight_ptr, dk_ptr, dk_row, dk_stride_head, k_dweight_ptr,
+                inv_freq_ptr, sequence, position, k_amplitude, valid,
+                TILE.heads_k, K_TOGETHER, EPS, TILE,
+            )  # fmt: skip
+        else:
+            norm_rotate(
+                dk_out_ptr, dk_out_row, dk_out_stride_head, valid, None,
+                dk_ptr, dk_row, dk_stride_head, valid, None,
+                inv_freq_ptr, sequence, position, k_amplitude,
+                TILE.heads_k, False, True, EPS, TILE,
+            )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------
@@ -276,13 +371,13 @@ def rope_norm_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_norm_fwd`."""
     q_out, k_out = empty_outputs(q, k)
-    _run((q, k, q_out, k_out, None, None), *others, **options)
+    _run((q, k, q_out, k_out), *others, **options)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
 def rope_norm_inplace(q: Tensor, k: Tensor | None, *others: Tensor | None, **options) -> None:
     """Compute `torch.ops.extrope.rope_norm_inplace`."""
-    _run((q, k, q, k, None, None), *others, **options)
+    _run((q, k, q, k), *others, **options)
 
 
 def rope_norm_bwd(
@@ -290,61 +385,92 @@ def rope_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_norm_bwd`."""
     dq, dk = empty_outputs(grad_q, grad_k)
-    parts = _run((grad_q, grad_k, dq, dk, *others[:2]), *others[2:], **options)
-    none = grad_q.new_empty(0, dtype=accumulator(grad_q.dtype))
+    (q, k, *weights), rope = others[:4], Rope(*others[4:])
+    prepared, offset = _launch_for((grad_q, grad_k, dq, dk, q, k), weights, rope, **options)
+    # Each program writes a row: no atomics, the same bits in every run.
+    programs, wide = 0 if prepared is None else prepared.grid[0], accumulator(q.dtype)
+    parts = [None if w is None else q.new_empty(programs, w.shape[0], dtype=wide) for w in weights]
+    if prepared is not None:
+        tensors = (grad_q, grad_k, dq, dk, q, k)
+        launch(norm_rotate_backward_kernel, prepared, tensors, *weights, *parts, *rope, offset)
+    none = grad_q.new_empty(0, dtype=wide)
     dweights = (none.clone() if x is None else x.sum(0) for x in parts)
     return dq, grad_q.new_empty(0) if dk is None else dk, *dweights
 
 
-def _run(
-    tensors: tuple[Tensor | None, ...], *others: Tensor | None, offset: int = 0, **options
-) -> list[Tensor | None]:
-    """Norm and rotate q and k of tensors: (q, k, their outputs, their saved inputs).
+def _run(tensors: tuple[Tensor | None, ...], *others: Tensor | None, **options) -> None:
+    """Norm and rotate q and k of tensors, (q, k, their outputs)."""
+    weights, rope = others[:2], Rope(*others[2:])
+    prepared, offset = _launch_for(tensors, weights, rope, **options)
+    if prepared is not None:
+        launch(norm_rotate_kernel, prepared, tensors, *weights, *rope, offset)
 
-    Returns a backward's sums for the gradients of the weights: (programs, dims).
+
+def _launch_for(
+    tensors: tuple[Tensor | None, ...],
+    weights: Sequence[Tensor | None],
+    rope: Rope,
+    *,
+    offset: int = 0,
+    **options,
+) -> tuple[Launch | None, int]:
+    """Return the launch, None if there is nothing to rotate, and the offset of all positions.
+
+    tensors: q and k, their outputs, and in a backward the forward's inputs.
     """
     q, k, out, _, *saved = tensors
-    weights, rope = others[:2], Rope(*others[2:])
     key = (out is q, layout_key(q, k, *saved, *weights, *rope), *options.items())
-    prepared = cached_by_layout(_build_launch, key, tensors, weights, rope, options)
-    programs, wide = 0 if prepared is None else prepared.grid[0], accumulator(q.dtype)
-    parts = [
-        None if w is None or saved[0] is None else q.new_empty(programs, w.shape[0], dtype=wide)
-        for w in weights
-    ]
-    if prepared is not None:
-        launch(norm_rotate_kernel, prepared, tensors, *weights, *parts, rope, offset)
-    return parts
+    return cached_by_layout(_build_launch, key, tensors, weights, rope, options), offset
 
 
 def _build_launch(
     tensors: tuple[Tensor | None, ...],
-    weights: tuple[Tensor | None, ...],
+    weights: Sequence[Tensor | None],
     rope: Rope,
     options: dict,
 ) -> Launch | None:
     """Check the call, then build its launch; None if there is nothing to rotate."""
     (q, k, *others), options = tensors, dict(options)
-    eps, backward = options.pop("norm_eps", 1e-6), others[2] is not None
+    eps, backward = options.pop("norm_eps", 1e-6), len(others) > 2
     inputs, rotation = resolve(q, k, *rope, adjoint=backward, **options)
     check_norm(q, k, *weights, eps)
     in_place = others[0] is q
     if in_place:
-        refuse_overlap(q, k)
+        refuse_expanded(q, k)
     together = [w is not None and w.shape[0] != q.shape[-1] for w in weights]
     # A backward with as many tokens would spill if dims pass, except float32 in halves.
     spills = backward and (rotation.interleaved or q.itemsize == 2)
     limited = backward and isinstance(chip_of(q), int)  # AMD's compiler knows no such limit
-    pairs = ((q, k), others[:2], others[2:])
-    return settle(
-        [x for xs in pairs for x in as_inputs(xs, inputs)],
+    return build_launch(
+        [x for i in range(0, len(tensors), 2) for x in as_inputs(tensors[i : i + 2], inputs)],
         *launch_constants(rotation),
         # The mean square of all heads is read before any of them is overwritten: by one program.
         one_program=backward or (in_place and any(together)),
-        may_be_few=not backward,
-        width=next_power_of_2(q.shape[-1]) // 2 if spills else 0,
+        small_tiles=not backward,
+        pairs_in_registers=next_power_of_2(q.shape[-1]) // 2 if spills else 0,
         Q_TOGETHER=together[0],
         K_TOGETHER=together[1],
         EPS=float(eps),
         **({"maxnreg": ALL_REGISTERS} if limited else {}),
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# UNTIL THE MERGE: for append.py alone, see the end of device.py
+
+
+@triton.jit
+def norm_rotate_heads(
+    x, weight, out, tokens, to, angles, codes_scale,
+    HEADS: tl.constexpr, SIGN: tl.constexpr, TOGETHER: tl.constexpr, ROTATES: tl.constexpr,
+    EPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Call norm_rotate on tensors of heads as tuples. SIGN: 1 for q, -1 for k."""
+    norm_rotate(
+        x[0], (tokens[0] * x[1] + tokens[1] * x[2]) * TILE.align, x[3] * TILE.align, tokens[2],
+        weight,
+        out[0], (to[0] * out[1] + to[1] * out[2]) * TILE.align, out[3] * TILE.align, to[2],
+        codes_scale, angles[0], angles[1], angles[2],
+        decayed(angles[5], angles[3], angles[4], SIGN * TILE.decay_sign, TILE),
+        HEADS, TOGETHER, ROTATES, EPS, TILE,
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """The rotation in Triton: one launch for q and k, forward and backward, in place or not.
 
 A program has a tile of tokens and a share of the heads. It finds its tokens' positions, computes
-their cosines and sines, and rotates one head after the other by them.
+their cosines and sines, and rotates one head after the other by them. The backward rotates the
+gradients by minus the angle; if it is given the forward's inputs, it derives the angles too.
 """
 
 from __future__ import annotations
@@ -15,97 +16,173 @@ from torch import Tensor
 from ..._shared.dtypes import accumulator
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.launch import chip_of
-from ..checks import refuse_overlap
+from ..._shared.triton.pairs import load_parts, store_parts
+from ..checks import refuse_expanded
 from ..rotation import Rotation, resolve
 from .device import (
-    POSITION_NUMBERS,
+    CALL_NUMBERS,
     Launch,
     Rope,
     as_inputs,
+    build_launch,
+    decayed,
     empty_outputs,
-    head_cos_sin,
-    head_rows,
     launch,
     launch_constants,
-    load_head,
+    load_positions,
     program_heads,
     program_tokens,
-    rotate_head,
-    scaled,
-    settle,
-    token_positions,
+    sincos,
+    stride_names,
 )
 
+STRIDES = stride_names("q", "k", "q_out", "k_out", "q_saved", "k_saved")
 # If every head has its own frequencies, a limit that no kernel reaches: without one, ptxas spills
 # to fit one more block.
 MOST_REGISTERS = 128
 
 
 @triton.jit
-def _rotate_and_derive(x, out, saved, tokens, head, cos, sin, grad, TILE: tl.constexpr):
-    """Rotate a head; return grad plus the head's share of the gradient of the angles.
+def _rotate_head(
+    x_ptr, x_row, x_stride_head, out_ptr, out_row, out_stride_head,
+    saved_ptr, saved_row, saved_stride_head, head, valid, cos, sin, angle_grad, TILE: tl.constexpr,
+):  # fmt: skip
+    """Rotate one head of a tile of tokens; return angle_grad plus the head's share of it.
 
-    The share is the cross product of each pair of x, a gradient, and saved, the forward's input.
+    x_row, out_row, saved_row: (TOKENS,) int64, where the rows of head 0 begin, in elements.
+    saved_ptr: the forward's input if x is the gradient of its output, else None: no share.
+    cos, sin: (TOKENS, PAIRS), times the amplitude.
     """
-    a, b = rotate_head(x, out, tokens, head, cos, sin, TILE)
-    if saved is not None:
-        saved_a, saved_b, _ = load_head(head_rows(saved, tokens, head, TILE), tokens[2], TILE)
-        grad += saved_a * b - saved_b * a
-    return grad
+    WIDE: tl.constexpr = angle_grad.dtype
+    head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
+    # TILE.align divides all strides: if not told, the compiler would load element by element.
+    x_row = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
+    out_row = tl.multiple_of(out_row + head * out_stride_head, TILE.align)
+    # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, rest_dims).
+    x_a, x_b, rest = load_parts(x_ptr + x_row, valid, TILE)
+    x_a, x_b = x_a.to(WIDE), x_b.to(WIDE)
+    out_a = x_a * cos - x_b * sin
+    out_b = x_b * cos + x_a * sin
+    store_parts(out_ptr + out_row, (out_a, out_b, rest), valid, TILE)  # rounds once
+    if saved_ptr is not None:
+        # The forward y = R(t) s has dL/dt = <dy, R J s> = <R^T dy, J s>, where J (a, b) = (-b, a),
+        # a quarter turn, commutes with R. R^T dy is out: a cross product of each pair is left.
+        saved_row = tl.multiple_of(saved_row + head * saved_stride_head, TILE.align)
+        s_a, s_b, _ = load_parts(saved_ptr + saved_row, valid, TILE)
+        angle_grad += s_a.to(WIDE) * out_b - s_b.to(WIDE) * out_a
+    return angle_grad
 
 
-@triton.jit(do_not_specialize=("offset", *POSITION_NUMBERS))
+@triton.jit(do_not_specialize=(*STRIDES, *CALL_NUMBERS))
 def rotate_kernel(
-    heads, angle_grad, rope,
-    offset, count, seqlen, position_axis, position_batch, position_seq, num_sequences, search_steps,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_saved_ptr, k_saved_ptr, angle_grad_ptr,
+    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+    q_saved_stride_batch, q_saved_stride_seq, q_saved_stride_head,
+    k_saved_stride_batch, k_saved_stride_seq, k_saved_stride_head,
+    count, seqlen,  # tokens: count = batch * seqlen
+    positions_stride_axis, positions_stride_batch, positions_stride_seq,
+    num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
     decay_origin: tl.float64, amplitude: tl.float64, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate: axis 0 is tiles of tokens, axis 1 shares of the heads. rope: a Rope.
+    """Rotate pairs of dims of q and k by position * inv_freq, and multiply them by amplitude.
 
-    k, q_saved, k_saved and angle_grad may be None; angle_grad: (count, heads_q or 1, half).
+    Axis 0 of the grid is tiles of tokens, axis 1 shares of the heads. Strides count elements. All
+    pointers but q, q_out and inv_freq may be None.
+
+    q, k: (batch, seqlen, heads, head_dim), of which 2 * half dims rotate.
+    q_out, k_out: like q and k, or q and k themselves.
+    q_saved, k_saved: the forward's inputs, if q and k are gradients of its outputs.
+    angle_grad: (batch, seqlen, heads_q if TILE.per_head else 1, half), contiguous, written.
+    inv_freq: (sequences or 1, heads or 1, half).
+    positions, cu_seqlens, axes: see load_positions; offset is added to all positions.
+    log_decay: (half,), xPos: multiply q by exp(decay_sign * log_decay * (position - decay_origin)),
+        and divide k by it.
     """
-    q, k, q_out, k_out, q_saved, k_saved = heads
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
-    PAIRS: tl.constexpr = TILE.pairs
-    tokens = program_tokens(count, seqlen, TILE)
-    batch, seq, valid = tokens  # (TOKENS,)
-    sequence, position = token_positions(
-        tokens, rope, offset, position_axis, position_batch, position_seq, num_sequences,
-        search_steps, TILE,
+    PAIRS: tl.constexpr = TILE.pairs  # half, rounded up to a power of two
+    HALF: tl.constexpr = TILE.half
+    batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
+
+    # The rows of head 0 in elements from the start: (TOKENS,) int64.
+    q_row = batch * q_stride_batch + seq * q_stride_seq
+    k_row = batch * k_stride_batch + seq * k_stride_seq
+    q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
+    k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
+    q_saved_row = batch * q_saved_stride_batch + seq * q_saved_stride_seq
+    k_saved_row = batch * k_saved_stride_batch + seq * k_saved_stride_seq
+
+    # Positions: sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64.
+    sequence, position = load_positions(
+        batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, offset, positions_stride_axis,
+        positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
     )  # fmt: skip
-    far = position - decay_origin
-    angles = (rope.inv_freq, sequence, position, far, rope.log_decay, amplitude)
-    grad = tl.zeros((TOKENS, PAIRS), tl.float64 if TILE.wide else tl.float32)
+    distance = position - decay_origin
+
+    # Frequencies: (TOKENS, PAIRS) pointers. Strides are constants, 0 where frequencies are shared.
     pair = tl.arange(0, PAIRS)
-    mask = valid[:, None] & (pair < TILE.half)[None, :]
+    mask = valid[:, None] & (pair < HALF)[None, :]
+    freq_ptrs = inv_freq_ptr + (sequence * TILE.inv_freq_stride_sequence)[:, None] + pair[None, :]
+
+    no_grad = tl.zeros((TOKENS, PAIRS), tl.float64 if TILE.wide else tl.float32)
     first, last = program_heads(TILE.heads_q)
 
-    if TILE.per_head:  # q and k then have the same heads
+    if TILE.per_head:
+        # Every head has frequencies of its own: its cosines and sines, then q's and k's head. Both
+        # have the same heads, and so the same gradient of angles.
         for head in range(first, last):
             head = tl.cast(head, tl.int64)
-            cos, sin = head_cos_sin(angles, head, valid, TILE)
-            c, s = scaled(cos, sin, angles, 1.0, TILE)
-            of_head = _rotate_and_derive(q, q_out, q_saved, tokens, head, c, s, grad, TILE)
-            if k is not None:
-                c, s = scaled(cos, sin, angles, -1.0, TILE)
-                of_head = _rotate_and_derive(k, k_out, k_saved, tokens, head, c, s, of_head, TILE)
-            if angle_grad is not None:
-                row = (batch * seqlen + seq) * TILE.heads_q + head
-                at = angle_grad + (row * TILE.half)[:, None] + pair[None, :]
-                tl.store(at, of_head, mask=mask)
+            freq = tl.load(freq_ptrs + head * TILE.inv_freq_stride_head, mask=mask, other=0.0)
+            cos, sin = sincos(position * freq.to(tl.float64), TILE)  # (TOKENS, PAIRS)
+            if TILE.conjugate:
+                sin = -sin  # minus the angle: a backward, or an inverse call
+            q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
+            angle_grad = _rotate_head(
+                q_ptr, q_row, q_stride_head, q_out_ptr, q_out_row, q_out_stride_head,
+                q_saved_ptr, q_saved_row, q_saved_stride_head,
+                head, valid, cos * q_amplitude, sin * q_amplitude, no_grad, TILE,
+            )  # fmt: skip
+            if k_ptr is not None:
+                k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
+                angle_grad = _rotate_head(
+                    k_ptr, k_row, k_stride_head, k_out_ptr, k_out_row, k_out_stride_head,
+                    k_saved_ptr, k_saved_row, k_saved_stride_head,
+                    head, valid, cos * k_amplitude, sin * k_amplitude, angle_grad, TILE,
+                )  # fmt: skip
+            if angle_grad_ptr is not None:
+                row = ((batch * seqlen + seq) * TILE.heads_q + head) * HALF
+                tl.store(angle_grad_ptr + row[:, None] + pair[None, :], angle_grad, mask=mask)
     else:
-        cos, sin = head_cos_sin(angles, tl.cast(0, tl.int64), valid, TILE)  # (TOKENS, PAIRS)
-        c, s = scaled(cos, sin, angles, 1.0, TILE)
+        # All heads share frequencies: cosines and sines once, then the heads of q, and those of k.
+        freq = tl.load(freq_ptrs, mask=mask, other=0.0)
+        cos, sin = sincos(position * freq.to(tl.float64), TILE)  # (TOKENS, PAIRS)
+        if TILE.conjugate:
+            sin = -sin  # minus the angle: a backward, or an inverse call
+        q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
+        q_cos, q_sin = cos * q_amplitude, sin * q_amplitude
+        angle_grad = no_grad
         for head in range(first, last):
-            grad = _rotate_and_derive(q, q_out, q_saved, tokens, head, c, s, grad, TILE)
-        if k is not None:
+            angle_grad = _rotate_head(
+                q_ptr, q_row, q_stride_head, q_out_ptr, q_out_row, q_out_stride_head,
+                q_saved_ptr, q_saved_row, q_saved_stride_head,
+                head, valid, q_cos, q_sin, angle_grad, TILE,
+            )  # fmt: skip
+        if k_ptr is not None:
+            k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
+            k_cos, k_sin = cos * k_amplitude, sin * k_amplitude
             first, last = program_heads(TILE.heads_k)
-            c, s = scaled(cos, sin, angles, -1.0, TILE)
             for head in range(first, last):
-                grad = _rotate_and_derive(k, k_out, k_saved, tokens, head, c, s, grad, TILE)
-        if angle_grad is not None:
-            at = angle_grad + ((batch * seqlen + seq) * TILE.half)[:, None] + pair[None, :]
-            tl.store(at, grad, mask=mask)
+                angle_grad = _rotate_head(
+                    k_ptr, k_row, k_stride_head, k_out_ptr, k_out_row, k_out_stride_head,
+                    k_saved_ptr, k_saved_row, k_saved_stride_head,
+                    head, valid, k_cos, k_sin, angle_grad, TILE,
+                )  # fmt: skip
+        if angle_grad_ptr is not None:  # summed over all heads: one program has them all
+            row = (batch * seqlen + seq) * HALF
+            tl.store(angle_grad_ptr + row[:, None] + pair[None, :], angle_grad, mask=mask)
 
 
 def build_rotation_launch(
@@ -119,11 +196,11 @@ def build_rotation_launch(
     sums_heads = tensors[4] is not None and not rotation.per_head
     # AMD's compiler knows no such limit.
     limited = rotation.per_head and isinstance(chip_of(tensors[0]), int)
-    return settle(
+    return build_launch(
         tensors,
         *launch_constants(rotation),
         one_program=sums_heads,
-        may_be_few=not sums_heads,
+        small_tiles=not sums_heads,
         copies_rest=not in_place,
         **({"maxnreg": MOST_REGISTERS} if limited else {}),
     )
@@ -171,7 +248,7 @@ def _run(
     prepared, angles = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
     angle_grad = None if saved[0] is None else q.new_empty(angles, dtype=accumulator(q.dtype))
     if prepared is not None:
-        launch(rotate_kernel, prepared, tensors, angle_grad, rope, offset)
+        launch(rotate_kernel, prepared, tensors, angle_grad, *rope, offset)
     elif angle_grad is not None:
         angle_grad.zero_()
     return angle_grad
@@ -185,7 +262,7 @@ def _build_launch(
     inputs, rotation = resolve(q, k, *rope, adjoint=adjoint, **options)
     in_place = others[0] is q
     if in_place:
-        refuse_overlap(q, k)
+        refuse_expanded(q, k)
     pairs = ((q, k), others[:2], others[2:])
     prepared = build_rotation_launch(
         [x for xs in pairs for x in as_inputs(xs, inputs)], in_place, rotation
