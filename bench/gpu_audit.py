@@ -333,7 +333,7 @@ TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
     "dq_kernel": ("attention, dQ", attention_traffic),
     "dkv_kernel": ("attention, dK and dV", attention_traffic),
     "decode_kernel": ("decode", decode_traffic),
-    "append_kernel": ("decode's append", cache_append_traffic),
+    "decode's append": ("decode's append", cache_append_traffic),
     "merge_kernel": ("merge", merge_traffic),
 }
 
@@ -419,6 +419,8 @@ def compiled(index: int) -> list[Row] | str:
         key = launch.name
         if key == "rotate_kernel" and ".ops.rope." in launch.module:  # attention has one too
             key = "rope rotate_kernel"
+        elif key == "rope_append_kernel" and case.call is decode:
+            key = "decode's append"
         kernel, traffic = TRAFFIC[key]
         variant = case.variant
         if key == "rotate_kernel":

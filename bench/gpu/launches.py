@@ -51,7 +51,6 @@ OPERATIONS = {
     Kernel("triton", "attention", "dkv_kernel"): "rerope",
     Kernel("triton", "attention", "merge_kernel"): "merge",
     Kernel("triton", "attention", "decode_kernel"): "rerope with a cache",
-    Kernel("triton", "attention", "append_kernel"): "append",
     Kernel("cuda", "rope", "rope_kernel"): "rope",
 }
 

@@ -27,15 +27,18 @@ from ....scores import UNROTATED
 from ....scores.base import FIRST_KEY
 from ..._shared.dtypes import FP8, as_bits
 from ..._shared.layouts import cached_by_layout, layout_key
-from ..._shared.triton.fp8 import kind_of_cache, parts_of_codes, quantize_rows, widened_codes
+from ..._shared.triton.fp8 import kind_of_cache, widened_codes
 from ..._shared.triton.launch import (
     VECTOR_BYTES,
     chip_of,
     processors_of,
     strides_of,
 )
-from ..._shared.triton.pairs import copy_rows, load_parts, of_pairs, rotate, store_parts, widened
-from ..._shared.triton.tokens import sequence_of
+from ..._shared.triton.pairs import load_parts, of_pairs, rotate, widened
+from ...rope.append_checks import Append
+from ...rope.triton.append import Slots, build_append, rope_append_kernel
+from ...rope.triton.device import Launch as AppendLaunch
+from ...rope.triton.device import Rope, launch
 from ..call import AttentionCall, KVCache, lse_shape
 from . import configs
 from .device import (
@@ -94,7 +97,6 @@ class CacheTile(NamedTuple):
     paged: bool
     padded: bool
     packed: bool  # the tokens of all sequences follow one another
-    freq_per_token: bool  # new tokens have the frequencies of their sequences
     codes: int  # how to read a cache in fp8: see _shared/triton/fp8.py
     several_tokens: bool  # queries have more than one token
     splits: bool  # several programs may share a sequence
@@ -167,88 +169,6 @@ def _tokens_of(sequence, batch, queries):
     end = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch, other=total)
     begin = tl.minimum(tl.maximum(begin, 0), total)
     return begin, tl.minimum(tl.maximum(end, begin), total) - begin
-
-
-# -------------------------------------------------------------------------------------------------
-# The first launch: write new keys and values
-
-
-@triton.jit(
-    do_not_specialize=[
-        *("k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head", "k_block", "k_slot"),
-        *("k_row", "v_block", "v_slot", "v_row", "table_batch", "page_size", "capacity"),
-        *("freq_batch", "new", "row_blocks", "sequences", "search_steps", "pages"),
-    ]
-)
-def append_kernel(
-    k, v, k_cache, v_cache, inv_freq, seqlens, block_table, leftpad, log_decay, pair_maps,
-    cu_seqlens, k_scale, v_scale, scratch,
-    k_batch, k_token, k_head, v_batch, v_token, v_head,
-    k_block, k_slot, k_row, v_block, v_slot, v_row,
-    table_batch, page_size, capacity, freq_batch, new, row_blocks, sequences, search_steps, pages,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Write new keys and values. Axis 0: blocks of tokens; 1: heads of k; 2: batch, 1 if packed.
-
-    scratch: the scratch of the next launch; this one sets the counters at its head, (batch,
-    heads_k, row_blocks), to 0.
-    """
-    BLOCK_N: tl.constexpr = TILE.block_n
-    STORED: tl.constexpr = TILE.stored
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    if scratch is not None:
-        counters = scratch.to(tl.pointer_type(tl.int32), bitcast=True)
-        mine = counters + (tl.cast(batch, tl.int64) * tl.num_programs(1) + head) * row_blocks
-        for n in tl.range(tl.program_id(0), row_blocks, tl.num_programs(0)):
-            tl.store(mine + n, 0)
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = token < new
-    sequence, place = batch, token
-    if TILE.packed:
-        sequence = sequence_of(token, cu_seqlens, sequences, search_steps)
-        place = token - tl.load(cu_seqlens + sequence)
-        exists = exists & (place >= 0) & (token < tl.load(cu_seqlens + sequence + 1))
-    slot = tl.load(seqlens + sequence) + place
-    valid = exists & (slot >= 0) & (slot < capacity)
-    position = slot
-    if TILE.padded:
-        position -= tl.load(leftpad + sequence)
-
-    table = (block_table, table_batch, page_size)
-    if TILE.paged:
-        page = _page_of(table, sequence, slot, valid)
-        valid = valid & (page >= 0) & (page < pages)
-    rows = _rows_of_tokens(k, batch, token, head, k_batch, k_token, k_head, TILE.align)
-    out = _slot_rows((k_cache, k_block, k_slot, k_row), table, sequence, head, slot, valid, TILE)
-    if TILE.stored is None:
-        if TILE.codes:
-            quantize_rows(rows, out, tl.load(k_scale + head), valid, TILE.head_dim, TILE.dims)
-        else:
-            copy_rows(rows, out, valid, TILE.head_dim, TILE.dims)
-    else:
-        pair = tl.arange(0, TILE.pairs)
-        inv_freq = freqs_of(inv_freq, head, TILE)
-        if TILE.freq_per_token:
-            freqs = inv_freq + sequence.to(tl.int64)[:, None] * freq_batch + pair[None, :]
-            freq = tl.load(freqs, mask=(pair < TILE.half)[None, :], other=0.0)
-        else:
-            freq = of_pairs(inv_freq + tl.cast(batch, tl.int64) * freq_batch, TILE)
-        decay = None
-        if log_decay is not None:
-            decay = -of_pairs(log_decay, TILE).to(tl.float64)
-        maps = (pair_maps, pair, head)
-        cos, sin = map_cos_sin(position, freq, decay, maps, STORED, None, TILE)
-        parts = rotate(widened(load_parts(rows, valid, TILE)), cos, sin, 1.0)
-        if TILE.codes:
-            parts = parts_of_codes(parts, tl.load(k_scale + head), k.dtype.element_ty, TILE)
-        store_parts(out, parts, valid, TILE)
-    rows = _rows_of_tokens(v, batch, token, head, v_batch, v_token, v_head, TILE.align)
-    out = _slot_rows((v_cache, v_block, v_slot, v_row), table, sequence, head, slot, valid, TILE)
-    if TILE.codes:
-        quantize_rows(rows, out, tl.load(v_scale + head), valid, TILE.head_dim_v, TILE.dims_v)
-    else:
-        copy_rows(rows, out, valid, TILE.head_dim_v, TILE.dims_v)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -707,12 +627,13 @@ class Grid(NamedTuple):
     least_blocks: int  # least blocks of keys in a split
 
 
-class Decode(NamedTuple):
+class Launches(NamedTuple):
     """Both launches, and the sizes of their shared scratch."""
 
-    append: Launch
+    append: AppendLaunch | None  # None: there is nothing to write
     attend: Launch
-    counters: int  # int32 numbers that become 0
+    rotates_keys: bool  # the first launch rotates the keys that it writes
+    num_counters: int  # numbers at the head of scratch that must be 0
     scratch: int  # float32 numbers, with the counters; 0 if no programs share a sequence
 
 
@@ -727,21 +648,24 @@ def decode(
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     call = with_contiguous_rows(call)
     if call.cu_seqlens is not None:  # as one sequence; only the device knows the boundaries
-        q, k, v = (None if x is None else x[None] for x in (q, k, v))
+        q = q[None]
     layouts = layout_key(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
     key = (layouts, call.fixed, cache.appended)
-    append, attend, counters, room = cached_by_layout(_build_launch, key, q, k, v, cache, call)
+    launches = cached_by_layout(_build_launches, key, q, k, v, cache, call)
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
-    scratch = q.new_empty(room, dtype=torch.float32) if room else None
+    scratch = q.new_empty(launches.scratch, dtype=torch.float32) if launches.scratch else None
     small = (call.inv_freq, *cache.tensors[:3], call.log_decay, call.pair_maps, call.cu_seqlens)
     with torch.cuda.device_of(q):
-        if k is not None and k.numel() > 0:
-            append_kernel[append.grid](
-                k, v, k_cache, v_cache, *small, *cache.scales, scratch,
-                *append.sizes, **append.options,
-            )  # fmt: skip
+        if launches.append is not None:
+            heads = (None, k, None, v, k_cache, v_cache)
+            slots = Slots(cache.seqlens, cache.block_table, None, cache.leftpad, *cache.scales)
+            positions = cache.seqlens if launches.rotates_keys else None
+            rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay)
+            others = (None, None, slots, rope, call.pair_maps, scratch)
+            launch(rope_append_kernel, launches.append, heads, *others)
         elif scratch is not None:
-            scratch[:counters].zero_()
+            scratch[: launches.num_counters].zero_()
+        attend = launches.attend
         if q.numel() > 0:
             decode_kernel[attend.grid](
                 q, k_cache, v_cache, *small, call.query_scale, call.sinks, *cache.scales,
@@ -750,10 +674,10 @@ def decode(
     return out, lse
 
 
-def _build_launch(
+def _build_launches(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
-) -> Decode:
-    """Build both launches; q, k, v: (batch, seqlen, heads, head_dim), batch 1 if packed."""
+) -> Launches:
+    """Build both launches; q: (batch, seqlen_q, heads_q, head_dim), batch 1 if packed."""
     setting = _config(q, cache, call)
     grid = grid_of(q, cache, call, setting.block_m, setting.block_n)
     tile = tile_of(q, cache, call, setting, grid.splits and q.numel() > 0)
@@ -772,30 +696,21 @@ def _build_launch(
     )  # fmt: skip
     options = {"TILE": tile._replace(align=align), **setting._replace(stages=stages).options}
     attend = Launch((grid.slots * grid.row_blocks, heads_k), sizes, options)
-    append = attend if k is None else _build_append_launch(k, v, cache, call, tile, grid.counters)
-    return Decode(append, attend, counters, scratch)
-
-
-def _build_append_launch(
-    k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall, tile: CacheTile, counters: int
-) -> Launch:
-    """Build the first launch; counters: numbers to set to 0 for every sequence and head."""
-    batch, new, heads_k, _ = k.shape
-    sequences = 0 if call.cu_seqlens is None else len(cache.seqlens)
-    block_n, align = 1 if new == 1 else 16, _align(k, cache, k, v)
-    # A row moves in two halves and the rest; a thread moves 16 bytes of each, if there are as many.
-    vectors = block_n * tile.half * k.itemsize // VECTOR_BYTES
-    # No settings of queries: otherwise another number of them would compile the kernel again.
-    of_queries = {"block_m": 0, "several_tokens": False, "splits": False, "merge_splits": 0}
-    tile = tile._replace(align=align, block_n=block_n, merge_rows=0, **of_queries)
-    sizes = (
-        *_strides(k, align), *_strides(v, align), *_strides(cache.k, align),
-        *_strides(cache.v, align), *_sizes(cache, call), new, counters, sequences,
-        sequences.bit_length(), cache.k.shape[0],
-    )  # fmt: skip
-    warps = 1 if new == 1 else 4 if vectors >= 128 else 2
-    options = {"TILE": tile, "num_warps": warps, "enable_fp_fusion": True}
-    return Launch((triton.cdiv(new, block_n), heads_k, batch), sizes, options)
+    append, rotates = None, call.stored != UNROTATED
+    if k is not None:
+        new = Append(
+            q=None, k=k, v=v, k_cache=cache.k, v_cache=cache.v,
+            q_norm_weight=None, k_norm_weight=None,
+            inv_freq=call.inv_freq if rotates else None,
+            cache_seqlens=cache.seqlens, block_table=cache.block_table,
+            cu_seqlens=call.cu_seqlens, cache_leftpad=cache.leftpad,
+            log_decay=call.log_decay if rotates else None,
+            k_scale=cache.scales.k, v_scale=cache.scales.v,
+            stored=call.stored.numbers() if rotates else (),
+            interleaved=call.interleaved,
+        )  # fmt: skip
+        append = build_append(new, call.pair_maps, counters)
+    return Launches(append, attend, rotates, counters, scratch)
 
 
 def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:
@@ -882,7 +797,6 @@ def tile_of(
         paged=cache.block_table is not None,
         padded=cache.leftpad is not None,
         packed=packed,
-        freq_per_token=packed and call.inv_freq.dim() > 1,
         codes=kind_of_cache(cache.k.dtype == FP8, chip_of(q)),
         several_tokens=several,
         splits=splits,
