@@ -227,7 +227,7 @@ def layout(score: scores.Score | None) -> tuple[tuple[int, ...], int]:
 
 def attention_traffic(case: Case, launch: Launch) -> Traffic:
     """Count attention: each tile of own rows goes through all tiles of other rows that it sees."""
-    name, size, tile = launch.name.removesuffix("_kernel"), case.dtype.itemsize, launch["TILE"]
+    name, size, tile = launch.name.removesuffix("_kernel"), case.dtype.itemsize, launch["BLOCKS"]
     starts, granularity = layout(case.score)
     q_rows, k_rows = _rows(case, HEADS_Q), _rows(case, HEADS_K)
     per_row = 4 * SEQLEN * HEADS_Q  # lse, delta
@@ -277,7 +277,7 @@ def rotate_traffic(case: Case, launch: Launch) -> Traffic:
     tile = launch["TILE"]
     maps = [(HEADS_K, len(tile.k_maps)), (HEADS_Q, len(tile.q_maps))]
     raw = _rows(case, sum(heads for heads, count in maps if count))
-    itemsize = 4 if launch["INVERSE"] else case.dtype.itemsize
+    itemsize = 4 if launch["BACKWARD"] else case.dtype.itemsize
     copies = _rows(case, sum(heads * count for heads, count in maps), itemsize=itemsize)
     each = -(-SEQLEN // tile.tokens)
     passes = tuple(each * sum(h * n for h, n in maps) for _, count in maps if count)
@@ -424,7 +424,8 @@ def compiled(index: int) -> list[Row] | str:
         kernel, traffic = TRAFFIC[key]
         variant = case.variant
         if key == "rotate_kernel":
-            variant += " inverse" if launch["INVERSE"] else "" if launch["TILE"].q_maps else " keys"
+            of_keys = not launch["TILE"].q_maps
+            variant += " inverse" if launch["BACKWARD"] else " keys" if of_keys else ""
         elif kernel == "norm and rotation":
             variant = "backward" if "backward" in key else "forward"
         found[kernel, variant] = row_of(kernel, case, variant, code, traffic(case, launch), chip)

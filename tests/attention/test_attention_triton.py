@@ -300,7 +300,7 @@ def test_no_length_is_known_to_the_compiler():
     for seqlen in (17, 40, 41):
         tensors = make_qkv(1, seqlen, None, 2, 1, 16)
         call = call_of(MADE["rerope"], softcap=1.5, sliding_window=12)
-        seen.add(device.tiles_of(configs.INTERPRETED, *tensors, call))
+        seen.add(device.constants_of(configs.INTERPRETED, *tensors, call))
     assert len(seen) == 1
 
 

@@ -9,9 +9,26 @@ There are four launches:
 Every region has its own gradients, in float32, so no sum is ever rotated. Kernels 2 and 3 use the
 log-sum-exp over all regions, so a merge of regions needs no backward. Without atomics, every run
 gives the same bits.
+
+With logits = scale * q @ k.T, after the cap, the gradients are those of flash-attention:
+
+    weights   = exp(logits - lse)                       delta = sum(dout * out) - dlse
+    dv        = weights.T @ dout                        d_logits = weights * (dout @ v.T - delta)
+    dq        = scale * d_logits @ k                    dk = scale * d_logits.T @ q
+
+where d_logits passes the cap's derivative on the way to dq and dk.
+
+The mask: in region r, query i sees the keys from region_begin(i, r) to region_begin(i, r + 1), and
+region_begin(i, regions) is the end of its keys. device.py defines it, with a picture.
+
+Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
+of D0 and D1 dims, a row of v, out or dout in tiles of DV0 and DV1: see Blocks in device.py. If D1
+is 0, the second tile is never used.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,161 +39,257 @@ from ..call import AttentionCall
 from . import configs
 from .device import (
     Launch,
-    add_weighted,
-    before_the_cap,
-    bounded,
-    copy_of,
-    cut_keys,
-    dots,
-    first_key,
-    groups_of,
-    inside_of,
-    keys_of,
+    constants_of,
+    count_blocks,
+    find_block,
     launch_for,
-    load_rows,
-    load_values,
+    load_tile,
     log2_e,
-    nth_block,
-    origin_of,
-    place,
-    place_queries,
-    pointers_to,
     programs_of,
-    row_base,
-    rows_of,
-    seen_keys,
+    region_begin,
     sequence_stride,
     sequences_of,
-    split,
-    store_rows,
-    tiles_of,
-    times,
+    softcap,
+    softcap_backward,
+    store_tile,
+    strides_in_elements,
+    strides_in_groups,
     with_contiguous_rows,
-    zero_rows,
 )
-from .rotate import gradients_of_copies, rotate_back, rotated
+from .rotate import Rotation, build_rotation, gradients_of_copies, rotate, rotate_back
 
 # -------------------------------------------------------------------------------------------------
 # By block of queries: delta, then the gradients of queries
 
 
 @triton.jit
-def _find_delta(
-    out, out_base, douts, dlse, delta, lse, row_of_head, left,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Return and store delta = sum(dout * out) - dlse, (M,): 0 for a row that sees no key."""
-    outs = load_rows(out, out_base, left, ROWS, True, TILE)
-    deltas = tl.sum(outs[0].to(tl.float32) * douts[0].to(tl.float32), 1)
-    if TILE.more_dims > 0:
-        deltas += tl.sum(outs[1].to(tl.float32) * douts[1].to(tl.float32), 1)
-    if dlse is not None:
-        deltas -= load_values(dlse + row_of_head, left, ROWS, True)
-    deltas = tl.where(lse == float("-inf"), 0.0, deltas)
-    row = tl.arange(0, ROWS)
-    tl.store(delta + row_of_head + row, deltas, mask=row < left)
-    return deltas
-
-
-@triton.jit
 def _add_dq(
-    dq, q, dout, k, v, k_base, v_base, lse, delta, cut, low, high, REGION: tl.constexpr,
-    MASKED: tl.constexpr, TILE: tl.constexpr, VALUES: tl.constexpr,
+    dq0, dq1,  # (M, D0), (M, D1) float32: d_logits @ k so far
+    q0, q1, dout0, dout1,  # (M, D0), (M, D1), (M, DV0), (M, DV1); q: rotated to this region
+    lse_2, delta,  # (M,) float32; lse_2 has base 2
+    k_row, k_stride_seq, v_row, v_stride_seq,  # key 0 of the sequence and head; elements
+    begin, end,  # the keys that any of the rows sees in this region
+    num_before, num_full, num_masked,  # blocks of keys from `begin` on; num_before of num_masked
+    row_begin, row_end,  # (M,): row i sees keys [row_begin[i], row_end[i]); read if MASKED
+    MASKED: tl.constexpr,  # add the masked blocks, before and after the full ones; else the full
+    FROM_KEY_0: tl.constexpr,  # row_begin is 0 for every row
+    MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Add the terms of the masked, or full, blocks of keys to dq, without the scale.
+    """Add the terms of a region's masked, or its full, blocks of keys to dq, without the scale."""
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    D0: tl.constexpr = BLOCKS.d0
+    D1: tl.constexpr = BLOCKS.d1
+    DV0: tl.constexpr = BLOCKS.dv0
+    DV1: tl.constexpr = BLOCKS.dv1
+    HEAD_DIM: tl.constexpr = MODEL.head_dim
+    HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
+    for i in tl.range(num_masked if MASKED else num_full):
+        # Full blocks lie between the masked ones, which step over them.
+        block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
+        start = begin + block * BLOCK_N
+        # A full block lies inside the sequence, so it is loaded without a mask of rows. A masked
+        # one before it may reach past `end`: `row_end` then hides keys that were loaded as 0.
+        rows = end - start
+        k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
+        v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
 
-    In a masked block, row i sees only the keys from low[i] to high[i].
-    """
-    BLOCK_N: tl.constexpr = TILE.block_n
-    _, _, full, masked, _ = cut
-    for i in tl.range(masked if MASKED else full):
-        start, left = nth_block(i, cut, MASKED, BLOCK_N)
-        k_at = k_base + tl.cast(start, tl.int64) * k.seq * TILE.align
-        v_at = v_base + tl.cast(start, tl.int64) * v.seq * TILE.align
-        k_rows = load_rows(k, k_at, left, BLOCK_N, MASKED, TILE)  # (N, D) twice
-        logits = bounded(dots(q, k_rows, TILE), TILE)  # (M, N)
-        weights = tl.exp2(logits * TILE.factor - lse[:, None])
+        # weights = exp2(q @ k.T - lse): (M, N)
+        k0 = load_tile(k_block, k_stride_seq, rows, BLOCK_N, D0, HEAD_DIM, MASKED)  # (N, D0)
+        k1 = k0
+        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if D1 > 0:
+            k1 = load_tile(k_block + D0, k_stride_seq, rows, BLOCK_N, D1, HEAD_DIM - D0, MASKED)
+            logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
+        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)  # in units of logit_unit
+        weights = tl.exp2(logits * MODEL.logit_unit - lse_2[:, None])
         if MASKED:
-            weights = tl.where(seen_keys(start, low, high, REGION, TILE), weights, 0.0)
-        v_rows = load_rows(v, v_at, left, BLOCK_N, MASKED, VALUES)
-        d_logits = weights * (dots(dout, v_rows, VALUES) - delta[:, None])
-        dq = add_weighted(dq, before_the_cap(d_logits, logits, TILE), k_rows, TILE)  # (M, D) twice
-    return dq
+            key = (start + tl.arange(0, BLOCK_N))[None, :]
+            seen = key < row_end[:, None]
+            if not FROM_KEY_0:
+                seen = seen & (key >= row_begin[:, None])
+            weights = tl.where(seen, weights, 0.0)
 
+        # d_logits = weights * (dout @ v.T - delta): (M, N)
+        v0 = load_tile(v_block, v_stride_seq, rows, BLOCK_N, DV0, HEAD_DIM_V, MASKED)  # (N, DV0)
+        d_weights = tl.dot(dout0, tl.trans(v0), input_precision="ieee")
+        if DV1 > 0:
+            v1 = load_tile(
+                v_block + DV0, v_stride_seq, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0, MASKED
+            )
+            d_weights = tl.dot(dout1, tl.trans(v1), d_weights, input_precision="ieee")
+        d_logits = weights * (d_weights - delta[:, None])
 
-@triton.jit
-def _store_dq(x, base, rows, count, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Store the first `count` rows.
-
-    Both parts share registers for addresses, since these are live together with the sums.
-    """
-    MORE: tl.constexpr = TILE.more_dims
-    inside = inside_of(count, 0, TILE.dims, ROWS, True, TILE)
-    tl.store(pointers_to(x, base, 0, TILE.dims, ROWS, TILE), rows[0], mask=inside)
-    if MORE > 0:
-        inside = inside_of(count, TILE.dims, MORE, ROWS, True, TILE)
-        to = pointers_to(x, base + TILE.dims, 0, MORE, ROWS, TILE)
-        tl.store(to, rows[1], mask=inside)
+        # dq += d_logits @ k
+        d_logits = softcap_backward(d_logits, logits, MODEL.softcap).to(k0.dtype)
+        dq0 = tl.dot(d_logits, k0, dq0, input_precision="ieee")
+        if D1 > 0:
+            dq1 = tl.dot(d_logits, k1, dq1, input_precision="ieee")
+    return dq0, dq1
 
 
 @triton.jit(
     do_not_specialize=[
-        *("k_batch", "k_seq", "k_head", "v_batch", "v_seq", "v_head"),
-        *("out_batch", "out_seq", "out_head", "dout_batch", "dout_seq", "dout_head"),
+        *("k_stride_batch", "k_stride_seq", "k_stride_head"),
+        *("v_stride_batch", "v_stride_seq", "v_stride_head"),
+        *("out_stride_batch", "out_stride_seq", "out_stride_head"),
+        *("dout_stride_batch", "dout_stride_seq", "dout_stride_head"),
         *("q_start_stride", "k_start_stride", "num_sequences", "search_steps", "blocks"),
         *("seqlen_q", "seqlen_k"),
     ]
 )
 def dq_kernel(
-    q_rotated, k, k_rotated, v, out, dout, dlse, lse, delta, dq_rotated, cu_seqlens, q_start,
-    k_start, k_batch, k_seq, k_head, v_batch, v_seq, v_head, out_batch, out_seq, out_head,
-    dout_batch, dout_seq, dout_head, q_start_stride, k_start_stride, num_sequences, search_steps,
-    blocks, seqlen_q, seqlen_k, TILE: tl.constexpr, VALUES: tl.constexpr,
+    q_rotated,  # (batch, seqlen_q, regions, heads_q, head_dim), contiguous
+    k, v,  # (batch, seqlen_k, heads_k, dims), or (1, total, heads_k, dims) if packed
+    k_rotated,  # (batch, seqlen_k, copies, heads_k, head_dim), contiguous; None: no region needs it
+    out, dout,  # (batch, seqlen_q, heads_q, head_dim_v)
+    lse, dlse, delta,  # (batch, heads_q, seqlen_q) float32, contiguous; dlse may be None
+    dq_rotated,  # like q_rotated, float32: to write
+    cu_seqlens, q_start, k_start,  # (sequences + 1,), (sequences or 1,), ... int32, or None
+    k_stride_batch, k_stride_seq, k_stride_head,  # divided by BLOCKS.align
+    v_stride_batch, v_stride_seq, v_stride_head,
+    out_stride_batch, out_stride_seq, out_stride_head,
+    dout_stride_batch, dout_stride_seq, dout_stride_head,
+    q_start_stride, k_start_stride,  # between sequences; 0: they share one
+    num_sequences, search_steps,  # packed sequences, and steps of a binary search for one
+    blocks,  # blocks of queries for each head: at least as many as there are
+    seqlen_q, seqlen_k,  # the totals if packed
+    MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Compute delta and dq. Axis 0: blocks of queries, longest first, then heads, then batch."""
-    BLOCK_M: tl.constexpr = TILE.block_m
-    REGIONS: tl.constexpr = len(TILE.q_maps)
-    HEADS: tl.constexpr = TILE.heads_q
-    HEADS_K: tl.constexpr = TILE.heads_k
-    at = place_queries(
-        blocks, cu_seqlens, num_sequences, search_steps, q_start, k_start, q_start_stride,
-        k_start_stride, seqlen_q, seqlen_k, TILE,
-    )  # fmt: skip
-    batch, head, row, left = at.batch, at.head, at.row, at.left
-    head_k = head // (HEADS // HEADS_K)
-    position = at.top + tl.arange(0, BLOCK_M)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    D0: tl.constexpr = BLOCKS.d0
+    D1: tl.constexpr = BLOCKS.d1
+    DV0: tl.constexpr = BLOCKS.dv0
+    DV1: tl.constexpr = BLOCKS.dv1
+    HEADS_Q: tl.constexpr = MODEL.heads_q
+    HEADS_K: tl.constexpr = MODEL.heads_k
+    HEAD_DIM: tl.constexpr = MODEL.head_dim
+    HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
+    REGIONS: tl.constexpr = len(MODEL.starts)
 
-    scale = tl.full((BLOCK_M,), TILE.softmax_scale, tl.float32)
-    row_of_head = (tl.cast(batch, tl.int64) * HEADS + head) * seqlen_q + row
-    lses = load_values(lse + row_of_head, left, BLOCK_M, True)
-    dout_of = rows_of(dout, dout_batch, dout_seq, dout_head, HEADS, VALUES)
-    dout_base = row_base(dout_of, batch, row, head, VALUES)
-    douts = load_rows(dout_of, dout_base, left, BLOCK_M, True, VALUES)
-    out_of = rows_of(out, out_batch, out_seq, out_head, HEADS, VALUES)
-    out_base = row_base(out_of, batch, row, head, VALUES)
-    deltas = _find_delta(
-        out_of, out_base, douts, dlse, delta, lses, row_of_head, left, BLOCK_M, VALUES
+    # Strides in elements from here on.
+    k_stride_batch, k_stride_seq, k_stride_head = strides_in_elements(
+        k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS
     )
-    v_of = rows_of(v, v_batch, v_seq, v_head, HEADS_K, VALUES)
-    v_base = row_base(v_of, batch, at.first_row, head_k, VALUES)
+    v_stride_batch, v_stride_seq, v_stride_head = strides_in_elements(
+        v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS
+    )
+    out_stride_batch, out_stride_seq, out_stride_head = strides_in_elements(
+        out_stride_batch, out_stride_seq, out_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
+    )
+    dout_stride_batch, dout_stride_seq, dout_stride_head = strides_in_elements(
+        dout_stride_batch, dout_stride_seq, dout_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
+    )
+
+    # This program's queries. The last block of a sequence sees the most keys, so it starts first:
+    # short blocks fill the gaps at the end. A program without a block has rows <= 0, and no keys.
+    this = find_block(
+        blocks, HEADS_Q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
+    )
+    head_k = this.head // (HEADS_Q // HEADS_K)
+    batch = tl.cast(this.batch, tl.int64)
+    q_first = (this.num_blocks - 1 - this.index) * BLOCK_M  # within the sequence
+    rows = this.seqlen_q - q_first  # rows of the sequence from there on; may exceed BLOCK_M
+    q_index = this.first_row + q_first  # the block's first token in q
+
+    # A query's own key, and the last one it sees, is counted from the sequence's first key.
+    # key_0_pos is that key's absolute position: blocks of granularity count from position 0.
+    key_0_pos = 0
+    if k_start is not None:
+        key_0_pos = tl.load(k_start + this.sequence * k_start_stride)
+    shift = this.seqlen_k - this.seqlen_q  # query 0's own key: both sides end together,
+    if q_start is not None:  # unless positions say where they begin
+        shift = tl.load(q_start + this.sequence * q_start_stride) - key_0_pos
+    first_q_key = q_first + shift
+    last_q_key = tl.minimum(first_q_key + BLOCK_M, this.seqlen_q + shift) - 1
+    q_key = first_q_key + tl.arange(0, BLOCK_M)  # (M,)
+
+    # delta = sum(dout * out) - dlse, (M,): 0 for a row that sees no key, whose lse is -inf.
+    row = tl.arange(0, BLOCK_M)
+    lse_index = (batch * HEADS_Q + this.head) * seqlen_q + q_index
+    lses = tl.load(lse + lse_index + row, mask=row < rows, other=0.0)  # (M,)
+    dout_row = dout + (
+        batch * dout_stride_batch
+        + tl.cast(q_index, tl.int64) * dout_stride_seq
+        + tl.cast(this.head, tl.int64) * dout_stride_head
+    )
+    out_row = out + (
+        batch * out_stride_batch
+        + tl.cast(q_index, tl.int64) * out_stride_seq
+        + tl.cast(this.head, tl.int64) * out_stride_head
+    )
+    dout0 = load_tile(dout_row, dout_stride_seq, rows, BLOCK_M, DV0, HEAD_DIM_V, True)  # (M, DV0)
+    dout1 = dout0
+    out0 = load_tile(out_row, out_stride_seq, rows, BLOCK_M, DV0, HEAD_DIM_V, True)
+    deltas = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
+    if DV1 > 0:
+        dout1 = load_tile(
+            dout_row + DV0, dout_stride_seq, rows, BLOCK_M, DV1, HEAD_DIM_V - DV0, True
+        )
+        out1 = load_tile(out_row + DV0, out_stride_seq, rows, BLOCK_M, DV1, HEAD_DIM_V - DV0, True)
+        deltas += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
+    if dlse is not None:
+        deltas -= tl.load(dlse + lse_index + row, mask=row < rows, other=0.0)
+    deltas = tl.where(lses == float("-inf"), 0.0, deltas)
+    tl.store(delta + lse_index + row, deltas, mask=row < rows)
+
+    v_row = v + (
+        batch * v_stride_batch
+        + tl.cast(this.first_row, tl.int64) * v_stride_seq
+        + tl.cast(head_k, tl.int64) * v_stride_head
+    )
     for r in tl.static_range(REGIONS):
-        q_of = copy_of(q_rotated, seqlen_q, r, REGIONS, HEADS, TILE)
-        q_base = row_base(q_of, batch, row, head, TILE)
-        q_rows = load_rows(q_of, q_base, left, BLOCK_M, True, TILE)
-        k_of = keys_of(k, k_batch, k_seq, k_head, k_rotated, seqlen_k, r, TILE)
-        k_base = row_base(k_of, batch, at.first_row, head_k, TILE)
-        low = first_key(position, at.seqlen_k, at.origin, r, TILE)
-        high = first_key(position, at.seqlen_k, at.origin, r + 1, TILE)
-        cut = cut_keys(at, r, TILE)
-        grad = zero_rows(BLOCK_M, TILE)
-        for masked in tl.static_range(2):
-            grad = _add_dq(
-                grad, q_rows, douts, k_of, v_of, k_base, v_base, lses * log2_e(), deltas, cut,
-                low, high, r, masked == 0, TILE, VALUES,
+        # The queries, rotated to this region: q0 (M, D0), q1 (M, D1).
+        q_offset = (((batch * seqlen_q + q_index) * REGIONS + r) * HEADS_Q + this.head) * HEAD_DIM
+        q_row_stride = REGIONS * HEADS_Q * HEAD_DIM
+        q_row = q_rotated + q_offset
+        q0 = load_tile(q_row, q_row_stride, rows, BLOCK_M, D0, HEAD_DIM, True)
+        q1 = q0
+        if D1 > 0:
+            q1 = load_tile(q_row + D0, q_row_stride, rows, BLOCK_M, D1, HEAD_DIM - D0, True)
+
+        # The region's keys: k itself, or a rotated copy.
+        if MODEL.sees_given_k[r]:
+            k_row = k + (
+                batch * k_stride_batch
+                + tl.cast(this.first_row, tl.int64) * k_stride_seq
+                + tl.cast(head_k, tl.int64) * k_stride_head
+            )
+            k_row_stride = k_stride_seq
+        else:
+            k_index = batch * seqlen_k + this.first_row
+            k_index = (k_index * MODEL.k_copies + MODEL.k_copy[r]) * HEADS_K + head_k
+            k_row = k_rotated + k_index * HEAD_DIM
+            k_row_stride = MODEL.k_copies * HEADS_K * HEAD_DIM
+
+        # Row i sees the keys [row_begin[i], row_end[i]), and both rise with i. So the rows together
+        # see [begin, end), and every row sees [every_begin, every_end).
+        row_begin = region_begin(q_key, this.seqlen_k, key_0_pos, r, MODEL)  # (M,)
+        row_end = region_begin(q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
+        begin = 0
+        every_begin = 0
+        if not (r == 0 and MODEL.from_key_0):
+            begin = region_begin(first_q_key, this.seqlen_k, key_0_pos, r, MODEL)
+            every_begin = region_begin(last_q_key, this.seqlen_k, key_0_pos, r, MODEL)
+        every_end = region_begin(first_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
+        end = region_begin(last_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
+        num_before, num_full, num_masked = count_blocks(begin, every_begin, every_end, end, BLOCK_N)
+        dq0 = tl.zeros((BLOCK_M, D0), tl.float32)
+        dq1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
+        for full in tl.static_range(2):  # masked blocks, then full ones
+            dq0, dq1 = _add_dq(
+                dq0, dq1, q0, q1, dout0, dout1, lses * log2_e(), deltas,
+                k_row, k_row_stride, v_row, v_stride_seq,
+                begin, end, num_before, num_full, num_masked, row_begin, row_end,
+                full == 0, r == 0 and MODEL.from_key_0, MODEL, BLOCKS,
             )  # fmt: skip
-        dq_of = copy_of(dq_rotated, seqlen_q, r, REGIONS, HEADS, TILE)
-        dq_base = row_base(dq_of, batch, row, head, TILE)
-        _store_dq(dq_of, dq_base, times(grad, scale), left, BLOCK_M, TILE)
+
+        dq_row = dq_rotated + q_offset
+        scale = tl.full((BLOCK_M, 1), MODEL.softmax_scale, tl.float32)
+        store_tile(dq_row, q_row_stride, dq0 * scale, rows, BLOCK_M, D0, HEAD_DIM)
+        if D1 > 0:
+            store_tile(dq_row + D0, q_row_stride, dq1 * scale, rows, BLOCK_M, D1, HEAD_DIM - D0)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -184,131 +297,258 @@ def dq_kernel(
 
 
 @triton.jit
-def _end_query(key, at, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Return the end of the rows that see `key` in REGION or a later one; at: as in dkv_kernel."""
-    seqlen_q, shift, origin = at
-    end = key
-    if len(TILE.starts) > REGION:
+def _queries_end(
+    key, seqlen_q, shift, key_0_pos, REGION: tl.constexpr, MODEL: tl.constexpr
+):  # fmt: skip
+    """Return the end of the rows that see `key` in REGION or a later one: `region_begin` inverted.
+
+    It is the number of rows i of the sequence with region_begin(i + shift, REGION) <= key. So in
+    REGION, the rows from _queries_end(j, REGION + 1) to _queries_end(j, REGION) see key j.
+
+    shift: the own key of row 0.
+    """
+    end = key  # own keys from here on: rows before `key` do not see it
+    if len(MODEL.starts) > REGION:
+        # The first position whose block of granularity begins past this sees the key no more.
         # Floor division: Triton's rounds toward zero if the dividend is negative.
-        ahead = tl.maximum(key + origin - TILE.starts[REGION], -TILE.granularity)
-        last = (ahead + TILE.granularity) // TILE.granularity * TILE.granularity - origin
-        if TILE.window > 0:
-            last = tl.minimum(last, key + TILE.window)
+        ahead = tl.maximum(key + key_0_pos - MODEL.starts[REGION], -MODEL.granularity)
+        last = (ahead + MODEL.granularity) // MODEL.granularity * MODEL.granularity - key_0_pos
+        if MODEL.window > 0:
+            last = tl.minimum(last, key + MODEL.window)
         end = tl.maximum(end, last)
     return tl.minimum(tl.maximum(end, tl.maximum(shift, 0)), seqlen_q + shift) - shift
 
 
 @triton.jit
-def _cut_queries(first, last, at, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Cut the range of rows that see keys `first` to `last` into blocks, like `cut_keys`."""
-    low = _end_query(first, at, REGION + 1, TILE)
-    all_low = _end_query(last, at, REGION + 1, TILE)
-    all_high = _end_query(first, at, REGION, TILE)
-    high = _end_query(last, at, REGION, TILE)
-    before, full, masked = split(low, all_low, all_high, high, TILE.block_m)
-    return low, before, full, masked, high
-
-
-@triton.jit
 def _add_dkv(
-    dk, dv, k, v, q, dout, q_base, dout_base, lse, delta, cut, low, high, MASKED: tl.constexpr,
-    TILE: tl.constexpr, VALUES: tl.constexpr,
+    dk0, dk1, dv0, dv1,  # (N, D0), (N, D1), (N, DV0), (N, DV1) float32
+    k0, k1, v0, v1,  # (N, D0), (N, D1), (N, DV0), (N, DV1); k: rotated to this region
+    q_row, q_stride_seq, dout_row, dout_stride_seq,  # row 0 of the sequence and head; elements
+    lse, delta,  # pointers to row 0 of the sequence and head
+    begin, end,  # the rows that see any of the keys in this region
+    num_before, num_full, num_masked,  # blocks of rows from `begin` on; num_before of num_masked
+    key_begin, key_end,  # (N,): rows [key_begin[j], key_end[j]) see key j; read if MASKED
+    MASKED: tl.constexpr,  # add the masked blocks, before and after the full ones; else the full
+    MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Add the terms of the masked, or full, blocks of rows to dk, without the scale, and to dv.
-
-    In a masked block, only rows low[j] to high[j] see key j.
-    """
-    BLOCK_M: tl.constexpr = TILE.block_m
-    _, _, full, masked, _ = cut
-    for i in tl.range(masked if MASKED else full):
-        start, left = nth_block(i, cut, MASKED, BLOCK_M)
-        lses = load_values(lse + start, left, BLOCK_M, MASKED) * log2_e()
-        deltas = load_values(delta + start, left, BLOCK_M, MASKED)
-        q_at = q_base + tl.cast(start, tl.int64) * q.seq * TILE.align
-        dout_at = dout_base + tl.cast(start, tl.int64) * dout.seq * TILE.align
-        q_rows = load_rows(q, q_at, left, BLOCK_M, MASKED, TILE)  # (M, D) twice
-        logits = bounded(dots(k, q_rows, TILE), TILE)  # (N, M)
-        weights = tl.exp2(logits * TILE.factor - lses[None, :])
+    """Add the terms of masked, or full, blocks of rows to dk, without the scale, and to dv."""
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    D0: tl.constexpr = BLOCKS.d0
+    D1: tl.constexpr = BLOCKS.d1
+    DV0: tl.constexpr = BLOCKS.dv0
+    DV1: tl.constexpr = BLOCKS.dv1
+    HEAD_DIM: tl.constexpr = MODEL.head_dim
+    HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
+    for i in tl.range(num_masked if MASKED else num_full):
+        # Full blocks lie between the masked ones, which step over them.
+        block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
+        start = begin + block * BLOCK_M
+        rows = end - start  # a full block lies inside the sequence: no mask of rows
+        q_block = q_row + tl.cast(start, tl.int64) * q_stride_seq
+        dout_block = dout_row + tl.cast(start, tl.int64) * dout_stride_seq
+        row = tl.arange(0, BLOCK_M)
         if MASKED:
-            row = (start + tl.arange(0, BLOCK_M))[None, :]
-            weights = tl.where((row >= low[:, None]) & (row < high[:, None]), weights, 0.0)
-        douts = load_rows(dout, dout_at, left, BLOCK_M, MASKED, VALUES)
-        dv = add_weighted(dv, weights, douts, VALUES)  # (N, D) twice
-        d_logits = weights * (dots(v, douts, VALUES) - deltas[None, :])
-        dk = add_weighted(dk, before_the_cap(d_logits, logits, TILE), q_rows, TILE)
-    return dk, dv
+            lses = tl.load(lse + start + row, mask=row < rows, other=0.0) * log2_e()  # (M,)
+            deltas = tl.load(delta + start + row, mask=row < rows, other=0.0)  # (M,)
+        else:
+            lses = tl.load(lse + start + row) * log2_e()
+            deltas = tl.load(delta + start + row)
+
+        # weights = exp2(k @ q.T - lse): (N, M), the transpose of the forward's
+        q0 = load_tile(q_block, q_stride_seq, rows, BLOCK_M, D0, HEAD_DIM, MASKED)  # (M, D0)
+        q1 = q0
+        logits = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+        if D1 > 0:
+            q1 = load_tile(q_block + D0, q_stride_seq, rows, BLOCK_M, D1, HEAD_DIM - D0, MASKED)
+            logits = tl.dot(k1, tl.trans(q1), logits, input_precision="ieee")
+        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)  # in units of logit_unit
+        weights = tl.exp2(logits * MODEL.logit_unit - lses[None, :])
+        if MASKED:
+            number = (start + row)[None, :]
+            seen = (number >= key_begin[:, None]) & (number < key_end[:, None])
+            weights = tl.where(seen, weights, 0.0)
+
+        # dv += weights.T @ dout
+        dout0 = load_tile(dout_block, dout_stride_seq, rows, BLOCK_M, DV0, HEAD_DIM_V, MASKED)
+        dout1 = dout0
+        weights_v = weights.to(dout0.dtype)
+        dv0 = tl.dot(weights_v, dout0, dv0, input_precision="ieee")
+        if DV1 > 0:
+            dout1 = load_tile(
+                dout_block + DV0, dout_stride_seq, rows, BLOCK_M, DV1, HEAD_DIM_V - DV0, MASKED
+            )
+            dv1 = tl.dot(weights_v, dout1, dv1, input_precision="ieee")
+
+        # d_logits = weights * (v @ dout.T - delta): (N, M)
+        d_weights = tl.dot(v0, tl.trans(dout0), input_precision="ieee")
+        if DV1 > 0:
+            d_weights = tl.dot(v1, tl.trans(dout1), d_weights, input_precision="ieee")
+        d_logits = weights * (d_weights - deltas[None, :])
+
+        # dk += d_logits @ q
+        d_logits = softcap_backward(d_logits, logits, MODEL.softcap).to(q0.dtype)
+        dk0 = tl.dot(d_logits, q0, dk0, input_precision="ieee")
+        if D1 > 0:
+            dk1 = tl.dot(d_logits, q1, dk1, input_precision="ieee")
+    return dk0, dk1, dv0, dv1
 
 
 @triton.jit(
     do_not_specialize=[
-        *("k_batch", "k_seq", "k_head", "v_batch", "v_seq", "v_head"),
-        *("dout_batch", "dout_seq", "dout_head", "q_start_stride", "k_start_stride"),
-        *("num_sequences", "search_steps", "blocks", "seqlen_q", "seqlen_k"),
+        *("k_stride_batch", "k_stride_seq", "k_stride_head"),
+        *("v_stride_batch", "v_stride_seq", "v_stride_head"),
+        *("dout_stride_batch", "dout_stride_seq", "dout_stride_head"),
+        *("q_start_stride", "k_start_stride", "num_sequences", "search_steps", "blocks"),
+        *("seqlen_q", "seqlen_k"),
     ]
 )
 def dkv_kernel(
-    q_rotated, k, k_rotated, v, dout, lse, delta, dk_rotated, dv, cu_seqlens, q_start, k_start,
-    k_batch, k_seq, k_head, v_batch, v_seq, v_head, dout_batch, dout_seq, dout_head,
-    q_start_stride, k_start_stride, num_sequences, search_steps, blocks, seqlen_q, seqlen_k,
-    TILE: tl.constexpr, VALUES: tl.constexpr,
+    q_rotated,  # (batch, seqlen_q, regions, heads_q, head_dim), contiguous
+    k, v,  # (batch, seqlen_k, heads_k, dims), or (1, total, heads_k, dims) if packed
+    k_rotated,  # (batch, seqlen_k, copies, heads_k, head_dim), contiguous; None: no region needs it
+    dout,  # (batch, seqlen_q, heads_q, head_dim_v)
+    lse, delta,  # (batch, heads_q, seqlen_q) float32, contiguous
+    dk_rotated,  # (batch, seqlen_k, regions, heads_k, head_dim) float32, contiguous: to write
+    dv,  # (batch, seqlen_k, heads_k, head_dim_v), contiguous: to write
+    cu_seqlens, q_start, k_start,  # (sequences + 1,), (sequences or 1,), ... int32, or None
+    k_stride_batch, k_stride_seq, k_stride_head,  # divided by BLOCKS.align
+    v_stride_batch, v_stride_seq, v_stride_head,
+    dout_stride_batch, dout_stride_seq, dout_stride_head,
+    q_start_stride, k_start_stride,  # between sequences; 0: they share one
+    num_sequences, search_steps,  # packed sequences, and steps of a binary search for one
+    blocks,  # blocks of keys for each head of k: at least as many as there are
+    seqlen_q, seqlen_k,  # the totals if packed
+    MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv. Axis 0: blocks of keys, longest first, then heads of k, then the batch.
 
-    One program sums over the query heads of a group.
+    One program sums over the query heads of a group. The first keys are seen by the most queries.
     """
-    BLOCK_N: tl.constexpr = TILE.block_n
-    REGIONS: tl.constexpr = len(TILE.q_maps)
-    HEADS: tl.constexpr = TILE.heads_q
-    HEADS_K: tl.constexpr = TILE.heads_k
-    GROUP: tl.constexpr = HEADS // HEADS_K
-    batch, sequence, head, block, _, first_row, rows_q, rows_k = place(
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    D0: tl.constexpr = BLOCKS.d0
+    D1: tl.constexpr = BLOCKS.d1
+    DV0: tl.constexpr = BLOCKS.dv0
+    DV1: tl.constexpr = BLOCKS.dv1
+    HEADS_Q: tl.constexpr = MODEL.heads_q
+    HEADS_K: tl.constexpr = MODEL.heads_k
+    GROUP: tl.constexpr = HEADS_Q // HEADS_K  # heads of q that share one of k
+    HEAD_DIM: tl.constexpr = MODEL.head_dim
+    HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
+    REGIONS: tl.constexpr = len(MODEL.starts)
+
+    # Strides in elements from here on.
+    k_stride_batch, k_stride_seq, k_stride_head = strides_in_elements(
+        k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS
+    )
+    v_stride_batch, v_stride_seq, v_stride_head = strides_in_elements(
+        v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS
+    )
+    dout_stride_batch, dout_stride_seq, dout_stride_head = strides_in_elements(
+        dout_stride_batch, dout_stride_seq, dout_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
+    )
+
+    # This program's keys. A program without a block has rows <= 0, and no queries.
+    this = find_block(
         blocks, HEADS_K, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_N
     )
-    first = block * BLOCK_N
-    row = first_row + first
-    left = rows_k - first
-    key = first + tl.arange(0, BLOCK_N)
-    last = tl.minimum(first + BLOCK_N, rows_k) - 1
-    shift, origin = origin_of(
-        sequence, q_start, k_start, q_start_stride, k_start_stride, rows_q, rows_k
-    )
-    at = (rows_q, shift, origin)
+    batch = tl.cast(this.batch, tl.int64)
+    first = this.index * BLOCK_N  # within the sequence, as all keys and rows below
+    last = tl.minimum(first + BLOCK_N, this.seqlen_k) - 1
+    key = first + tl.arange(0, BLOCK_N)  # (N,)
+    rows = this.seqlen_k - first  # keys of the sequence from there on; may exceed BLOCK_N
+    k_index = this.first_row + first  # the block's first token in k
 
-    v_of = rows_of(v, v_batch, v_seq, v_head, HEADS_K, VALUES)
-    v_base = row_base(v_of, batch, row, head, VALUES)
-    v_rows = load_rows(v_of, v_base, left, BLOCK_N, True, VALUES)
-    dout_of = rows_of(dout, dout_batch, dout_seq, dout_head, HEADS, VALUES)
-    dv_rows = zero_rows(BLOCK_N, VALUES)
-    scale = tl.full((BLOCK_N,), TILE.softmax_scale, tl.float32)
+    # shift is the own key of the sequence's row 0; key_0_pos the absolute position of key 0.
+    key_0_pos = 0
+    if k_start is not None:
+        key_0_pos = tl.load(k_start + this.sequence * k_start_stride)
+    shift = this.seqlen_k - this.seqlen_q  # both sides end together,
+    if q_start is not None:  # unless positions say where they begin
+        shift = tl.load(q_start + this.sequence * q_start_stride) - key_0_pos
+
+    v_row = v + (
+        batch * v_stride_batch
+        + tl.cast(k_index, tl.int64) * v_stride_seq
+        + tl.cast(this.head, tl.int64) * v_stride_head
+    )
+    v0 = load_tile(v_row, v_stride_seq, rows, BLOCK_N, DV0, HEAD_DIM_V, True)  # (N, DV0)
+    v1 = v0
+    if DV1 > 0:
+        v1 = load_tile(v_row + DV0, v_stride_seq, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0, True)
+    dv0 = tl.zeros((BLOCK_N, DV0), tl.float32)
+    dv1 = tl.zeros((BLOCK_N, DV1 if DV1 > 0 else 1), tl.float32)
     for r in tl.static_range(REGIONS):
-        k_of = keys_of(k, k_batch, k_seq, k_head, k_rotated, seqlen_k, r, TILE)
-        k_base = row_base(k_of, batch, row, head, TILE)
-        k_rows = load_rows(k_of, k_base, left, BLOCK_N, True, TILE)
-        low = _end_query(key, at, r + 1, TILE)
-        high = _end_query(key, at, r, TILE)
-        cut = _cut_queries(first, last, at, r, TILE)
-        q_of = copy_of(q_rotated, seqlen_q, r, REGIONS, HEADS, TILE)
-        dk_rows = zero_rows(BLOCK_N, TILE)
-        for head_q in tl.range(head * GROUP, head * GROUP + GROUP):
-            q_base = row_base(q_of, batch, first_row, head_q, TILE)
-            dout_base = row_base(dout_of, batch, first_row, head_q, VALUES)
-            row_of_head = (tl.cast(batch, tl.int64) * HEADS + head_q) * seqlen_q + first_row
-            for masked in tl.static_range(2):
-                dk_rows, dv_rows = _add_dkv(
-                    dk_rows, dv_rows, k_rows, v_rows, q_of, dout_of, q_base, dout_base,
-                    lse + row_of_head, delta + row_of_head, cut, low, high, masked == 0,
-                    TILE, VALUES,
+        # The region's keys, k0 (N, D0) and k1 (N, D1): of k itself, or of a rotated copy.
+        if MODEL.sees_given_k[r]:
+            k_row = k + (
+                batch * k_stride_batch
+                + tl.cast(k_index, tl.int64) * k_stride_seq
+                + tl.cast(this.head, tl.int64) * k_stride_head
+            )
+            k_row_stride = k_stride_seq
+        else:
+            copy_index = (batch * seqlen_k + k_index) * MODEL.k_copies + MODEL.k_copy[r]
+            k_row = k_rotated + (copy_index * HEADS_K + this.head) * HEAD_DIM
+            k_row_stride = MODEL.k_copies * HEADS_K * HEAD_DIM
+        k0 = load_tile(k_row, k_row_stride, rows, BLOCK_N, D0, HEAD_DIM, True)
+        k1 = k0
+        if D1 > 0:
+            k1 = load_tile(k_row + D0, k_row_stride, rows, BLOCK_N, D1, HEAD_DIM - D0, True)
+
+        # Rows [key_begin[j], key_end[j]) see key j, and both rise with j. So rows [begin, end) see
+        # any of the keys, and rows [every_begin, every_end) see every key of the block.
+        key_begin = _queries_end(key, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)  # (N,)
+        key_end = _queries_end(key, this.seqlen_q, shift, key_0_pos, r, MODEL)
+        begin = _queries_end(first, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)
+        every_begin = _queries_end(last, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)
+        every_end = _queries_end(first, this.seqlen_q, shift, key_0_pos, r, MODEL)
+        end = _queries_end(last, this.seqlen_q, shift, key_0_pos, r, MODEL)
+        num_before, num_full, num_masked = count_blocks(begin, every_begin, every_end, end, BLOCK_M)
+        dk0 = tl.zeros((BLOCK_N, D0), tl.float32)
+        dk1 = tl.zeros((BLOCK_N, D1 if D1 > 0 else 1), tl.float32)
+        for head_q in tl.range(this.head * GROUP, this.head * GROUP + GROUP):
+            # Row 0 of the sequence, in the queries rotated to this region and in dout.
+            q_index = (batch * seqlen_q + this.first_row) * REGIONS + r
+            q_row = q_rotated + (q_index * HEADS_Q + head_q) * HEAD_DIM
+            dout_row = dout + (
+                batch * dout_stride_batch
+                + tl.cast(this.first_row, tl.int64) * dout_stride_seq
+                + tl.cast(head_q, tl.int64) * dout_stride_head
+            )
+            lse_index = (batch * HEADS_Q + head_q) * seqlen_q + this.first_row
+            for full in tl.static_range(2):  # masked blocks, then full ones
+                dk0, dk1, dv0, dv1 = _add_dkv(
+                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_row, REGIONS * HEADS_Q * HEAD_DIM,
+                    dout_row, dout_stride_seq, lse + lse_index, delta + lse_index,
+                    begin, end, num_before, num_full, num_masked, key_begin, key_end,
+                    full == 0, MODEL, BLOCKS,
                 )  # fmt: skip
-        dk_of = copy_of(dk_rotated, seqlen_k, r, REGIONS, HEADS_K, TILE)
-        dk_base = row_base(dk_of, batch, row, head, TILE)
-        store_rows(dk_of, dk_base, times(dk_rows, scale), left, BLOCK_N, TILE)
-    dv_of = copy_of(dv, seqlen_k, 0, 1, HEADS_K, VALUES)
-    dv_base = row_base(dv_of, batch, row, head, VALUES)
-    store_rows(dv_of, dv_base, dv_rows, left, BLOCK_N, VALUES)
+
+        dk_index = ((batch * seqlen_k + k_index) * REGIONS + r) * HEADS_K + this.head
+        dk_row = dk_rotated + dk_index * HEAD_DIM
+        dk_stride = REGIONS * HEADS_K * HEAD_DIM
+        scale = tl.full((BLOCK_N, 1), MODEL.softmax_scale, tl.float32)
+        store_tile(dk_row, dk_stride, dk0 * scale, rows, BLOCK_N, D0, HEAD_DIM)
+        if D1 > 0:
+            store_tile(dk_row + D0, dk_stride, dk1 * scale, rows, BLOCK_N, D1, HEAD_DIM - D0)
+    dv_row = dv + ((batch * seqlen_k + k_index) * HEADS_K + this.head) * HEAD_DIM_V
+    store_tile(dv_row, HEADS_K * HEAD_DIM_V, dv0, rows, BLOCK_N, DV0, HEAD_DIM_V)
+    if DV1 > 0:
+        store_tile(dv_row + DV0, HEADS_K * HEAD_DIM_V, dv1, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0)
 
 
 # -------------------------------------------------------------------------------------------------
 # The launches
+
+
+class Launches(NamedTuple):
+    """The four launches of a call."""
+
+    rotate: Rotation
+    by_queries: Launch
+    by_keys: Launch
+    rotate_back: Rotation
 
 
 def backward(
@@ -328,40 +568,48 @@ def backward(
     """
     call, lse = with_contiguous_rows(call), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    by_queries, by_keys = launch_for(_build_launch, (q, k, v, out, dout), call)
+    launches = launch_for(_build_launches, (q, k, v, out, dout), call)
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
     starts = (call.cu_seqlens, call.q_start, call.k_start)
     with torch.cuda.device_of(q):
-        q_rotated, k_rotated = rotated(q, k, call)
-        dq_rotated, dk_rotated = gradients_of_copies(q, k, call)
+        q_rotated, k_rotated = rotate(launches.rotate, q, k, call)
+        dq_rotated, dk_rotated = gradients_of_copies(launches.rotate_back, q, k)
+        by_queries, by_keys = launches.by_queries, launches.by_keys
         if by_queries.grid[0] > 0:
             dq_kernel[by_queries.grid](
-                q_rotated, k, k_rotated, v, out, dout, dlse, lse, delta, dq_rotated, *starts,
+                q_rotated, k, v, k_rotated, out, dout, lse, dlse, delta, dq_rotated, *starts,
                 *by_queries.sizes, **by_queries.options,
             )  # fmt: skip
         if by_keys.grid[0] > 0:
             dkv_kernel[by_keys.grid](
-                q_rotated, k, k_rotated, v, dout, lse, delta, dk_rotated, dv, *starts,
+                q_rotated, k, v, k_rotated, dout, lse, delta, dk_rotated, dv, *starts,
                 *by_keys.sizes, **by_keys.options,
             )  # fmt: skip
-        rotate_back(dq, dk, dq_rotated, dk_rotated, call)
+        rotate_back(launches.rotate_back, dq, dk, dq_rotated, dk_rotated, call)
     return dq, dk, dv
 
 
-def _build_launch(
+def _build_launches(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, call: AttentionCall
-) -> tuple[Launch, Launch]:
-    """Build two launches: by block of queries, and by block of keys."""
-    launches, counts = [], sequences_of(call)
+) -> Launches:
+    middle = []
     start_strides = (sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1))
     for name, blocks_of, strided in (("dq", q, (k, v, out, dout)), ("dkv", k, (k, v, dout))):
-        setting = configs.config_of(name, q, v)
-        tile, values = tiles_of(setting, q, k, v, call, dout, out)
-        size = setting.block_m if name == "dq" else setting.block_n
-        programs, blocks = programs_of(blocks_of, size, call)
-        strides = (n for x in strided for n in groups_of(x, tile.align))
-        sizes = (*strides, *start_strides, *counts, blocks, q.shape[-3], k.shape[-3])
-        options = {"TILE": tile, "VALUES": values, **setting.options}
-        launches.append(Launch((programs,), sizes, options))
-    return launches[0], launches[1]
+        config = configs.config_of(name, q, v)
+        model, blocks = constants_of(config, q, k, v, call, dout, out)
+        size = blocks.block_m if name == "dq" else blocks.block_n
+        programs, blocks_of_head = programs_of(blocks_of, size, call)
+        strides = (n for x in strided for n in strides_in_groups(x, blocks.align))
+        sizes = (
+            *strides, *start_strides, *sequences_of(call), blocks_of_head, q.shape[-3], k.shape[-3],
+        )  # fmt: skip
+        options = {"MODEL": model, "BLOCKS": blocks, **config.options}
+        middle.append(Launch((programs,), sizes, options))
+    # Gradients do not exist yet: contiguous tensors without memory tell their shapes and strides.
+    dq, dk = (
+        torch.empty(x.shape, dtype=call.results_dtype(x.dtype), device="meta") for x in (q, k)
+    )
+    return Launches(
+        build_rotation(q, k, call, "both"), *middle, build_rotation(dq, dk, call, "gradients")
+    )

@@ -1,11 +1,6 @@
-"""Shared code of the attention kernels: tiles, rows, position maps, blocks of keys, the softmax.
+"""What the attention kernels share: the mask, a program's block, tiles, position maps, the softmax.
 
-A row has the head_dim elements of one token and head. It may come in two parts, of Tile.dims and
-Tile.more_dims: two products of half the depth take fewer registers than one, and head_dim 96
-becomes 64 and 32 dims, not 128. Without more_dims the second part is never used.
-
-Shapes in comments: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys; D is the dims of a
-part. Times Tile.factor, logits have base 2.
+The kernels themselves are in forward.py, backward.py, rotate.py and decode.py.
 """
 
 from __future__ import annotations
@@ -14,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,7 +27,6 @@ LEAST_DIMS = 16  # least dims of a product
 # three times this. It is past all positions, of up to 2**27 tokens from a start below 2**29 on.
 FARTHEST = 2**29 + 2**27
 _LARGEST = 2**31 - 1  # largest int32 position
-_NO_CAP = 1 << 62  # not None: before 3.8, Triton takes no None within a tuple
 
 
 # Functions: Triton compares a module's constexprs at every launch, which takes 1 us each.
@@ -49,14 +42,395 @@ def ln_2():
     return math.log(2)
 
 
-@triton.constexpr_function
-def no_logit():
-    """Return a number below any logit; it is finite, so empty rows need no care before the end."""
-    return -1e30
+# -------------------------------------------------------------------------------------------------
+# The mask: which keys a query sees, in which region
+#
+#     key      0          region_begin(1)      region_begin(2)     q_key
+#     keys of  | region 0        | region 1           | region 2      | none: they come later
+#
+# All regions' starts are counted from the query, or from the first query of its block of
+# `granularity` positions. So along a block of queries every border stays or moves right:
+#
+#                     begin     every_begin     every_end     end
+#     first query       [=============================)
+#     last query                     [=========================)
+#     blocks of keys    | masked     | full  | full  | masked  |
+#
+# Every query of the block sees [every_begin, every_end), so full blocks of keys lie within it, and
+# need no mask. The same holds for a block of keys and the queries that see it.
+
+
+@triton.jit
+def region_begin(q_key, seqlen_k, key_0_pos, REGION: tl.constexpr, MODEL: tl.constexpr):
+    """Return the first key of REGION that a query sees; REGION = regions: the end of its keys.
+
+    q_key: the query's own key, and the last one it sees, counted from the sequence's first key.
+    key_0_pos: the position of that first key.
+    """
+    key = tl.minimum(q_key + 1, seqlen_k)
+    if len(MODEL.starts) > REGION:
+        # A negative position is rounded toward zero, but the query then lies before all keys.
+        block_pos = (q_key + key_0_pos) // MODEL.granularity * MODEL.granularity
+        first = block_pos - key_0_pos + MODEL.starts[REGION]
+        if MODEL.window > 0:
+            first = tl.maximum(first, q_key + 1 - MODEL.window)
+        key = tl.minimum(key, first)
+    return tl.maximum(key, 0)
+
+
+@triton.jit
+def count_blocks(begin, every_begin, every_end, end, SIZE: tl.constexpr):
+    """Cut [begin, end) into blocks of SIZE: (masked ones before the full ones, full, all masked).
+
+    Full blocks lie in [every_begin, every_end). The last block before them may reach past `end`.
+    """
+    num_before = (tl.maximum(every_begin - begin, 0) + SIZE - 1) // SIZE
+    num_full = tl.maximum(every_end - (begin + num_before * SIZE), 0) // SIZE
+    after = tl.maximum(end - (begin + (num_before + num_full) * SIZE), 0)
+    return num_before, num_full, num_before + (after + SIZE - 1) // SIZE
 
 
 # -------------------------------------------------------------------------------------------------
-# Launches, and the constants of compiled kernels
+# The block of queries or keys of a program
+
+
+class Block(NamedTuple):
+    """A program's block within its sequence, and the sequence's place in the tensors."""
+
+    batch: tl.tensor  # 0 for packed sequences
+    sequence: tl.tensor
+    head: tl.tensor
+    index: tl.tensor  # of this block in its sequence
+    num_blocks: tl.tensor  # in its sequence
+    first_row: tl.tensor  # the sequence's first token in q and in k; 0 if not packed
+    seqlen_q: tl.tensor  # of the sequence
+    seqlen_k: tl.tensor
+
+
+@triton.jit
+def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constexpr):
+    """Return the sequence of a slot for a block.
+
+    The slots of sequence s begin at cu_seqlens[s] // SIZE + s. This leaves enough slots for its
+    blocks, and at least one.
+    """
+    low = slot * 0
+    high = low + num_sequences
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        begun = tl.load(cu_seqlens + middle) // SIZE + middle <= slot
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    return low
+
+
+@triton.jit
+def find_block(
+    blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, SIZE: tl.constexpr
+):
+    """Find this program's block of SIZE tokens. Axis 0: blocks, then heads, then the batch.
+
+    Packed sequences may have fewer blocks than the grid: a program without one gets block 0 of a
+    sequence of length 0, and so does nothing.
+    """
+    slot = tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    head = rest % heads
+    batch = rest // heads
+    if cu_seqlens is None:
+        return Block(batch, batch, head, slot, blocks, 0, seqlen_q, seqlen_k)
+    else:
+        sequence = _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE)
+        first_row = tl.load(cu_seqlens + sequence)
+        seqlen = tl.load(cu_seqlens + sequence + 1) - first_row
+        index = slot - (first_row // SIZE + sequence)
+        num_blocks = tl.maximum(seqlen + SIZE - 1, 0) // SIZE
+        idle = index >= num_blocks
+        seqlen = tl.where(idle, 0, seqlen)
+        index = tl.where(idle, 0, index)
+        num_blocks = tl.where(idle, 1, num_blocks)
+        return Block(batch, sequence, head, index, num_blocks, first_row, seqlen, seqlen)
+
+
+# -------------------------------------------------------------------------------------------------
+# Tiles: some dims of some rows, where a row has the head_dim elements of one token and head
+
+
+@triton.jit
+def strides_in_elements(
+    stride_batch, stride_seq, stride_head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Return a tensor's strides by batch, seq and head in elements; arguments: divided by `align`.
+
+    This product shows the compiler that rows begin at multiples of `align` elements, so loads take
+    16 bytes whatever the length. Strides of contiguous tokens are constants: they need no register.
+    """
+    stride_batch = tl.cast(stride_batch, tl.int64) * BLOCKS.align
+    if BLOCKS.contiguous:
+        return stride_batch, HEADS * HEAD_DIM, HEAD_DIM
+    else:
+        stride_seq = tl.cast(stride_seq, tl.int64) * BLOCKS.align
+        return stride_batch, stride_seq, tl.cast(stride_head, tl.int64) * BLOCKS.align
+
+
+@triton.jit
+def load_tile(
+    row_0, stride_seq, rows, ROWS: tl.constexpr, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Load ROWS rows, the first from row_0 on: (ROWS, DIMS).
+
+    It is 0 from dim HEAD_DIM on, and with MASK_ROWS from row number `rows` on. Without MASK_ROWS
+    all ROWS rows must exist.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    dim = tl.arange(0, DIMS)[None, :]
+    # int32 offsets take half the registers; the launcher checks that rows of a block fit.
+    tile_ptr = row_0 + (row * tl.cast(stride_seq, tl.int32) + dim)
+    if MASK_ROWS:
+        mask = row < rows if DIMS <= HEAD_DIM else (row < rows) & (dim < HEAD_DIM)
+        tile = tl.load(tile_ptr, mask=mask, other=0.0)
+    elif DIMS <= HEAD_DIM:
+        tile = tl.load(tile_ptr)
+    else:
+        tile = tl.load(tile_ptr, mask=dim < HEAD_DIM, other=0.0)
+    return as_operand(tile)
+
+
+@triton.jit
+def store_tile(
+    row_0, stride_seq, tile, rows, ROWS: tl.constexpr, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Round a (ROWS, DIMS) tile once; store its first `rows` rows, and dims before HEAD_DIM."""
+    row = tl.arange(0, ROWS)[:, None]
+    dim = tl.arange(0, DIMS)[None, :]
+    tile_ptr = row_0 + (row * tl.cast(stride_seq, tl.int32) + dim)
+    mask = row < rows if DIMS <= HEAD_DIM else (row < rows) & (dim < HEAD_DIM)
+    tl.store(tile_ptr, tile.to(row_0.dtype.element_ty), mask=mask)
+
+
+@triton.constexpr_function
+def _interpreted():
+    return INTERPRETED
+
+
+@triton.jit
+def as_operand(tile):
+    """Return the tile as tl.dot takes it: the interpreter multiplies no bfloat16."""
+    if _interpreted():  # noqa: SIM102
+        if tile.dtype == tl.bfloat16:
+            tile = tile.to(tl.float32)
+    return tile
+
+
+# -------------------------------------------------------------------------------------------------
+# Logits and the softmax
+
+
+@triton.jit
+def tanh(x):
+    """Return tanh of float32 to 4 units in the last place, for any small x too; NaN for NaN.
+
+    The formula is x P(x**2) / Q(x**2) with the least relative error up to 8. Past 8, tanh is 1
+    within 2 units.
+    """
+    x = tl.maximum(x, -8.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, 8.0, propagate_nan=tl.PropagateNan.ALL)
+    z = x * x
+    above = 2.951034887171507e-3 + z * 1.142848571105796e-5
+    above = 0.999999855560219 + z * (1.292567607640252e-1 + z * above)
+    below = 2.3815607146169673e-2 + z * (2.386703906359719e-4 + z * 2.4592200945999215e-7)
+    below = 1.0 + z * (4.625889210608028e-1 + z * below)
+    return x * above / below
+
+
+@triton.jit
+def softcap(qk, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Cap logits SCALE * qk, in units of SOFTCAP: logits are SOFTCAP * tanh(SCALE * qk / SOFTCAP).
+
+    SOFTCAP 0 is none: the result is qk, logits in units of SCALE.
+    """
+    return tanh(qk * (SCALE / SOFTCAP)) if SOFTCAP > 0 else qk
+
+
+@triton.jit
+def softcap_backward(d_logits, logits, SOFTCAP: tl.constexpr):
+    """Return the gradients of logits before the cap; logits: the result of `softcap`."""
+    return d_logits * (1.0 - logits * logits) if SOFTCAP > 0 else d_logits  # tanh' = 1 - tanh**2
+
+
+@triton.jit
+def add_sink(row_max, row_sum, sink):
+    """Add a sink, a logit without a value, to rows; return (row_max, row_sum, rescale).
+
+    The caller multiplies weighted values by rescale. All numbers have base 2; row_max is finite
+    even without keys.
+    """
+    new_max = tl.maximum(row_max, sink)
+    rescale = tl.exp2(row_max - new_max)
+    # The test avoids NaN if the sink is infinite and takes all.
+    weight = tl.where(sink == new_max, 1.0, tl.exp2(sink - new_max))
+    return new_max, row_sum * rescale + weight, rescale
+
+
+# -------------------------------------------------------------------------------------------------
+# Position maps: from a token's position to its cosines and sines
+
+
+class MapConstants(NamedTuple):
+    """A PositionMap as constants of a kernel, which reads their names through `nth_map`.
+
+    Position p becomes whole * factor + fraction, with the whole number
+    whole = min(p % modulus // divisor + offset, cap). Its angle is exact in fixed point.
+
+    per_pair: each pair of dims has a divisor and an offset, in row `row` of pair_maps. Of the
+    other fields only modulus and floor then count.
+    """
+
+    modulus: int = 0  # 0: none
+    constant: bool = False  # p % modulus // divisor is 0 for every position
+    divisor: int = 1
+    offset: int = 0
+    has_cap: bool = False
+    cap: int = 0
+    factor: float = 1.0
+    fraction: float = 0.0
+    per_pair: bool = False
+    row: int = 0
+    floor: bool = False  # round quotients of pairs down
+
+
+def map_of(position_map: PlainMap) -> tuple:
+    """Return a MapConstants as a plain tuple: Triton 3.6 takes no named one within a tuple."""
+    modulus = position_map.modulus if position_map.modulus <= _LARGEST else 0
+    if isinstance(position_map, PairRow):
+        row, floor = position_map.row, bool(position_map.floor)
+        return tuple(MapConstants(modulus, per_pair=True, row=row, floor=floor))
+    divisor, floor, cap = position_map.divisor, position_map.floor, position_map.cap
+    constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
+    integral = float(position_map.offset).is_integer()
+    # Whole numbers make angles exact. Only a divisor without floor, or half a token, needs a factor
+    # or a fraction.
+    whole = integral and (constant or floor or divisor == 1)
+    offset = max(-(2.0**53), min(position_map.offset, 2.0**53))
+    has_cap = cap < 2.0**53
+    return tuple(
+        MapConstants(
+            modulus=0 if constant else modulus,
+            constant=constant,
+            divisor=int(divisor) if floor and not constant else 1,
+            offset=int(offset) if whole else 0,
+            has_cap=has_cap,
+            cap=int(max(-(2.0**53), cap)) if has_cap else 0,
+            factor=1.0 if whole or constant or floor else 1 / divisor,
+            fraction=0.0 if whole else float(offset),
+        )
+    )
+
+
+@triton.constexpr_function
+def nth_map(maps, n):
+    """Return the n-th of plain tuples from `map_of`, with names."""
+    return MapConstants(*maps[n])
+
+
+@triton.jit
+def _whole_number(position, MAP: tl.constexpr):
+    """Return the map's whole number, int64: (tokens, 1), or (1, 1) if all tokens share one."""
+    if MAP.constant:
+        whole = tl.zeros((1, 1), tl.int64)
+    else:
+        whole = position[:, None]
+        # In 64 bits, a GPU calls a function for every division.
+        if MAP.modulus > 0:
+            whole = whole % MAP.modulus
+        if MAP.divisor > 1:
+            whole = whole // MAP.divisor
+        whole = whole.to(tl.int64)
+    if MAP.offset != 0:
+        whole += MAP.offset
+    if MAP.has_cap:
+        whole = tl.minimum(whole, MAP.cap)
+    return whole
+
+
+@triton.jit
+def _mapped(position, MAP: tl.constexpr):
+    """Return the mapped position, float64: (tokens, 1) or (1, 1)."""
+    return _whole_number(position, MAP).to(tl.float64) * MAP.factor + MAP.fraction
+
+
+@triton.jit
+def _angle(
+    position, freq, pair_maps, pair, head_k, MAP: tl.constexpr, HALF: tl.constexpr,
+    MAP_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Return angles, int64 that count 2**-64 circles: (tokens, pairs) or (1, pairs)."""
+    if MAP.per_pair:
+        # pair_maps: (rows, 2: divisors and offsets, MAP_HEADS, HALF)
+        LARGEST: tl.constexpr = 2147483520.0  # the largest float32 within int32
+        divisor_ptr = pair_maps + MAP.row * 2 * MAP_HEADS * HALF + pair
+        if MAP_HEADS > 1:
+            divisor_ptr += head_k * HALF
+        offset_ptr = divisor_ptr + MAP_HEADS * HALF
+        divisor = tl.load(divisor_ptr, mask=pair < HALF, other=1.0)[None, :]
+        offset = tl.load(offset_ptr, mask=pair < HALF, other=0.0)[None, :]
+        whole = position[:, None]
+        if MAP.modulus > 0:
+            whole = whole % MAP.modulus
+        if MAP.floor:
+            whole = whole // tl.minimum(divisor, LARGEST).to(tl.int32)
+            angle = whole.to(tl.int64) * fixed_angle(freq, 1.0)
+        else:
+            angle = whole.to(tl.int64) * fixed_angle(freq, 1.0 / divisor)
+        angle += fixed_angle(freq, offset)
+    else:
+        angle = _whole_number(position, MAP) * fixed_angle(freq, MAP.factor)
+        if MAP.fraction != 0.0:
+            angle += fixed_angle(freq, MAP.fraction)
+    return angle
+
+
+@triton.jit
+def cos_sin_of_map(
+    position, freq, decay, pair_maps, pair, head_k, MAP: tl.constexpr, FROM: tl.constexpr,
+    HALF: tl.constexpr, MAP_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Return cosine and sine, float32, that rotate tokens to the positions of MAP.
+
+    FROM: the map by which tokens already come rotated, or None. position: (tokens,) int32. freq:
+    (1 or tokens, pairs). decay: None, or the logarithm of the amplitude per position, (1, pairs)
+    float64. pair: numbers of the pairs, (pairs,), of which HALF rotate.
+
+    The results have as many rows as the maps need.
+    """
+    angle = _angle(position, freq, pair_maps, pair, head_k, MAP, HALF, MAP_HEADS)
+    if FROM is not None:
+        angle -= _angle(position, freq, pair_maps, pair, head_k, FROM, HALF, MAP_HEADS)
+    cos, sin = cos_sin(angle)
+    if decay is not None:
+        moved = _mapped(position, MAP)
+        if FROM is not None:
+            moved -= _mapped(position, FROM)
+        amplitude = exp(moved * decay).to(tl.float32)
+        cos *= amplitude
+        sin *= amplitude
+    return cos, sin
+
+
+@triton.jit
+def log_n_scale(position, PER_LOG_N: tl.constexpr):
+    """Return max(1, ln(position + 1) / ln(log_n)): (tokens, 1) float32."""
+    scale = tl.full((position.shape[0], 1), 1.0, tl.float32)
+    if PER_LOG_N > 0.0:
+        log = tl.log((tl.maximum(position, 0) + 1).to(tl.float32))
+        scale = tl.maximum(log * PER_LOG_N, 1.0)[:, None]
+    return scale
+
+
+# -------------------------------------------------------------------------------------------------
+# The host: launches, and the constants of compiled kernels
 
 
 class Launch(NamedTuple):
@@ -75,91 +449,109 @@ def launch_for(
     return cached_by_layout(make, (layouts, call.fixed, more), *given, call, *more)
 
 
-class Tile(NamedTuple):
-    """A model's settings and the sizes of blocks.
+class ModelConstants(NamedTuple):
+    """What a model and a score method fix, as constants of a kernel."""
 
-    A launch has two tiles with different dims: for rows of q and k, and for rows of v and out.
+    heads_q: int
+    heads_k: int
+    head_dim: int  # of q and k
+    head_dim_v: int
+    half: int  # pairs of dims that rotate
+    freq_heads: int  # heads of k with frequencies of their own; 1: all share
+    map_heads: int  # heads of k with maps of pairs of their own; 1: all share
+    interleaved: bool  # a pair's two dims are neighbours
+    starts: tuple[int, ...]  # start of each region, counted from the query's block
+    granularity: int
+    window: int  # most keys that a query sees, or 0: all
+    from_key_0: bool  # region 0 begins at key 0 for every query
+    q_maps: tuple[tuple, ...]  # one per region, see `map_of`
+    sees_given_k: tuple[bool, ...]  # by region: its keys are k itself, not a rotated copy
+    k_copy: tuple[int, ...]  # by region: the number of its rotated copy
+    k_copies: int
+    softmax_scale: float
+    softcap: float  # or 0: none
+    logit_unit: float  # results of `softcap`, times this, are logits of base 2; > 0
+    attention_factor_sq: float
+    per_log_n: float  # 1 / ln(log_n), or 0: none
+
+
+class Blocks(NamedTuple):
+    """The sizes of a kernel's blocks, and what it may know of strides.
+
+    A row may come in two tiles: two products of half the depth take fewer registers than one, and
+    head_dim 96 becomes 64 and 32 dims, not 128.
     """
 
     block_m: int  # rows of queries
     block_n: int  # rows of keys
-    rotated: int  # rows of queries to rotate at a time between two regions; divides block_m
-    heads_q: int
-    heads_k: int
-    head_dim: int
-    dims: int  # dims of the first part of a row, a power of two
-    more_dims: int  # dims of the second: the rest of head_dim, rounded up to a power of two; or 0
-    half: int  # pairs of dims that rotate
-    rope_heads: tuple[int, int]  # see `rope_heads_of`
-    interleaved: bool
-    paired: bool  # the two parts of a row are the two dims of its pairs
-    starts: tuple[int, ...]  # start of each region, counted from the query's block
-    granularity: int
-    window: int  # most keys that a query sees, or 0: all
-    from_first_key: bool  # region 0 has no lower end
-    q_maps: tuple[tuple, ...]  # one per region, see `map_of`
-    k_copy: tuple[int, ...]  # one per region: its rotated copy of the keys, or -1: the given keys
-    k_copies: int
-    softmax_scale: float
-    softcap: float  # or 0: none
-    factor: float  # turns results of `bounded` into logits of base 2
-    amplitude: float
-    per_log_n: float  # 1 / ln(log_n), or 0: none
+    chunk_m: int  # rows of queries to rotate at a time between two regions; divides block_m
+    d0: int  # dims of a row's first tile of q or k, a power of two
+    d1: int  # dims of its second: the rest of head_dim, rounded up to a power of two; or 0
+    dv0: int  # the same for v and out
+    dv1: int
+    tiles_are_pairs: bool  # dim i of the first tile and dim i of the second are a rotated pair
     align: int  # elements; divides all strides
     contiguous: bool  # the given tensors have no gaps between tokens
-    widen: bool  # widen operands to float32 for products: the interpreter has no bfloat16
 
 
-def tiles_of(
-    setting: Config, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *others: Tensor
-) -> tuple[Tile, Tile]:
-    """Return tiles for rows of q and k, and of v; others: more tensors that have strides."""
+def constants_of(
+    config: Config, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *others: Tensor
+) -> tuple[ModelConstants, Blocks]:
+    """Return a kernel's constants; others: more tensors that have strides."""
     given, window = (q, k, v, *others), call.sliding_window
-    regions, copies = regions_of(k, call), key_maps(k, call)
-    half, dims = call.inv_freq.shape[-1], _parts(q.shape[-1], setting.halves)
     for x in given:
         if x.stride(-3) * MOST_ROWS >= 2**31 and x.shape[-3] > 1:
             raise ValueError(
                 f"attention: tokens must lie less than {2**31 // MOST_ROWS} elements apart, "
                 f"got strides {x.stride()}"
             )
-    tile = Tile(
-        block_m=setting.block_m,
-        block_n=setting.block_n,
-        rotated=min(setting.rotated, setting.block_m),
+    regions, copies = regions_of(k, call), key_maps(k, call)
+    half, scale = call.inv_freq.shape[-1], call.scale(q.shape[-1])
+    freq_heads, map_heads = rope_heads_of(call)
+    d0, d1 = _dims_of_tiles(q.shape[-1], config.halves)
+    dv0, dv1 = _dims_of_tiles(v.shape[-1], config.halves)
+    model = ModelConstants(
         heads_q=q.shape[-2],
         heads_k=k.shape[-2],
         head_dim=q.shape[-1],
-        dims=dims[0],
-        more_dims=dims[1],
+        head_dim_v=v.shape[-1],
         half=half,
-        rope_heads=rope_heads_of(call),
+        freq_heads=freq_heads,
+        map_heads=map_heads,
         interleaved=call.interleaved,
-        paired=not call.interleaved and dims == (half, half),
         starts=tuple(max(-FARTHEST, min(region.start, FARTHEST)) for region in regions),
         granularity=min(call.granularity, FARTHEST),
         window=0 if window is None else min(window, FARTHEST),
-        from_first_key=window is None and regions[0].start <= -FARTHEST,
+        from_key_0=window is None and regions[0].start <= -FARTHEST,
         q_maps=tuple(map_of(region.q_map) for region in regions),
-        k_copy=tuple(copies.index(x.k_map) if x.k_map in copies else -1 for x in regions),
+        sees_given_k=tuple(region.k_map not in copies for region in regions),
+        k_copy=tuple(copies.index(x.k_map) if x.k_map in copies else 0 for x in regions),
         k_copies=len(copies),
-        softmax_scale=call.scale(q.shape[-1]),
+        softmax_scale=scale,
         softcap=call.softcap,
-        factor=(call.softcap or call.scale(q.shape[-1])) * log2_e(),
-        amplitude=call.attention_factor**2,
+        logit_unit=(call.softcap or scale) * log2_e(),
+        attention_factor_sq=call.attention_factor**2,
         per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
+    )
+    blocks = Blocks(
+        block_m=config.block_m,
+        block_n=config.block_n,
+        chunk_m=min(config.rotated, config.block_m),
+        d0=d0,
+        d1=d1,
+        dv0=dv0,
+        dv1=dv1,
+        tiles_are_pairs=not call.interleaved and (d0, d1) == (half, half),
         align=alignment_of(*given),
         contiguous=all(
             x.stride()[-3:] == (x.shape[-2] * x.shape[-1], x.shape[-1], 1) for x in given
         ),
-        widen=INTERPRETED and q.dtype == torch.bfloat16,
     )
-    dims = _parts(v.shape[-1], setting.halves)
-    return tile, tile._replace(head_dim=v.shape[-1], dims=dims[0], more_dims=dims[1])
+    return model, blocks
 
 
-def _parts(head_dim: int, halves: bool) -> tuple[int, int]:
-    """Return the dims of both parts of a row."""
+def _dims_of_tiles(head_dim: int, halves: bool) -> tuple[int, int]:
+    """Return the dims of both tiles of a row."""
     whole = max(LEAST_DIMS, triton.next_power_of_2(head_dim))
     first = whole // 2
     if not halves or first < LEAST_DIMS:
@@ -173,8 +565,8 @@ def alignment_of(*tensors: Tensor) -> int:
     return math.gcd(VECTOR_BYTES // tensors[0].itemsize, *strides)
 
 
-def groups_of(x: Tensor, align: int) -> tuple[int, ...]:
-    """Return strides by batch, seq and head, in groups of `align` elements: see Rows."""
+def strides_in_groups(x: Tensor, align: int) -> tuple[int, ...]:
+    """Return strides by batch, seq and head, divided by `align`: see `strides_in_elements`."""
     return tuple(n // align for n in (*(0,) * (4 - x.dim()), *strides_of(x)[:-1]))
 
 
@@ -216,7 +608,8 @@ def with_contiguous_rows(call: AttentionCall) -> AttentionCall:
     rows = {name: getattr(call, name) for name in ("sinks", "query_scale", "pair_maps")}
     if call.inv_freq.dim() == 3:
         rows["inv_freq"] = call.inv_freq
-    return call._replace(**{name: x.contiguous() for name, x in rows.items() if x is not None})
+    strided = {n: x for n, x in rows.items() if x is not None and not x.is_contiguous()}
+    return call._replace(**{n: x.contiguous() for n, x in strided.items()}) if strided else call
 
 
 def rope_heads_of(call: AttentionCall) -> tuple[int, int]:
@@ -226,55 +619,19 @@ def rope_heads_of(call: AttentionCall) -> tuple[int, int]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Position maps: from a token's position to its cosines and sines
+# Names that decode.py still uses
 
 
-def map_of(position_map: PlainMap) -> tuple:
-    """Return a map as (modulus, divisor, factor, whole, fraction, cap), for device functions.
-
-    A position p becomes min(p % modulus // divisor + whole, cap), a whole number. This times
-    factor, plus fraction, is the result. Modulus 0: none; divisor 0: all positions become 0.
-
-    A map of pairs has divisor -1, factor 1 with floor and 0 without, and its row as whole. These
-    are plain tuples: Triton 3.6 takes no named ones within a tuple.
-    """
-    modulus = position_map.modulus if position_map.modulus <= _LARGEST else 0
-    if isinstance(position_map, PairRow):
-        return modulus, -1, float(position_map.floor), position_map.row, 0.0, _NO_CAP
-    _, divisor, floor, offset, cap = position_map
-    constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
-    integral = float(offset).is_integer()
-    slow = not (constant or floor) and (divisor != 1 or not integral)
-    offset = max(-(2.0**53), min(offset, 2.0**53))
-    return (
-        0 if constant else modulus,
-        0 if constant else int(divisor) if floor else 1,
-        1 / divisor if slow else 1.0,
-        int(offset) if integral and not slow else 0,
-        0.0 if integral and not slow else float(offset),
-        int(max(-(2.0**53), cap)) if cap < 2.0**53 else _NO_CAP,
-    )
+@triton.constexpr_function
+def no_logit():
+    """Return a number below any logit; it is finite, so empty rows need no care before the end."""
+    return -1e30
 
 
 @triton.jit
-def _index(position, MAP: tl.constexpr):
-    """Return the map's whole number, int64: (tokens, 1), or (1, 1) if all tokens share one."""
-    if MAP[1] == 0:
-        index = tl.zeros((1, 1), tl.int64)
-    else:
-        index = position[:, None]
-        # In 64 bits, a GPU calls a function for every division.
-        if MAP[0] > 0:
-            index = index % MAP[0]
-        if MAP[1] > 1:
-            index = index // MAP[1]
-        index = index.to(tl.int64)
-    if MAP[3] != 0:
-        index += MAP[3]
-    NO_CAP: tl.constexpr = 1 << 62
-    if MAP[5] < NO_CAP:
-        index = tl.minimum(index, MAP[5])
-    return index
+def first_key(position, seqlen_k, origin, REGION: tl.constexpr, TILE: tl.constexpr):
+    """Call region_begin."""
+    return region_begin(position, seqlen_k, origin, REGION, TILE)
 
 
 @triton.jit
@@ -285,70 +642,22 @@ def freqs_of(inv_freq, head, TILE: tl.constexpr):
     return inv_freq
 
 
-@triton.jit
-def _angle_of_pairs(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr):
-    """Return angles by a divisor and an offset of each pair: (tokens, pairs) int64."""
-    OFFSETS: tl.constexpr = TILE.rope_heads[1] * TILE.half  # they follow the divisors of all heads
-    LARGEST: tl.constexpr = 2147483520.0  # the largest float32 within int32
-    pair_maps, pair, head = maps
-    at = pair_maps + MAP[3] * 2 * OFFSETS + pair
-    if TILE.rope_heads[1] > 1:
-        at += head * TILE.half
-    divisor = tl.load(at, mask=pair < TILE.half, other=1.0)[None, :]
-    offset = tl.load(at + OFFSETS, mask=pair < TILE.half, other=0.0)[None, :]
-    index = position[:, None]
-    if MAP[0] > 0:
-        index = index % MAP[0]
-    if MAP[2] == 1.0:
-        index = index // tl.minimum(divisor, LARGEST).to(tl.int32)
-        angle = index.to(tl.int64) * fixed_angle(freq, 1.0)
-    else:
-        angle = index.to(tl.int64) * fixed_angle(freq, 1.0 / divisor)
-    return angle + fixed_angle(freq, offset)
-
-
-@triton.jit
-def _angle(position, freq, maps, MAP: tl.constexpr, TILE: tl.constexpr):
-    """Return angles: (tokens, pairs) int64, or (1, pairs)."""
-    if MAP[1] < 0:
-        angle = _angle_of_pairs(position, freq, maps, MAP, TILE)
-    else:
-        angle = _index(position, MAP) * fixed_angle(freq, MAP[2])
-        if MAP[4] != 0.0:
-            angle += fixed_angle(freq, MAP[4])
-    return angle
-
-
-@triton.jit
-def _mapped(position, MAP: tl.constexpr):
-    """Return the mapped position, float64: (tokens, 1) or (1, 1)."""
-    return _index(position, MAP).to(tl.float64) * MAP[2] + MAP[4]
+@triton.constexpr_function
+def _named(position_map):
+    return None if position_map is None else MapConstants(*position_map)
 
 
 @triton.jit
 def map_cos_sin(
     position, freq, decay, maps, MAP: tl.constexpr, ORIGIN: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Return cosine and sine, float32, that rotate tokens to the positions of MAP.
-
-    ORIGIN: the map by which tokens already come rotated, or None. position: (tokens,) int32.
-    freq: (1 or tokens, pairs). decay: None, or the logarithm of the amplitude per position, (1,
-    pairs) float64. maps: (pair_maps, numbers of the pairs (pairs,), the head of k).
-
-    The results have as many rows as the maps need.
-    """
-    angle = _angle(position, freq, maps, MAP, TILE)
-    if ORIGIN is not None:
-        angle -= _angle(position, freq, maps, ORIGIN, TILE)
-    cos, sin = cos_sin(angle)
-    if decay is not None:
-        moved = _mapped(position, MAP)
-        if ORIGIN is not None:
-            moved -= _mapped(position, ORIGIN)
-        amplitude = exp(moved * decay).to(tl.float32)
-        cos *= amplitude
-        sin *= amplitude
-    return cos, sin
+    """Call cos_sin_of_map with plain tuples from `map_of`."""
+    pair_maps, pair, head = maps
+    TO: tl.constexpr = _named(MAP)
+    FROM: tl.constexpr = _named(ORIGIN)
+    return cos_sin_of_map(
+        position, freq, decay, pair_maps, pair, head, TO, FROM, TILE.half, TILE.rope_heads[1]
+    )
 
 
 @triton.jit
@@ -362,425 +671,6 @@ def nth_cos_sin(
 
 
 @triton.jit
-def log_n_scale(position, PER_LOG_N: tl.constexpr):
-    """Return max(1, ln(position + 1) / ln(log_n)): (tokens, 1) float32."""
-    scale = tl.full((position.shape[0], 1), 1.0, tl.float32)
-    if PER_LOG_N > 0.0:
-        log = tl.log((tl.maximum(position, 0) + 1).to(tl.float32))
-        scale = tl.maximum(log * PER_LOG_N, 1.0)[:, None]
-    return scale
-
-
-# -------------------------------------------------------------------------------------------------
-# Rows
-
-
-class Rows(NamedTuple):
-    """A tensor by batch, seq, head and dim. Strides count groups of Tile.align elements."""
-
-    pointer: tl.tensor
-    batch: tl.tensor
-    seq: tl.tensor
-    head: tl.tensor
-
-
-@triton.jit
-def rows_of(pointer, batch, seq, head, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """Return the rows of a given tensor; strides known to the compiler save address registers."""
-    HEAD: tl.constexpr = TILE.head_dim // TILE.align
-    SEQ: tl.constexpr = HEADS * HEAD
-    if TILE.contiguous:  # noqa: SIM108
-        given = Rows(pointer, batch, SEQ, HEAD)
-    else:
-        given = Rows(pointer, batch, seq, head)
-    return given
-
-
-@triton.jit
-def copy_of(pointer, seqlen, N, COPIES: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """Return the N-th of COPIES in a contiguous (batch, seqlen, COPIES, HEADS, head_dim)."""
-    HEAD: tl.constexpr = TILE.head_dim // TILE.align
-    SEQ: tl.constexpr = COPIES * HEADS * HEAD
-    return Rows(pointer + N * HEADS * TILE.head_dim, tl.cast(seqlen, tl.int64) * SEQ, SEQ, HEAD)
-
-
-@triton.jit
-def keys_of(
-    k, batch, seq, head, k_rotated, seqlen_k, REGION: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """Return the keys of a region: the given ones, or a rotated copy."""
-    if TILE.k_copy[REGION] < 0:
-        keys = rows_of(k, batch, seq, head, TILE.heads_k, TILE)
-    else:
-        keys = copy_of(
-            k_rotated, seqlen_k, TILE.k_copy[REGION], TILE.k_copies, TILE.heads_k, TILE
-        )  # fmt: skip
-    return keys
-
-
-@triton.jit
-def row_base(x, batch, seq, head, TILE: tl.constexpr):
-    """Return a pointer to dim 0 of a row; the factor align shows the compiler alignment."""
-    offset = tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head
-    return x.pointer + (offset + tl.cast(seq, tl.int64) * x.seq) * TILE.align
-
-
-@triton.jit
-def pointers_to(
-    x, base, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
-):
-    """Return pointers to dims FIRST to FIRST + DIMS of rows from `base` on: (ROWS, DIMS)."""
-    # int32 is enough within a block: the launcher checks that.
-    row = tl.arange(0, ROWS) * (tl.cast(x.seq, tl.int32) * TILE.align)
-    return base + (row[:, None] + (FIRST + tl.arange(0, DIMS))[None, :])
-
-
-@triton.jit
-def inside_of(
-    count, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Return the mask of pointers before head_dim and, if MASKED, before row `count`."""
-    row = tl.arange(0, ROWS)[:, None]
-    dim = (FIRST + tl.arange(0, DIMS))[None, :]
-    if not MASKED:
-        inside = dim < TILE.head_dim
-    elif TILE.head_dim >= FIRST + DIMS:
-        inside = row < count
-    else:
-        inside = (row < count) & (dim < TILE.head_dim)
-    return inside
-
-
-@triton.jit
-def load_part(
-    x, base, count, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
-    MASKED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Load dims FIRST to FIRST + DIMS of rows from `base` on; 0 past the ends, see inside_of."""
-    pointers = pointers_to(x, base, FIRST, DIMS, ROWS, TILE)
-    if MASKED or TILE.head_dim < FIRST + DIMS:
-        inside = inside_of(count, FIRST, DIMS, ROWS, MASKED, TILE)
-        part = tl.load(pointers, mask=inside, other=0.0)
-    else:
-        part = tl.load(pointers)
-    return part.to(tl.float32) if TILE.widen else part
-
-
-@triton.jit
-def load_rows(x, base, count, ROWS: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr):
-    """Load ROWS rows from `base` on; 0 past head_dim and, if MASKED, past `count` rows."""
-    first = load_part(x, base, count, 0, TILE.dims, ROWS, MASKED, TILE)
-    second = first
-    if TILE.more_dims > 0:
-        second = load_part(x, base, count, TILE.dims, TILE.more_dims, ROWS, MASKED, TILE)
-    return first, second
-
-
-@triton.jit
-def _store_part(
-    x, base, part, count, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    pointers = pointers_to(x, base, FIRST, DIMS, ROWS, TILE)
-    inside = inside_of(count, FIRST, DIMS, ROWS, True, TILE)
-    tl.store(pointers, part.to(x.pointer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def store_rows(x, base, rows, count, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Round once and store the first `count` rows."""
-    _store_part(x, base, rows[0], count, 0, TILE.dims, ROWS, TILE)
-    if TILE.more_dims > 0:
-        _store_part(x, base, rows[1], count, TILE.dims, TILE.more_dims, ROWS, TILE)
-
-
-@triton.jit
-def load_values(pointer, count, SIZE: tl.constexpr, MASKED: tl.constexpr):
-    """Load values from `pointer` on, (SIZE,); 0 past `count`, if MASKED."""
-    index = tl.arange(0, SIZE)
-    if MASKED:
-        values = tl.load(pointer + index, mask=index < count, other=0.0)
-    else:
-        values = tl.load(pointer + index)
-    return values
-
-
-@triton.jit
-def zero_rows(ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Return ROWS float32 rows of zeros."""
-    DIMS: tl.constexpr = TILE.dims
-    MORE: tl.constexpr = TILE.more_dims if TILE.more_dims > 0 else 1
-    return tl.zeros((ROWS, DIMS), tl.float32), tl.zeros((ROWS, MORE), tl.float32)
-
-
-@triton.jit
-def times(rows, factor):
-    """Multiply each row by its factor."""
-    return rows[0] * factor[:, None], rows[1] * factor[:, None]
-
-
-@triton.jit
-def dots(x, y, TILE: tl.constexpr):
-    """Return x @ y.T in float32, for operands of any type."""
-    result = tl.dot(x[0], tl.trans(y[0]), input_precision="ieee")
-    if TILE.more_dims > 0:
-        result = tl.dot(x[1], tl.trans(y[1]), result, input_precision="ieee")
-    return result
-
-
-@triton.jit
-def add_weighted(sums, weights, rows, TILE: tl.constexpr):
-    """Return sums + weights @ rows in float32, with weights rounded to the rows' type."""
-    weights = weights.to(rows[0].dtype)
-    first = tl.dot(weights, rows[0], sums[0], input_precision="ieee")
-    second = sums[1]
-    if TILE.more_dims > 0:
-        second = tl.dot(weights, rows[1], second, input_precision="ieee")
-    return first, second
-
-
-# -------------------------------------------------------------------------------------------------
-# Blocks of queries and keys, and their parts in a region
-#
-# Along a block of queries, a region's first key and the end of its keys both rise. Along a block of
-# keys, the first query that sees a key in a region and the end of these queries rise, too. Both
-# ways, a range [low, high) is cut into full blocks, which every row sees whole, and masked blocks
-# before and after.
-
-
-@triton.jit
-def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constexpr):
-    """Return the sequence of a slot for a block.
-
-    The slots of sequence s begin at cu_seqlens[s] // SIZE + s. This leaves enough slots for its
-    blocks, and at least one.
-    """
-    low = slot * 0
-    high = low + num_sequences
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        begun = tl.load(cu_seqlens + middle) // SIZE + middle <= slot
-        low = tl.where(begun, middle, low)
-        high = tl.where(begun, high, middle)
-    return low
-
-
-@triton.jit
-def place(
-    blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, SIZE: tl.constexpr
-):
-    """Find this program's batch, head, block within its sequence, and that sequence's extent.
-
-    Returns (batch, sequence, head, block, blocks of the sequence, first row, seqlen_q, seqlen_k).
-    A program without a block gets block 0 of a sequence without rows, so it does nothing.
-    """
-    slot = tl.program_id(0) % blocks
-    rest = tl.program_id(0) // blocks
-    head = rest % heads
-    if cu_seqlens is None:
-        return rest // heads, rest // heads, head, slot, blocks, 0, seqlen_q, seqlen_k
-    else:
-        sequence = _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE)
-        first_row = tl.load(cu_seqlens + sequence)
-        seqlen = tl.load(cu_seqlens + sequence + 1) - first_row
-        block = slot - (first_row // SIZE + sequence)
-        count = tl.maximum(seqlen + SIZE - 1, 0) // SIZE
-        idle = block >= count
-        seqlen = tl.where(idle, 0, seqlen)
-        block = tl.where(idle, 0, block)
-        count = tl.where(idle, 1, count)
-        return rest // heads, sequence, head, block, count, first_row, seqlen, seqlen
-
-
-@triton.jit
-def origin_of(sequence, q_start, k_start, q_start_stride, k_start_stride, seqlen_q, seqlen_k):
-    """Return how far a sequence's first query lies after its first key, and that key's position."""
-    shift = seqlen_k - seqlen_q
-    origin = 0
-    if k_start is not None:
-        origin = tl.load(k_start + sequence * k_start_stride)
-    if q_start is not None:
-        shift = tl.load(q_start + sequence * q_start_stride) - origin
-    return shift, origin
-
-
-class Queries(NamedTuple):
-    """A block of queries. Positions are counted from the sequence's first key."""
-
-    batch: tl.tensor
-    sequence: tl.tensor
-    head: tl.tensor
-    first_row: tl.tensor  # first row of the sequence
-    row: tl.tensor  # first row of the block
-    left: tl.tensor  # rows of the sequence from there on
-    top: tl.tensor  # position of the first row
-    bottom: tl.tensor  # position of the last row
-    seqlen_k: tl.tensor
-    origin: tl.tensor  # position of the first key: blocks of granularity count from position 0
-
-
-@triton.jit
-def place_queries(
-    blocks, cu_seqlens, num_sequences, search_steps, q_start, k_start, q_start_stride,
-    k_start_stride, seqlen_q, seqlen_k, TILE: tl.constexpr,
-):  # fmt: skip
-    """Find this program's block of queries; the longest come first."""
-    BLOCK_M: tl.constexpr = TILE.block_m
-    batch, sequence, head, block, count, first_row, seqlen_q, seqlen_k = place(
-        blocks, TILE.heads_q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
-    )
-    first = (count - 1 - block) * BLOCK_M
-    shift, origin = origin_of(
-        sequence, q_start, k_start, q_start_stride, k_start_stride, seqlen_q, seqlen_k
-    )
-    top = first + shift
-    bottom = tl.minimum(top + BLOCK_M, seqlen_q + shift) - 1
-    return Queries(
-        batch, sequence, head, first_row, first_row + first, seqlen_q - first, top, bottom,
-        seqlen_k, origin,
-    )  # fmt: skip
-
-
-@triton.jit
-def split(low, all_low, all_high, high, SIZE: tl.constexpr):
-    """Cut [low, high) into blocks of SIZE; every row sees [all_low, all_high) of it.
-
-    Returns the numbers of masked blocks before the full ones, of full blocks, and of all masked
-    blocks. A masked block before the full ones may reach past `high`.
-    """
-    before = (tl.maximum(all_low - low, 0) + SIZE - 1) // SIZE
-    full = tl.maximum(all_high - (low + before * SIZE), 0) // SIZE
-    after = tl.maximum(high - (low + (before + full) * SIZE), 0)
-    return before, full, before + (after + SIZE - 1) // SIZE
-
-
-@triton.jit
-def nth_block(index, cut, MASKED: tl.constexpr, SIZE: tl.constexpr):
-    """Return the start of a range's index-th masked, or full, block, and the rows left there."""
-    low, before, full, _, high = cut
-    if MASKED:
-        at = low + (index + tl.where(index < before, 0, full)) * SIZE
-    else:
-        at = low + (before + index) * SIZE
-    return at, high - at
-
-
-@triton.jit
-def first_key(position, seqlen_k, origin, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Return the first key that `position` sees in REGION; for REGION = regions, the keys' end."""
-    key = tl.minimum(position + 1, seqlen_k)
-    if len(TILE.starts) > REGION:
-        block = (position + origin) // TILE.granularity * TILE.granularity
-        first = block - origin + TILE.starts[REGION]
-        if TILE.window > 0:
-            first = tl.maximum(first, position + 1 - TILE.window)
-        key = tl.minimum(key, first)
-    return tl.maximum(key, 0)
-
-
-@triton.jit
-def cut_keys(at, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Cut the range of keys that a block of queries sees into blocks.
-
-    Returns (first key, the numbers of `split`, end).
-    """
-    low = 0
-    all_low = 0
-    if not (REGION == 0 and TILE.from_first_key):
-        low = first_key(at.top, at.seqlen_k, at.origin, REGION, TILE)
-        all_low = first_key(at.bottom, at.seqlen_k, at.origin, REGION, TILE)
-    all_high = first_key(at.top, at.seqlen_k, at.origin, REGION + 1, TILE)
-    high = first_key(at.bottom, at.seqlen_k, at.origin, REGION + 1, TILE)
-    before, full, masked = split(low, all_low, all_high, high, TILE.block_n)
-    return low, before, full, masked, high
-
-
-@triton.jit
-def seen_keys(start, low, high, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Return a mask of the keys from `start` on, (M, N): row i sees keys low[i] to high[i]."""
-    BLOCK_N: tl.constexpr = TILE.block_n
-    key = (start + tl.arange(0, BLOCK_N))[None, :]
-    seen = key < high[:, None]
-    if not (REGION == 0 and TILE.from_first_key):
-        seen = seen & (key >= low[:, None])
-    return seen
-
-
-# -------------------------------------------------------------------------------------------------
-# The softmax outside its loops over keys, with caps and sinks
-
-
-@triton.jit
-def tanh(x):
-    """Return tanh of float32 to 4 units in the last place, for any small x too; NaN for NaN.
-
-    The formula is x P(x**2) / Q(x**2) with the least relative error up to 8. Past 8, tanh is 1
-    within 2 units.
-    """
-    x = tl.maximum(x, -8.0, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.minimum(x, 8.0, propagate_nan=tl.PropagateNan.ALL)
-    z = x * x
-    above = 2.951034887171507e-3 + z * 1.142848571105796e-5
-    above = 0.999999855560219 + z * (1.292567607640252e-1 + z * above)
-    below = 2.3815607146169673e-2 + z * (2.386703906359719e-4 + z * 2.4592200945999215e-7)
-    below = 1.0 + z * (4.625889210608028e-1 + z * below)
-    return x * above / below
-
-
-@triton.jit
 def capped(logits, softcap):
     """Return softcap * tanh(logits / softcap); both are natural, or both of base 2."""
     return softcap * tanh(logits * (1.0 / softcap))
-
-
-@triton.jit
-def bounded(products, TILE: tl.constexpr):
-    """Return logits divided by TILE.factor: the hyperbolic tangent with a cap, else the product."""
-    if TILE.softcap > 0:
-        products = tanh(products * (TILE.softmax_scale / TILE.softcap))
-    return products
-
-
-@triton.jit
-def before_the_cap(d_logits, logits, TILE: tl.constexpr):
-    """Return gradients of logits before the cap, from gradients after it and bounded logits."""
-    return d_logits * (1.0 - logits * logits) if TILE.softcap > 0 else d_logits
-
-
-@triton.jit
-def add_sink(row_max, row_sum, sink):
-    """Add a sink, a logit without a value, to rows; return (row_max, row_sum, rescale).
-
-    The caller multiplies weighted values by rescale. All numbers have base 2; row_max is finite
-    even without keys.
-    """
-    new_max = tl.maximum(row_max, sink)
-    rescale = tl.exp2(row_max - new_max)
-    # The test avoids NaN if the sink is infinite and takes all.
-    weight = tl.where(sink == new_max, 1.0, tl.exp2(sink - new_max))
-    return new_max, row_sum * rescale + weight, rescale
-
-
-@triton.jit
-def finish_softmax(row_max, row_sum, sinks, head):
-    """Return (factor of weighted values, argument of `lse_of`) for rows and their sink."""
-    empty = row_sum == 0.0
-    if sinks is None:
-        row_sum = tl.where(empty, 1.0, row_sum)
-        factor = 1.0 / row_sum
-        alone = float("-inf")
-    else:
-        alone = tl.load(sinks + head)
-        row_max, row_sum, rescale = add_sink(row_max, row_sum, alone * log2_e())
-        # The sum is 0 for rows without keys if the sink is -inf.
-        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-        factor = rescale / row_sum
-    return factor, (row_max, row_sum, empty, alone)
-
-
-@triton.jit
-def lse_of(rows):
-    """Return log-sum-exps; a row without keys gets the sink's own bits."""
-    row_max, row_sum, empty, alone = rows
-    return tl.where(empty, alone, row_max * ln_2() + tl.log(row_sum))

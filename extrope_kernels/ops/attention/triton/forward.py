@@ -4,14 +4,23 @@ Every region rotates queries and keys to its own positions. A query then sees a 
 difference of the two: in ReRoPE, near keys at their distance and all far keys at the window. For
 one block of queries the kernel goes through the regions, far keys first. It rotates its queries to
 the region's positions and runs over the region's keys like flash-attention. The next region goes on
-with the same running maximum, running sum and weighted values. So near and far keys share one
-softmax, and regions differ only in their rotated q and k.
+with the same row_max, row_sum and acc. So near and far keys share one softmax, and regions differ
+only in their rotated q and k.
 
 An earlier launch rotates keys once (rotate.py): this loop would rotate each key again for every
-block of queries. A block of keys that all rows of the block see whole needs no mask.
+block of queries.
+
+The mask: in region r, query i sees the keys from region_begin(i, r) to region_begin(i, r + 1), and
+region_begin(i, regions) is the end of its keys. device.py defines it, with a picture.
+
+Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
+of D0 and D1 dims, a row of v or out in tiles of DV0 and DV1: see Blocks in device.py. If D1 is 0,
+the second tile is never used.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,126 +31,131 @@ from ..call import AttentionCall, lse_shape
 from . import configs
 from .device import (
     Launch,
-    add_weighted,
-    bounded,
-    copy_of,
-    cut_keys,
-    dots,
-    finish_softmax,
-    first_key,
-    freqs_of,
-    groups_of,
-    inside_of,
-    keys_of,
+    add_sink,
+    as_operand,
+    constants_of,
+    cos_sin_of_map,
+    count_blocks,
+    find_block,
     launch_for,
-    load_part,
-    load_rows,
-    load_values,
+    ln_2,
+    load_tile,
+    log2_e,
     log_n_scale,
-    lse_of,
-    map_cos_sin,
-    no_logit,
-    nth_block,
-    place_queries,
+    nth_map,
     programs_of,
-    row_base,
-    rows_of,
-    seen_keys,
+    region_begin,
     sequence_stride,
     sequences_of,
-    store_rows,
-    tiles_of,
-    times,
+    softcap,
+    store_tile,
+    strides_in_elements,
+    strides_in_groups,
     with_contiguous_rows,
-    zero_rows,
 )
-from .rotate import rotated_keys
+from .rotate import Rotation, build_rotation, rotate
 
 # -------------------------------------------------------------------------------------------------
-# A block of raw queries, rotated while it is loaded; dims keep their places
+# Raw queries, rotated while they are loaded; dims keep their places
 
 
 @triton.jit
-def _cos_sin(pair, position, scale, rope, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Return cosine and sine of pairs, times a query's factors; 1 and 0 past the rotated dims."""
-    inv_freq, log_decay, pair_maps, head_k = rope
-    MAP: tl.constexpr = TILE.q_maps[REGION]
-    rotates = pair < TILE.half
-    freq = tl.load(inv_freq + pair, mask=rotates, other=0.0)[None, :]
+def _query_cos_sin(
+    pair, q_pos, scale, inv_freq, log_decay, pair_maps, head_k, MAP: tl.constexpr,
+    MODEL: tl.constexpr,
+):  # fmt: skip
+    """Return the cosine and sine of these pairs, times all factors of a query: (ROWS, pairs).
+
+    pair: (pairs,). From HALF on pairs do not rotate: 1 and 0, times `scale`, which is (ROWS, 1).
+    """
+    HALF: tl.constexpr = MODEL.half
+    rotates = pair < HALF
+    freq = tl.load(inv_freq + pair, mask=rotates, other=0.0)[None, :]  # (1, pairs)
     decay = None
     if log_decay is not None:
         decay = tl.load(log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
-    cos, sin = map_cos_sin(position, freq, decay, (pair_maps, pair, head_k), MAP, None, TILE)
-    factor = tl.where(rotates, TILE.amplitude, 1.0)[None, :] * scale
+    cos, sin = cos_sin_of_map(
+        q_pos, freq, decay, pair_maps, pair, head_k, MAP, None, HALF, MODEL.map_heads
+    )
+    # Keys are rotated without the attention factor: the query carries it for both.
+    factor = tl.where(rotates, MODEL.attention_factor_sq, 1.0)[None, :] * scale
     return cos * factor, sin * factor
 
 
 @triton.jit
-def _rounded(part, ELEMENT: tl.constexpr, TILE: tl.constexpr):
-    """Round to the operand type of products."""
-    part = part.to(ELEMENT)
-    return part.to(tl.float32) if TILE.widen else part
-
-
-@triton.jit
-def _rotated_part(
-    q, base, left, position, scale, rope, REGION: tl.constexpr, FIRST: tl.constexpr,
-    DIMS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+def _rotate_tile(
+    q_row, q_stride_seq, rows, q_pos, scale, inv_freq, log_decay, pair_maps, head_k,
+    MAP: tl.constexpr, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
+    MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Return the rotated dims FIRST to FIRST + DIMS: (ROWS, DIMS)."""
-    HALF: tl.constexpr = TILE.half
-    part = load_part(q, base, left, FIRST, DIMS, ROWS, True, TILE).to(tl.float32)
-    if TILE.interleaved:  # a pair's two dims are next to each other
+    """Load dims FIRST to FIRST + DIMS of ROWS rows and rotate them: (ROWS, DIMS) float32."""
+    HALF: tl.constexpr = MODEL.half
+    REST: tl.constexpr = MODEL.head_dim - FIRST
+    x = load_tile(q_row + FIRST, q_stride_seq, rows, ROWS, DIMS, REST, True).to(tl.float32)
+    if MODEL.interleaved:  # dims 2 i and 2 i + 1 are pair i
         pair = FIRST // 2 + tl.arange(0, DIMS // 2)
-        cos, sin = _cos_sin(pair, position, scale, rope, REGION, TILE)
-        x, y = tl.split(tl.reshape(part, (ROWS, DIMS // 2, 2)))
-        rotated = tl.reshape(tl.join(x * cos - y * sin, y * cos + x * sin), (ROWS, DIMS))
-    else:  # the other dim of each pair is loaded beside it
+        cos, sin = _query_cos_sin(
+            pair, q_pos, scale, inv_freq, log_decay, pair_maps, head_k, MAP, MODEL
+        )
+        a, b = tl.split(tl.reshape(x, (ROWS, DIMS // 2, 2)))
+        rotated = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (ROWS, DIMS))
+    else:  # dims i and HALF + i are pair i: the other dim of each is loaded beside it
         dim = FIRST + tl.arange(0, DIMS)
-        of_second = (dim >= HALF) & (dim < 2 * HALF)
-        pair = tl.where(of_second, dim - HALF, dim)
-        pair = tl.where(dim < 2 * HALF, pair, HALF)
-        other = tl.where(of_second, dim - HALF, tl.where(dim < HALF, dim + HALF, dim))
-        if HALF % 8 == 0:  # eight dims stay together; the compiler does not see that
-            other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
-        cos, sin = _cos_sin(pair, position, scale, rope, REGION, TILE)
-        row = tl.arange(0, ROWS) * (tl.cast(q.seq, tl.int32) * TILE.align)
-        inside = inside_of(left, FIRST, DIMS, ROWS, True, TILE)
-        others = tl.load(base + (row[:, None] + other[None, :]), mask=inside, other=0.0)
-        others = others.to(tl.float32)
-        rotated = part * cos + tl.where(of_second[None, :], others, -others) * sin
-    return _rounded(rotated, q.pointer.dtype.element_ty, TILE)
+        is_second = (dim >= HALF) & (dim < 2 * HALF)
+        pair = tl.where(is_second, dim - HALF, dim)
+        pair = tl.where(dim < 2 * HALF, pair, HALF)  # past the rotated dims: no pair
+        other_dim = tl.where(is_second, dim - HALF, tl.where(dim < HALF, dim + HALF, dim))
+        if HALF % 8 == 0:
+            # The borders at HALF and 2 HALF, where other_dim jumps, are multiples of 8. So it runs
+            # on in groups of eight dims. The compiler does not see that, and would load one by one.
+            other_dim = tl.max_contiguous(tl.multiple_of(other_dim, 8), 8)
+        cos, sin = _query_cos_sin(
+            pair, q_pos, scale, inv_freq, log_decay, pair_maps, head_k, MAP, MODEL
+        )
+        row = tl.arange(0, ROWS)[:, None]
+        mask = row < rows if DIMS <= REST else (row < rows) & (dim < MODEL.head_dim)[None, :]
+        other_ptr = q_row + (row * tl.cast(q_stride_seq, tl.int32) + other_dim[None, :])
+        other = tl.load(other_ptr, mask=mask, other=0.0).to(tl.float32)  # (ROWS, DIMS)
+        rotated = x * cos + tl.where(is_second[None, :], other, -other) * sin
+    return rotated
 
 
 @triton.jit
-def rotated_rows(
-    q, base, left, position, rope, query_scale, REGION: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+def _rotate_queries(
+    q_row, q_stride_seq, rows, q_pos, query_scale, inv_freq, log_decay, pair_maps, head_k,
+    MAP: tl.constexpr, ROWS: tl.constexpr, MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return ROWS raw rows rotated for a region, in parts like those of load_rows, rounded once.
+    """Load ROWS queries and rotate them by MAP: (ROWS, D0) and (ROWS, D1), rounded once.
 
-    position: absolute. query_scale: None, or a pointer to the factor of the first row.
+    q_row: dim 0 of the first row. rows: how many exist. q_pos: their absolute positions, (ROWS,).
+    query_scale: None, or a pointer to the factor of the first row.
     """
-    DIMS: tl.constexpr = TILE.dims
-    MORE: tl.constexpr = TILE.more_dims
-    ELEMENT: tl.constexpr = q.pointer.dtype.element_ty
-    scale = log_n_scale(position, TILE.per_log_n)
+    D0: tl.constexpr = BLOCKS.d0
+    D1: tl.constexpr = BLOCKS.d1
+    scale = log_n_scale(q_pos, MODEL.per_log_n)  # (ROWS, 1)
     if query_scale is not None:
-        scale *= load_values(query_scale, left, ROWS, True)[:, None]
-    if TILE.paired:
-        cos, sin = _cos_sin(tl.arange(0, DIMS), position, scale, rope, REGION, TILE)
-        x = load_part(q, base, left, 0, DIMS, ROWS, True, TILE).to(tl.float32)
-        y = load_part(q, base, left, DIMS, MORE, ROWS, True, TILE).to(tl.float32)
-        first = _rounded(x * cos - y * sin, ELEMENT, TILE)
-        second = _rounded(y * cos + x * sin, ELEMENT, TILE)
+        row = tl.arange(0, ROWS)
+        scale *= tl.load(query_scale + row, mask=row < rows, other=0.0)[:, None]
+    if BLOCKS.tiles_are_pairs:
+        cos, sin = _query_cos_sin(
+            tl.arange(0, D0), q_pos, scale, inv_freq, log_decay, pair_maps, head_k, MAP, MODEL
+        )  # (ROWS, D0)
+        a = load_tile(q_row, q_stride_seq, rows, ROWS, D0, D0, True).to(tl.float32)
+        b = load_tile(q_row + D0, q_stride_seq, rows, ROWS, D1, D1, True).to(tl.float32)
+        q0 = a * cos - b * sin
+        q1 = b * cos + a * sin
     else:
-        first = _rotated_part(q, base, left, position, scale, rope, REGION, 0, DIMS, ROWS, TILE)
-        second = first
-        if MORE > 0:
-            second = _rotated_part(
-                q, base, left, position, scale, rope, REGION, DIMS, MORE, ROWS, TILE
-            )
-    return first, second
+        q0 = _rotate_tile(
+            q_row, q_stride_seq, rows, q_pos, scale, inv_freq, log_decay, pair_maps, head_k,
+            MAP, 0, D0, ROWS, MODEL,
+        )  # fmt: skip
+        q1 = q0
+        if D1 > 0:
+            q1 = _rotate_tile(
+                q_row, q_stride_seq, rows, q_pos, scale, inv_freq, log_decay, pair_maps, head_k,
+                MAP, D0, D1, ROWS, MODEL,
+            )  # fmt: skip
+    return q0.to(q_row.dtype.element_ty), q1.to(q_row.dtype.element_ty)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -149,133 +163,281 @@ def rotated_rows(
 
 
 @triton.jit
-def _add_keys(
-    state, q, k, v, k_base, v_base, cut, low, high, REGION: tl.constexpr, MASKED: tl.constexpr,
-    TILE: tl.constexpr, VALUES: tl.constexpr,
+def _attend_keys(
+    acc0, acc1,  # (M, DV0), (M, DV1) float32: weights @ v so far
+    row_max, row_sum,  # (M,) float32, base 2; row_max >= -1e30 is finite: exp2 never gets inf - inf
+    q0, q1,  # (M, D0), (M, D1), rotated to this region's positions
+    k_row, k_stride_seq, v_row, v_stride_seq,  # key 0 of the sequence and head; elements
+    begin, end,  # the keys that any of the rows sees in this region
+    num_before, num_full, num_masked,  # blocks of keys from `begin` on; num_before of num_masked
+    row_begin, row_end,  # (M,): row i sees keys [row_begin[i], row_end[i]); read if MASKED
+    MASKED: tl.constexpr,  # add the masked blocks, before and after the full ones; else the full
+    FROM_KEY_0: tl.constexpr,  # row_begin is 0 for every row
+    MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Add the masked, or full, blocks of keys to (weighted values, row_max, row_sum).
+    """Add a region's masked, or its full, blocks of keys to the softmax."""
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    D0: tl.constexpr = BLOCKS.d0
+    D1: tl.constexpr = BLOCKS.d1
+    DV0: tl.constexpr = BLOCKS.dv0
+    DV1: tl.constexpr = BLOCKS.dv1
+    HEAD_DIM: tl.constexpr = MODEL.head_dim
+    HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
+    for i in tl.range(num_masked if MASKED else num_full):
+        # Full blocks lie between the masked ones, which step over them.
+        block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
+        start = begin + block * BLOCK_N
+        # A full block lies inside the sequence, so it is loaded without a mask of rows. A masked
+        # one before it may reach past `end`: `row_end` then hides keys that were loaded as 0.
+        rows = end - start
+        k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
+        v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
 
-    In a masked block, row i sees only the keys from low[i] to high[i].
-    """
-    BLOCK_N: tl.constexpr = TILE.block_n
-    acc, row_max, row_sum = state
-    _, _, full, masked, _ = cut
-    for i in tl.range(masked if MASKED else full):
-        start, left = nth_block(i, cut, MASKED, BLOCK_N)
-        k_at = k_base + tl.cast(start, tl.int64) * k.seq * TILE.align
-        v_at = v_base + tl.cast(start, tl.int64) * v.seq * TILE.align
-        k_rows = load_rows(k, k_at, left, BLOCK_N, MASKED, TILE)  # (N, D) twice
-        logits = bounded(dots(q, k_rows, TILE), TILE)  # (M, N)
+        # logits = q @ k.T: (M, N), in units of MODEL.logit_unit
+        k0 = load_tile(k_block, k_stride_seq, rows, BLOCK_N, D0, HEAD_DIM, MASKED)  # (N, D0)
+        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if D1 > 0:
+            k1 = load_tile(k_block + D0, k_stride_seq, rows, BLOCK_N, D1, HEAD_DIM - D0, MASKED)
+            logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
+        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
+
+        # weights = exp2(logits - new_max): (M, N)
         if MASKED:
-            seen = seen_keys(start, low, high, REGION, TILE)
-            logits = tl.where(seen, logits * TILE.factor, float("-inf"))
+            key = (start + tl.arange(0, BLOCK_N))[None, :]
+            seen = key < row_end[:, None]
+            if not FROM_KEY_0:
+                seen = seen & (key >= row_begin[:, None])
+            logits = tl.where(seen, logits * MODEL.logit_unit, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(logits, 1))  # (M,)
             weights = tl.exp2(logits - new_max[:, None])
         else:
-            new_max = tl.maximum(row_max, tl.max(logits, 1) * TILE.factor)
-            weights = tl.exp2(logits * TILE.factor - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        v_rows = load_rows(v, v_at, left, BLOCK_N, MASKED, VALUES)
-        acc = add_weighted(times(acc, rescale), weights, v_rows, VALUES)  # (M, D) twice
+            # The unit is positive: it may follow the maximum, and multiply-add joins it to exp2.
+            new_max = tl.maximum(row_max, tl.max(logits, 1) * MODEL.logit_unit)
+            weights = tl.exp2(logits * MODEL.logit_unit - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)  # (M,)
+
+        # acc = acc * rescale + weights @ v
+        v0 = load_tile(v_block, v_stride_seq, rows, BLOCK_N, DV0, HEAD_DIM_V, MASKED)  # (N, DV0)
+        weights_v = weights.to(v0.dtype)
+        acc0 = tl.dot(weights_v, v0, acc0 * rescale[:, None], input_precision="ieee")
+        if DV1 > 0:
+            v1 = load_tile(
+                v_block + DV0, v_stride_seq, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0, MASKED
+            )
+            acc1 = tl.dot(weights_v, v1, acc1 * rescale[:, None], input_precision="ieee")
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
-    return acc, row_max, row_sum
+    return acc0, acc1, row_max, row_sum
 
 
 @triton.jit(
     do_not_specialize=[
-        *("q_batch", "q_seq", "q_head", "k_batch", "k_seq", "k_head", "v_batch", "v_seq", "v_head"),
-        *("freq_batch", "scale_batch", "q_start_stride", "k_start_stride", "num_sequences"),
-        *("search_steps", "blocks", "seqlen_q", "seqlen_k"),
+        *("q_stride_batch", "q_stride_seq", "q_stride_head"),
+        *("k_stride_batch", "k_stride_seq", "k_stride_head"),
+        *("v_stride_batch", "v_stride_seq", "v_stride_head"),
+        *("freq_stride", "scale_stride", "q_start_stride", "k_start_stride"),
+        *("num_sequences", "search_steps", "blocks", "seqlen_q", "seqlen_k"),
     ]
 )
 def forward_kernel(
-    q, k, k_rotated, v, out, lse, scratch, inv_freq, log_decay, pair_maps, cu_seqlens, q_start,
-    k_start, query_scale, sinks,
-    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
-    freq_batch, scale_batch, q_start_stride, k_start_stride, num_sequences, search_steps, blocks,
-    seqlen_q, seqlen_k, TILE: tl.constexpr, VALUES: tl.constexpr,
+    q, k, v,  # (batch, seqlen, heads, dims), or (1, total, heads, dims) if packed
+    k_rotated,  # (batch, seqlen_k, copies, heads_k, head_dim), contiguous; None: no region needs it
+    out, lse,  # (batch, seqlen_q, heads_q, head_dim_v); (batch, heads_q, seqlen_q): contiguous
+    scratch,  # like q, contiguous; None: rows of out hold rotated queries meanwhile
+    inv_freq, log_decay,  # (sequences or 1, freq_heads, half) float; (half,) or None: xPos
+    pair_maps,  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
+    cu_seqlens, q_start, k_start,  # (sequences + 1,), (sequences or 1,), ... int32, or None
+    query_scale, sinks,  # (batch or 1, seqlen_q) float32; (heads_q,) float32 logits; or None
+    q_stride_batch, q_stride_seq, q_stride_head,  # divided by BLOCKS.align
+    k_stride_batch, k_stride_seq, k_stride_head,
+    v_stride_batch, v_stride_seq, v_stride_head,
+    freq_stride, scale_stride, q_start_stride, k_start_stride,  # between sequences; 0: they share
+    num_sequences, search_steps,  # packed sequences, and steps of a binary search for one
+    blocks,  # blocks of queries for each head: at least as many as there are
+    seqlen_q, seqlen_k,  # the totals if packed
+    MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Attend for a block of queries. Axis 0: blocks, longest first, then heads, then the batch.
+    """Attend for a block of queries. Axis 0: blocks, longest first, then heads, then the batch."""
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    CHUNK_M: tl.constexpr = BLOCKS.chunk_m  # divides BLOCK_M
+    D0: tl.constexpr = BLOCKS.d0
+    D1: tl.constexpr = BLOCKS.d1
+    DV0: tl.constexpr = BLOCKS.dv0
+    DV1: tl.constexpr = BLOCKS.dv1
+    HEADS_Q: tl.constexpr = MODEL.heads_q
+    HEADS_K: tl.constexpr = MODEL.heads_k
+    HEAD_DIM: tl.constexpr = MODEL.head_dim
+    HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
+    REGIONS: tl.constexpr = len(MODEL.starts)
 
-    scratch: room for as many rows as q has, or None if rows of out have enough.
-    """
-    BLOCK_M: tl.constexpr = TILE.block_m
-    CHUNK: tl.constexpr = TILE.rotated
-    REGIONS: tl.constexpr = len(TILE.q_maps)
-    HEADS: tl.constexpr = TILE.heads_q
-    HEADS_K: tl.constexpr = TILE.heads_k
-    PAIRED: tl.constexpr = TILE.paired
-    at = place_queries(
-        blocks, cu_seqlens, num_sequences, search_steps, q_start, k_start, q_start_stride,
-        k_start_stride, seqlen_q, seqlen_k, TILE,
-    )  # fmt: skip
-    batch, head, row, left = at.batch, at.head, at.row, at.left
-    head_k = head // (HEADS // HEADS_K)
-    position = at.top + tl.arange(0, BLOCK_M)
-    inv_freq = freqs_of(inv_freq, head_k, TILE) + tl.cast(at.sequence, tl.int64) * freq_batch
-    rope = (inv_freq, log_decay, pair_maps, head_k)
-    if query_scale is not None:
-        query_scale += tl.cast(batch, tl.int64) * scale_batch + row
-    q_of = rows_of(q, q_batch, q_seq, q_head, HEADS, TILE)
-    v_of = rows_of(v, v_batch, v_seq, v_head, HEADS_K, VALUES)
-    v_base = row_base(v_of, batch, at.first_row, head_k, VALUES)
-    out_of = copy_of(out, seqlen_q, 0, 1, HEADS, VALUES)
-    room = out_of
+    # Strides in elements from here on.
+    q_stride_batch, q_stride_seq, q_stride_head = strides_in_elements(
+        q_stride_batch, q_stride_seq, q_stride_head, HEADS_Q, HEAD_DIM, BLOCKS
+    )
+    k_stride_batch, k_stride_seq, k_stride_head = strides_in_elements(
+        k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS
+    )
+    v_stride_batch, v_stride_seq, v_stride_head = strides_in_elements(
+        v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS
+    )
+
+    # This program's queries. The last block of a sequence sees the most keys, so it starts first:
+    # short blocks fill the gaps at the end. A program without a block has rows <= 0, and no keys.
+    this = find_block(
+        blocks, HEADS_Q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
+    )
+    head_k = this.head // (HEADS_Q // HEADS_K)
+    batch = tl.cast(this.batch, tl.int64)
+    q_first = (this.num_blocks - 1 - this.index) * BLOCK_M  # within the sequence
+    rows = this.seqlen_q - q_first  # rows of the sequence from there on; may exceed BLOCK_M
+    q_index = this.first_row + q_first  # the block's first token in q, and in out
+
+    # A query's own key, and the last one it sees, is counted from the sequence's first key.
+    # Positions are absolute: rotations, log n and blocks of granularity depend on them.
+    key_0_pos = 0
+    if k_start is not None:
+        key_0_pos = tl.load(k_start + this.sequence * k_start_stride)
+    shift = this.seqlen_k - this.seqlen_q  # query 0's own key: both sides end together,
+    if q_start is not None:  # unless positions say where they begin
+        shift = tl.load(q_start + this.sequence * q_start_stride) - key_0_pos
+    first_q_key = q_first + shift
+    last_q_key = tl.minimum(first_q_key + BLOCK_M, this.seqlen_q + shift) - 1
+    q_key = first_q_key + tl.arange(0, BLOCK_M)  # (M,)
+
+    # Pointers to the first row: of this block in q, out and scratch, of the sequence in k and v,
+    # which packed sequences begin at the same token as q.
+    q_row = q + (
+        batch * q_stride_batch
+        + tl.cast(q_index, tl.int64) * q_stride_seq
+        + tl.cast(this.head, tl.int64) * q_stride_head
+    )
+    v_row = v + (
+        batch * v_stride_batch
+        + tl.cast(this.first_row, tl.int64) * v_stride_seq
+        + tl.cast(head_k, tl.int64) * v_stride_head
+    )
+    out_index = (batch * seqlen_q + q_index) * HEADS_Q + this.head
+    out_row = out + out_index * HEAD_DIM_V
+    chunk_row = out_row
     if scratch is not None:
-        room = copy_of(scratch, seqlen_q, 0, 1, HEADS, TILE)
+        chunk_row = scratch + out_index * HEAD_DIM
+    inv_freq += tl.cast(this.sequence, tl.int64) * freq_stride
+    if MODEL.freq_heads > 1:
+        inv_freq += head_k * MODEL.half
+    if query_scale is not None:
+        query_scale += batch * scale_stride + q_index
 
-    row_max = tl.full((BLOCK_M,), no_logit(), tl.float32)
-    state = (zero_rows(BLOCK_M, VALUES), row_max, tl.zeros((BLOCK_M,), tl.float32))
+    acc0 = tl.zeros((BLOCK_M, DV0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, DV1 if DV1 > 0 else 1), tl.float32)
+    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)  # below any logit, and finite: see above
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for r in tl.static_range(REGIONS):
-        # Rotate the queries for this region.
-        if r == 0 and PAIRED:
-            q_base = row_base(q_of, batch, row, head, TILE)
-            q_rows = rotated_rows(
-                q_of, q_base, left, position + at.origin, rope, query_scale, 0, BLOCK_M, TILE
-            )
+        # Rotate the queries for this region: q0 (M, D0), q1 (M, D1).
+        if r == 0 and BLOCKS.tiles_are_pairs:
+            q0, q1 = _rotate_queries(
+                q_row, q_stride_seq, rows, q_key + key_0_pos, query_scale, inv_freq, log_decay,
+                pair_maps, head_k, nth_map(MODEL.q_maps, r), BLOCK_M, MODEL, BLOCKS,
+            )  # fmt: skip
+            q0 = as_operand(q0)
+            q1 = as_operand(q1)
         else:
-            # Few registers are free between two loops, and rows whose parts are not the two dims
-            # of pairs need many. So a few rows at a time go through memory.
-            tl.debug_barrier()
-            for few in tl.range(0, BLOCK_M, CHUNK):
-                q_base = row_base(q_of, batch, row + few, head, TILE)
-                few_scales = None
+            # Few registers are free between two loops, and rows whose tiles are not the two dims of
+            # pairs need many. So CHUNK_M rows at a time go through memory, rows of this block only.
+            tl.debug_barrier()  # all threads have loaded the last region's q from there
+            for chunk in tl.range(0, BLOCK_M, CHUNK_M):
+                chunk_offset = tl.cast(chunk, tl.int64)
+                chunk_scale = None
                 if query_scale is not None:
-                    few_scales = query_scale + few
-                few_positions = at.top + at.origin + few + tl.arange(0, CHUNK)
-                few_rows = rotated_rows(
-                    q_of, q_base, left - few, few_positions, rope, few_scales, r, CHUNK, TILE
+                    chunk_scale = query_scale + chunk
+                chunk0, chunk1 = _rotate_queries(
+                    q_row + chunk_offset * q_stride_seq, q_stride_seq, rows - chunk,
+                    first_q_key + key_0_pos + chunk + tl.arange(0, CHUNK_M), chunk_scale, inv_freq,
+                    log_decay, pair_maps, head_k, nth_map(MODEL.q_maps, r), CHUNK_M, MODEL, BLOCKS,
+                )  # fmt: skip
+                to_row = chunk_row + chunk_offset * (HEADS_Q * HEAD_DIM)
+                store_tile(to_row, HEADS_Q * HEAD_DIM, chunk0, rows - chunk, CHUNK_M, D0, HEAD_DIM)
+                if D1 > 0:
+                    store_tile(
+                        to_row + D0, HEADS_Q * HEAD_DIM, chunk1, rows - chunk, CHUNK_M, D1,
+                        HEAD_DIM - D0,
+                    )  # fmt: skip
+            tl.debug_barrier()  # all rows are stored
+            q0 = load_tile(chunk_row, HEADS_Q * HEAD_DIM, rows, BLOCK_M, D0, HEAD_DIM, True)
+            q1 = q0
+            if D1 > 0:
+                q1 = load_tile(
+                    chunk_row + D0, HEADS_Q * HEAD_DIM, rows, BLOCK_M, D1, HEAD_DIM - D0, True
                 )
-                room_base = row_base(room, batch, row + few, head, TILE)
-                store_rows(room, room_base, few_rows, left - few, CHUNK, TILE)
-            tl.debug_barrier()
-            room_base = row_base(room, batch, row, head, TILE)
-            q_rows = load_rows(room, room_base, left, BLOCK_M, True, TILE)
-        # The region's keys; blocks that all rows see need no mask.
-        k_of = keys_of(k, k_batch, k_seq, k_head, k_rotated, seqlen_k, r, TILE)
-        k_base = row_base(k_of, batch, at.first_row, head_k, TILE)
-        low = first_key(position, at.seqlen_k, at.origin, r, TILE)
-        high = first_key(position, at.seqlen_k, at.origin, r + 1, TILE)
-        cut = cut_keys(at, r, TILE)
-        for masked in tl.static_range(2):
-            state = _add_keys(
-                state, q_rows, k_of, v_of, k_base, v_base, cut, low, high, r, masked == 0,
-                TILE, VALUES,
+
+        # The region's keys: k itself, or a rotated copy.
+        if MODEL.sees_given_k[r]:
+            k_row = k + (
+                batch * k_stride_batch
+                + tl.cast(this.first_row, tl.int64) * k_stride_seq
+                + tl.cast(head_k, tl.int64) * k_stride_head
+            )
+            k_row_stride = k_stride_seq
+        else:
+            k_index = batch * seqlen_k + this.first_row
+            k_index = (k_index * MODEL.k_copies + MODEL.k_copy[r]) * HEADS_K + head_k
+            k_row = k_rotated + k_index * HEAD_DIM
+            k_row_stride = MODEL.k_copies * HEADS_K * HEAD_DIM
+
+        # Row i sees the keys [row_begin[i], row_end[i]), and both rise with i. So the rows together
+        # see [begin, end), and every row sees [every_begin, every_end).
+        row_begin = region_begin(q_key, this.seqlen_k, key_0_pos, r, MODEL)  # (M,)
+        row_end = region_begin(q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
+        begin = 0
+        every_begin = 0
+        if not (r == 0 and MODEL.from_key_0):
+            begin = region_begin(first_q_key, this.seqlen_k, key_0_pos, r, MODEL)
+            every_begin = region_begin(last_q_key, this.seqlen_k, key_0_pos, r, MODEL)
+        every_end = region_begin(first_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
+        end = region_begin(last_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
+        num_before, num_full, num_masked = count_blocks(begin, every_begin, every_end, end, BLOCK_N)
+        for full in tl.static_range(2):  # masked blocks, then full ones
+            acc0, acc1, row_max, row_sum = _attend_keys(
+                acc0, acc1, row_max, row_sum, q0, q1, k_row, k_row_stride, v_row, v_stride_seq,
+                begin, end, num_before, num_full, num_masked, row_begin, row_end,
+                full == 0, r == 0 and MODEL.from_key_0, MODEL, BLOCKS,
             )  # fmt: skip
 
-    acc, row_max, row_sum = state
-    factor, ended = finish_softmax(row_max, row_sum, sinks, head)
-    if REGIONS > 1 or not PAIRED:
-        tl.debug_barrier()
-    out_base = row_base(out_of, batch, row, head, VALUES)
-    store_rows(out_of, out_base, times(acc, factor), left, BLOCK_M, VALUES)
-    lse += (tl.cast(batch, tl.int64) * HEADS + head) * seqlen_q + row
-    tl.store(lse + tl.arange(0, BLOCK_M), lse_of(ended), mask=tl.arange(0, BLOCK_M) < left)
+    # Divide by the sum. A row that sees no key, or none but a sink of -inf, has out 0.
+    sees_no_key = row_sum == 0.0  # (M,)
+    if sinks is None:
+        row_sum = tl.where(sees_no_key, 1.0, row_sum)
+        factor = 1.0 / row_sum
+        lse_without_keys = float("-inf")
+    else:
+        lse_without_keys = tl.load(sinks + this.head)  # the sink's own bits
+        row_max, row_sum, rescale = add_sink(row_max, row_sum, lse_without_keys * log2_e())
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+        factor = rescale / row_sum
+    if REGIONS > 1 or not BLOCKS.tiles_are_pairs:
+        tl.debug_barrier()  # all threads have loaded q from out's rows
+    factor = factor[:, None]
+    store_tile(out_row, HEADS_Q * HEAD_DIM_V, acc0 * factor, rows, BLOCK_M, DV0, HEAD_DIM_V)
+    if DV1 > 0:
+        store_tile(
+            out_row + DV0, HEADS_Q * HEAD_DIM_V, acc1 * factor, rows, BLOCK_M, DV1, HEAD_DIM_V - DV0
+        )
+    row = tl.arange(0, BLOCK_M)
+    lse_row = lse + (batch * HEADS_Q + this.head) * seqlen_q + q_index
+    natural_lse = tl.where(sees_no_key, lse_without_keys, row_max * ln_2() + tl.log(row_sum))
+    tl.store(lse_row + row, natural_lse, mask=row < rows)
 
 
 # -------------------------------------------------------------------------------------------------
-# The launch
+# The launches
+
+
+class Launches(NamedTuple):
+    """Both launches of a call."""
+
+    rotate_keys: Rotation
+    attend: Launch
+    needs_scratch: bool  # rotated queries go through memory, and rows of out cannot hold them
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -289,30 +451,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     (batch, heads_q, seqlen_q) or (heads_q, total).
     """
     call = with_contiguous_rows(call)
-    launch = launch_for(_build_launch, (q, k, v), call)
+    rotate_keys, attend, needs_scratch = launch_for(_build_launches, (q, k, v), call)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
-    fits = v.shape[-1] == q.shape[-1] and out.dtype == q.dtype
-    scratch = None if fits else q.new_empty(q.shape)
+    scratch = q.new_empty(q.shape) if needs_scratch else None
     with torch.cuda.device_of(q):
-        k_rotated = rotated_keys(q, k, call)
-        if launch.grid[0] > 0:
-            forward_kernel[launch.grid](
-                q, k, k_rotated, v, out, lse, scratch, call.inv_freq, call.log_decay,
+        _, k_rotated = rotate(rotate_keys, q, k, call)
+        if attend.grid[0] > 0:
+            forward_kernel[attend.grid](
+                q, k, v, k_rotated, out, lse, scratch, call.inv_freq, call.log_decay,
                 call.pair_maps, call.cu_seqlens, call.q_start, call.k_start, call.query_scale,
-                call.sinks, *launch.sizes, **launch.options,
+                call.sinks, *attend.sizes, **attend.options,
             )  # fmt: skip
     return out, lse
 
 
-def _build_launch(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launch:
-    setting = configs.config_of("forward", q, v)
-    tile, values = tiles_of(setting, q, k, v, call)
-    programs, blocks = programs_of(q, setting.block_m, call)
+def _build_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launches:
+    config = configs.config_of("forward", q, v)
+    model, blocks = constants_of(config, q, k, v, call)
+    programs, blocks_of_head = programs_of(q, config.block_m, call)
+    strides = (n for x in (q, k, v) for n in strides_in_groups(x, blocks.align))
     sizes = (
-        *groups_of(q, tile.align), *groups_of(k, tile.align), *groups_of(v, tile.align),
-        sequence_stride(call.inv_freq, 2), sequence_stride(call.query_scale, 2),
+        *strides, sequence_stride(call.inv_freq, 2), sequence_stride(call.query_scale, 2),
         sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1), *sequences_of(call),
-        blocks, q.shape[-3], k.shape[-3],
+        blocks_of_head, q.shape[-3], k.shape[-3],
     )  # fmt: skip
-    return Launch((programs,), sizes, {"TILE": tile, "VALUES": values, **setting.options})
+    attend = Launch((programs,), sizes, {"MODEL": model, "BLOCKS": blocks, **config.options})
+    through_memory = len(model.starts) > 1 or not blocks.tiles_are_pairs
+    out_fits = model.head_dim_v == model.head_dim and call.results_dtype(q.dtype) == q.dtype
+    return Launches(build_rotation(q, k, call, "keys"), attend, through_memory and not out_fits)

@@ -3,6 +3,12 @@
 A program has a few tokens of q or of k, and a share of their heads. It computes the tokens'
 positions, cosines and sines once. Rotated copies are contiguous: (batch, seqlen, copies, heads,
 head_dim).
+
+The kernel runs in both directions. Forward, it writes a copy of a row x for each map:
+copy_c = scale * R_c @ x, where R_c rotates to the positions of map c. Backward, it reads gradients
+of all copies, and writes their sum, each rotated back: dx = sum over c of scale * R_c.T @ dcopy_c.
+
+Names: T is TOKENS, P is PAIRS: pairs of dims, rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -19,23 +25,22 @@ from torch import Tensor
 from ....scores import UNROTATED, PositionMap
 from ..._shared.triton.launch import VECTOR_BYTES
 from ..._shared.triton.pairs import load_parts, of_pairs, store_parts, widened
-from ..._shared.triton.pairs import rotate as rotate_parts
-from ..._shared.triton.tokens import rows, sequence_of
+from ..._shared.triton.tokens import sequence_of
 from ..call import AttentionCall
 from .device import (
     Launch,
+    MapConstants,
     alignment_of,
-    freqs_of,
-    groups_of,
+    cos_sin_of_map,
     key_maps,
-    launch_for,
     log_n_scale,
     map_of,
-    nth_cos_sin,
+    nth_map,
     regions_of,
     rope_heads_of,
     sequence_stride,
     sequences_of,
+    strides_in_groups,
 )
 
 THREADS = 128  # each has 16 bytes of first dims and 16 of second dims
@@ -51,205 +56,200 @@ class RotateTile(NamedTuple):
     heads_k: int
     head_dim: int
     half: int  # pairs of dims that rotate
-    rope_heads: tuple[int, int]  # see `rope_heads_of`
+    freq_heads: int  # heads of k with frequencies of their own; 1: all share
+    map_heads: int  # heads of k with maps of pairs of their own; 1: all share
     pairs: int  # half, rounded up to a power of two
     rest: int  # dims after the rotated ones
     rest_dims: int  # rest, rounded up; 1 if none
     align: int  # elements; divides all strides
-    interleaved: bool
+    interleaved: bool  # a pair's two dims are neighbours; else dims i and half + i
     freq_per_token: bool  # each packed sequence has its own frequencies
     q_maps: tuple[tuple, ...]  # one per copy, see `map_of`
     k_maps: tuple[tuple, ...]
-    stored: tuple | None  # the map by which keys already come rotated; None: raw
-    amplitude: float  # multiplies queries
-    per_log_n: float
+    attention_factor_sq: float  # multiplies queries, for both sides
+    per_log_n: float  # 1 / ln(log_n) for queries, or 0: none
+
+
+# -------------------------------------------------------------------------------------------------
+# The kernel
 
 
 @triton.jit
-def _place(
-    tile, batch, shift, start, start_stride, seqlen, freq_batch, cu_seqlens, num_sequences,
-    search_steps, TILE: tl.constexpr,
+def _cos_sin_of_copies(
+    position, inv_freq, freq_offset, valid, decay, pair_maps, head_k, factor, MAPS: tl.constexpr,
+    FROM: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile's tokens, a mask of the valid ones, positions, and the frequencies' offset.
+    """Return ((cos, sin), ...) for every copy, times `factor`, (T, 1): (T, P) float32 each.
 
-    shift: added to positions of sequences that are not packed. start: None, or a further shift by
-    sequence.
+    FROM: the map by which rows already come rotated, or None. freq_offset: of the sequence's
+    frequencies, one for all tokens, or (T,) with freq_per_token.
     """
+    HALF: tl.constexpr = TILE.half
+    pair = tl.arange(0, TILE.pairs)
+    if TILE.freq_heads > 1:
+        inv_freq += head_k * HALF
+    if TILE.freq_per_token:
+        mask = valid[:, None] & (pair < HALF)[None, :]
+        freq_ptr = inv_freq + freq_offset[:, None] + pair[None, :]
+        freq = tl.load(freq_ptr, mask=mask, other=0.0)  # (T, P)
+    else:
+        freq = of_pairs(inv_freq + freq_offset, TILE)  # (1, P)
+    cos_sin = ()
+    for c in tl.static_range(len(MAPS)):
+        cos, sin = cos_sin_of_map(
+            position, freq, decay, pair_maps, pair, head_k, nth_map(MAPS, c), FROM, HALF,
+            TILE.map_heads,
+        )  # fmt: skip
+        if BACKWARD and decay is not None:
+            # Outside of a region the amplitude may overflow. Gradients are 0 there: not NaN.
+            cos = tl.where(tl.abs(cos) < float("inf"), cos, 0.0)
+            sin = tl.where(tl.abs(sin) < float("inf"), sin, 0.0)
+        cos_sin = cos_sin + ((cos * factor, sin * factor),)  # noqa: RUF005
+    return cos_sin
+
+
+@triton.jit
+def _rotate_tokens(
+    x, stride_batch, stride_seq, stride_head,  # (batch, seqlen, HEADS, head_dim); / align
+    copies,  # (batch, seqlen, len(MAPS), HEADS, head_dim), contiguous
+    tile, batch, seqlen,  # tile: of TOKENS tokens
+    shift,  # from a token's index to its position, if not packed
+    start, start_stride,  # (sequences or 1,) int32: a further shift; or None
+    inv_freq, freq_stride, decay, pair_maps, cu_seqlens, num_sequences, search_steps,
+    token_scale, scale_stride,  # (batch or 1, seqlen) float32; or None
+    MAPS: tl.constexpr, FROM: tl.constexpr,  # rows come rotated by FROM, or raw (None)
+    FACTOR: tl.constexpr, PER_LOG_N: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Rotate this program's tokens and heads of x into its copies; BACKWARD: their sum into x."""
     TOKENS: tl.constexpr = TILE.tokens
-    token = tile * TOKENS + tl.arange(0, TOKENS)
+    COPIES: tl.constexpr = len(MAPS)
+    HEAD_DIM: tl.constexpr = TILE.head_dim
+    BY_HEAD: tl.constexpr = TILE.freq_heads > 1 or TILE.map_heads > 1
+
+    # Tokens, their positions and where their sequence's frequencies begin.
+    token = tile * TOKENS + tl.arange(0, TOKENS)  # (T,)
     valid = token < seqlen
     if cu_seqlens is None:
         position = token + shift
         if start is not None:
             position += tl.load(start + batch * start_stride)
-        of_freq = tl.cast(batch, tl.int64) * freq_batch
+        freq_offset = batch * freq_stride
     else:
-        sequence = sequence_of(token, cu_seqlens, num_sequences, search_steps)
+        sequence = sequence_of(token, cu_seqlens, num_sequences, search_steps)  # (T,)
         position = token - tl.load(cu_seqlens + sequence)
         if start is not None:
             position += tl.load(start + sequence * start_stride)
-        of_freq = 0
+        freq_offset = 0
         if TILE.freq_per_token:
-            of_freq = sequence.to(tl.int64) * freq_batch
-    return token, valid, position, of_freq
+            freq_offset = sequence.to(tl.int64) * freq_stride
 
-
-@triton.jit
-def _freq_of(place, inv_freq, head_k, TILE: tl.constexpr):
-    """Return a head's frequencies in the layout of `map_cos_sin`; place: from `_place`."""
-    _, valid, _, of_freq = place
-    inv_freq = freqs_of(inv_freq, head_k, TILE)
-    if TILE.freq_per_token:
-        pair = tl.arange(0, TILE.pairs)
-        mask = valid[:, None] & (pair < TILE.half)[None, :]
-        freq = tl.load(inv_freq + of_freq[:, None] + pair[None, :], mask=mask, other=0.0)
-    else:
-        freq = of_pairs(inv_freq + of_freq, TILE)
-    return freq
-
-
-@triton.jit
-def _finite(x):
-    """Replace what is not finite by 0."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit
-def _cos_sin(
-    position, freq, maps, scale, decay, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
-    AMPLITUDE: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Return cosine and sine for every copy, with all factors of a token."""
-    cos_sin = ()
-    for n in tl.static_range(len(MAPS)):
-        cos, sin = nth_cos_sin(position, freq, decay, maps, n, MAPS, ORIGIN, TILE)
-        if INVERSE and decay is not None:
-            # Outside of a region the amplitude may overflow, and gradients are 0: not NaN.
-            cos, sin = _finite(cos), _finite(sin)
-        cos_sin = cos_sin + ((cos * (AMPLITUDE * scale), sin * (AMPLITUDE * scale)),)  # noqa: RUF005
-    return cos_sin
-
-
-@triton.jit
-def _rotate_head(
-    x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid, cos_sin,
-    scale, COPIES: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Rotate one head of x into its copies; INVERSE: sum float32 copies, rotated back, into x."""
-    HEAD: tl.constexpr = TILE.head_dim // TILE.align
-    SEQ: tl.constexpr = COPIES * HEADS * HEAD
-    own = rows(x, batch, token, head, batch_stride, seq_stride, head_stride, TILE)
-    copy_batch = tl.cast(seqlen, tl.int64) * SEQ
-    at = rows(copies, batch, token, head, copy_batch, SEQ, HEAD, TILE)
-    if INVERSE:
-        cos, sin = cos_sin[0]
-        first, second, rest = rotate_parts(load_parts(at, valid, TILE), cos, -sin, scale)
-        for n in tl.static_range(1, COPIES):
-            cos, sin = cos_sin[n]
-            parts = load_parts(at + n * HEADS * TILE.head_dim, valid, TILE)
-            more = rotate_parts(parts, cos, -sin, scale)
-            first += more[0]
-            second += more[1]
-            rest += more[2]
-        store_parts(own, (first, second, rest), valid, TILE)
-    else:
-        parts = widened(load_parts(own, valid, TILE))
-        for n in tl.static_range(COPIES):
-            cos, sin = cos_sin[n]
-            rotated = rotate_parts(parts, cos, sin, scale)
-            store_parts(at + n * HEADS * TILE.head_dim, rotated, valid, TILE)
-
-
-@triton.jit
-def _rotate_tokens(
-    x, batch_stride, seq_stride, head_stride, copies, tile, batch, shift, start, start_stride,
-    seqlen, inv_freq, freq_batch, decay, pair_maps, cu_seqlens, num_sequences, search_steps,
-    token_scale, scale_batch, MAPS: tl.constexpr, ORIGIN: tl.constexpr, AMPLITUDE: tl.constexpr,
-    PER_LOG_N: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Rotate this program's tokens and heads of q or of k.
-
-    token_scale: None, or a factor for each token.
-    """
-    COPIES: tl.constexpr = len(MAPS)
-    BY_HEAD: tl.constexpr = TILE.rope_heads[0] > 1 or TILE.rope_heads[1] > 1
-    place = _place(
-        tile, batch, shift, start, start_stride, seqlen, freq_batch, cu_seqlens, num_sequences,
-        search_steps, TILE,
-    )  # fmt: skip
-    token, valid, position, _ = place
-    pair = tl.arange(0, TILE.pairs)
-    if not BY_HEAD:
-        freq = _freq_of(place, inv_freq, 0, TILE)
-    scale = log_n_scale(position, PER_LOG_N)
+    # Factors of a token: dims that do not rotate get `scale`, the others FACTOR * scale.
+    scale = log_n_scale(position, PER_LOG_N)  # (T, 1)
     if token_scale is not None:
-        at = token_scale + batch * scale_batch + token
-        scale *= tl.load(at, mask=valid, other=0.0)[:, None]
-    if not BY_HEAD:
-        maps = (pair_maps, pair, 0)
-        cos_sin = _cos_sin(
-            position, freq, maps, scale, decay, MAPS, ORIGIN, AMPLITUDE, INVERSE, TILE
-        )
+        scale_ptr = token_scale + batch * scale_stride + token
+        scale *= tl.load(scale_ptr, mask=valid, other=0.0)[:, None]
+    if not BY_HEAD:  # cosines and sines serve all heads
+        cos_sin = _cos_sin_of_copies(
+            position, inv_freq, freq_offset, valid, decay, pair_maps, 0, FACTOR * scale, MAPS, FROM,
+            BACKWARD, TILE,
+        )  # fmt: skip
+
+    # Pointers to dim 0 of head 0. The factor `align` shows the compiler that rows begin at
+    # multiples of it, so that it moves 16 bytes at a time.
+    row_offset = batch * tl.cast(stride_batch, tl.int64) + token * tl.cast(stride_seq, tl.int64)
+    copy_index = (batch * seqlen + token) * COPIES  # (T,) int64: batch is
     share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
     for head in range(begin, tl.minimum(begin + share, HEADS)):
         if BY_HEAD:
             head_k = head // (HEADS // TILE.heads_k)
-            freq = _freq_of(place, inv_freq, head_k, TILE)
-            maps = (pair_maps, pair, head_k)
-            cos_sin = _cos_sin(
-                position, freq, maps, scale, decay, MAPS, ORIGIN, AMPLITUDE, INVERSE, TILE
-            )
-        _rotate_head(
-            x, batch_stride, seq_stride, head_stride, copies, head, batch, token, seqlen, valid,
-            cos_sin, scale, COPIES, HEADS, INVERSE, TILE,
-        )  # fmt: skip
+            cos_sin = _cos_sin_of_copies(
+                position, inv_freq, freq_offset, valid, decay, pair_maps, head_k, FACTOR * scale,
+                MAPS, FROM, BACKWARD, TILE,
+            )  # fmt: skip
+        x_rows = x + (row_offset + tl.cast(head, tl.int64) * stride_head) * TILE.align  # (T,)
+        copy_rows = copies + (copy_index * HEADS + head) * HEAD_DIM  # (T,): of copy 0
+        # A row's parts: first and second dims of its pairs, (T, P), and the rest, (T, rest_dims).
+        if BACKWARD:
+            for c in tl.static_range(COPIES):
+                a, b, rest = load_parts(copy_rows + c * HEADS * HEAD_DIM, valid, TILE)
+                cos, sin = cos_sin[c]
+                sin = -sin  # the backward rotates by minus the angle
+                back_a = a * cos - b * sin
+                back_b = b * cos + a * sin
+                back_rest = rest * scale
+                if c == 0:
+                    dx_a, dx_b, dx_rest = back_a, back_b, back_rest
+                else:
+                    dx_a += back_a
+                    dx_b += back_b
+                    dx_rest += back_rest
+            store_parts(x_rows, (dx_a, dx_b, dx_rest), valid, TILE)
+        else:
+            a, b, rest = widened(load_parts(x_rows, valid, TILE))
+            for c in tl.static_range(COPIES):
+                cos, sin = cos_sin[c]
+                rotated = (a * cos - b * sin, b * cos + a * sin, rest * scale)
+                store_parts(copy_rows + c * HEADS * HEAD_DIM, rotated, valid, TILE)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("q_batch", "q_seq", "q_head", "k_batch", "k_seq", "k_head", "freq_batch", "scale_batch"),
+        *("q_stride_batch", "q_stride_seq", "q_stride_head"),
+        *("k_stride_batch", "k_stride_seq", "k_stride_head", "freq_stride", "scale_stride"),
         *("q_start_stride", "k_start_stride", "num_sequences", "search_steps", "shift", "q_tiles"),
         *("first_k_tile", "tiles", "seqlen_q", "seqlen_k"),
     ]
 )
 def rotate_kernel(
-    q, k, q_rotated, k_rotated, inv_freq, log_decay, pair_maps, cu_seqlens, q_start, k_start,
-    query_scale, q_batch, q_seq, q_head, k_batch, k_seq, k_head, freq_batch, scale_batch,
-    q_start_stride, k_start_stride, num_sequences, search_steps, shift, q_tiles, first_k_tile,
-    tiles, seqlen_q, seqlen_k, INVERSE: tl.constexpr, TILE: tl.constexpr,
+    q, k,  # (batch, seqlen, heads, head_dim), or (1, total, heads, head_dim) if packed
+    q_copies, k_copies,  # (batch, seqlen, copies, heads, head_dim), contiguous; None without maps
+    inv_freq, log_decay,  # (sequences or 1, freq_heads, half) float; (half,) or None: xPos
+    pair_maps,  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
+    cu_seqlens, q_start, k_start,  # (sequences + 1,), (sequences or 1,), ... int32, or None
+    query_scale,  # (batch or 1, seqlen_q) float32, or None
+    q_stride_batch, q_stride_seq, q_stride_head,  # divided by TILE.align
+    k_stride_batch, k_stride_seq, k_stride_head,
+    freq_stride, scale_stride, q_start_stride, k_start_stride,  # between sequences; 0: they share
+    num_sequences, search_steps,  # packed sequences, and steps of a binary search for one
+    shift,  # from a query's index to its position, if not packed
+    q_tiles, first_k_tile, tiles,  # tiles of TOKENS tokens: of q, not rotated of k, of both
+    seqlen_q, seqlen_k,  # the totals if packed
+    BACKWARD: tl.constexpr,  # the copies hold float32 gradients, and q and k get their sums
+    STORED: tl.constexpr,  # the map by which keys already come rotated; None: raw
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Rotate a tile. Axis 0: tiles of tokens of q, then of k, and the batch; axis 1: heads' shares.
 
-    A side without maps is neither read nor written. INVERSE: the copies hold float32 gradients,
-    and their sums are the gradients of q and k. shift: from a query's index to its position.
+    A side without maps is neither read nor written.
     """
     Q_MAPS: tl.constexpr = TILE.q_maps
     K_MAPS: tl.constexpr = TILE.k_maps
-    STORED: tl.constexpr = TILE.stored
     tile = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
-    decay = None
-    minus_decay = None
+    # By xPos, query i and key j have amplitudes exp(i * decay) and exp(-j * decay).
+    q_decay = None
+    k_decay = None
     if log_decay is not None:
-        decay = of_pairs(log_decay, TILE).to(tl.float64)
-        minus_decay = -decay
+        q_decay = of_pairs(log_decay, TILE).to(tl.float64)  # (1, P)
+        k_decay = -q_decay
     # Two nested conditions: only the first is known to the compiler.
     if len(Q_MAPS) > 0:  # noqa: SIM102
         if tile < q_tiles:
             _rotate_tokens(
-                q, q_batch, q_seq, q_head, q_rotated, tile, batch, shift, q_start, q_start_stride,
-                seqlen_q, inv_freq, freq_batch, decay, pair_maps, cu_seqlens, num_sequences,
-                search_steps, query_scale, scale_batch, Q_MAPS, None, TILE.amplitude,
-                TILE.per_log_n, TILE.heads_q, INVERSE, TILE,
+                q, q_stride_batch, q_stride_seq, q_stride_head, q_copies, tile, batch, seqlen_q,
+                shift, q_start, q_start_stride, inv_freq, freq_stride, q_decay, pair_maps,
+                cu_seqlens, num_sequences, search_steps, query_scale, scale_stride, Q_MAPS, None,
+                TILE.attention_factor_sq, TILE.per_log_n, TILE.heads_q, BACKWARD, TILE,
             )  # fmt: skip
     if len(K_MAPS) > 0:  # noqa: SIM102
         if tile >= q_tiles:
-            k_tile = tile - q_tiles + first_k_tile
             _rotate_tokens(
-                k, k_batch, k_seq, k_head, k_rotated, k_tile, batch, 0, k_start, k_start_stride,
-                seqlen_k, inv_freq, freq_batch, minus_decay, pair_maps, cu_seqlens, num_sequences,
-                search_steps, None, 0, K_MAPS, STORED, 1.0, 0.0, TILE.heads_k, INVERSE, TILE,
+                k, k_stride_batch, k_stride_seq, k_stride_head, k_copies,
+                tile - q_tiles + first_k_tile, batch, seqlen_k, 0, k_start, k_start_stride,
+                inv_freq, freq_stride, k_decay, pair_maps, cu_seqlens, num_sequences, search_steps,
+                None, 0, K_MAPS, STORED, 1.0, 0.0, TILE.heads_k, BACKWARD, TILE,
             )  # fmt: skip
 
 
@@ -265,41 +265,40 @@ class Rotation(NamedTuple):
     k_copies: int
 
 
-def rotated_keys(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
-    """Rotate keys for every region; None if all regions see the given keys."""
-    rotation = launch_for(_build_launch, (q, k), call, "keys")
-    if rotation.k_copies == 0:
-        return None
-    copies = _copies(k, rotation.k_copies, k.dtype)
-    _launch(rotation, q, k, None, copies, call)
-    return copies
+def rotate(
+    rotation: Rotation, q: Tensor, k: Tensor, call: AttentionCall
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return rotated copies of q and of k, None if there are none."""
+    q_copies = _empty_copies(q, rotation.q_copies, q.dtype)
+    k_copies = _empty_copies(k, rotation.k_copies, k.dtype)
+    _launch(rotation, q, k, q_copies, k_copies, call)
+    return q_copies, k_copies
 
 
-def rotated(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Rotate queries for every region, and keys for regions that do not see the given ones."""
-    rotation = launch_for(_build_launch, (q, k), call, "both")
-    copies = _copies(q, rotation.q_copies, q.dtype), _copies(k, rotation.k_copies, k.dtype)
-    _launch(rotation, q, k, *copies, call)
-    return copies
-
-
-def gradients_of_copies(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Allocate float32 gradients of the queries and keys of every region."""
-    regions = len(regions_of(k, call))
-    return _copies(q, regions, torch.float32), _copies(k, regions, torch.float32)
-
-
-def rotate_back(
-    dq: Tensor, dk: Tensor, dq_copies: Tensor, dk_copies: Tensor, call: AttentionCall
-) -> None:
-    """Write the gradients of q and k: sums of their copies' gradients, each rotated back."""
-    _launch(
-        launch_for(_build_launch, (dq, dk), call, "gradients"), dq, dk, dq_copies, dk_copies, call
+def gradients_of_copies(
+    rotation: Rotation, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Allocate what `rotate_back` reads: float32 gradients of the copies of every region."""
+    return (
+        _empty_copies(q, rotation.q_copies, torch.float32),
+        _empty_copies(k, rotation.k_copies, torch.float32),
     )
 
 
-def _copies(x: Tensor, copies: int, dtype: torch.dtype) -> Tensor:
-    return x.new_empty((*x.shape[:-2], copies, *x.shape[-2:]), dtype=dtype)
+def rotate_back(
+    rotation: Rotation,
+    dq: Tensor,
+    dk: Tensor,
+    dq_copies: Tensor | None,
+    dk_copies: Tensor | None,
+    call: AttentionCall,
+) -> None:
+    """Write the gradients of q and k: sums of their copies' gradients, each rotated back."""
+    _launch(rotation, dq, dk, dq_copies, dk_copies, call)
+
+
+def _empty_copies(x: Tensor, copies: int, dtype: torch.dtype) -> Tensor | None:
+    return x.new_empty((*x.shape[:-2], copies, *x.shape[-2:]), dtype=dtype) if copies else None
 
 
 def _launch(
@@ -319,11 +318,11 @@ def _launch(
         )  # fmt: skip
 
 
-def _build_launch(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
+def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
     """Build the launch.
 
     wanted: "keys", those that differ from the given ones; "both", all queries and these keys;
-    "gradients", from all copies.
+    "gradients", from all copies: then q and k are the gradients.
     """
     regions, unseen = regions_of(k, call), 0
     q_maps = () if wanted == "keys" else tuple(region.q_map for region in regions)
@@ -343,15 +342,20 @@ def _build_launch(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rot
     heads = max(tile.heads_q if q_maps else 0, tile.heads_k if k_maps else 0)
     shares = min(heads, max(1, PROGRAMS // max(tiles * batch, 1)))
     sizes = (
-        *groups_of(q, tile.align), *groups_of(k, tile.align), sequence_stride(call.inv_freq, 2),
-        sequence_stride(call.query_scale, 2),
+        *strides_in_groups(q, tile.align), *strides_in_groups(k, tile.align),
+        sequence_stride(call.inv_freq, 2), sequence_stride(call.query_scale, 2),
         sequence_stride(call.k_start if call.q_start is None else call.q_start, 1),
         sequence_stride(call.k_start, 1), *sequences_of(call),
         seqlen_k - seqlen_q if call.q_start is None else 0,
         q_tiles, first_k_tile, tiles, seqlen_q, seqlen_k,
     )  # fmt: skip
-    options = {"num_warps": THREADS // 32, "enable_fp_fusion": True, "TILE": tile}
-    options["INVERSE"] = wanted == "gradients"
+    options = {
+        "BACKWARD": wanted == "gradients",
+        "STORED": None if call.stored == UNROTATED else MapConstants(*map_of(call.stored)),
+        "TILE": tile,
+        "num_warps": THREADS // 32,
+        "enable_fp_fusion": True,
+    }
     launch = Launch((tiles * batch, shares), sizes, options)
     return Rotation(launch, len(q_maps), len(k_maps))
 
@@ -364,6 +368,7 @@ def _tile(
     call: AttentionCall,
 ) -> RotateTile:
     half = call.inv_freq.shape[-1]
+    freq_heads, map_heads = rope_heads_of(call)
     pairs, rest = triton.next_power_of_2(half), q.shape[-1] - 2 * half
     return RotateTile(
         tokens=max(1, THREADS * VECTOR_BYTES // q.itemsize // pairs),
@@ -371,7 +376,8 @@ def _tile(
         heads_k=k.shape[-2],
         head_dim=q.shape[-1],
         half=half,
-        rope_heads=rope_heads_of(call),
+        freq_heads=freq_heads,
+        map_heads=map_heads,
         pairs=pairs,
         rest=rest,
         rest_dims=triton.next_power_of_2(max(rest, 1)),
@@ -380,7 +386,6 @@ def _tile(
         freq_per_token=call.cu_seqlens is not None and sequence_stride(call.inv_freq, 2) > 0,
         q_maps=tuple(map(map_of, q_maps)),
         k_maps=tuple(map(map_of, k_maps)),
-        stored=None if call.stored == UNROTATED else map_of(call.stored),
-        amplitude=call.attention_factor**2,
+        attention_factor_sq=call.attention_factor**2,
         per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
     )
