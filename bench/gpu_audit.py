@@ -6,6 +6,8 @@ loop, and the least time for bytes and instructions on A100, H100 and B200: boun
 measurements. With nvcc it compiles CUDA C++'s rotation too. Ends with status 1 if a kernel does not
 compile or holds too much stack.
 
+--chip gfx942, and other AMD chips, compile for these: registers, stack and shared memory, no bound.
+
 A full run writes bench/results/gpu_audit.csv, which bench/readme.py shows in docs/gpu_audit.md.
 --triton 3.6.0 compiles with that Triton, installed separately into build/triton-3.6.0.
 """
@@ -23,7 +25,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +37,18 @@ if __name__ == "__main__":  # Triton's decorator chooses between interpreter and
     os.environ.setdefault("EXTROPE_TRITON_CHIP", "90")
 
 import torch
-from machine_code import CARDS, CHIPS, WIDE, Code, Traffic, code_of, read, seconds
+from machine_code import (
+    AMD_SHARED,
+    CARDS,
+    CHIPS,
+    WIDE,
+    Code,
+    Traffic,
+    amd_resources,
+    code_of,
+    read,
+    seconds,
+)
 from shapes import (
     BATCH,
     CHUNK,
@@ -170,7 +183,7 @@ def merge(case: Case) -> None:
     triton_merge.merge_fwd(outs, lses)
 
 
-def cases() -> list[Case]:
+def cases(chip: int | str = 0) -> list[Case]:
     """List the cases: every row of configs.json for 16 bits; more at the usual head_dim."""
     found = []
     for dim in HEAD_DIMS:
@@ -190,6 +203,9 @@ def cases() -> list[Case]:
             found.append(Case(words, dim, decode, CACHED["ReRoPE"]))
         found.append(Case("two sets", dim, merge))
     found.append(Case("ReRoPE, float32", 128, attend, SCORES["ReRoPE"], torch.float32))
+    if isinstance(chip, str):  # where float32 has tiles for each head_dim
+        for dim in HEAD_DIMS:
+            found.append(Case("RoPE, float32", dim, decode, None, torch.float32))
     return found
 
 
@@ -381,6 +397,25 @@ class Row:
         return ""
 
 
+@dataclass
+class AmdRow:
+    """A kernel on an AMD chip; the driver refuses one that takes too much shared memory."""
+
+    kernel: str
+    variant: str
+    chip: str
+    head_dim: int
+    registers: int
+    stack: int
+    shared: int
+
+    def __str__(self) -> str:
+        return "  ".join(map(str, asdict(self).values()))
+
+    def fault(self) -> str:
+        return ""  # these tiles were never tuned: stack is shown, not forbidden
+
+
 def row_of(kernel: str, case: Case, variant: str, code: Code, traffic: Traffic, chip: int) -> Row:
     times = {key: x * 1e6 for key, x in seconds(code, traffic, CARDS[chip]).items()}
     loop = code.loops[0] if code.loops else code.around
@@ -393,29 +428,23 @@ def row_of(kernel: str, case: Case, variant: str, code: Code, traffic: Traffic, 
     )  # fmt: skip
 
 
-def prepare(chip: int, cache: str) -> None:
+def prepare(chip: int | str, cache: str) -> None:
     """Let a worker compile for one chip."""
     os.environ.update(EXTROPE_TRITON_CHIP=str(chip), TRITON_CACHE_DIR=cache)
     torch.set_num_threads(1)
 
 
-def compiled(index: int) -> list[Row] | str:
+def compiled(chip: int | str, case: Case) -> list[Row | AmdRow] | str:
     """Return the rows of a case's kernels, or its compiler's error."""
     import null_driver
 
-    case, chip, driver = (
-        cases()[index],
-        int(os.environ["EXTROPE_TRITON_CHIP"]),
-        null_driver.install(keep=True),
-    )
+    driver = null_driver.install(keep=True)
     try:
         case.call(case)
     except Exception as error:  # of any kind: the other cases must still be compiled
-        return f"sm_{chip} {case.call.__name__} {case.variant} D{case.head_dim}: {error}"
-    found: dict[tuple[str, str], Row] = {}
+        return f"{chip} {case.call.__name__} {case.variant} D{case.head_dim}: {error}"
+    found: dict[tuple[str, str], Row | AmdRow] = {}
     for launch in driver.kept:
-        code = read(launch.cubin, null_driver.TOOLS, warps=launch.warps, shared=launch.shared,
-                    tensor_memory=launch.tensor_memory)  # fmt: skip
         key = launch.name
         if key == "rotate_kernel" and ".ops.rope." in launch.module:  # attention has one too
             key = "rope rotate_kernel"
@@ -428,6 +457,12 @@ def compiled(index: int) -> list[Row] | str:
             variant += " inverse" if launch["BACKWARD"] else " keys" if of_keys else ""
         elif kernel == "norm and rotation":
             variant = "backward" if "backward" in key else "forward"
+        if isinstance(chip, str):
+            used = *amd_resources(launch.cubin), launch.shared
+            found[kernel, variant] = AmdRow(kernel, variant, chip, case.head_dim, *used)
+            continue
+        code = read(launch.cubin, null_driver.TOOLS, warps=launch.warps, shared=launch.shared,
+                    tensor_memory=launch.tensor_memory)  # fmt: skip
         found[kernel, variant] = row_of(kernel, case, variant, code, traffic(case, launch), chip)
     return list(found.values())
 
@@ -485,16 +520,17 @@ def _functions(tools: Path, option: str, target: Path) -> dict[tuple[int, str], 
 # The run
 
 
-def run(chips: list[int], only: str) -> tuple[list[Row], list[str]]:
+def run(chips: list[int | str], only: str) -> tuple[list[Row | AmdRow], list[str]]:
     """Return all rows, and the cases that did not compile."""
     rows, failed = [], []
-    wanted = [i for i, case in enumerate(cases()) if only in f"{case.call.__name__} {case.variant}"]
     for chip in chips:
+        names = {f"{x.call.__name__} {x.variant} {x.head_dim}": x for x in cases(chip)}
+        wanted = [case for name, case in names.items() if re.search(only, name)]
         with (
             TemporaryDirectory() as cache,  # else it would fill the user's cache
             ProcessPoolExecutor(initializer=prepare, initargs=(chip, cache)) as pool,
         ):
-            for found in pool.map(compiled, wanted):
+            for found in pool.map(partial(compiled, chip), wanted):
                 if isinstance(found, str):
                     failed.append(found)
                     print(found, flush=True)
@@ -518,18 +554,20 @@ def with_triton(version: str) -> int:
 
 
 def main() -> int:
+    known: list[str] = [*map(str, CARDS), *AMD_SHARED]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", type=int, action="append", choices=list(CARDS), help="only this")
-    parser.add_argument("--only", default="", metavar="TEXT", help="calls and variants named so")
+    parser.add_argument("--chip", action="append", choices=known, help="only this; AMD's too")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="of calls and variants")
     parser.add_argument("--triton", choices=TRITONS, help="compile with this Triton")
     parser.add_argument("--keep-no-results", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.triton:
         return with_triton(asked.triton)
-    rows, failed = run(asked.chip or list(CARDS), asked.only)
-    if not asked.only:
+    chips = [int(x) if x.isdigit() else x for x in asked.chip or map(str, CARDS)]
+    rows, failed = run(chips, asked.only)
+    if not asked.only and any(isinstance(chip, int) for chip in chips):
         try:
-            rows += [row for row in cuda_rows() if row.chip in (asked.chip or CARDS)]
+            rows += [row for row in cuda_rows() if row.chip in chips]
         except _build.BuildError as error:
             print(f"CUDA C++: {error}")
     faults = [row for row in rows if row.fault()]

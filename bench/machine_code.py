@@ -51,6 +51,15 @@ CHIPS = {
     120: Chip(block_shared=101_376, shared=102_400, warps=48, blocks=24),
 }
 
+# AMD's: bytes of shared memory (LDS) that one block may use.
+AMD_SHARED = {
+    "gfx90a": 65_536,  # MI200
+    "gfx942": 65_536,  # MI300
+    "gfx950": 163_840,  # MI350
+    "gfx1100": 65_536,  # RX 7900
+    "gfx1201": 65_536,  # RX 9070
+}
+
 
 @dataclass(frozen=True)
 class Card:
@@ -123,6 +132,18 @@ def read(cubin: bytes, tools: Path, *, warps: int, shared: int = 0, tensor_memor
         usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
         sass = _run(tools / "nvdisasm", "-c", path)
     return code_of(usage, sass, warps=warps, shared=shared, tensor_memory=tensor_memory)
+
+
+def amd_resources(binary: bytes) -> tuple[int, int]:
+    """Return the vector registers and the bytes of stack of a thread, from the binary's notes."""
+
+    def number(name: bytes) -> int:
+        """Read the MessagePack integer after a key."""
+        kind, *rest = binary.split(name, 1)[1][:5]
+        sizes = {0xCC: 1, 0xCD: 2, 0xCE: 4}
+        return int.from_bytes(rest[: sizes[kind]], "big") if kind in sizes else kind
+
+    return number(b".vgpr_count"), number(b".private_segment_fixed_size")
 
 
 def code_of(usage: str, sass: str, *, warps: int, shared: int = 0, tensor_memory: int = 0) -> Code:

@@ -14,11 +14,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from machine_code import CHIPS
+from machine_code import AMD_SHARED, CHIPS
 from triton.backends.compiler import GPUTarget
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_OF_GFX942 = 65_536
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,16 @@ class NullDriver:
     """A driver that counts launches by kernel name; keep: with their arguments and binaries."""
 
     def __init__(self, chip: int | str, keep: bool = False) -> None:
-        is_cuda = isinstance(chip, int)
-        self.target = GPUTarget("cuda", chip, 32) if is_cuda else GPUTarget("hip", chip, 64)
+        if isinstance(chip, int):
+            self.target, shared = GPUTarget("cuda", chip, 32), CHIPS[chip].block_shared
+        else:
+            lanes = 64 if chip.startswith("gfx9") else 32
+            self.target, shared = GPUTarget("hip", chip, lanes), AMD_SHARED[chip]
         self.launches: list[str] = []
         self.kept: list[Launch] = []
         self.keep = keep
         self._loaded = b""
         # With more shared memory than a block may have, Triton refuses to launch.
-        shared = CHIPS[chip].block_shared if is_cuda else SHARED_OF_GFX942
         properties = {"max_shared_mem": shared}
         self.utils = SimpleNamespace(
             load_binary=self._load,

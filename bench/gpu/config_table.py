@@ -91,4 +91,8 @@ def _by_dim(rows: dict) -> list[tuple[int, dict]]:
 
 def _in_order(rows: dict) -> dict:
     """Sort by keys: words, if there are any, come after numbers."""
-    return dict(sorted(rows.items(), key=lambda row: (not row[0].isdigit(), row[0].zfill(9))))
+
+    def place(name: str) -> tuple[bool, str, str]:
+        return not name.isdigit(), name.split()[0].zfill(9), name
+
+    return {name: rows[name] for name in sorted(rows, key=place)}

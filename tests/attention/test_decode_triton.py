@@ -175,22 +175,6 @@ def test_lengths_past_the_cache_are_cut():
     assert out.isfinite().all()
 
 
-def test_a_chip_without_tiles_is_refused_before_anything_is_written(run_python):
-    source = """
-        import pytest, torch
-        from extrope_kernels import methods, rope_attention_with_kvcache
-        cache = torch.zeros(1, 8, 1, 16)
-        new = torch.ones(1, 1, 1, 16)
-        with pytest.raises(NotImplementedError, match="no tile for 4-byte elements on gfx90a"):
-            rope_attention_with_kvcache(
-                new, cache, cache.clone(), methods.rope(16), cache_seqlens=3, k=new, v=new,
-                backend="triton",
-            )
-        assert not cache.any()
-    """
-    run_python(source, TRITON_INTERPRET="0", EXTROPE_TRITON_CHIP="gfx90a")
-
-
 def test_every_tile_is_a_candidate_or_has_none():
     """Candidates are timed on a card and one becomes the tile: decode's must be among them."""
     folder = Path(configs.__file__).parent

@@ -15,7 +15,7 @@ pytest.importorskip("triton.backends.nvidia")
 
 import gpu_audit
 import machine_code
-from machine_code import CARDS, CHIPS, Code, Stretch, Traffic, code_of, seconds
+from machine_code import AMD_SHARED, CARDS, CHIPS, Code, Stretch, Traffic, code_of, seconds
 
 ROOT = Path(__file__).parents[2]
 USAGE = "REG:64 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:400"
@@ -132,6 +132,33 @@ def test_every_triton_compiles_what_ships(version):
     if not folder.exists():
         pytest.skip(f"{folder.name} is missing: bench/gpu_audit.py --triton {version} installs it")
     audit("--triton", version)
+
+
+def amd_shared(chip: str, only: str) -> dict[str, int]:
+    """Compile for an AMD chip, and return the most shared memory of each kernel."""
+    lines = [line.split("  ") for line in audit("--chip", chip, "--only", only).splitlines()]
+    rows = [line for line in lines if len(line) == len(fields(gpu_audit.AmdRow))]
+    return {kernel: max(int(row[-1]) for row in rows if row[0] == kernel) for kernel, *_ in rows}
+
+
+@pytest.mark.parametrize("chip", ["gfx950", "gfx1201"])
+def test_a_chip_of_amd_without_tiles_takes_the_nearest_ones(chip):
+    found = amd_shared(chip, "(decode RoPE|append one token) 64")
+    assert set(found) == {"decode", "decode's append", "norm, rotation and append"}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("chip", AMD_SHARED)
+def test_every_kernel_compiles_for_amd_within_its_shared_memory(chip):
+    found = amd_shared(chip, "")
+    assert set(found) == {kernel for kernel, _ in gpu_audit.TRAFFIC.values()}
+    assert max(found.values()) <= AMD_SHARED[chip]
+
+
+def test_the_resources_of_an_amd_kernel_are_in_its_notes():
+    notes = b"..\xab.vgpr_count\xcc\x80\xbb.private_segment_fixed_size\xcd\x02\x10.."
+    assert machine_code.amd_resources(notes) == (128, 528)
+    assert machine_code.amd_resources(notes.replace(b"\xcd\x02\x10", b"\x00"))[1] == 0
 
 
 def test_widths_of_accesses():

@@ -65,10 +65,6 @@ def compiled() -> int:
     return sum(len(cache[0]) for x in kernels for cache in x.device_caches.values())
 
 
-# -------------------------------------------------------------------------------------------------
-# On an H100
-
-
 def rotation_is_one_launch():
     q, k = random(2, 40, 4, 64), random(2, 40, 2, 64)
     for options in ({}, {"positions": 7}, {"inplace": True}):
@@ -203,53 +199,6 @@ def failures() -> dict[str, str]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_launches(case, failures):
     assert case.__name__ not in failures, failures[case.__name__]
-
-
-# -------------------------------------------------------------------------------------------------
-# On AMD's chips
-
-
-def amd_launches():
-    """Triton would refuse to launch what takes more than 64 KiB of shared memory."""
-    for dim in (64, 128, 256):
-        freqs = methods.rope(dim)
-        for heads_q, dtype in ((8, torch.bfloat16), (2, torch.float32)):
-            heads = (heads_q, 2, 2)
-            q, k, v = (torch.randn(2, 40, n, dim, dtype=dtype, requires_grad=True) for n in heads)
-            assert launched(ek.apply_rope_qk, q, k, freqs, backend="triton") == 1
-            out = ek.rope_attention(q, k, v, freqs, scores.rerope(16), backend="triton")
-            dout = torch.ones_like(out)
-            assert launched(torch.autograd.grad, out, (q, k, v), dout) == 4
-            for tokens in (1, 40):
-                for fp8 in (False, True):
-                    amd_decodes(*(x.detach()[:, :tokens] for x in (q, k, v)), freqs, fp8)
-
-
-def amd_decodes(q, k, v, freqs, fp8: bool):
-    cache = torch.randn(2, 2, 1088, 2, q.shape[-1], dtype=q.dtype)
-    scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones(2)) if fp8 else {}
-    cache = cache.to(torch.float8_e4m3fn) if fp8 else cache
-    lengths = torch.full((2,), 1000, dtype=torch.int32)
-    options = {"cache_seqlens": lengths, "k": k, "v": v, "backend": "triton", **scales}
-    score = scores.rerope(16)
-    call = partial(ek.rope_attention_with_kvcache, q, *cache, freqs, score, **options)
-    assert launched(call) <= 3
-
-
-def another_amd_chip_is_refused():
-    q, k, v = (random(1, 8, heads, 64) for heads in (4, 2, 2))
-    with pytest.raises(NotImplementedError, match=r"^(rerope|attention): .*gfx90a"):
-        ek.rope_attention(q, k, v, FREQS, scores.rerope(4), backend="triton")
-    assert not DRIVER[0].launches
-
-
-@pytest.mark.thorough
-def test_amd_tiles_fit_its_shared_memory():
-    assert not run("gfx942", "amd_launches")
-
-
-def test_another_amd_chip_is_refused():
-    assert not run("gfx90a", "another_amd_chip_is_refused")
 
 
 def main() -> None:

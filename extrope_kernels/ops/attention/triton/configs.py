@@ -1,8 +1,9 @@
 """Tiles, warps and pipeline stages by chip, head_dim and size of the elements.
 
 configs.json has those in use, candidates.json others worth timing on a card. A chip's row also
-serves later chips, up to the next row; a row of a head_dim serves smaller ones too. Float32
-products run without tensor cores, so its rows serve all chips of a maker.
+serves later chips, up to the next row; a row of a head_dim serves smaller ones too. NVIDIA's
+float32 products run without tensor cores, so its rows serve all chips. An AMD chip without a row
+takes the nearest one's: gfx942 has wavefronts of 64 threads, gfx1100 of 32.
 
 bench/results/gpu_audit.csv lists those that spill, by 16 bytes at most (24 with Triton 3.7.1:
 bench/gpu_audit.py). Candidates may spill more: gradients of keys by wgmma spill even in plain
@@ -50,11 +51,12 @@ INTERPRETED = Config(16, 16, 1, 1)
 def config(kernel: str, head_dim: int, itemsize: int, chip: int | str | None) -> Config:
     """Return a kernel's settings for elements of itemsize bytes; chip: from `chip_of`.
 
-    Raises NotImplementedError for a chip without a tile, and for float64.
+    Raises NotImplementedError for float64.
     """
     if itemsize > 4:
+        op = "attention" if kernel in ("forward", "dq", "dkv") else "decode"
         raise NotImplementedError(
-            f"{_op_of(kernel)}: the Triton kernels do not take float64 (backend='reference' does)"
+            f"{op}: the Triton kernels do not take float64 (backend='reference' does)"
         )
     if chip is None:
         return INTERPRETED
@@ -68,18 +70,9 @@ def config_of(kernel: str, q: Tensor, v: Tensor) -> Config:
 
 
 def leaf(kernel: str, head_dim: int, itemsize: int, chip: int | str) -> dict[str, Any]:
-    """Return a kernel's entry in the table; raises NotImplementedError without one."""
-    rows = _row(table()[kernel], chip, itemsize)
-    if rows is None:
-        raise NotImplementedError(
-            f"{_op_of(kernel)}: the Triton kernels have no tile for {itemsize}-byte elements "
-            f"on {chip}"
-        )
+    """Return a kernel's entry in the table."""
+    rows = _rows(table()[kernel], chip, itemsize)
     return rows[min((n for n in rows if head_dim <= int(n)), key=int)]
-
-
-def _op_of(kernel: str) -> str:
-    return "attention" if kernel in ("forward", "dq", "dkv") else "decode"
 
 
 @functools.cache
@@ -88,11 +81,19 @@ def table() -> dict[str, dict[str, dict[str, dict]]]:
     return json.loads(TABLE.read_text())
 
 
-def _row(chips: dict[str, dict], chip: int | str, itemsize: int) -> dict[str, dict] | None:
-    if not isinstance(chip, int):
-        return chips.get(chip if itemsize < 4 else f"{chip} float32")
+def _rows(chips: dict[str, dict], chip: int | str, itemsize: int) -> dict[str, dict]:
+    """Return a chip's rows by head_dim."""
+    if isinstance(chip, str):
+        listed = sorted({name.split()[0] for name in chips if name.startswith("gfx")})
+        nearest = min(listed, key=lambda name: abs(_number(name) - _number(chip)))
+        return chips[nearest if itemsize < 4 else f"{nearest} float32"]
     if itemsize == 4:
         return chips["float32"]
     known = [int(name) for name in chips if name.isdigit()]
     older = LEAST_SHARED if LEAST_SHARED in known else min(known)
     return chips[str(max((n for n in known if n <= chip), default=older))]
+
+
+def _number(chip: str) -> int:
+    """Return the number in an AMD chip's name, which is hexadecimal: gfx90a."""
+    return int(chip.removeprefix("gfx"), 16)
