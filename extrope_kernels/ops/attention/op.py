@@ -22,7 +22,7 @@ from . import flash_attn, reference
 from .call import AttentionCall, KVCache, lse_shape, read_call
 from .checks import check_attention, check_decode, check_head_dim, check_slots, check_values
 from .frequency_gradients import backward_with_frequencies
-from .select_backend import engine_named, select_backend
+from .select_backend import select_backend
 
 Tensors = tuple[Tensor | None, ...]
 _CALL = (
@@ -167,9 +167,8 @@ def _bwd_flash_attn(dout, dlse, q, k, v, out, lse, *tensors, numbers):
 
 def _fwd_cuda(q, k, v, *tensors, numbers):
     call = _fused(q, k, v, tensors, numbers)
-    selected = select_backend(q, k, v, call)
-    if selected.backend == "flash_attn":
-        return flash_attn.forward(q, k, v, call, engine_named(selected.engine))
+    if select_backend() == "flash_attn":
+        return flash_attn.forward(q, k, v, call)
     from . import triton
 
     return triton.forward(q, k, v, call)
@@ -177,9 +176,8 @@ def _fwd_cuda(q, k, v, *tensors, numbers):
 
 def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, numbers):
     call, given = _fused(q, k, v, tensors, numbers), (dout, dlse, q, k, v, out, lse)
-    selected = select_backend(q, k, v, call)
-    if selected.backend == "flash_attn":
-        return flash_attn.backward(*given, call, engine_named(selected.engine))
+    if select_backend() == "flash_attn":
+        return flash_attn.backward(*given, call)
     from . import triton
 
     return triton.backward(*given, call)
