@@ -64,7 +64,6 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made["ruler_tasks"] = lambda only: tables.ruler_tasks(found.parent)
         made["ruler_command"] = partial(tables.ruler_command, found)
     made["methods"] = partial(tables.method_table, results)
-    made["gpu_choice"] = lambda only: tables.gpu_choice()
     return made
 
 

@@ -27,7 +27,6 @@ from harness import Row, cell, columns, table
 import extrope_kernels
 from extrope_kernels import methods, positions, scores
 from extrope_kernels.evaluation.report import mean_and_error, with_error
-from extrope_kernels.ops.attention.select_backend import TABLE as GPU_CHOICE
 
 # -------------------------------------------------------------------------------------------------
 # Benchmarks
@@ -128,26 +127,6 @@ def audit(path: Path) -> str:
     stack = f"{len(held)} hold stack ({'; '.join(held)})" if held else "None holds stack (a spill)"
     chips = " / ".join(dict.fromkeys(f"sm_{row['chip']}" for row in rows))
     return f"{len(rows)} kernels compiled, none run; {stack}. {chips}:\n\n{table(head, lines)}"
-
-
-CHIPS = {
-    8: "A100, L40S, RTX 30 and 40 (sm_80 to 89)",
-    9: "H100, H200 (sm_90)",
-    10: "B200, B300 (sm_100, 103)",
-    12: "RTX 50, RTX PRO Blackwell (sm_120)",
-}
-
-
-def gpu_choice() -> str:
-    """Make the table of attention's backends on GPUs, if none is named."""
-    lines = []
-    for row in GPU_CHOICE:
-        who = "Triton"
-        if row.seqlen is not None:
-            who = f"{', else '.join(row.engines)} from {row.seqlen:,} tokens on, Triton below"
-        source = "measured" if row.measured else "estimated"
-        lines.append([CHIPS[row.major], f"to {row.head_dim}", who, row.why, source])
-    return table(["GPU", "head_dim", "runs", "because", "source"], lines)
 
 
 def _each(values: Iterable[object]) -> str:

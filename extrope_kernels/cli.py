@@ -113,7 +113,9 @@ def info() -> str:
         reports = module.backends()
         lines += [(f"{op} backend {name}", report) for name, report in reports.items()]
         chosen = {f"{op} on {device}": name for device, name in _choices(reports).items()}
-        lines += (chosen | (attention.selections() if op == "attention" else {})).items()
+        if op == "attention":
+            chosen["attention on cuda"] = attention.selection()
+        lines += chosen.items()
     width = max(len(label) for label, _ in lines)
     table = [f"{label:<{width}}  {value}" for label, value in lines]
     return "\n".join([f"extrope_kernels {__version__}: {_cpu_verdict()}; {_gpu_verdict()}", *table])

@@ -102,7 +102,7 @@ def rotation(backend: str, backward: bool = False) -> Timed | str:
 def causal(score: scores.Score | None, training: bool = False) -> Timed:
     qkv, freqs = make_inputs(SEQLEN, HEADS_K, HEAD_DIM, DTYPE, HEADS_Q), frequencies(HEAD_DIM)
 
-    # select_backend.py estimates the length from which the second is faster.
+    # Without a name Triton runs (select_backend.py): is the second faster, and from which length?
     own = {name: part(rope_attention, *qkv, freqs, score, backend=name)
            for name in ("triton", "flash_attn")}  # fmt: skip
     for call in own.values():

@@ -30,8 +30,7 @@ def test_info_says_what_runs_where(capsys):
     assert lines["rope backend reference"] == "available"
     assert lines["rope on cpu"] in ("cpu", "reference")
     assert lines["attention on cpu"] == lines["permuteformer on cpu"] == lines["rope on cpu"]
-    on_gpus = [label for label in lines if label.startswith(("attention on sm_", "attention on c"))]
-    assert len(on_gpus) > 1 and all(lines[label].split(":")[0] in BACKENDS for label in on_gpus)
+    assert lines["attention on cuda"] in BACKENDS
     assert {"triton", "C++ compiler", "nvcc", "cpu library", "cuda library"} <= lines.keys()
     start, gpu = verdict.split("; ")
     if lines["rope on cpu"] == "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
@@ -14,11 +13,11 @@ from extrope_kernels.ops.attention.flash_attn.engines import Engine
 from extrope_kernels.scores import PositionMap, Region, Score
 
 
-def band_mask(seqlen_q: int, seqlen_k: int, left: int | None, right: int) -> Tensor:
+def band_mask(seqlen_q: int, seqlen_k: int, left: int | None) -> Tensor:
     """(seqlen_q, seqlen_k) bool, aligned at the end."""
     i = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
     j = torch.arange(seqlen_k)
-    visible = j <= i + right
+    visible = j <= i
     return visible if left is None else visible & (j >= i - left)
 
 
@@ -71,46 +70,37 @@ class TorchEngine(Engine):
         name: str,
         functions=(dense_forward, dense_backward),
         *,
-        lse_unit: float = 1.0,
-        negative_right: bool = False,
         dlse: bool = False,
     ):
-        self.name, self.lse_unit = name, lse_unit
+        self.name, self.takes_dlse = name, dlse
         self._forward, self._backward = functions
-        self.negative_right, self.takes_dlse = negative_right, dlse
-        self.calls: list[tuple[int | None, int]] = []
+        self.calls: list[int | None] = []  # left bounds
 
-    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
-        self._record(left, right)
+    def forward(self, q, k, v, softmax_scale, left, cu_seqlens, softcap):
+        self.calls.append(left)
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.full(q.shape, torch.nan, dtype=q.dtype)
         lse = torch.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), torch.nan, dtype=wide)
         for rows, lse_rows in sequences(q, cu_seqlens):
-            mask = band_mask(q[rows].shape[0], k[rows].shape[0], left, right)
+            mask = band_mask(q[rows].shape[0], k[rows].shape[0], left)
             part, part_lse = self._forward(q[rows], k[rows], v[rows], softmax_scale, mask, softcap)
             out[rows] = part.masked_fill(~mask.any(1)[:, None, None], torch.nan).to(q.dtype)
-            lse[lse_rows] = (part_lse / self.lse_unit).to(wide)
+            lse[lse_rows] = part_lse.to(wide)
         return out, lse
 
-    def backward(
-        self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
-    ):
-        self._record(left, right)
+    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, cu_seqlens, softcap):
+        self.calls.append(left)
         assert dlse is None or self.takes_dlse
         assert lse.is_contiguous(), "flash-attention reads lse by its shape"
         grads = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (q, k, v)]
         for rows, lse_rows in sequences(q, cu_seqlens):
-            mask = band_mask(q[rows].shape[0], k[rows].shape[0], left, right)
-            saved = (q[rows], k[rows], v[rows], out[rows], lse[lse_rows] * self.lse_unit)
+            mask = band_mask(q[rows].shape[0], k[rows].shape[0], left)
+            saved = (q[rows], k[rows], v[rows], out[rows], lse[lse_rows])
             row_dlse = None if dlse is None else dlse[lse_rows]
             parts = self._backward(dout[rows], row_dlse, *saved, softmax_scale, mask, softcap)
             for grad, part in zip(grads, parts):
                 grad[rows] = part.to(grad.dtype)
         return tuple(grads)
-
-    def _record(self, left, right):
-        assert right == 0 or (self.negative_right and right < 0), "not an engine's to refuse"
-        self.calls.append((left, right))
 
 
 def sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple]:
@@ -128,10 +118,8 @@ def sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple]:
 N = 11
 CU_SEQLENS = [0, 0, 3, 3, 14, 15, 20, 20]
 ENGINES = {
-    "shifts": TorchEngine("shifts", negative_right=True, dlse=True),
-    "cuts": TorchEngine("cuts"),
-    "base 2": TorchEngine("base 2", lse_unit=math.log(2.0)),
-    "base 2, shifts": TorchEngine("base 2, shifts", lse_unit=math.log(2.0), negative_right=True),
+    "dlse": TorchEngine("dlse", dlse=True),
+    "no dlse": TorchEngine("no dlse"),
 }
 
 

@@ -88,19 +88,21 @@ class _Older:
     def _band(self, call):
         _check(call)
         left = None if call.window_size_left < 0 else call.window_size_left
-        return call.softmax_scale, left, 0, getattr(call, "cu_seqlens_q", None), call.softcap
+        return call.softmax_scale, left, getattr(call, "cu_seqlens_q", None), call.softcap
 
 
 class _Newest:
-    """Windows with bounds of any sign, a gradient of lse, gradients returned."""
+    """Windows, a gradient of lse, gradients returned."""
 
-    engine = TorchEngine("newest", negative_right=True, dlse=True)
+    engine = TorchEngine("newest", dlse=True)
 
     def forward(self, call):
         self._check(call)
         assert call.return_lse and not call.causal
         cu_seqlens = getattr(call, "cu_seqlens_q", None)
-        band = (call.softmax_scale, *call.window_size, cu_seqlens, call.softcap)
+        left, right = call.window_size
+        assert right == 0
+        band = (call.softmax_scale, left, cu_seqlens, call.softcap)
         return self.engine.forward(call.q, call.k, call.v, *band)
 
     def backward(self, call):
@@ -113,7 +115,8 @@ class _Newest:
             assert call.softcap == 0.0, "does not support softcap"
             assert call.dlse is None, "does not support dlse"
         saved = (call.q, call.k, call.v, call.out, call.lse)
-        band = (call.softmax_scale, *window, call.cu_seqlens_q, call.softcap)
+        assert window[1] == 0
+        band = (call.softmax_scale, window[0], call.cu_seqlens_q, call.softcap)
         return self.engine.backward(call.dout, call.dlse, *saved, *band)
 
     def _check(self, call) -> int:

@@ -1,9 +1,9 @@
 """Derivatives of ops, and everything else that needs private functions of PyTorch.
 
-torch.library.register_autograd (PyTorch 2.13) refuses torch.func.grad, and silently loses the
-gradients of a torch.vmap under it and the tangents of forward mode. So Autograd kernels are
-registered by hand. No other module uses a private function of PyTorch, see
-tests/package/test_private_functions.py.
+torch.library.register_autograd does not serve (PyTorch 2.13): torch.func.grad, vjp and jacrev raise
+under it, gradients through torch.vmap come out as zeros, and tangents of forward mode are lost
+without a word. So Autograd kernels are registered by hand. No other module uses a private function
+of PyTorch, see tests/package/test_private_functions.py.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def constant_when_compiled(function: Function) -> Function:
 
 def register_backward(library, op, save, backward) -> None:
     """Make `op` differentiable: an Autograd kernel records `backward` if a gradient is needed.
+
+    It stands in for torch.library.register_autograd; the top of this file says why.
 
     save(ctx, args, options, outputs) runs after the forward; args are the positional arguments as
     given, without trailing defaults. backward(ctx, *grads) returns gradients for the first of

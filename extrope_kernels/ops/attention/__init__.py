@@ -13,7 +13,7 @@ from .checks import check_attention, check_log_n, check_method
 from .decay import check_decay
 from .merge import merge_attention
 from .op import backward, forward, grad_of_sinks
-from .select_backend import selections
+from .select_backend import selection
 
 __all__ = [
     "BACKENDS",
@@ -31,5 +31,5 @@ __all__ = [
     "missing",
     "rope_attention",
     "rope_attention_with_kvcache",
-    "selections",
+    "selection",
 ]

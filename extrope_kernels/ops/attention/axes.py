@@ -116,7 +116,7 @@ def forward(
     of_q = positions[..., positions.shape[-1] - q.shape[1] :]
     outs, lses = [], []
     for band in bands(call.starts, call.sliding_window, k.shape[1]):
-        piece = cut(band, q, v, call, negative_right=False)
+        piece = cut(band, q, v, call)
         if piece is None:
             continue
         region, (_, left, *_) = call.regions[band.region], piece.arguments

@@ -29,7 +29,7 @@ from .call import (
 )
 from .checks import check_attention, check_decode, check_head_dim, check_slots, check_values
 from .frequency_gradients import backward_with_frequencies
-from .select_backend import engine_named, select_backend
+from .select_backend import select_backend
 
 _CALL = (
     "Tensor inv_freq, Tensor? cu_seqlens, Tensor? log_decay, Tensor? sinks, Tensor? query_scale, "
@@ -177,9 +177,8 @@ def _bwd_flash_attn(dout, dlse, q, k, v, out, lse, *tensors, **options):
 
 def _fwd_cuda(q, k, v, *tensors, **options):
     call = _attention(q, k, v, tensors, options)
-    selected = select_backend(q, k, v, call)
-    if selected.backend == "flash_attn":
-        return flash_attn.forward(q, k, v, call, engine_named(selected.engine))
+    if select_backend() == "flash_attn":
+        return flash_attn.forward(q, k, v, call)
     from . import triton
 
     return triton.forward(q, k, v, call)
@@ -187,9 +186,8 @@ def _fwd_cuda(q, k, v, *tensors, **options):
 
 def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, **options):
     call, given = _attention(q, k, v, tensors, options), (dout, dlse, q, k, v, out, lse)
-    selected = select_backend(q, k, v, call)
-    if selected.backend == "flash_attn":
-        return flash_attn.backward(*given, call, engine_named(selected.engine))
+    if select_backend() == "flash_attn":
+        return flash_attn.backward(*given, call)
     from . import triton
 
     return triton.backward(*given, call)

@@ -60,15 +60,14 @@ class Powers(NamedTuple):
 
 
 class Cycles(NamedTuple):
-    """The cycles of permutations, each (heads, head_dim) int64.
+    """The cycles of permutations, each written twice, so that a dim finds all powers behind it.
 
-    pi^p(c) = flat[start[c] + (index[c] + p) mod length[c]]: exact for any p.
+    pi^p(c) = twice[start[c] + p mod length[c]]: exact for any p.
     """
 
-    start: Tensor  # the start in flat of dim c's cycle
-    length: Tensor  # of that cycle
-    index: Tensor  # dim c's place in its cycle
-    flat: Tensor  # the dims, cycle after cycle, each in the order of its permutation
+    length: Tensor  # (heads, head_dim) int64: of dim c's cycle
+    start: Tensor  # (heads, head_dim): c's own place in the first writing of its cycle
+    twice: Tensor  # (heads, 2 * head_dim): the dims, cycle after cycle in the permutation's order
 
 
 def cycles(permutations: Tensor) -> Cycles:
@@ -85,15 +84,20 @@ def cycles(permutations: Tensor) -> Cycles:
         ahead = ahead.gather(-1, ahead)
     least, steps = seen // (2 * head_dim), seen % (2 * head_dim)
     length = 1 + steps.gather(-1, permutations.gather(-1, least))
-    index = (length - steps) % length
     lengths = torch.where(least == dim, length, 0)
-    start = (lengths.cumsum(-1) - lengths).gather(-1, least)
-    return Cycles(start, length, index, torch.empty_like(dim).scatter(-1, start + index, dim))
+    start = 2 * (lengths.cumsum(-1) - lengths).gather(-1, least) + (length - steps) % length
+    twice = torch.cat([dim, dim], -1)
+    return Cycles(length, start, twice.scatter(-1, torch.cat([start, start + length], -1), twice))
 
 
 def source_dims(found: Cycles, positions: Tensor, inverse: bool) -> Tensor:
     """Return pi^p(c) for every token, row and dim: (batch or 1, seqlen, rows, head_dim) int64."""
-    start, length, index, flat = found
-    steps = torch.remainder(positions[:, :, None, None], length)
-    at = start + torch.remainder(index - steps if inverse else index + steps, length)
-    return flat.expand(at.shape).gather(-1, at)
+    length, start, twice = found
+    # Modulo every length that a cycle may have: rows share the divisions.
+    lengths = torch.arange(1, length.shape[-1] + 1, device=length.device)
+    steps = torch.remainder(positions[:, :, None, None], lengths)
+    if inverse:
+        steps = lengths - steps
+    shape = (*positions.shape, *length.shape)
+    at = start + steps.expand(shape).gather(-1, (length - 1).expand(shape))
+    return twice.expand(*positions.shape, *twice.shape).gather(-1, at)

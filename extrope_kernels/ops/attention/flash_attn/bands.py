@@ -45,9 +45,7 @@ class Dense:
     first_row: int
     keys_kept: int
     keys_dropped: int
-    arguments: (
-        tuple  # softmax_scale, left, right, cu_seqlens, softcap: other arguments of an engine
-    )
+    arguments: tuple  # softmax_scale, left, cu_seqlens, softcap: other arguments of an engine
 
     def rows(self, x: Tensor) -> Tensor:
         return x[:, self.first_row :]
@@ -115,13 +113,11 @@ class Gathered:
         return x[self.key_target].masked_fill(~self.key_kept[:, None, None], 0.0)
 
 
-def cut(
-    band: Band, q: Tensor, v: Tensor, call: AttentionCall, negative_right: bool
-) -> Dense | Whole | Gathered | None:
-    """Cut the piece of a band; None if no row is left. negative_right: the engine can shift."""
+def cut(band: Band, q: Tensor, v: Tensor, call: AttentionCall) -> Dense | Whole | Gathered | None:
+    """Cut the piece of a band; None if no row is left."""
     scale, cu_seqlens = call.scale(q.shape[-1]), call.cu_seqlens
-    if cu_seqlens is not None and (band.shift == 0 or negative_right):
-        return Whole((scale, band.left, -band.shift, cu_seqlens, call.softcap))
+    if cu_seqlens is not None and band.shift == 0:
+        return Whole((scale, band.left, cu_seqlens, call.softcap))
     left = None if band.left is None else band.left - band.shift
     if cu_seqlens is not None:
         return _gathered(band.shift, cu_seqlens, v.shape[0], scale, left, call.softcap)
@@ -131,7 +127,7 @@ def cut(
     first_row = max(0, band.shift - (seqlen_k - seqlen_q))
     if first_row >= seqlen_q:
         return None
-    return Dense(first_row, seqlen_k - band.shift, band.shift, (scale, left, 0, None, call.softcap))
+    return Dense(first_row, seqlen_k - band.shift, band.shift, (scale, left, None, call.softcap))
 
 
 def _gathered(
@@ -157,7 +153,7 @@ def _gathered(
         key_target=key_target,
         row_kept=local >= shift,
         key_kept=local < remaining[sequence],
-        arguments=(scale, left, 0, starts, softcap),
+        arguments=(scale, left, starts, softcap),
     )
 
 

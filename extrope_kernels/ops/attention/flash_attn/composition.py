@@ -16,8 +16,7 @@ from ..call import AttentionCall, lse_shape
 from ..merge import merge_attention
 from ..rotation import positions, rotate, row_scale, unrotate
 from .bands import Band, Dense, bands, cut
-from .engine_check import best_engine, examine
-from .engines import Engine
+from .engines import Engine, best_engine
 
 _DIMS = 8  # every engine takes a head_dim that is a multiple of 8
 
@@ -36,7 +35,7 @@ def forward(
     Returns: out like q and lse (batch, heads_q, seqlen_q), or (heads_q, total), float32.
     Raises: NotImplementedError for regions, a dtype or a machine that no engine takes.
     """
-    engine, unit, pieces = _prepare(q, v, call, engine)
+    engine, pieces = _prepare(q, v, call, engine)
     frames, scale = rotate(q, k, call), _row_scale(q, k, call)
     outs, lses = [], []
     for band, piece in pieces:
@@ -44,7 +43,7 @@ def forward(
         q_r, k_r, values = _scaled(q_r, scale), piece.keys(k_r), piece.keys(v)
         out, lse = engine.forward(piece.rows(q_r), k_r, values, *piece.arguments)
         outs.append(piece.put_rows(out))
-        lses.append(piece.put_lse(lse if unit == 1.0 else lse * unit))
+        lses.append(piece.put_lse(lse))
     if call.sinks is not None or not outs:
         out, lse = _without_keys(q, call.sinks)
         outs.append(out)
@@ -69,7 +68,7 @@ def backward(
     engine: Engine | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return gradients of q, k and v, like reference.backward."""
-    engine, unit, pieces = _prepare(q, v, call, engine)
+    engine, pieces = _prepare(q, v, call, engine)
     frames, scale = rotate(q, k, call), _row_scale(q, k, call)
     wide = accumulator(v.dtype)
     dq, dk = (
@@ -77,7 +76,6 @@ def backward(
         for side in frames
     )
     dv = torch.zeros((), dtype=wide, device=v.device).expand(v.shape)
-    lse = lse if unit == 1.0 else lse / unit
     for band, piece in pieces:
         r = band.region
         q_r, k_r, values = _scaled(frames[0][r], scale), frames[1][r], v
@@ -106,8 +104,8 @@ def backward(
 
 def _prepare(
     q: Tensor, v: Tensor, call: AttentionCall, engine: Engine | None
-) -> tuple[Engine, float, list[tuple[Band, Dense]]]:
-    """Return the engine, the factor that makes its lse natural, and the calls to make."""
+) -> tuple[Engine, list[tuple[Band, Dense]]]:
+    """Return the engine and the calls to make."""
     if call.q_start is not None or call.k_start is not None:
         raise NotImplementedError("flash_attn: q_start and k_start must be None, got one")
     if v.shape[-1] != q.shape[-1]:
@@ -121,15 +119,12 @@ def _prepare(
     dtypes = Engine.dtypes if engine is None else engine.dtypes
     if v.dtype not in dtypes:
         raise NotImplementedError(f"flash_attn: v must be one of {list(dtypes)}, got {v.dtype}")
-    engine = engine or best_engine(q, v)
+    engine = engine or best_engine(q)
     if q.numel() == 0 or v.numel() == 0:
-        return engine, 1.0, []
-    found = examine(engine, q, v)
-    pieces = [
-        (band, cut(band, q, v, call, found.negative_right))
-        for band in bands(call.starts, call.sliding_window, v.shape[-3])
-    ]
-    return engine, found.lse_unit, [(band, piece) for band, piece in pieces if piece is not None]
+        return engine, []
+    found = bands(call.starts, call.sliding_window, v.shape[-3])
+    pieces = [(band, cut(band, q, v, call)) for band in found]
+    return engine, [(band, piece) for band, piece in pieces if piece is not None]
 
 
 def _row_scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:

@@ -1,9 +1,8 @@
 """One small interface to the flash-attention packages.
 
-An engine computes attention within a band: query i sees the keys i - left <= j <= i + right.
-Positions are aligned at the end of the sequences. left None is unbounded; right is 0, or with
-`negative_right` also less; softcap 0 is none. The backward takes any lse and out, not only those
-of its own forward.
+An engine computes attention within a band: query i sees the keys i - left <= j <= i. Positions are
+aligned at the end of the sequences. left None is unbounded; softcap 0 is none; lse is a natural
+logarithm. The backward takes any lse and out, not only those of its own forward.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ class Engine:
     name: str
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     max_head_dim = 256
-    negative_right = False
     takes_dlse = False  # its backward takes a gradient of lse
 
     def missing(self) -> str | None:
@@ -43,7 +41,6 @@ class Engine:
         v: Tensor,
         softmax_scale: float,
         left: int | None,
-        right: int,
         cu_seqlens: Tensor | None,
         softcap: float,
     ) -> tuple[Tensor, Tensor]:
@@ -61,7 +58,6 @@ class Engine:
         lse: Tensor,
         softmax_scale: float,
         left: int | None,
-        right: int,
         cu_seqlens: Tensor | None,
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +92,7 @@ class FlashAttention2(_Package):
             return f"needs compute capability 8.0, got {capability[0]}.{capability[1]}"
         return None
 
-    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
+    def forward(self, q, k, v, softmax_scale, left, cu_seqlens, softcap):
         functions, common = self._functions(), self._common(softmax_scale, left, softcap)
         common["return_softmax"] = False
         if cu_seqlens is None:
@@ -104,9 +100,7 @@ class FlashAttention2(_Package):
         packed = _packed(q, cu_seqlens)
         return functions._flash_attn_varlen_forward(q, k, v, **packed, **common)[:2]
 
-    def backward(
-        self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
-    ):
+    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, cu_seqlens, softcap):
         functions, common = self._functions(), self._common(softmax_scale, left, softcap)
         grads = _empty_grads(q, k, v)
         common.update(deterministic=True, **grads)
@@ -142,7 +136,7 @@ class FlashAttention3(_Package):
             return f"needs compute capability 9.x, got {capability[0]}.{capability[1]}"
         return None
 
-    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
+    def forward(self, q, k, v, softmax_scale, left, cu_seqlens, softcap):
         return self._functions()._flash_attn_forward(
             q,
             k,
@@ -155,9 +149,7 @@ class FlashAttention3(_Package):
             **_packed(q, cu_seqlens),
         )[:2]
 
-    def backward(
-        self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
-    ):
+    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, cu_seqlens, softcap):
         grads = _empty_grads(q, k, v)
         self._functions()._flash_attn_backward(
             dout,
@@ -183,7 +175,6 @@ class FlashAttention4(_Package):
 
     name = "flash-attn 4"
     module = "flash_attn.cute.interface"
-    negative_right = True
     takes_dlse = True
 
     def refuses(self, capability, head_dim):
@@ -197,7 +188,7 @@ class FlashAttention4(_Package):
             return f"takes windows up to head_dim 128 there, got {head_dim}"
         return None
 
-    def forward(self, q, k, v, softmax_scale, left, right, cu_seqlens, softcap):
+    def forward(self, q, k, v, softmax_scale, left, cu_seqlens, softcap):
         functions = self._functions()
         call = functions.flash_attn_func
         if cu_seqlens is not None:
@@ -209,15 +200,13 @@ class FlashAttention4(_Package):
                 v,
                 softmax_scale=softmax_scale,
                 causal=False,
-                window_size=(left, right),
+                window_size=(left, 0),
                 softcap=softcap,
                 return_lse=True,
                 **_packed(q, cu_seqlens),
             )[:2]
 
-    def backward(
-        self, dout, dlse, q, k, v, out, lse, softmax_scale, left, right, cu_seqlens, softcap
-    ):
+    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, cu_seqlens, softcap):
         with torch.cuda.device_of(q):
             return self._functions()._flash_attn_bwd(
                 q,
@@ -229,7 +218,7 @@ class FlashAttention4(_Package):
                 softmax_scale=softmax_scale,
                 causal=False,
                 window_size_left=left,
-                window_size_right=right,
+                window_size_right=0,
                 softcap=softcap,
                 deterministic=True,
                 dlse=dlse,
@@ -279,3 +268,17 @@ def why_not(engine: Engine, capability: tuple[int, int], head_dim: int) -> str |
         why = f"takes head_dim up to {engine.max_head_dim}, got {head_dim}"
     why = why or engine.missing()
     return None if why is None else f"{engine.name} {why}"
+
+
+def best_engine(q: Tensor) -> Engine:
+    """Return the newest installed engine that runs on q's GPU; NotImplementedError if none does."""
+    if not q.is_cuda:
+        raise NotImplementedError(f"flash_attn: q must be on a CUDA GPU, got {q.device}")
+    capability = torch.cuda.get_device_capability(q.device)
+    reasons = []
+    for engine in ENGINES:
+        why = why_not(engine, capability, q.shape[-1])
+        if why is None:
+            return engine
+        reasons.append(why)
+    raise NotImplementedError("flash_attn: " + "; ".join(reasons))
