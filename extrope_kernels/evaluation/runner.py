@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from ..integrations.transformers import extend
-from ..integrations.transformers.probe.attention import without_dropout
+from ..integrations.transformers.probe.layers import without_dropout
 from . import UsageError, models, options, plots, report, texts
 from .digests import model_digest
 from .loss import LossTask

@@ -11,32 +11,28 @@ from torch import Tensor, nn
 from .._shared.parameters import is_bounded
 from .batch import Batch
 from .batch.padded import full_mask, no_mask
-from .model import (
-    argument_names,
-    by_name,
-    cache_of,
-    reprefix_error,
-    shortened,
-    tokens_of,
-    unsupported,
-)
-from .patch.frequencies import RotaryForward
+from .model import cache_of, reprefix_error, shortened, tokens_of, unsupported
 from .patch.hooks import Patches
+from .patch.rotation import RotaryForward
 from .probe.attention import (
     ARGUMENT,
     Call,
-    Recorder,
     attend_as_own,
     calls_in,
     check_options,
-    first_call,
-    mixes,
     no_freqs,
-    probe_layers,
     refuse_options,
     softmax_options,
 )
-from .probe.layers import kind_of, window_of_cache
+from .probe.layers import (
+    Recorder,
+    first_call,
+    kind_of,
+    mixes,
+    probe_layers,
+    window_of_cache,
+)
+from .probe.rotary import argument_names, by_name
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy

@@ -15,14 +15,14 @@ from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
 from .._shared.parameters import PARAMETERS
 from .interface import register_interface
 from .model import generation_config_owner, reprefix_error, shortened, unsupported
-from .patch.frequencies import RotaryForward, frequency_patches
+from .patch.frequencies import frequency_patches
 from .patch.generate import forget_pages, generation_patches
 from .patch.hooks import ON_OWNER, Applied, Patches, RegionGuard, route_forward_through_hooks
 from .patch.norms import norm_patches
-from .patch.rotation import unwrap_apply, wrap_apply
+from .patch.rotation import RotaryForward, unwrap_apply, wrap_apply
 from .patch.score_forward import ScoreRotaryForward
 from .patch.scores import ScoreRequest, read_score, score_patches
-from .probe.attention import first_call, probe_layers, refuse_without_weights
+from .probe.layers import first_call, probe_layers, refuse_without_weights
 from .probe.rotary import RotaryModule, find_rotary_modules, owners_of
 
 if TYPE_CHECKING:
@@ -268,10 +268,10 @@ class Extension:
         self.method = applied.method
         self.applied = applied
         self.before: Extension | None = None
-        forget_pages(model)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
         self.add(patches)
+        forget_pages(model)
 
     @property
     def length(self) -> int | None:

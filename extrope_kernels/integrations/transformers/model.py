@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from types import FunctionType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,22 +37,6 @@ def reprefix_error(error: Exception) -> Exception:
 def shortened(error: Exception) -> str:
     """Return the first line of other code's error, to quote it."""
     return str(error).split("\n")[0][:200]
-
-
-def argument_names(module: nn.Module) -> list[str]:
-    """Return the names of a forward's arguments in their order."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def forward_of(module: nn.Module) -> FunctionType | None:
-    """Return the function behind a module's forward, or None if it is not Python's."""
-    forward = inspect.unwrap(type(module).forward)
-    return forward if isinstance(forward, FunctionType) else None
-
-
-def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a forward by their names."""
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor:

@@ -15,25 +15,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .... import RopeFreqs
 from ..._shared.parameters import PARAMETERS, ModelValues, bind_method, trained_in, values_in
-from ..model import (
-    Override,
-    argument_names,
-    by_name,
-    cache_of,
-    caches_in,
-    exports_to_onnx,
-    forward_of,
-    tokens_in,
-    tokens_of,
-    unsupported,
-)
-from ..probe.rotary import RotaryModule, Tables, attribute_of
+from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
+from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
 from .hooks import Patches
-from .rotation import Rotation, wrap_apply
+from .rotation import RotaryForward
 from .state import FREQS_ON_CACHE, FreqsByKind, ThreadFrequencies, in_progress
 
 
@@ -90,82 +79,6 @@ def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValue
     if parameters.get("rope_type") == "proportional":
         unrotated = int((attribute_of(rotary_module.module, layer_type, "inv_freq") == 0).sum())
     return ModelValues(values, trained, unrotated)
-
-
-class RotaryForward:
-    """Replacement forward of a rotary embedding, with other frequencies.
-
-    thread_freqs: frequencies by kind of layers (None if the model has one kind); other kinds keep
-        the model's own tables. A method that depends on the length sets them at the start of every
-        forward; an extension by a score method shares those of the extension before it.
-    method: the extension's.
-    shared: the ranks that share tokens (`context_parallel.Shared`), if it is over a mesh.
-    """
-
-    def __init__(
-        self, rotary_module: RotaryModule, thread_freqs: ThreadFrequencies, method: str
-    ) -> None:
-        self.rotary_module = rotary_module
-        self.module = rotary_module.module
-        self.fused = rotary_module.fused
-        self.thread_freqs = thread_freqs
-        self.method = method
-        self.shared: Any = None
-        self._tables: dict[str | None, Tables] = {}
-
-    @property
-    def freqs(self) -> FreqsByKind:
-        """The frequencies of this thread's forward."""
-        return self.thread_freqs.freqs
-
-    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        """Return a `Rotation` in place of the tables if the op rotates, else the model's tables."""
-        if layer_type not in self.freqs:
-            return type(self.module).forward(self.module, x, position_ids, layer_type)
-        freqs = self.freqs_on(layer_type, x.device)
-        if self.fused is not None and position_ids.dim() == 2 and not exports_to_onnx():
-            if not torch.compiler.is_compiling():
-                # Again, as Liger may have replaced the function since (a Trainer's option).
-                wrap_apply(self.fused.modeling, self)
-            return (Rotation(freqs, position_ids, self.fused.interleaved),) * 2
-        made = self.tables(layer_type, freqs, x, position_ids)
-        if self.fused is not None and made[0].dim() != 3:
-            shape = tuple(position_ids.shape)
-            raise ValueError(f"extend: position_ids must be (batch, seqlen), got {shape}")
-        return made
-
-    def tables(
-        self, layer_type: str | None, freqs: RopeFreqs, x: Tensor, position_ids: Tensor
-    ) -> Any:
-        """Return the model's own tables for these frequencies."""
-        if freqs.log_decay is not None:
-            raise ValueError(
-                f"extend: {type(self.module).__name__} makes one table for queries and keys, "
-                f"which {self.method} scales differently"
-            )
-        made = self._tables.get(layer_type)
-        if made is None or made.freqs is not freqs:
-            made = self._tables[layer_type] = self.rotary_module.tables(layer_type, freqs)
-        return made(x, position_ids)
-
-    def freqs_on(self, layer_type: str | None, device: torch.device) -> RopeFreqs:
-        """Return the frequencies of a kind of layers, and keep them on that device."""
-        freqs = self.freqs[layer_type]
-        if freqs.inv_freq.device != device:
-            # Tensors made in inference mode could not be saved for a later backward.
-            with torch.inference_mode(False):
-                freqs = self.freqs[layer_type] = freqs.to(device)
-        return freqs
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Drop tables: they are made anew when needed."""
-        return {**vars(self), "_tables": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Wrap the global function that copies need too."""
-        vars(self).update(state)
-        if self.fused is not None:
-            wrap_apply(self.fused.modeling, self)
 
 
 class LengthHooks:

@@ -17,7 +17,8 @@ from torch import nn
 
 from ....scores import SCORES
 from ..._shared.parameters import PARAMETERS
-from ..model import Override, argument_names, by_name
+from ..model import Override
+from ..probe.rotary import argument_names, by_name
 from .state import in_progress
 
 ON_OWNER = "_extrope_extensions"  # the attribute that has a model's last `Applied`

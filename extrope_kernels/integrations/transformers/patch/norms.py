@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import Override, argument_names, by_name
-from ..probe.attention import Recorded, Recorder, call_of, probe_layers
-from ..probe.rotary import RotaryModule, owners_of, rotating_layers
+from ..model import Override
+from ..probe.attention import call_of
+from ..probe.layers import Recorded, Recorder, probe_layers
+from ..probe.rotary import RotaryModule, argument_names, by_name, owners_of, rotating_layers
 from .hooks import Patches
 from .rotation import Norm, Rotation
 from .state import in_progress

@@ -1,4 +1,4 @@
-"""A `Rotation`, which goes through a forward in place of cosines and sines.
+"""A rotary embedding's other forward, and the `Rotation` that it returns in place of its tables.
 
 A model calls its rotary embedding once per forward and hands the resulting (cos, sin) to
 `apply_rotary_pos_emb`, a global of its modeling module, in every layer. A `Rotation` takes the
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from .... import RopeFreqs, apply_rope, apply_rope_qk
-from ..probe.rotary import APPLY
+from ..model import exports_to_onnx
+from ..probe.rotary import APPLY, RotaryModule, Tables
+from .state import FreqsByKind, ThreadFrequencies
 
 # For each modeling module: its original function, the wrapped one, and their users.
 _wrapped: dict[str, tuple[Callable[..., Any], Callable[..., Any], weakref.WeakSet]] = {}
@@ -91,6 +93,82 @@ class Rotation:
         if norm:  # by angles of 0: the attention rotates
             q, k = apply_rope_qk(q, k, RopeFreqs(torch.zeros_like(self.freqs.inv_freq)), **norm)
         return q, (k if self.positions is None else apply_rope(k, self.freqs, **options))
+
+
+class RotaryForward:
+    """Replacement forward of a rotary embedding, with other frequencies.
+
+    thread_freqs: frequencies by kind of layers (None if the model has one kind); other kinds keep
+        the model's own tables. A method that depends on the length sets them at the start of every
+        forward; an extension by a score method shares those of the extension before it.
+    method: the extension's.
+    shared: the ranks that share tokens (`context_parallel.Shared`), if it is over a mesh.
+    """
+
+    def __init__(
+        self, rotary_module: RotaryModule, thread_freqs: ThreadFrequencies, method: str
+    ) -> None:
+        self.rotary_module = rotary_module
+        self.module = rotary_module.module
+        self.fused = rotary_module.fused
+        self.thread_freqs = thread_freqs
+        self.method = method
+        self.shared: Any = None
+        self._tables: dict[str | None, Tables] = {}
+
+    @property
+    def freqs(self) -> FreqsByKind:
+        """The frequencies of this thread's forward."""
+        return self.thread_freqs.freqs
+
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        """Return a `Rotation` in place of the tables if the op rotates, else the model's tables."""
+        if layer_type not in self.freqs:
+            return type(self.module).forward(self.module, x, position_ids, layer_type)
+        freqs = self.freqs_on(layer_type, x.device)
+        if self.fused is not None and position_ids.dim() == 2 and not exports_to_onnx():
+            if not torch.compiler.is_compiling():
+                # Again, as Liger may have replaced the function since (a Trainer's option).
+                wrap_apply(self.fused.modeling, self)
+            return (Rotation(freqs, position_ids, self.fused.interleaved),) * 2
+        made = self.tables(layer_type, freqs, x, position_ids)
+        if self.fused is not None and made[0].dim() != 3:
+            shape = tuple(position_ids.shape)
+            raise ValueError(f"extend: position_ids must be (batch, seqlen), got {shape}")
+        return made
+
+    def tables(
+        self, layer_type: str | None, freqs: RopeFreqs, x: Tensor, position_ids: Tensor
+    ) -> Any:
+        """Return the model's own tables for these frequencies."""
+        if freqs.log_decay is not None:
+            raise ValueError(
+                f"extend: {type(self.module).__name__} makes one table for queries and keys, "
+                f"which {self.method} scales differently"
+            )
+        made = self._tables.get(layer_type)
+        if made is None or made.freqs is not freqs:
+            made = self._tables[layer_type] = self.rotary_module.tables(layer_type, freqs)
+        return made(x, position_ids)
+
+    def freqs_on(self, layer_type: str | None, device: torch.device) -> RopeFreqs:
+        """Return the frequencies of a kind of layers, and keep them on that device."""
+        freqs = self.freqs[layer_type]
+        if freqs.inv_freq.device != device:
+            # Tensors made in inference mode could not be saved for a later backward.
+            with torch.inference_mode(False):
+                freqs = self.freqs[layer_type] = freqs.to(device)
+        return freqs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop tables: they are made anew when needed."""
+        return {**vars(self), "_tables": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Wrap the global function that copies need too."""
+        vars(self).update(state)
+        if self.fused is not None:
+            wrap_apply(self.fused.modeling, self)
 
 
 def wrap_apply(modeling: str, user: object) -> None:

@@ -24,19 +24,17 @@ from ..batch import Batch
 from ..batch.packed import BOUNDARIES, PackedBatch, packed_by_boundaries
 from ..batch.padded import PaddedBatch, no_mask, read_batch, static_batch
 from ..batch.paged import paged_batch
-from ..model import argument_names, by_name, cache_of, caches_in, exports_to_onnx, tokens_of
+from ..model import cache_of, caches_in, exports_to_onnx, tokens_of
 from ..probe.attention import (
     ARGUMENT,
     refuse_options,
     register_attention,
-    rotated_first,
     softmax_options,
     with_mask,
 )
 from ..probe.layers import Heads, LayerProbe
-from ..probe.rotary import RotaryModule
-from .frequencies import RotaryForward
-from .rotation import Rotation
+from ..probe.rotary import RotaryModule, argument_names, by_name
+from .rotation import RotaryForward, Rotation
 from .state import STORED_ON_CACHE, ThreadFrequencies, in_progress
 
 
@@ -60,19 +58,11 @@ class ScoreRotaryForward(RotaryForward):
         self.score, self.log_n, self.scale_from = request
         self.key = uuid.uuid4().hex
 
-    @property
-    def batch(self) -> Any:
-        """The rows of the forward in progress, set by the hook of the owner or of the layer."""
-        return getattr(in_progress, self.key, None)
-
-    @batch.setter
-    def batch(self, batch: Any) -> None:
-        setattr(in_progress, self.key, batch)
-
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        if layer_type not in self.freqs or self.batch is None:
+        batch = getattr(in_progress, self.key, None)  # from the hook of the owner or of the layer
+        if layer_type not in self.freqs or batch is None:
             return super().__call__(x, position_ids, layer_type)
-        attention = self.attention(x.device, layer_type)
+        attention = self.attention(batch, x.device, layer_type)
         positions = attention.positions
         # The attention multiplies queries by the attention factor of both sides.
         freqs = attention.freqs
@@ -81,7 +71,7 @@ class ScoreRotaryForward(RotaryForward):
         if self.fused is not None:
             stored = (Rotation(keys, positions, self.fused.interleaved, keys_only=True),) * 2
         else:
-            at = torch.zeros_like(self.batch.positions) if positions is None else positions
+            at = torch.zeros_like(batch.positions) if positions is None else positions
             stored = self.tables(layer_type, keys, x, at.to(x.device))
         if self.layer is not None:
             return stored
@@ -89,16 +79,24 @@ class ScoreRotaryForward(RotaryForward):
         attention = attention.changed(stored=stored, own=own)
         return attention if self.rotary_module.single else (attention, attention)
 
-    def attention(self, device: torch.device, layer_type: str | None = None) -> ScoreAttention:
+    def attention(
+        self, batch: Batch, device: torch.device, layer_type: str | None = None
+    ) -> ScoreAttention:
         """Return the `ScoreAttention` of the forward in progress, without tables yet."""
-        freqs, batch, positions = self.freqs_on(layer_type, device), self.batch.to(device), None
+        positions = None
         if self.score.stored != UNROTATED:
-            positions = self.score.stored_at(self.batch.positions).to(device)
-            if positions.dim() > self.batch.positions.dim():  # one per pair
+            positions = self.score.stored_at(batch.positions).to(device)
+            if positions.dim() > batch.positions.dim():  # one per pair
                 positions = positions.movedim(-1, 0)
-        raw_queries = self.fused is not None
-        scales = (self.log_n, self.scale_from)
-        return ScoreAttention(self.score, *scales, freqs, batch, positions, raw_queries)
+        return ScoreAttention(
+            self.score,
+            self.log_n,
+            self.scale_from,
+            self.freqs_on(layer_type, device),
+            batch.to(device),
+            positions,
+            raw_queries=self.fused is not None,
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the state; copies in another process need the attention's name registered."""
@@ -141,10 +139,10 @@ class ScoreHooks:
                 "which has no such attention; torch.export and AOTInductor take it",
                 stacklevel=2,
             )
-        tokens, positions = tokens_of(arguments), arguments.get("position_ids")
-        batch = self._read_batch(tokens, arguments)
+        tokens, cache = tokens_of(arguments), cache_of(arguments)
+        batch = self._read_batch(tokens, cache, arguments)
         for rotary in self.rotaries:
-            rotary.batch = None if rotary.layer else batch
+            setattr(in_progress, rotary.key, None if rotary.layer else batch)
         if self.inner:
             arguments[ARGUMENT] = batch
         mask = arguments.get("attention_mask")
@@ -152,8 +150,8 @@ class ScoreHooks:
             # Convolutions and states take its last columns for the new tokens.
             arguments["attention_mask"] = mask[:, : batch.total]
         if isinstance(batch, PackedBatch):
-            arguments |= self._of_packed(module, batch, arguments)
-        elif positions is None and batch.leftpad is not None:
+            arguments |= self._of_packed(module, batch, cache)
+        elif arguments.get("position_ids") is None and batch.leftpad is not None:
             arguments["position_ids"] = batch.positions
         if not self.needs_mask:
             arguments["attention_mask"] = no_mask(tokens.device)
@@ -162,7 +160,7 @@ class ScoreHooks:
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Mark the cache that the forward made: its forward hook."""
         for rotary in self.rotaries:
-            rotary.batch = None
+            setattr(in_progress, rotary.key, None)
         for cache in caches_in(output):
             setattr(cache, STORED_ON_CACHE, self.score.stored)
 
@@ -181,9 +179,9 @@ class ScoreHooks:
         arguments = {name: exchange(value, stored) for name, value in arguments.items()}
         if layer in self.inner and batch is not None:
             inner = self.inner[layer]
-            inner.batch = batch
+            setattr(in_progress, inner.key, batch)
             tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-            seen.append(inner.attention(tensor.device))
+            seen.append(inner.attention(batch, tensor.device))
         if not seen:
             raise RuntimeError(
                 f"extend: {type(layer).__name__} must be called by its model, got a direct call"
@@ -201,29 +199,26 @@ class ScoreHooks:
         arguments.pop(ARGUMENT, None)
         return (), {name: exchange(value, _own) for name, value in arguments.items()}
 
-    def _read_batch(self, tokens: Tensor, arguments: Mapping[str, Any]) -> Batch:
+    def _read_batch(self, tokens: Tensor, cache: Any, arguments: Mapping[str, Any]) -> Batch:
         if (shared := self.rotaries[0].shared) is not None:
             return shared.batch(tokens)
-        cache, mask = cache_of(arguments), arguments.get("attention_mask")
         if (paged := paged_batch(cache, arguments)) is not None:
             return paged
         if arguments.get(BOUNDARIES) is not None:
             return packed_by_boundaries(tokens, arguments)
-        past = self._past(cache)
+        past, mask = self._past(cache), arguments.get("attention_mask")
         if isinstance(past, Tensor):
             return static_batch(tokens, past, mask)
         return read_batch(tokens, past, mask, arguments.get("position_ids"))
 
-    def _of_packed(
-        self, module: nn.Module, batch: PackedBatch, arguments: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _of_packed(self, module: nn.Module, batch: PackedBatch, cache: Any) -> dict[str, Any]:
         """Return arguments that tell packed sequences apart for the model's other layers too."""
         if self.others_mix:
             raise ValueError(
                 "extend: a model must have no convolutions or states for packed rows, got "
                 f"{type(module).__name__}; pad its rows instead"
             )
-        if cache_of(arguments) is not None:
+        if cache is not None:
             raise ValueError(
                 "extend: packed rows must come without a cache, got one; pad rows to generate"
             )
@@ -362,7 +357,7 @@ class ScoreAttention:
         # Under autocast, norms return q and k in a wider dtype than v's.
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
         here = self if self.freqs.inv_freq.device == q.device else self.to(q.device)
-        q, k = (rotated_first(x, heads.start) for x in (q, k))
+        q, k = (heads.rotated_first(x) for x in (q, k))
         rotation = {"interleaved": heads.interleaved}
         if not self.raw_queries and here.positions is not None:
             freqs = RopeFreqs(here.freqs.inv_freq, axes=axes_of(here.positions))

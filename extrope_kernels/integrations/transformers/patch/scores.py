@@ -14,8 +14,8 @@ from ..._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, s
 from ..model import unsupported
 from ..probe.layers import LayerProbe
 from ..probe.rotary import RotaryModule, owners_of
-from .frequencies import RotaryForward
 from .hooks import Patches
+from .rotation import RotaryForward
 from .score_forward import ScoreHooks, ScoreRotaryForward
 from .state import ThreadFrequencies
 

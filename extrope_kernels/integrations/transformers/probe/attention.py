@@ -1,21 +1,16 @@
-"""How a model's layers call their attention, and a run on four tokens that records those calls.
+"""How a model's layers call their attention, and if the op can attend in its place.
 
 A layer passes its mask on to its attention, whatever it does before. So an object in the mask's
 place can compute the attention: `attend(layer, q, k, v, options)`, with q, k, v of (batch, heads,
 seqlen, head_dim) and the options of transformers' interface, returns (batch, seqlen, heads,
 head_dim). Layers call their attention in three ways, one `Call` each.
-
-A `Recorder` is such an object. It keeps what layers pass to their attention, and `probe_layers`
-runs the model. `attend_as_own` then compares a layer's own attention with the op's.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,13 +22,11 @@ from .... import RopeFreqs, rope_attention
 from ..batch.packed import BOUNDARIES
 from ..model import (
     Override,
-    argument_names,
-    by_name,
-    forward_of,
     reprefix_error,
     shortened,
     unsupported,
 )
+from .rotary import argument_names, forward_of
 
 TOKENS = 4  # of a probe
 ATTENTION = "extrope_score"  # in the config of a layer that attends by a score method
@@ -56,6 +49,7 @@ class Call:
 
     def overrides(self, layer: nn.Module) -> list[Override]:
         """Return attributes that make the layer use the object in the mask's place."""
+        register_attention()
         config = copy.copy(layer.config)  # everything in it is shared
         config._attn_implementation_internal = self.attention
         return [(layer, "config", config)]
@@ -231,173 +225,11 @@ def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool =
         )
 
 
-def rotated_first(x: Tensor, start: int) -> Tensor:
-    """Put the rotated dims first, where the ops expect them: scores are sums over dims."""
-    return x if start == 0 else torch.cat((x[..., start:], x[..., :start]), -1)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A layer's arguments to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    options: dict[str, Any]
-
-
-class UnfitLayer(Exception):
-    """A layer does something that a score method cannot; the message says what."""
-
-
-class Recorder:
-    """An attention that records its arguments; it takes the mask's place, so layers call it.
-
-    calls: each layer's form of call of its attention. name: the mask's name among several, if
-        layers get a mapping of them; None for the whole argument.
-    called: rotating layers that the owner has called. seen: the layers' arguments to attention.
-    masks: as the owner gave them. names: theirs, if layers got several.
-    output: the owner's output.
-    """
-
-    def __init__(self, calls: Mapping[nn.Module, Call], name: str | None = None) -> None:
-        self.calls = calls
-        self.name = name
-        self.called: dict[nn.Module, None] = {}
-        self.seen: dict[nn.Module, Recorded] = {}
-        self.masks: dict[nn.Module, Any] = {}
-        self.names: list[str] = []
-        self.output: Any = None
-
-    @contextmanager
-    def in_place(
-        self,
-        overrides: Iterable[Override] = (),
-        hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = (),
-    ) -> Iterator[None]:
-        """Make the layers call this recorder for a while.
-
-        overrides: more attributes to hide. hooks: more forward pre-hooks, after the recorder's own.
-        """
-        register_attention()
-        overrides = list(overrides)
-        for layer, call in self.calls.items():
-            overrides += call.overrides(layer)
-        handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module, hook in [*((layer, self.before_layer) for layer in self.calls), *hooks]
-        ]
-        try:
-            with replaced(overrides):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def note_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note the layer and take its mask's place: forward pre-hook of layers that rotate."""
-        self.called[layer] = None
-
-    def before_layer(
-        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        arguments = by_name(argument_names(layer), args, kwargs)
-        mask = self.masks[layer] = arguments.get("attention_mask")
-        self.names = list(mask) if isinstance(mask, Mapping) else self.names
-        return (), with_mask(arguments, self.name, self.calls[layer].mask(layer, self))
-
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        if k.shape[2] != q.shape[2]:
-            raise UnfitLayer(
-                f"{type(module).__name__} attends to keys beside those of the tokens, "
-                "which have no distance"
-            )
-        self.seen[module] = Recorded(q, k, v, options)
-        # Made of the values alone: later layers are then the same in both runs.
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
-
-
 def with_mask(arguments: dict[str, Any], name: str | None, value: Any) -> dict[str, Any]:
     """Return a layer's arguments with `value` as the mask of that name, or as the only one."""
     if name is not None:
         value = {**arguments["attention_mask"], name: value}
     return arguments | {"attention_mask": value}
-
-
-@contextmanager
-def replaced(overrides: Sequence[Override]) -> Iterator[None]:
-    """Hide attributes of modules for a while."""
-    before = [(module, name, vars(module).get(name)) for module, name, _ in overrides]
-    for module, name, value in overrides:
-        vars(module)[name] = value
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            if value is None:
-                del vars(module)[name]
-            else:
-                vars(module)[name] = value
-
-
-def first_call(model: nn.Module, owner: nn.Module) -> nn.Module:
-    """Return the module that a probe of an owner calls: FSDP wants its root called first."""
-    return model if _fsdp_modules(model) else owner
-
-
-def _fsdp_modules(module: nn.Module) -> list[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [each for each in module.modules() if fsdp and isinstance(each, fsdp.FSDPModule)]
-
-
-@torch.no_grad()
-def probe_layers(owner: nn.Module, backwards: bool = False, **options: Tensor) -> Any:
-    """Run an owner, or its `first_call`, on four tokens without dropout; return its output.
-
-    backwards: True for the last token first.
-    """
-    embed = getattr(owner, "get_input_embeddings", None)
-    weights = embed() if embed is not None else owner
-    tokens = torch.arange(TOKENS, device=_device_of(weights))[None]
-    options = {name: value.to(tokens.device) for name, value in options.items()}
-    tokens = tokens.flip(1) if backwards else tokens
-    with without_dropout(owner):
-        output = owner(input_ids=tokens, use_cache=False, **options)
-    for module in _fsdp_modules(owner):
-        module.reshard()  # the root keeps its parameters whole for a backward
-    return output
-
-
-@contextmanager
-def without_dropout(owner: nn.Module) -> Iterator[None]:
-    """Put the modules that are in training into evaluation mode for a while."""
-    training = [module for module in owner.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def refuse_without_weights(owner: nn.Module, method: str) -> None:
-    """Raise ValueError for a model without weights, which cannot be tried out."""
-    offloaded = any(hasattr(module, "_hf_hook") for module in owner.modules())  # by accelerate
-    if not offloaded and all(weight.device.type == "meta" for weight in owner.parameters()):
-        raise ValueError(
-            f"extend: {type(owner).__name__} must have its weights for {method}, "
-            "got parameters on the meta device"
-        )
-
-
-def _device_of(weights: nn.Module) -> Any:
-    """Return a module's device; accelerate keeps offloaded weights on meta."""
-    device = next(weights.parameters()).device
-    hook = getattr(weights, "_hf_hook", None)
-    return getattr(hook, "execution_device", device) if device.type == "meta" else device
 
 
 @torch.no_grad()
@@ -408,11 +240,11 @@ def attend_as_own(
     qkv: tuple[Tensor, Tensor, Tensor],
     freqs: RopeFreqs,
     interleaved: bool,
-    given: Recorded,
+    given: Any,
 ) -> None:
     """Raise ValueError unless the op gives the same as a layer's own attention.
 
-    qkv: the op's, of (1, heads, 4, head_dim), rotated by freqs. given: the layer's own.
+    qkv: the op's, of (1, heads, 4, head_dim), rotated by freqs. given: the layer's own, `Recorded`.
     """
     v = given.v
     qkv = [x.to(v.dtype).transpose(1, 2) for x in qkv]
@@ -452,15 +284,3 @@ def check_options(owner: nn.Module, layer: nn.Module, options: Mapping[str, Any]
         )
     if others := [key for key in options if key not in KNOWN]:
         raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")
-
-
-def mixes(there: Any, back: Any) -> bool:
-    """Return True if tokens mix outside of attention.
-
-    The owner runs on four tokens, and on the same backwards, with an attention that gives every
-    token its own value: one result must be the other backwards.
-    """
-    there, back = (
-        next(iter(x.values())) if isinstance(x, Mapping) else x[0] for x in (there, back)
-    )
-    return not close(there, back.flip(1))

@@ -9,7 +9,9 @@ that changes nothing, and must give the results of the layer's own attention.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -21,23 +23,17 @@ from torch import Tensor, nn
 from .... import RopeFreqs, apply_rope
 from ..._shared.parameters import is_bounded
 from ..batch.padded import no_mask
-from ..model import shortened, unsupported
+from ..model import Override, shortened, unsupported
 from .attention import (
     TOKENS,
-    Recorded,
-    Recorder,
-    UnfitLayer,
+    Call,
     attend_as_own,
     calls_in,
     check_options,
     close,
-    first_call,
-    mixes,
-    probe_layers,
-    replaced,
-    rotated_first,
+    with_mask,
 )
-from .rotary import RotaryModule, probe_numbers, rotating_layers
+from .rotary import RotaryModule, argument_names, by_name, probe_numbers, rotating_layers
 
 _AMPLITUDE = 2.0  # of a probe of attention factors
 
@@ -59,6 +55,167 @@ class Heads:
     scaled: bool = True
     chunk_size: int | None = None
     sliding_window: int | None = None
+
+    def rotated_first(self, x: Tensor) -> Tensor:
+        """Put the rotated dims first, where the ops expect them: logits are sums over dims."""
+        start = self.start
+        return x if start == 0 else torch.cat((x[..., start:], x[..., :start]), -1)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A layer's arguments to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+
+
+class UnfitLayer(Exception):
+    """A layer does something that a score method cannot; the message says what."""
+
+
+class Recorder:
+    """An attention that records its arguments; it takes the mask's place, so layers call it.
+
+    calls: each layer's form of call of its attention. name: the mask's name among several, if
+        layers get a mapping of them; None for the whole argument.
+    called: rotating layers that the owner has called. seen: the layers' arguments to attention.
+    masks: as the owner gave them. names: theirs, if layers got several.
+    output: the owner's output.
+    """
+
+    def __init__(self, calls: Mapping[nn.Module, Call], name: str | None = None) -> None:
+        self.calls = calls
+        self.name = name
+        self.called: dict[nn.Module, None] = {}
+        self.seen: dict[nn.Module, Recorded] = {}
+        self.masks: dict[nn.Module, Any] = {}
+        self.names: list[str] = []
+        self.output: Any = None
+
+    @contextmanager
+    def in_place(
+        self,
+        overrides: Iterable[Override] = (),
+        hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = (),
+    ) -> Iterator[None]:
+        """Make the layers call this recorder for a while.
+
+        overrides: more attributes to hide. hooks: more forward pre-hooks, after the recorder's own.
+        """
+        overrides = list(overrides)
+        for layer, call in self.calls.items():
+            overrides += call.overrides(layer)
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module, hook in [*((layer, self.before_layer) for layer in self.calls), *hooks]
+        ]
+        try:
+            with replaced(overrides):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def note_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the layer and take its mask's place: forward pre-hook of layers that rotate."""
+        self.called[layer] = None
+
+    def before_layer(
+        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        arguments = by_name(argument_names(layer), args, kwargs)
+        mask = self.masks[layer] = arguments.get("attention_mask")
+        self.names = list(mask) if isinstance(mask, Mapping) else self.names
+        return (), with_mask(arguments, self.name, self.calls[layer].mask(layer, self))
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        if k.shape[2] != q.shape[2]:
+            raise UnfitLayer(
+                f"{type(module).__name__} attends to keys beside those of the tokens, "
+                "which have no distance"
+            )
+        self.seen[module] = Recorded(q, k, v, options)
+        # Made of the values alone: later layers are then the same in both runs.
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
+
+
+@contextmanager
+def replaced(overrides: Sequence[Override]) -> Iterator[None]:
+    """Hide attributes of modules for a while."""
+    before = [(module, name, vars(module).get(name)) for module, name, _ in overrides]
+    for module, name, value in overrides:
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            if value is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = value
+
+
+def first_call(model: nn.Module, owner: nn.Module) -> nn.Module:
+    """Return the module that a probe of an owner calls: FSDP wants its root called first."""
+    return model if _fsdp_modules(model) else owner
+
+
+def _fsdp_modules(module: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [each for each in module.modules() if fsdp and isinstance(each, fsdp.FSDPModule)]
+
+
+@torch.no_grad()
+def probe_layers(owner: nn.Module, backwards: bool = False, **options: Tensor) -> Any:
+    """Run an owner, or its `first_call`, on four tokens without dropout; return its output.
+
+    backwards: True for the last token first.
+    """
+    embed = getattr(owner, "get_input_embeddings", None)
+    weights = embed() if embed is not None else owner
+    tokens = torch.arange(TOKENS, device=_device_of(weights))[None]
+    options = {name: value.to(tokens.device) for name, value in options.items()}
+    tokens = tokens.flip(1) if backwards else tokens
+    with without_dropout(owner):
+        output = owner(input_ids=tokens, use_cache=False, **options)
+    for module in _fsdp_modules(owner):
+        module.reshard()  # the root keeps its parameters whole for a backward
+    return output
+
+
+@contextmanager
+def without_dropout(owner: nn.Module) -> Iterator[None]:
+    """Put the modules that are in training into evaluation mode for a while."""
+    training = [module for module in owner.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def refuse_without_weights(owner: nn.Module, method: str) -> None:
+    """Raise ValueError for a model without weights, which cannot be tried out."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in owner.modules())  # by accelerate
+    if not offloaded and all(weight.device.type == "meta" for weight in owner.parameters()):
+        raise ValueError(
+            f"extend: {type(owner).__name__} must have its weights for {method}, "
+            "got parameters on the meta device"
+        )
+
+
+def _device_of(weights: nn.Module) -> Any:
+    """Return a module's device; accelerate keeps offloaded weights on meta."""
+    device = next(weights.parameters()).device
+    hook = getattr(weights, "_hf_hook", None)
+    return getattr(hook, "execution_device", device) if device.type == "meta" else device
 
 
 # Rotary embeddings with the kinds of layers to extend, and each one's frequencies for the probe.
@@ -205,11 +362,11 @@ class LayerProbe:
             self.near.append(layer)
             return heads is not None
         check_options(self.owner, layer, moved.options)
-        q, k = (rotated_first(x, heads.start) for x in (still.q, still.k))
+        q, k = (heads.rotated_first(x) for x in (still.q, still.k))
         attend_as_own(
             self.owner, layer, self.calls[layer], (q, k, moved.v), freqs, heads.interleaved, moved
         )
-        normal, loud = (rotated_first(x.q, heads.start) for x in (moved, self._loud[layer]))
+        normal, loud = (heads.rotated_first(x.q) for x in (moved, self._loud[layer]))
         scaled = _grows(normal, loud, 2 * freqs.inv_freq.numel())
         self.far[layer] = replace(heads, scaled=scaled, **bounds)
         return True
@@ -233,7 +390,7 @@ class LayerProbe:
                 heads = Heads(start, interleaved, sign)
                 freqs = RopeFreqs(sign * inv_freq.to(still.q.device))
                 if all(
-                    close(_rotated(a, freqs, heads), rotated_first(b, start))
+                    close(_rotated(a, freqs, heads), heads.rotated_first(b))
                     for a, b in ((still.q, moved.q), (still.k, moved.k))
                 ):
                     return heads, freqs
@@ -283,6 +440,18 @@ class LayerProbe:
         return not torch.equal(masked.output[0][:, 1:], free.output[0][:, 1:])
 
 
+def mixes(there: Any, back: Any) -> bool:
+    """Return True if tokens mix outside of attention.
+
+    The owner runs on four tokens, and on the same backwards, with an attention that gives every
+    token its own value: one result must be the other backwards.
+    """
+    there, back = (
+        next(iter(x.values())) if isinstance(x, Mapping) else x[0] for x in (there, back)
+    )
+    return not close(there, back.flip(1))
+
+
 def kind_of(layer: nn.Module) -> str:
     """Return the config's name for the layer's kind; "" if it has no names for kinds."""
     kinds = getattr(getattr(layer, "config", None), "layer_types", None)
@@ -329,7 +498,7 @@ def _grows(normal: Tensor, loud: Tensor, dims: int) -> bool:
 
 def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
     """Rotate x, (batch, heads, seqlen, head_dim)."""
-    x = rotated_first(x, heads.start).transpose(1, 2)
+    x = heads.rotated_first(x).transpose(1, 2)
     positions = torch.arange(x.shape[1], device=x.device)
     options = {"positions": positions, "interleaved": heads.interleaved, "backend": "reference"}
     return apply_rope(x, freqs, **options).transpose(1, 2)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from .... import RopeFreqs, apply_rope_qk, methods
 from ..._shared.parameters import is_bounded
-from ..model import argument_names, forward_of, unsupported
+from ..model import unsupported
 
 APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate
 _LAYERS = ("full", "all")
@@ -351,3 +353,19 @@ def rotating_layers(owner: nn.Module) -> Iterator[nn.Module]:
         forward = forward_of(module)
         if forward and {"position_embeddings", "cos", "sin"} <= set(forward.__code__.co_varnames):
             yield module
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Return the names of a forward's arguments in their order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def forward_of(module: nn.Module) -> FunctionType | None:
+    """Return the function behind a module's forward, or None if it is not Python's."""
+    forward = inspect.unwrap(type(module).forward)
+    return forward if isinstance(forward, FunctionType) else None
+
+
+def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a forward by their names."""
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
