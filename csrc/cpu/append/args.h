@@ -2,7 +2,6 @@
 // rotation. All checks come before any write.
 #pragma once
 
-#include <utility>
 #include <vector>
 
 #include "common/cache_args.h"
@@ -124,33 +123,12 @@ inline const Tensor& slots_of(const Args& a) {
   return x;
 }
 
-constexpr int kTensors = 18;  // in the schema
-
 // The rotation and scale of q and k.
 struct Rotation {
   OptionalTensor inv_freq, positions, q_norm_weight, k_norm_weight;
   RopeOptions options;
   std::vector<double> stored;  // the map by which a score method stores keys, or empty
   double norm_eps;
-};
-
-// A call, with the tensors in the schema's order: first q, k, v and the caches.
-struct Call {
-  Args args;
-  Rotation rotation;
-
-  Call(const OptionalTensor (&x)[kTensors], std::vector<double> stored, double norm_eps,
-       double attention_factor, bool interleaved, double decay_origin)
-      : args{x[0], x[1].value(), x[2].value(), x[3].value(), x[4].value(), x[8],
-             x[9], x[10],        x[11],        x[12],        x[16],        x[17]},
-        rotation{x[7],
-                 x[13],
-                 x[5],
-                 x[6],
-                 {x[11], x[14], x[15], attention_factor, 0, interleaved, /*inverse=*/false,
-                  decay_origin, args.packed()},
-                 std::move(stored),
-                 norm_eps} {}
 };
 
 // Checks that no slot outside the cache is written.
