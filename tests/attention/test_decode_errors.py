@@ -95,6 +95,26 @@ def test_refused_before_anything_is_written(number, named):
         torch.testing.assert_close(given[name].detach(), x, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ("k", "v"))
+def test_new_rows_are_not_slots_that_are_written(name):
+    """A thread would read what another has written; other slots of the cache are fine."""
+    k_cache, v_cache = torch.randn(2, 2, 12, 2, DIM)
+    rest = {"freqs": methods.rope(DIM), "cache_seqlens": 3, "backend": "cpu"}
+    rest |= {"q": torch.randn(2, 2, 4, DIM), "v_cache": v_cache, "k": NEW.cpu(), "v": NEW.cpu()}
+    cache = {"k": k_cache, "v": v_cache}[name]
+    before = k_cache.clone(), v_cache.clone()
+    with pytest.raises(ValueError, match=f"kvcache: {name} must not share memory with {name}_ca"):
+        rope_attention_with_kvcache(k_cache=k_cache, **{**rest, name: cache[:, 2:4]})
+    for x, y in zip((k_cache, v_cache), before):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    new = cache[:, 5:7].clone()
+    rope_attention_with_kvcache(k_cache=k_cache, **{**rest, name: cache[:, 5:7]})
+    actual = k_cache.clone(), v_cache.clone()
+    rope_attention_with_kvcache(k_cache=k_cache, **{**rest, name: new})
+    for x, y in zip(actual, (k_cache, v_cache)):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_score_s_name_goes_first(name):
     inputs = make(Case((9, 9), example=EXAMPLES[name]))

@@ -242,6 +242,32 @@ def test_autograd_notices_what_is_appended(backend):
 # Options that change numbers, and places that come together
 
 
+@pytest.mark.parametrize("name", ("q", "k", "v"))
+@pytest.mark.parametrize("cache_name", ("k_cache", "v_cache"))
+def test_rows_that_are_read_lie_beside_those_that_are_written(name, cache_name):
+    """Where both are slots of one cache, a thread would read what another has written."""
+    caches = {x: torch.randn(2, 64, 2, 32) for x in ("k_cache", "v_cache")}
+    new = {x: torch.randn(2, 20, 2, 32) for x in ("q", "k", "v")}
+    options = {"cache_seqlens": 3, "backend": "cpu"}
+    for first in (0, 22, 23, 44):  # 3 to 22 are written
+        expected = {x: cache.clone() for x, cache in caches.items()}
+        given = {**new, name: expected[cache_name][:, first : first + 20]}
+        copied = {**new, name: given[name].clone()}
+        actual = {x: cache.clone() for x, cache in expected.items()}
+        rope_append_kvcache(**copied, **actual, freqs=methods.rope(32), **options)
+        if first < 23:
+            refused = (
+                f"^rope_append_kvcache: {name} must not share memory with {cache_name}'s slots"
+            )
+            with pytest.raises(ValueError, match=refused):
+                rope_append_kvcache(**given, **expected, freqs=methods.rope(32), **options)
+            actual = caches
+        else:
+            rope_append_kvcache(**given, **expected, freqs=methods.rope(32), **options)
+        for x in caches:
+            torch.testing.assert_close(expected[x], actual[x], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("without", ("q_norm_weight", "k_norm_weight"))
 def test_one_norm(backend, without):
     step = Step(norms="head", call={**CONTIGUOUS, "norm_eps": 0.5})

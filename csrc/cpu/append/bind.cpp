@@ -2,12 +2,13 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
 #include <vector>
 
 #include "common/ops.h"
 #include "common/outputs.h"
+#include "cpu/append/append.h"
 #include "cpu/append/args.h"
-#include "cpu/append/writes.h"
 #include "cpu/runtime/token.h"
 
 namespace extrope {
@@ -17,28 +18,36 @@ namespace {
 const OptionalTensor kNone;
 
 // A call: it rotates q and k, and writes k and v.
-class Append {
+class RopeAppend {
  public:
-  Append(const Args& a, const Rotation& r)
+  RopeAppend(const Args& a, const Rotation& r)
       : a_(a),
         r_(r),
         cache_(checked_cache_of(a)),
-        rows_(rows_of(a, cache_)),
-        writes_(cache_, rows_, a.batch(), a.seqlen()) {
+        append_(cache_, rows_of(a, cache_), a.batch(), a.seqlen()) {
     check(a.q.has_value() || !r.q_norm_weight.has_value(), "q_norm_weight needs a q");
+    if (a.q) refuse_overlap("q", *a.q);
+    refuse_overlap("k", a.k);
+    refuse_overlap("v", a.v);
   }
-  Append(const Append&) = delete;
+  RopeAppend(const RopeAppend&) = delete;
 
   void run(const OptionalTensor& out_q) {
     if (r_.inv_freq.has_value() && !r_.stored) {
       add_together(out_q);
     } else {
-      add_apart(out_q);
+      if (out_q) add_query_norm(*out_q);
+      add_stored_keys();
     }
-    writes_.run(rotations_, plane(a_.v));
+    append_.run(plane(a_.v));
   }
 
  private:
+  void refuse_overlap(const char* name, const Tensor& x) const {
+    const int64_t d = x.dim();
+    append_.refuse_overlap(kOp, name, plane(x), x.size(d - 2), x.size(d - 1));
+  }
+
   // Rotates q, if there is one, and k by the same angles in one rotation.
   void add_together(const OptionalTensor& out_q) {
     const OptionalTensor k = out_q ? OptionalTensor(a_.k) : kNone;
@@ -47,74 +56,77 @@ class Append {
     if (out_q) set_output(p.tensors[0], *out_q, a_.packed());
     RopeTensor& keys = p.tensors[out_q ? 1 : 0];
     keys.decay_sign = -1.0;
-    set_positions(p);
-    check_axes_of_pairs(p);
-    writes_.take_keys(keys);
-    rotations_.add(make_norm_params(p, first, k, out_q ? r_.q_norm_weight : r_.k_norm_weight,
-                                    out_q ? r_.k_norm_weight : kNone, r_.norm_eps));
-  }
-
-  // Only norms q, if there is one; rotates k as a score method stores it, or only norms it.
-  void add_apart(const OptionalTensor& out_q) {
-    if (out_q) {
-      RopeParams q = unrotated_part(*a_.q);
-      set_output(q.tensors[0], *out_q, a_.packed());
-      rotations_.add(make_norm_params(q, *a_.q, kNone, r_.q_norm_weight, kNone, r_.norm_eps));
+    check_positions(p);
+    if (!r_.positions.has_value()) {
+      const std::vector<int64_t> positions = positions_behind(cache_, a_.batch() * a_.seqlen());
+      append_.set_positions(p, {positions.begin(), positions.end()});
     }
-    RopeParams k = unrotated_part(a_.k);
-    if (r_.inv_freq.has_value() && !is_raw(*r_.stored)) k = stored_keys(*r_.stored);
-    writes_.take_keys(k.tensors[0]);
-    rotations_.add(make_norm_params(k, a_.k, kNone, r_.k_norm_weight, kNone, r_.norm_eps));
+    check_axes_of_pairs(p);
+    append_.write_keys(keys);
+    append_.add(make_norm_params(p, first, k, out_q ? r_.q_norm_weight : r_.k_norm_weight,
+                                 out_q ? r_.k_norm_weight : kNone, r_.norm_eps));
   }
 
-  RopeParams unrotated_part(const Tensor& x) const {
+  // Norms q, or copies it: the attention rotates it itself.
+  void add_query_norm(const Tensor& out_q) {
+    RopeParams q = unrotated_rows(*a_.q);
+    set_output(q.tensors[0], out_q, a_.packed());
+    append_.add(make_norm_params(q, *a_.q, kNone, r_.q_norm_weight, kNone, r_.norm_eps));
+  }
+
+  // Rotates k as a score method stores it, or only norms it.
+  void add_stored_keys() {
+    PositionMap stored = PositionMap::constant(0);
+    if (r_.inv_freq.has_value()) stored = *r_.stored;
+    if (is_raw(stored)) return append_.add_keys(key_norm(unrotated_rows(a_.k)), stored, {}, {});
+    RopeParams p = make_params(a_.k, kNone, *r_.inv_freq, r_.positions, r_.options,
+                               /*adjoint=*/false);
+    p.tensors[0].decay_sign = -1.0;
+    check_positions(p);
+    if (!p.axes) return append_.add_keys(key_norm(p), stored, {}, positions_of(p));
+    check(stored.kind == MapKind::kSame,
+          "positions by axis must be where a score method stores keys, got a map of them");
+    check_axes_of_pairs(p);
+    append_.write_keys(p.tensors[0]);
+    append_.add(key_norm(p));
+  }
+
+  RopeNormParams key_norm(const RopeParams& p) const {
+    return make_norm_params(p, a_.k, kNone, r_.k_norm_weight, kNone, r_.norm_eps);
+  }
+
+  RopeParams unrotated_rows(const Tensor& x) const {
     const int64_t d = x.dim();
     return unrotated(cache_.dtype, plane(x), a_.batch(), a_.seqlen(), x.size(d - 2), x.size(d - 1));
   }
 
-  RopeParams stored_keys(const PositionMap& stored) {
-    RopeParams p = make_params(a_.k, kNone, *r_.inv_freq, r_.positions, r_.options,
-                               /*adjoint=*/false);
-    p.tensors[0].decay_sign = -1.0;
-    set_positions(p);
-    if (p.axes) {
-      check(stored.kind == MapKind::kSame,
-            "positions by axis must be where a score method stores keys, got a map of them");
-      check_axes_of_pairs(p);
-      return p;
+  void check_positions(const RopeParams& p) const {
+    if (r_.positions.has_value()) {
+      check(!p.positions_are_offsets, "positions must have an entry a token, got shape ",
+            shape_of(*r_.positions));
+    } else {
+      check(a_.cache_seqlens.has_value(),
+            "positions or cache_seqlens must say where the tokens are");
     }
-    if (token_positions_.empty()) {
-      check(p.position_type == PositionType::i32 || p.position_type == PositionType::i64,
-            "positions must be whole numbers for a score method");
-      for (int64_t n = 0; n < p.batch * p.seqlen; ++n) {
-        token_positions_.push_back(locate<int64_t>(p, n / p.seqlen, n % p.seqlen).position);
-      }
-    }
-    stored_positions_ = mapped(stored, token_positions_);
-    set_token_positions(p, stored_positions_);
-    return p;
   }
 
-  // Sets positions that follow the slots in use, unless the call has its own.
-  void set_positions(RopeParams& p) {
-    if (r_.positions.has_value()) {
-      return check(!p.positions_are_offsets, "positions must have an entry a token, got shape ",
-                   shape_of(*r_.positions));
+  // Returns the whole positions of all tokens: the call's, or those that follow the slots in use.
+  std::vector<int64_t> positions_of(const RopeParams& p) const {
+    const int64_t tokens = a_.batch() * a_.seqlen();
+    if (!r_.positions.has_value()) return positions_behind(cache_, tokens);
+    check(p.position_type == PositionType::i32 || p.position_type == PositionType::i64,
+          "positions must be whole numbers for a score method");
+    std::vector<int64_t> positions(tokens);
+    for (int64_t n = 0; n < tokens; ++n) {
+      positions[n] = locate<int64_t>(p, n / p.seqlen, n % p.seqlen).position;
     }
-    check(a_.cache_seqlens.has_value(), "positions or cache_seqlens must say where the tokens are");
-    token_positions_ = positions_behind(cache_, a_.batch() * a_.seqlen());
-    set_token_positions(p, token_positions_);
+    return positions;
   }
 
   const Args& a_;
   const Rotation& r_;
   const KVCache cache_;
-  const CacheRows rows_;
-  // Positions for the kernels instead of the tensor `positions`; empty if they read that.
-  std::vector<int64_t> token_positions_;
-  std::vector<double> stored_positions_;
-  Rotations rotations_;
-  CacheWrites writes_;
+  Append append_;
 };
 
 Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
@@ -146,12 +158,19 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
                           .positions = positions,
                           .q_norm_weight = q_norm_weight,
                           .k_norm_weight = k_norm_weight,
-                          .options = {cu_seqlens, log_decay, axes, attention_factor, 0, interleaved,
-                                      /*inverse=*/false, decay_origin, args.packed()},
+                          .options = {.cu_seqlens = cu_seqlens,
+                                      .log_decay = log_decay,
+                                      .axes = axes,
+                                      .attention_factor = attention_factor,
+                                      .offset = 0,
+                                      .interleaved = interleaved,
+                                      .inverse = false,
+                                      .decay_origin = decay_origin,
+                                      .packed = args.packed()},
                           .stored = stored_of({map_kinds, map_moduli, map_divisors, map_floors,
                                                map_offsets, map_caps, map_rows}),
                           .norm_eps = norm_eps};
-  Append append(args, rotation);
+  RopeAppend append(args, rotation);
   Tensor out = q.has_value() ? fresh_like(*q, kOp) : fresh(k, {0}, k.scalar_type(), kOp);
   append.run(q.has_value() ? OptionalTensor(out) : kNone);
   return out;

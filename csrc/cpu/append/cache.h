@@ -36,4 +36,16 @@ inline CacheRows rows_behind(const KVCache& cache, int64_t tokens) {
   return rows;
 }
 
+// Returns the positions of `tokens` tokens after those in use; tokens after the last sequence
+// continue its positions.
+inline std::vector<int64_t> positions_behind(const KVCache& cache, int64_t tokens) {
+  std::vector<int64_t> positions(tokens);
+  for (int64_t b = 0; b < cache.batch; ++b) {
+    const int64_t first = cache.first_new(b), start = cache.seqlens[b] - cache.first_slot(b);
+    const int64_t end = b + 1 < cache.batch ? first + cache.new_tokens(b) : tokens;
+    for (int64_t n = first; n < end; ++n) positions[n] = start + n - first;
+  }
+  return positions;
+}
+
 }  // namespace extrope

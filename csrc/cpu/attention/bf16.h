@@ -2,7 +2,13 @@
 #pragma once
 
 #include "cpu/attention/blocks.h"
-#include "cpu/simd/bf16_products.h"
+
+// Products of tiles by AMX or AVX512_BF16. The sums are 32 x 32 floats.
+#if defined(__AMX_BF16__)
+#include "cpu/simd/bf16_products_amx.h"
+#else
+#include "cpu/simd/bf16_products_avx512.h"
+#endif
 
 namespace extrope {
 namespace {

@@ -20,10 +20,10 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
   float row[kMaxHeadDim];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / p.seqlen_k, token = i % p.seqlen_k;
-    int64_t at = batch * cos_sin.batch + token * cos_sin.seq;
-    for (int64_t head = 0; head < p.heads_k; ++head, at += cos_sin.head) {
+    int64_t at = batch * cos_sin.stride_batch + token * cos_sin.stride_seq;
+    for (int64_t head = 0; head < p.heads_k; ++head, at += cos_sin.stride_head) {
       const auto first_of = [&](const AttentionTensor& x) {
-        return batch * x.batch + x.at(token) + head * x.head;
+        return batch * x.stride_batch + x.at(token) + head * x.stride_head;
       };
       const T* in = static_cast<const T*>(k.data) + first_of(k);
       rotate_to_float(rotation, in, cos_sin.cos + at, cos_sin.sin + at, 1.0f, row);

@@ -217,6 +217,7 @@ template <typename T>
 void pack_block(const TileQueries& queries, const TilePlan& plan, const Scratch& w,
                 const TileKeys& seen, const KeyBlock& key_block) {
   const AttentionParams& p = queries.p;
+  // The type is T, or e4m3 in a quantized cache: k_scale is in q_scale, v_scale in out_scale.
   with_element_type<T>(
       p.v, [&](auto type) { pack_rows<decltype(type)>(queries, p.v, {}, key_block, w.keys); });
   pack_columns<kKeyRows>(w.keys, p.v.head_dim, key_block.padded, w.values);

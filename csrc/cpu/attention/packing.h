@@ -16,7 +16,8 @@ struct RowCosSin {
 
 inline RowCosSin cos_sin_at(const TileQueries& queries, const CosSin& x, int64_t token) {
   if (!x.cos) return {nullptr, nullptr};
-  const int64_t at = queries.tile.batch * x.batch + token * x.seq + queries.tile.head * x.head;
+  const int64_t at = queries.tile.batch * x.stride_batch + token * x.stride_seq +
+                     queries.tile.head * x.stride_head;
   return {x.cos + at, x.sin + at};
 }
 
@@ -62,8 +63,8 @@ struct KeyBlock {
 };
 
 inline int64_t key_offset(const TileQueries& queries, const AttentionTensor& x, int64_t key) {
-  return queries.tile.batch * x.batch + x.at(queries.tile.first_k + key) +
-         queries.tile.head * x.head;
+  return queries.tile.batch * x.stride_batch + x.at(queries.tile.first_k + key) +
+         queries.tile.head * x.stride_head;
 }
 
 template <typename T>

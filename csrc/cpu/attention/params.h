@@ -13,13 +13,13 @@ namespace extrope {
 // sequences have no batch: its stride is 0.
 struct AttentionTensor {
   void* data;
-  int64_t batch, seq, head;
+  int64_t stride_batch, stride_seq, stride_head;
   int64_t head_dim;
-  const int64_t* rows = nullptr;  // each token's first element, in place of `seq`
+  const int64_t* rows = nullptr;  // each token's first element, in place of stride_seq
   bool is_e4m3 = false;           // cached keys or values, with any AttentionParams::dtype
 
   [[gnu::always_inline]] int64_t at(int64_t token) const {
-    return rows ? rows[token] : token * seq;
+    return rows ? rows[token] : token * stride_seq;
   }
 };
 
@@ -35,8 +35,9 @@ struct Starts {
 
 // The cosines and sines of each token's pairs, which rotate rows as they are read.
 struct CosSin {
-  const float *cos, *sin;    // nullptr: no rotation
-  int64_t batch, seq, head;  // strides; that of heads of k is 0 if all rotate alike
+  const float *cos, *sin;  // nullptr: no rotation
+  int64_t stride_batch, stride_seq;
+  int64_t stride_head;  // of heads of k; 0: all rotate alike
 };
 
 struct AttentionParams {

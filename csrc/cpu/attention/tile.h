@@ -61,7 +61,8 @@ struct TileQueries {
     return offset(x, token(row), head(row));
   }
   int64_t offset(const AttentionTensor& x, int64_t token, int64_t head) const {
-    return tile.batch * x.batch + (tile.first_q + token) * x.seq + head * x.head;
+    return tile.batch * x.stride_batch + (tile.first_q + token) * x.stride_seq +
+           head * x.stride_head;
   }
   int64_t lse_index(int64_t row) const { return lse_index(token(row), head(row)); }
   int64_t lse_index(int64_t token, int64_t head) const {

@@ -153,7 +153,8 @@ inline KVCache cache_of(const CacheArgs& a, const TensorView& like) {
 
 inline void set_queries(DecodeParams& p, const CacheArgs& a, const TensorView& q) {
   const Plane rows = plane(q);
-  p.q = rows.data, p.q_batch = rows.block, p.q_seq = rows.slot, p.q_head = rows.head;
+  p.q = rows.data, p.q_stride_batch = rows.block, p.q_stride_seq = rows.slot,
+  p.q_stride_head = rows.head;
   p.seqlen_q = q.size(a.packed() ? 0 : 1), p.heads_q = q.size(a.packed() ? 1 : 2);
   if (a.packed()) p.cu_seqlens_q = static_cast<const int32_t*>(a.cu_seqlens_q->data_ptr());
   a.require(p.cache.heads > 0 && p.heads_q % p.cache.heads == 0, "k_cache's heads must divide q's ",

@@ -65,8 +65,8 @@ class Chunk {
     if (a.row_scale.data)
       a.row_scale.data += t.batch * a.row_scale.batch + t.begin * a.row_scale.seq;
     a.interleaved = p.freqs.interleaved;
-    a.q = {at(p.q, (t.batch * p.q_batch + t.begin * p.q_seq) * bytes), 0, p.q_seq, p.q_head,
-           a.head_dim};
+    a.q = {at(p.q, (t.batch * p.q_stride_batch + t.begin * p.q_stride_seq) * bytes), 0,
+           p.q_stride_seq, p.q_stride_head, a.head_dim};
     const int64_t token = t.batch * p.seqlen_q + t.begin, row = cache.head_dim_v;
     a.out = {at(p.out, token * a.heads_q * row * bytes), 0, a.heads_q * row, row, row};
     a.k_scale = cache.k_scale, a.v_scale = cache.v_scale;

@@ -1,12 +1,487 @@
-// Attention over a key/value cache on the CPU. Compiled once per instruction set, with
-// EXTROPE_ISA as its name.
+// Attention of a few query tokens over a key/value cache on the CPU. Compiled once per instruction
+// set, with EXTROPE_ISA as its name.
+//
+// The keys of a block of queries are cut into splits. For each split, decode_splits computes
+// partial sums in one pass over the cache; merge_splits adds those of a row's splits up. A row is
+// one token in one q head. Under each head of k, rows are in the order token (slow), q head (fast).
+// BlockM of them at a time meet kBlockN keys of one head, with online softmax:
+//
+//   S = K Q^T               (kBlockN, BlockM)   logits to base 2
+//   P = exp2(S - row_max)   (kBlockN, BlockM)
+//   O = O * rescale + P^T V (BlockM, head_dim of v)
+//
+// S is key-major: a vector holds all BlockM rows of some keys. So the softmax needs no
+// transposition, and the sums over values read P in order. Keys and values are read where they lie
+// in the cache, without a copy; only keys of a region that rotates them on are rotated into a
+// buffer.
+
+#include <algorithm>
+#include <cmath>
 
 #include "cpu/decode/kernels.h"
-#include "cpu/decode/merge.h"
-#include "cpu/decode/types.h"
-#include "cpu/decode/worker.h"
+#include "cpu/decode/queries.h"
+#include "cpu/decode/rows.h"
+#include "cpu/runtime/buffer.h"
+#include "cpu/simd/exp2.h"
+#include "cpu/simd/softmax.h"
+#include "cpu/simd/sum.h"
 
 namespace extrope {
+namespace {
+
+// row_max starts here: below any logit, and finite, so that row_max - row_max is 0, not NaN.
+constexpr float kLowest = -1e30f;
+
+// -------------------------------------------------------------------------------------------------
+// BlockM rows against a block of keys and values of one head. BlockM is 1, 2 or 4, so that it
+// divides a vector; the first `Valid` rows are queries, the others are padding.
+
+// The keys of one product: enough to keep at least kFloats sums in flight.
+template <int BlockM>
+constexpr int kKeysAtOnce = kFloats / BlockM > 2 ? kFloats / BlockM : 2;
+
+// sums[key][row] += q[row][d] * keys[first_key + key][d], lane by lane, for `Vectors` vectors of
+// dims from d on. q is (BlockM, q_stride).
+template <int BlockM, int Valid, int Keys, int Vectors, typename T>
+EXTROPE_INLINE void add_products(const float* q, int64_t q_stride, RowPointers<T> keys,
+                                 int64_t first_key, int64_t d, floats (&sums)[Keys * BlockM]) {
+  floats y[Valid][Vectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < Valid; ++r) load_wide(q + r * q_stride + d, y[r]);
+#pragma GCC unroll 16
+  for (int k = 0; k < Keys; ++k) {
+    floats x[Vectors];
+    load_dims(keys.row(first_key + k) + d, x);
+#pragma GCC unroll 4
+    for (int r = 0; r < Valid; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sums[k * BlockM + r] += y[r][v] * x[v];
+    }
+  }
+}
+
+// S = K Q^T: logits[key][row] for `count` keys, a multiple of kKeysAtOnce. q is padded with zeros
+// to whole vectors.
+template <int BlockM, int Valid, typename T, typename Cached>
+void multiply_keys(const float* q, int64_t q_stride, RowPointers<T> keys, int64_t count,
+                   int64_t head_dim, Prefetch<Cached>& prefetch, float* logits) {
+  Prefetch<Cached> meanwhile = prefetch;  // a local, to stay in registers
+  constexpr int kKeys = kKeysAtOnce<BlockM>;
+  for (int64_t key = 0; key < count; key += kKeys) {
+    floats sums[kKeys * BlockM] = {};  // each over a part of the dims in each lane
+    int64_t d = 0;
+    for (; d + kTogether<T> * kFloats <= head_dim; d += kTogether<T> * kFloats) {
+      add_products<BlockM, Valid, kKeys, kTogether<T>>(q, q_stride, keys, key, d, sums);
+    }
+    for (; d < head_dim; d += kFloats) {
+      add_products<BlockM, Valid, kKeys, 1>(q, q_stride, keys, key, d, sums);
+    }
+    sum_lanes<kKeys * BlockM>(sums, logits + key * BlockM);
+    meanwhile.fetch_at_logits(key, kKeys);
+  }
+  prefetch = meanwhile;
+}
+
+// The state of the online softmax of BlockM rows: lane i belongs to row i % BlockM.
+struct Softmax {
+  floats row_max;  // the same in all lanes of a row
+  floats row_sum;  // the sum of a row's lanes is the row's
+};
+
+// P = exp2(S - row_max) for `size` logits, a multiple of kFloats; returns the rescale factors of
+// earlier sums.
+template <int BlockM>
+floats softmax_block(float* logits, int64_t size, Softmax& softmax) {
+  floats row_max = softmax.row_max;
+  for (int64_t i = 0; i < size; i += kFloats) row_max = larger(load<floats>(logits + i), row_max);
+  // The largest of a row's lanes, which are BlockM apart.
+  if constexpr (BlockM <= 1) row_max = larger(row_max, across<1>(row_max));
+  if constexpr (BlockM <= 2 && kFloats > 2) row_max = larger(row_max, across<2>(row_max));
+  if constexpr (kFloats > 4) row_max = larger(row_max, across<kFloats == 4 ? 0 : 4>(row_max));
+  if constexpr (kFloats > 8) row_max = larger(row_max, across<kFloats <= 8 ? 0 : 8>(row_max));
+  floats sum{};
+  for (int64_t i = 0; i < size; i += kFloats) {
+    const floats probability = exp2_vector(load<floats>(logits + i) - row_max);
+    store(logits + i, probability);
+    sum += probability;
+  }
+  const floats rescale = exp2_vector(softmax.row_max - row_max);
+  softmax.row_max = row_max;
+  softmax.row_sum = softmax.row_sum * rescale + sum;
+  return rescale;
+}
+
+// O = O * rescale + P^T V for `count` keys, in `Columns` vectors of dims from d on. `out` is
+// (BlockM, out_stride).
+template <int BlockM, int Valid, int Columns, typename T>
+inline void add_columns(const float* probabilities, RowPointers<T> values, int64_t count, int64_t d,
+                        const floats& rescale, Prefetch<T> prefetch, float* out,
+                        int64_t out_stride) {
+  floats acc[Valid * Columns] = {};  // sums of this block: fewer roundings than over all keys
+  for (int64_t key = 0; key < count; ++key) {
+    floats x[Columns];
+    load_dims(values.row(key) + d, x);
+#pragma GCC unroll 4
+    for (int r = 0; r < Valid; ++r) {
+      // Subtracts zero: adding it would change -0, and cost an addition.
+      const floats probability = probabilities[key * BlockM + r] - floats{};
+#pragma GCC unroll 8
+      for (int c = 0; c < Columns; ++c) acc[r * Columns + c] += probability * x[c];
+    }
+    prefetch.fetch_at_value(key);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Valid; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < Columns; ++c) {
+      float* to = out + r * out_stride + d + c * kFloats;
+      store(to, load<floats>(to) * rescale[r] + acc[r * Columns + c]);
+    }
+  }
+}
+
+template <int BlockM, int Valid, typename T>
+void add_values(const float* probabilities, RowPointers<T> values, int64_t count,
+                int64_t head_dim_v, const floats& rescale, Prefetch<T> prefetch, float* out,
+                int64_t out_stride) {
+  // Eight sums at once hide the latency of their additions.
+  constexpr int kColumns = kFloats == 16 ? (BlockM == 1 ? 8 : 4) : 8 / BlockM;
+  int64_t d = 0;
+  const auto add = [&](auto columns) __attribute__((always_inline)) {
+    add_columns<BlockM, Valid, decltype(columns)::value>(probabilities, values, count, d, rescale,
+                                                         prefetch, out, out_stride);
+    prefetch = {};  // once for all columns
+    d += decltype(columns)::value * kFloats;
+  };
+  while (d + kColumns * kFloats <= head_dim_v) add(std::integral_constant<int, kColumns>{});
+  while (d + kTogether<T> * kFloats <= head_dim_v) add(std::integral_constant<int, kTogether<T>>{});
+  while (d < head_dim_v) add(std::integral_constant<int, 1>{});
+}
+
+// -------------------------------------------------------------------------------------------------
+// A split
+
+// Attends from a block of queries to one split of their keys at a time; one for each thread.
+template <typename T, typename Cached>
+class Worker {
+ public:
+  explicit Worker(const DecodeParams& p)
+      : p_(p),
+        head_dim_(p.cache.head_dim),
+        head_dim_v_(p.cache.head_dim_v),
+        softcap_(static_cast<float>(p.softcap * kLog2E)),
+        out_stride_(round_up(head_dim_v_, kFloats)),
+        queries_(p) {}
+
+  // Consecutive splits of the same queries load these once.
+  void run(const Split& split) {
+    const QueryBlock* block = split.queries;
+    if (queries_.block() != block) queries_.start(block);
+    const int64_t first = queries_.first_position(), last = queries_.last_position();
+    const int64_t begin = block->first_key + split.index * block->split_size;
+    const int64_t end = std::min(begin + block->split_size, last + 1);
+    queries_.rotate(begin, end);
+    const int64_t rows = p_.cache.heads * queries_.padded_rows();
+    out_.assign(rows * out_stride_, 0.0f);
+    softmax_.assign(rows / queries_.block_m(), {floats{} + kLowest, floats{}});
+    // Cuts at the beginnings of regions for the first or the last row: between two such edges the
+    // set of regions that rows see does not change.
+    for (int64_t next, key = begin; key < end; key = next) {
+      next = end;
+      for (int64_t r = 0; r <= p_.regions.count; ++r) {
+        for (const int64_t edge : {p_.regions.start(r, first), p_.regions.start(r, last)}) {
+          if (edge > key) next = std::min(next, edge);
+        }
+      }
+      attend(key, next);
+    }
+    write_partial(split);
+  }
+
+ private:
+  // The regions of the keys between two edges: those that some row sees them in. `masked`: some row
+  // does not see all of these keys, or they are in several regions.
+  struct Seen {
+    int64_t first_region, last_region;
+    bool masked;
+  };
+
+  // A block of keys and values of one head.
+  struct KeyBlock {
+    RowPointers<Cached> keys, values;
+    Prefetch<Cached> prefetch;          // of later rows
+    const RowPointers<float>* rotated;  // (regions,): keys of regions that rotate them on
+    int64_t first_key;                  // counted from position 0
+    int64_t count;                      // keys; up to `padded` the last one repeats
+    int64_t padded;
+  };
+
+  // Positions rise with the rows: the first and the last one decide.
+  Seen seen_regions(int64_t begin, int64_t end) const {
+    const Regions& regions = p_.regions;
+    const int64_t first = queries_.first_position(), last = queries_.last_position();
+    int64_t lowest = 0, highest = regions.count - 1;
+    while (lowest < highest && regions.start(lowest + 1, last) <= begin) ++lowest;
+    while (highest > lowest && regions.start(highest, first) >= end) --highest;
+    const bool masked = lowest < highest || begin < regions.start(0, last) || end > first + 1;
+    return {lowest, highest, masked};
+  }
+
+  // Attends to the keys [begin, end), between two edges.
+  void attend(int64_t begin, int64_t end) {
+    const Seen seen = seen_regions(begin, end);
+    find_next(begin);
+    for (int64_t key = begin; key < end; key += kBlockN) {
+      const int64_t count = std::min<int64_t>(kBlockN, end - key);
+      std::copy_n(next_keys_, kBlockN, key_rows_);
+      std::copy_n(next_values_, kBlockN, value_rows_);
+      find_next(key + count);  // past the end of these keys too
+      for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
+        queries_.rotate_with_keys(r, key, count);
+      }
+      // All heads of a block in sequence: they usually are neighbours in memory.
+      for (head_ = 0; head_ < p_.cache.heads; ++head_) {
+        if (queries_.block_m() == 1) attend_head<1>(key, count, seen);
+        if (queries_.block_m() == 2) attend_head<2>(key, count, seen);
+        if (queries_.block_m() == kMaxBlockM) attend_head<kMaxBlockM>(key, count, seen);
+      }
+    }
+  }
+
+  // Attends from all rows of a head to `count` keys.
+  template <int BlockM>
+  void attend_head(int64_t first_key, int64_t count, const Seen& seen) {
+    const RowPointers<Cached> keys{key_rows_, head_ * p_.cache.k.head};
+    const RowPointers<Cached> values{value_rows_, head_ * p_.cache.v.head};
+    RowPointers<float> rotated[kMaxRegions];
+    for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
+      if (KeyRotation* rotation = queries_.keys(r)) rotated[r] = rotation->rotate(keys, head_);
+    }
+    const KeyBlock block{.keys = keys,
+                         .values = values,
+                         .prefetch = prefetch(values),
+                         .rotated = rotated,
+                         .first_key = first_key,
+                         .count = count,
+                         .padded = round_up(count, kKeysAtOnce<BlockM>)};
+    for (int64_t row = 0; row < queries_.padded_rows(); row += BlockM) {
+      if (const int64_t left = queries_.rows() - row; left <= 2) {
+        attend_rows<BlockM, std::min(BlockM, 2)>(block, row, seen);
+      } else if (left == 3) {
+        attend_rows<BlockM, std::min(BlockM, 3)>(block, row, seen);
+      } else {
+        attend_rows<BlockM, BlockM>(block, row, seen);
+      }
+    }
+  }
+
+  // Attends from BlockM rows, from `row` of the head on: `Valid` of them are queries.
+  template <int BlockM, int Valid>
+  void attend_rows(const KeyBlock& block, int64_t row, const Seen& seen) {
+    const int64_t all_row = head_ * queries_.padded_rows() + row;  // counted through all heads
+    const int64_t q_stride = queries_.stride(), size = block.padded * BlockM;
+    Prefetch<Cached> none, prefetch = row == 0 ? block.prefetch : none;
+
+    // S = K Q^T, region by region; each row takes a later region's logits from its start on.
+    for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
+      const bool is_first_region = r == seen.first_region;
+      Prefetch<Cached>& meanwhile = is_first_region ? prefetch : none;
+      const float* q = queries_.row(r, head_, row);
+      float* logits = is_first_region ? logits_ : region_logits_;
+      if (queries_.keys(r)) {
+        multiply_keys<BlockM, Valid>(q, q_stride, block.rotated[r], block.padded, q_stride,
+                                     meanwhile, logits);
+      } else {
+        multiply_keys<BlockM, Valid>(q, q_stride, block.keys, block.padded, head_dim_, meanwhile,
+                                     logits);
+      }
+      if (!is_first_region) take_region<BlockM>(r, row, block);
+    }
+    for (int64_t i = 0; softcap_ > 0 && i < size; i += kFloats) {
+      floats logits[1] = {load<floats>(logits_ + i)};
+      apply_softcap(logits, softcap_);
+      store(logits_ + i, logits[0]);
+    }
+    if (seen.masked) mask<BlockM>(row, block);
+    std::fill(logits_ + block.count * BlockM, logits_ + size, -INFINITY);  // repeated keys
+
+    // P = exp2(S - row_max)
+    const floats rescale = softmax_block<BlockM>(logits_, size, softmax_[all_row / BlockM]);
+
+    // O = O * rescale + P^T V
+    add_values<BlockM, Valid>(logits_, block.values, block.count, head_dim_v_, rescale, prefetch,
+                              &out_[all_row * out_stride_], out_stride_);
+  }
+
+  // Replaces earlier regions' logits by region r's, from each row's start of that region on.
+  template <int BlockM>
+  void take_region(int64_t r, int64_t row, const KeyBlock& block) {
+    for (int64_t i = 0; i < BlockM; ++i) {
+      const int64_t start = p_.regions.start(r, queries_.position_of(row + i)) - block.first_key;
+      for (int64_t n = std::max<int64_t>(start, 0); n < block.count; ++n) {
+        logits_[n * BlockM + i] = region_logits_[n * BlockM + i];
+      }
+    }
+  }
+
+  // Hides the keys before a row's first one and those after its position.
+  template <int BlockM>
+  void mask(int64_t row, const KeyBlock& block) {
+    for (int64_t i = 0; i < BlockM; ++i) {
+      const int64_t position = queries_.position_of(row + i);
+      const int64_t first = p_.regions.start(0, position);
+      for (int64_t n = 0; n < block.count; ++n) {
+        const int64_t key = block.first_key + n;
+        if (key < first || key > position) logits_[n * BlockM + i] = -INFINITY;
+      }
+    }
+  }
+
+  // Writes (heads of k, rows, head_dim_v + 2): O, row_max and row_sum.
+  void write_partial(const Split& split) {
+    const int64_t rows = queries_.rows(), block_m = queries_.block_m();
+    const int64_t width = head_dim_v_ + 2, all = p_.cache.heads * rows;
+    float* partial = p_.partial + (split.queries->partial + split.index * all) * width;
+    for (int64_t r = 0; r < all; ++r, partial += width) {
+      const int64_t row = r / rows * queries_.padded_rows() + r % rows, lane = row % block_m;
+      const Softmax& softmax = softmax_[row / block_m];
+      float row_sum = 0;
+      for (int64_t n = lane; n < kFloats; n += block_m) row_sum += softmax.row_sum[n];
+      std::copy_n(&out_[row * out_stride_], head_dim_v_, partial);
+      if constexpr (kReadInPairs<Cached>) order_by_dims(partial, head_dim_v_);
+      partial[head_dim_v_] = softmax.row_max[lane];
+      partial[head_dim_v_ + 1] = row_sum;
+    }
+  }
+
+  // ----------------------------------------------------------------------------------------------
+  // The next block of keys, and its prefetches
+
+  // Finds the block from `key` on, if any.
+  void find_next(int64_t key) {
+    const int64_t end = queries_.last_position() + 1;
+    next_in_a_run_ = false;
+    if (key >= end) return;
+    find_rows(p_.cache, p_.cache.k, *queries_.block(), key, end, next_keys_);
+    find_rows(p_.cache, p_.cache.v, *queries_.block(), key, end, next_values_);
+    next_in_a_run_ = in_a_run(next_keys_, p_.cache.k, head_dim_) &&
+                     in_a_run(next_values_, p_.cache.v, head_dim_v_);
+  }
+
+  // Returns true if a block's rows are contiguous, per head or for all heads of a key together.
+  bool in_a_run(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
+    const bool all_heads = plane.head == head_dim;
+    const int64_t row = all_heads ? p_.cache.heads * head_dim : head_dim;
+    return plane.slot == row && rows[kBlockN - 1] - rows[0] == (kBlockN - 1) * row;
+  }
+
+  // Returns the beginning of this head's share of such a run.
+  const char* share_of(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
+    const bool all_heads = plane.head == head_dim;
+    const Cached* first = rows[0] + head_ * (all_heads ? kBlockN * head_dim : plane.head);
+    return reinterpret_cast<const char*>(first);
+  }
+
+  Prefetch<Cached> prefetch(const RowPointers<Cached>& values) const {
+    const KVCache& cache = p_.cache;
+    const bool last_head = head_ + 1 == cache.heads;
+    Prefetch<Cached> later{.values = values,
+                           .next_keys = {last_head ? next_keys_ : key_rows_,
+                                         last_head ? 0 : (head_ + 1) * cache.k.head}};
+    later.key_bytes = head_dim_ * sizeof(Cached);
+    later.value_bytes = head_dim_v_ * sizeof(Cached);
+    if (next_in_a_run_) {
+      later.far_keys = share_of(next_keys_, cache.k, head_dim_);
+      later.far_values = share_of(next_values_, cache.v, head_dim_v_);
+      later.far_key_bytes = later.key_bytes;
+      later.with_sum = later.value_bytes / 2 / kLineBytes * kLineBytes;
+      later.far_value_bytes = later.value_bytes - later.with_sum;
+    }
+    return later;
+  }
+
+  const DecodeParams& p_;
+  const int64_t head_dim_, head_dim_v_;  // of queries and keys, of values
+  const float softcap_;                  // log2(e) included; 0: none
+  const int64_t out_stride_;             // head_dim_v, padded to whole vectors
+  Queries<T, Cached> queries_;
+  int64_t head_ = 0;         // the current head of k
+  Buffer<float> out_;        // (heads of k, padded rows, out_stride_): O
+  Buffer<Softmax> softmax_;  // (heads of k, padded rows / BlockM)
+  // (kBlockN, BlockM): S and then P, and S in a later region
+  alignas(64) float logits_[kBlockN * kMaxBlockM], region_logits_[kBlockN * kMaxBlockM];
+  const Cached *key_rows_[kBlockN], *value_rows_[kBlockN];    // the current block's, of head 0
+  const Cached *next_keys_[kBlockN], *next_values_[kBlockN];  // the next block's
+  bool next_in_a_run_ = false;                                // both have contiguous rows
+};
+
+// -------------------------------------------------------------------------------------------------
+// All splits of a row
+
+// Adds up the splits of one row, in order: out, and lse. `sums` is (head_dim of v,).
+template <typename T>
+void merge_row(const DecodeParams& p, const QueryBlock& queries, int64_t row, float* sums) {
+  const int64_t dim = p.cache.head_dim_v, width = dim + 2;
+  const int64_t group = p.heads_q / p.cache.heads;  // q heads per head of k
+  const int64_t tokens = queries.last_token - queries.first_token, count = tokens * p.heads_q;
+  const float* first = p.partial + (queries.partial + row) * width;
+  // Rows are in the order head of k, token, q head of the group.
+  const int64_t token = queries.first_token + row / group % tokens;
+  const int64_t head = row / (tokens * group) * group + row % group;
+  float row_max = kLowest, row_sum = 0;
+  for (int64_t n = 0; n < queries.num_splits; ++n) {
+    row_max = std::max(row_max, first[n * count * width + dim]);
+  }
+  std::fill_n(sums, dim, 0.0f);
+  for (int64_t n = 0; n < queries.num_splits; ++n) {
+    const float* split = first + n * count * width;
+    const float rescale = std::exp2(split[dim] - row_max);
+    row_sum += rescale * split[dim + 1];
+    for (int64_t d = 0; d < dim; ++d) sums[d] += rescale * split[d];
+  }
+  constexpr double kLn2 = 0.69314718055994531;
+  float scale = row_sum == 0 ? 0.0f : 1.0f / row_sum;
+  float& lse = p.lse[(queries.batch * p.heads_q + head) * p.seqlen_q + token];
+  lse =
+      row_sum == 0 ? -INFINITY : static_cast<float>((row_max + std::log2(double{row_sum})) * kLn2);
+  if (p.sinks.data) join_sink(p.sinks.of(head), scale, lse);
+  if (p.cache.is_e4m3()) scale *= p.cache.v_scale[head / group] * kUnitE4m3;
+  T* out = static_cast<T*>(p.out) + ((queries.batch * p.seqlen_q + token) * p.heads_q + head) * dim;
+  for (int64_t d = 0; d < dim; ++d) narrow(sums[d] * scale, out[d]);
+}
+
+template <typename T>
+void merge_splits(const DecodeParams& p, const QueryBlock* queries, int64_t count) {
+  Buffer<float> sums(p.cache.head_dim_v);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t tokens = queries[n].last_token - queries[n].first_token;
+    for (int64_t r = 0; r < tokens * p.heads_q; ++r) merge_row<T>(p, queries[n], r, sums.data());
+  }
+}
+
+// Calls run(x) with a value of the element type of queries.
+template <typename Run>
+void with_type(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::bf16:
+      return run(bf16{});
+    case DType::f16:
+      return run(f16{});
+    default:
+      return run(float{});
+  }
+}
+
+// Calls run(x, y) with values of the element types of queries and of the cache.
+template <typename Run>
+void with_types(const KVCache& cache, Run run) {
+  with_type(cache.dtype, [&](auto type) {
+    if (cache.is_e4m3()) return run(type, e4m3{});
+    run(type, type);
+  });
+}
+
+}  // namespace
 
 void EXTROPE_EXPAND(decode_splits_, EXTROPE_ISA)(const DecodeParams& p, const Split* splits,
                                                  int64_t count) {

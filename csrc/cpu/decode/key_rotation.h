@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "cpu/decode/tile.h"
+#include "cpu/decode/rows.h"
 #include "cpu/runtime/buffer.h"
 #include "cpu/runtime/pair_angles.h"
 #include "cpu/runtime/workspace.h"
@@ -54,7 +54,7 @@ class KeyRotation {
 
   // Rotates one head of the block's keys; repeats the last key after the end.
   template <typename T>
-  Rows<float> rotate(Rows<T> keys, int64_t head) {
+  RowPointers<float> rotate(RowPointers<T> keys, int64_t head) {
     for (int64_t n = 0; n < count_; ++n) {
       const int64_t at = (at_[n] * heads_ + (heads_ > 1 ? head : 0)) * padded_;
       rotate_to_float(rotation_, keys.row(n), &cos_[at], &sin_[at], 1.0f, &rotated_[n * stride_]);

@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
+#include "common/kv_cache.h"
 #include "common/regions.h"
 #include "common/rope_params.h"
 #include "common/softmax_params.h"
-#include "cpu/append/cache.h"
 
 namespace extrope {
 
@@ -26,7 +26,7 @@ struct DecodeParams {
   Frequencies freqs;
   Regions regions;
   const void* q;
-  int64_t q_batch, q_seq, q_head;
+  int64_t q_stride_batch, q_stride_seq, q_stride_head;
   int64_t seqlen_q, heads_q;
   const int32_t* cu_seqlens_q;  // boundaries of packed queries, seqlen_q in all, or nullptr
 

@@ -9,12 +9,12 @@
 #include <optional>
 
 #include "cpu/decode/key_rotation.h"
-#include "cpu/decode/tile.h"
+#include "cpu/decode/rows.h"
 
 namespace extrope {
 namespace {
 
-constexpr int kMaxRows = 4;  // in one pass over a block of keys: the largest rows_at_once
+constexpr int kMaxBlockM = 4;  // the largest block_m
 constexpr double kLog2E = 1.4426950408889634;
 
 // Rows of one head of k after another; within them the order is token, then q head of the group.
@@ -31,49 +31,49 @@ class Queries {
         sin_(cos_.size()) {
     for (int64_t r = 0; r < p.regions.count; ++r) {
       const PositionMap& k_map = p.regions.at[r].k_map;
-      if (!(k_map == p.regions.stored)) frames_[r].keys.emplace(p, k_map);
+      if (!(k_map == p.regions.stored)) regions_[r].keys.emplace(p, k_map);
     }
   }
 
   const QueryBlock* block() const { return block_; }
-  int64_t rows() const { return rows_; }                  // per head of k: tokens times group
-  int64_t rows_at_once() const { return rows_at_once_; }  // per pass over a block of keys
-  int64_t padded_rows() const { return padded_rows_; }    // a multiple of rows_at_once
-  int64_t stride() const { return stride_; }              // floats per row
+  int64_t rows() const { return rows_; }                // per head of k: tokens times group
+  int64_t block_m() const { return block_m_; }          // rows that read a block of keys together
+  int64_t padded_rows() const { return padded_rows_; }  // a multiple of block_m
+  int64_t stride() const { return stride_; }            // floats per row
   int64_t first_position() const { return position(0); }
   int64_t last_position() const { return position(tokens_ - 1); }
   int64_t position_of(int64_t row) const { return position(row / group_); }
 
   // Returns row `row` of a head of k, rotated for region r.
   const float* row(int64_t r, int64_t head, int64_t row) const {
-    return &frames_[r].q[(head * padded_rows_ + row) * stride_];
+    return &regions_[r].q[(head * padded_rows_ + row) * stride_];
   }
 
   // Returns the rotation of region r's keys; nullptr if stored keys need none.
-  KeyRotation* keys(int64_t r) { return frames_[r].keys ? &*frames_[r].keys : nullptr; }
+  KeyRotation* keys(int64_t r) { return regions_[r].keys ? &*regions_[r].keys : nullptr; }
 
   // Loads the queries of a block.
   void start(const QueryBlock* block) {
     block_ = block;
     tokens_ = block->last_token - block->first_token;
     rows_ = tokens_ * group_;
-    rows_at_once_ = rows_ <= 2 ? rows_ : kMaxRows;
-    padded_rows_ = round_up(rows_, rows_at_once_);
+    block_m_ = rows_ <= 2 ? rows_ : kMaxBlockM;
+    padded_rows_ = round_up(rows_, block_m_);
     inv_freq_ = p_.freqs.inv_freq + block->sequence * p_.freqs.batch;
-    for (Frame& frame : frames_) frame.ready = false;
+    for (RegionQueries& region : regions_) region.ready = false;
     load();
   }
 
   // Rotates queries for the regions of these keys, unless earlier keys were in them.
   void rotate(int64_t begin, int64_t end) {
     for (int64_t r = 0; r < p_.regions.count; ++r) {
-      Frame& frame = frames_[r];
-      const bool seen = p_.regions.start(r, first_position()) < end &&
+      RegionQueries& region = regions_[r];
+      const bool sees = p_.regions.start(r, first_position()) < end &&
                         begin < p_.regions.start(r + 1, last_position());
-      if (!seen || frame.ready) continue;
-      frame.ready = true;
-      frame.q.assign(scaled_.size(), 0.0f);
-      if (!frame.keys || frame.keys->is_of_pairs()) rotate_to(r, 0.0);
+      if (!sees || region.ready) continue;
+      region.ready = true;
+      region.q.assign(scaled_.size(), 0.0f);
+      if (!region.keys || region.keys->is_of_pairs()) rotate_to(r, 0.0);
     }
   }
 
@@ -87,7 +87,7 @@ class Queries {
 
  private:
   // The queries rotated for a region, and the rotation of its keys if they need one.
-  struct Frame {
+  struct RegionQueries {
     Buffer<float> q;
     std::optional<KeyRotation> keys;
     bool ready = false;  // q is rotated, or allocated to be rotated with each block of keys
@@ -95,7 +95,7 @@ class Queries {
 
   int64_t position(int64_t token) const { return block_->first_position + token; }
 
-  // Returns the offset of a token and q head's row in scaled_ and the frames' q.
+  // Returns the offset of a token and q head's row in scaled_ and the regions' q.
   int64_t offset(int64_t token, int64_t head) const {
     return (head / group_ * padded_rows_ + token * group_ + head % group_) * stride_;
   }
@@ -105,8 +105,8 @@ class Queries {
     for (int64_t token = 0; token < tokens_; ++token) {
       const float scale = logit_scale(token);
       for (int64_t head = 0; head < p_.heads_q; ++head) {
-        const T* q = static_cast<const T*>(p_.q) + block_->batch * p_.q_batch +
-                     (block_->first_token + token) * p_.q_seq + head * p_.q_head;
+        const T* q = static_cast<const T*>(p_.q) + block_->batch * p_.q_stride_batch +
+                     (block_->first_token + token) * p_.q_stride_seq + head * p_.q_stride_head;
         float* scaled = &scaled_[offset(token, head)];
         const float factor = p_.cache.is_e4m3() ? scale * p_.cache.k_scale[head / group_] : scale;
         for (int64_t d = 0; d < p_.cache.head_dim; ++d) scaled[d] = widen(q[d]) * factor;
@@ -134,8 +134,8 @@ class Queries {
         for (; head < (head_k + 1) * alike; ++head) {
           const int64_t row = offset(token, head);
           rotate_to_float(rotation_, &scaled_[row], cos_.data(), sin_.data(), 1.0f,
-                          &frames_[r].q[row]);
-          if (!frames_[r].keys) follow_cache(&frames_[r].q[row]);
+                          &regions_[r].q[row]);
+          if (!regions_[r].keys) match_cache(&regions_[r].q[row]);
         }
       }
     }
@@ -157,7 +157,7 @@ class Queries {
   }
 
   // Converts a query to the order and unit in which load_dims reads keys.
-  void follow_cache(float* q) const {
+  void match_cache(float* q) const {
     const int64_t head_dim = p_.cache.head_dim;
     if constexpr (kReadInPairs<Cached>) order_by_words(q, head_dim);
     for (int64_t d = 0; kUnit<Cached> != 1 && d < head_dim; ++d) q[d] *= kUnit<Cached>;
@@ -169,9 +169,9 @@ class Queries {
   const double logit_scale_;  // of all logits: divided by softcap, or with log2(e)
   const int64_t stride_;
   const QueryBlock* block_ = nullptr;
-  int64_t tokens_ = 0, rows_ = 0, padded_rows_ = 0, rows_at_once_ = 1;
+  int64_t tokens_ = 0, rows_ = 0, padded_rows_ = 0, block_m_ = 1;
   const double* inv_freq_ = nullptr;
-  Frame frames_[kMaxRegions];
+  RegionQueries regions_[kMaxRegions];
   Buffer<float> cos_, sin_, scaled_;  // scaled_: queries times the scale of their logits
 };
 

@@ -1,10 +1,12 @@
-// The places of a block of keys and values, and the prefetches of the next block.
+// Rows of keys and values in the cache: their places, how they are read, and the prefetches of the
+// next block.
 #pragma once
 
 #include <algorithm>
 
 #include "cpu/decode/params.h"
-#include "cpu/simd/simd.h"
+#include "cpu/simd/e4m3.h"
+#include "cpu/simd/pairs.h"
 
 namespace extrope {
 namespace {
@@ -14,7 +16,7 @@ constexpr int64_t kLineBytes = 64;  // in a processor's caches
 
 // The rows of one head: row n starts at at[n] + offset.
 template <typename T>
-struct Rows {
+struct RowPointers {
   const T* const* at;
   int64_t offset;
 
@@ -23,6 +25,29 @@ struct Rows {
     return reinterpret_cast<const char*>(row(n));
   }
 };
+
+// Loads rows of the cache in the cheapest form; queries and sums over values follow it. bfloat16
+// comes in pairs, as 32-bit words, so that no dim has to move: in the order of order_by_words. e4m3
+// comes divided by its unit.
+template <typename T>
+constexpr bool kReadInPairs = std::is_same_v<T, bf16>;
+template <typename T>
+constexpr float kUnit = std::is_same_v<T, e4m3> ? kUnitE4m3 : 1.0f;
+
+// The number of vectors of a row that are loaded together.
+template <typename T>
+constexpr int kTogether = kReadInPairs<T> || (kFloats == 16 && std::is_same_v<T, e4m3>) ? 2 : 1;
+
+template <int Count, typename T>
+EXTROPE_INLINE void load_dims(const T* from, floats (&x)[Count]) {
+  if constexpr (kReadInPairs<T> && Count % 2 == 0) {
+    for (int i = 0; i < Count; i += 2) std::tie(x[i], x[i + 1]) = load_pairs(from + i * kFloats);
+  } else if constexpr (std::is_same_v<T, e4m3>) {
+    load_units(from, x);
+  } else {
+    load_wide(from, x);
+  }
+}
 
 // Finds the cache's rows of keys or values from key `from` on: rows[0] to rows[kBlockN - 1]; after
 // key end - 1 the last one repeats.
@@ -64,15 +89,15 @@ EXTROPE_INLINE const char* fetch(const char* from, int64_t bytes) {
 // for the sums over values, which take too little time for more. If the next block's rows are not
 // contiguous, as in scattered pages of a few rows, none of them is prefetched.
 template <typename T>
-struct Ahead {
-  Rows<T> values{}, next_keys{};  // none if `at` is nullptr
+struct Prefetch {
+  RowPointers<T> values{}, next_keys{};  // none if `at` is nullptr
   const char *far_keys = nullptr, *far_values = nullptr;
   int64_t key_bytes = 0, value_bytes = 0;  // per row
-  // Bytes of a far row: of a key and a value during scores, of a value during sums.
+  // Bytes of a far row: of a key and a value beside the logits, of a value beside the sums.
   int64_t far_key_bytes = 0, far_value_bytes = 0, with_sum = 0;
 
-  // Prefetches during the scores of `count` keys from j on.
-  EXTROPE_INLINE void fetch_at_scores(int64_t j, int count) {
+  // Prefetches during the logits of `count` keys from j on.
+  EXTROPE_INLINE void fetch_at_logits(int64_t j, int count) {
     if (!values.at) return;
     for (int k = 0; k < count; ++k) fetch<1>(values.bytes(j + k), value_bytes);
     far_keys = fetch<2>(far_keys, count * far_key_bytes);

@@ -16,7 +16,7 @@ namespace extrope::decode {
 
 constexpr int64_t kBlockM = 64;        // query rows of a head of k that share one read of the cache
 constexpr int64_t kSplitSize = 256;    // keys
-constexpr int64_t kFewScores = 4'096;  // below it a second thread costs more than it saves
+constexpr int64_t kFewLogits = 4'096;  // below it a second thread costs more than it saves
 // The time to read a key and its value, beside the work on one row, in rows; and the time to rotate
 // a key on.
 constexpr int64_t kReading = 6, kRotation = 8;
@@ -83,7 +83,7 @@ inline int64_t rotated_keys(const Regions& regions, int64_t position, int64_t be
 
 struct Splits {
   std::vector<Split> all;
-  int64_t scores, work;  // totals; work in units of a score's time
+  int64_t logits, work;  // totals; work in units of a logit's time
 };
 
 inline Splits splits_of(const DecodeParams& p, const std::vector<QueryBlock>& blocks) {
@@ -93,11 +93,11 @@ inline Splits splits_of(const DecodeParams& p, const std::vector<QueryBlock>& bl
     const int64_t last = block.first_position + tokens - 1;
     for (int64_t n = 0; n < block.num_splits; ++n) {
       const int64_t begin = block.first_key + n * block.split_size;
-      const int64_t end = std::min(begin + block.split_size, last + 1), own = end - begin;
+      const int64_t end = std::min(begin + block.split_size, last + 1), keys = end - begin;
       const int64_t rotated = rotated_keys(p.regions, last, begin, end);
-      const int64_t work = own * rows + (own * kReading + rotated * kRotation) * p.cache.heads;
+      const int64_t work = keys * rows + (keys * kReading + rotated * kRotation) * p.cache.heads;
       splits.all.push_back({&block, n, splits.work + work / 2});
-      splits.scores += own * rows;
+      splits.logits += keys * rows;
       splits.work += work;
     }
   }
@@ -151,7 +151,7 @@ inline void run_decode(DecodeParams& p, const Kernels& run) {
   p.partial = partial.get();
   if (p.cu_seqlens_q) fill_padding(p);
   const int64_t merges = work.blocks.size();
-  if (work.chunks.empty() && splits.scores <= kFewScores) {
+  if (work.chunks.empty() && splits.logits <= kFewLogits) {
     run.decode(p, splits.all.data(), splits.all.size());
     run.merge(p, work.blocks.data(), merges);
     return;

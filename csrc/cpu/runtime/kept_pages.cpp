@@ -30,10 +30,10 @@ class KeptPages {
       if (best == all_.end() || it->bytes < best->bytes) best = it;
     }
     if (best == all_.end()) return {nullptr, 0};
-    const Pages found = *best;
+    const Pages pages = *best;
     all_.erase(best);
-    kept_ -= found.bytes;
-    return found;
+    kept_ -= pages.bytes;
+    return pages;
   }
 
   void keep(Pages pages) {

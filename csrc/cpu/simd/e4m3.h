@@ -72,9 +72,9 @@ inline floats load_wide(const e4m3* from) {
   const words sign = (codes & 0x80) << 24, magnitude = codes & 0x7f;
   const words normal = (magnitude << 20) + (120u << 23);
   const floats steps = __builtin_convertvector(bits_as<ints>(magnitude), floats) * kStepE4m3;
-  words found = magnitude < 8 ? bits_as<words>(steps) : normal;
-  found = magnitude == 0x7f ? (words{} + 0x7fc00000) : found;
-  return bits_as<floats>(found | sign);
+  words bits = magnitude < 8 ? bits_as<words>(steps) : normal;
+  bits = magnitude == 0x7f ? (words{} + 0x7fc00000) : bits;
+  return bits_as<floats>(bits | sign);
 }
 
 constexpr float kUnitE4m3 = 1.0f;
@@ -88,9 +88,9 @@ inline void load_units(const e4m3* from, floats (&x)[Count]) {
 inline float widen(e4m3 x) {
   const uint32_t sign = uint32_t(x.bits & 0x80) << 24, magnitude = x.bits & 0x7f;
   if (magnitude == 0x7f) return bits_as<float>(sign | 0x7fc00000);
-  const float found = magnitude < 8 ? static_cast<float>(magnitude) * kStepE4m3
-                                    : bits_as<float>((magnitude << 20) + (120u << 23));
-  return bits_as<float>(bits_as<uint32_t>(found) | sign);
+  const float size = magnitude < 8 ? static_cast<float>(magnitude) * kStepE4m3
+                                   : bits_as<float>((magnitude << 20) + (120u << 23));
+  return bits_as<float>(bits_as<uint32_t>(size) | sign);
 }
 
 // Stores words below 2**8 as bytes.
@@ -142,14 +142,14 @@ inline __m512i widen_to_bf16(__m256i codes) {
   const __m512i wide = _mm512_cvtepi8_epi16(codes);  // the sign fills all bits from 7 up
   const __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
   const __m512i sign = _mm512_and_si512(wide, _mm512_set1_epi16(int16_t(0x8000)));
-  __m512i found = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
   const __m512i few = _mm512_castsi128_si512(
       _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));  // n steps
   const __mmask32 small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
-  found = _mm512_mask_permutexvar_epi16(found, small, magnitude, few);
+  bits = _mm512_mask_permutexvar_epi16(bits, small, magnitude, few);
   const __mmask32 none = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-  found = _mm512_mask_mov_epi16(found, none, _mm512_set1_epi16(0x7fc0));
-  return _mm512_or_si512(found, sign);
+  bits = _mm512_mask_mov_epi16(bits, none, _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(bits, sign);
 }
 #endif
 

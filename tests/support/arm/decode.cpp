@@ -78,7 +78,8 @@ void run(const Case& c, const std::string& name) {
   p.freqs = {inv_freq.data(), nullptr, c.half, static_cast<int64_t>(inv_freq.size()), 0,
              c.interleaved};
   p.regions = c.regions;
-  p.q = q.data(), p.q_batch = c.seqlen_q * row, p.q_seq = row, p.q_head = c.head_dim;
+  p.q = q.data(), p.q_stride_batch = c.seqlen_q * row, p.q_stride_seq = row,
+  p.q_stride_head = c.head_dim;
   p.seqlen_q = c.seqlen_q, p.heads_q = kHeadsQ;
   p.softmax_scale = 0.25, p.log_n = c.log_n ? 64.0 : 0.0, p.amplitude = 1.0625;
   const std::vector<float> factors = random_values<float>(kBatch * c.seqlen_q + kHeadsQ, 46);
