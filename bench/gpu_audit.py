@@ -73,7 +73,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu_audit.csv"
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # one for each supported torch
 HEAD_DIMS = (128, 64, 256)
-STACK, MEASURED_STACK = 16, 48  # bytes that a thread may spill; the same for a tile timed on a card
+STACK = 16  # bytes that a thread may spill
 # By Triton, kernel, variant, chip and head_dim: what an older one alone spills. ptxas keeps to 80
 # registers there, for three blocks on an SM; with more, one would fit.
 SPILLS = {("3.7.1", "decode", "RoPE", 100, 256): 24}
@@ -384,10 +384,9 @@ class Row:
         values = list(asdict(self).values())
         return "  ".join(map(str, [*values[:13], self.bound_us, self.bound_by, self.fault()]))
 
-    def fault(self, most: int | None = None) -> str:
-        if most is None:
-            case = version("triton"), self.kernel, self.variant, self.chip, self.head_dim
-            most = SPILLS.get(case, STACK)
+    def fault(self) -> str:
+        case = version("triton"), self.kernel, self.variant, self.chip, self.head_dim
+        most = SPILLS.get(case, STACK)
         if self.stack > most:
             return f"{self.stack} bytes of stack, {most} are allowed"
         if self.warps_of_sm == 0 or self.shared > CHIPS[self.chip].block_shared:

@@ -315,13 +315,17 @@ class Report:
             if text := cell(value, form):
                 words.append(text if isinstance(value, str) else f"{head} {text}")
         print(" | ".join(words), getattr(row, "absent", ""), flush=True)
+        if self.is_part:  # time may be up before the next
+            self.save()
+
+    @property
+    def is_part(self) -> bool:
+        return bool(self.args.only or getattr(self.args, "score", None))
 
     def save(self) -> None:
         """Save: a whole run replaces the file, a part (--only, --score) its own rows."""
         if self.args.out is not None and self.rows:
-            part = bool(self.args.only or getattr(self.args, "score", None))
-            path = save(self.name, self.rows, self.args.out, part, **self.about)
-            print(f"written: {path}")
+            save(self.name, self.rows, self.args.out, self.is_part, **self.about)
 
 
 def save(name: str, rows: list, folder: Path, merge: bool = False, **more: object) -> Path:

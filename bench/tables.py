@@ -66,7 +66,7 @@ def comparison(results: dict, only: str = "") -> str:
     for rows in cases.values():
         for ours in (row for row in rows if row["implementation"] == "extrope"):
             words = [cell(ours.get(field), shown[field][1]) for field in fields]
-            measured = [_against(row) for row in rows if row is not ours and "ratio" in row]
+            measured = [against(row) for row in rows if row is not ours and "ratio" in row]
             lines.append([ours["case"], *words, "; ".join(measured)])
             absent |= {r["implementation"]: r["absent"] for r in rows if "absent" in r}
     parts = [f"{machine(results)}; medians in one run.",
@@ -77,7 +77,7 @@ def comparison(results: dict, only: str = "") -> str:
     return "\n\n".join(parts)
 
 
-def _against(row: dict) -> str:
+def against(row: dict) -> str:
     """Name a peer, our time over its, and the bar."""
     text = f"{row['implementation']} {row['ratio']:.{2 if row['ratio'] >= 0.1 else 3}f}"
     if "bar" not in row:

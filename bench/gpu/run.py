@@ -9,13 +9,16 @@ bench/results/gpu-CARD/: JSON, and README.md with the tables.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:1] = [str(ROOT / folder) for folder in (".", "bench", "tests/support")]
+sys.path[:1] = folders = [str(ROOT / folder) for folder in (".", "bench", "tests/support")]
 
 if __name__ == "__main__":
-    from gpu.command import main
+    # For the processes of a step; on a cluster torch may come through PYTHONPATH.
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+    from gpu.steps import main
 
     sys.exit(main(sys.argv[1:]))

@@ -1,109 +1,172 @@
-"""Launch every kernel, and compare with the reference: python -m gpu.smoke SECONDS only launches.
+"""Launch every kernel by its own operation, and compare within the tests' own error budget.
 
-Forward, backward and with a cache, by every backend that runs here: see checks.py. The profiler
-tells each check's launches: a kernel that its check did not launch fails the step.
+Oracles are those of tests/support: the closed form in float64, and plain PyTorch in the tensors'
+dtype. The profiler tells each check's launches: a kernel that its check did not launch fails the
+step.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import attention_oracle as oracle
+import decode_oracle
+import operations
 import torch
+from score_examples import EXAMPLES
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from extrope_kernels.testing import available_backends
+from extrope_kernels.testing import assert_within_budget, available_backends
 
-from . import launches
-from .step import Deadline, Verdict
+from .results import Deadline, Verdict
+
+DTYPES = (torch.bfloat16, torch.float32)
+SIZES = {"seqlen_q": 200, "heads_q": 6, "heads_k": 2, "head_dim": 64}
+LENGTHS = (700, 150)  # of the cached sequences
+SCORES = ("rerope", "dual_chunk")  # two and three regions; the suite has the others
+CACHED = ("plain", "rerope", "leaky_rerope")
+# Compared with the reference. That of attention multiplies in float32, while kernels round to 16
+# bits: it is no measure. Of the append the cache is compared, not the attention after it.
+BY_REFERENCE = ("rope", "rope by cos and sin", "norm and rope", "norm, rope and append", "merge")
+APPEND = "cache, appended to"
+# The kernels that a check must launch, by its operation and backend.
+KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("rope", "triton"): ("rotate_kernel",),
+    ("rope by cos and sin", "triton"): ("cos_sin_kernel",),
+    ("norm and rope", "triton"): ("norm_rotate_kernel",),
+    ("norm, rope and append", "triton"): ("rope_append_kernel",),
+    ("rerope", "triton"): ("rotate_kernel", "forward_kernel", "dq_kernel", "dkv_kernel"),
+    ("rerope with a cache", "triton"): ("decode_kernel",),
+    (APPEND, "triton"): ("append_kernel",),
+    ("merge", "triton"): ("merge_kernel",),
+    ("rope", "cuda"): ("rope_kernel",),
+}
+Check = Callable[[], None]
 
 
-def error_of(check: Callable[[], None]) -> str:
+# -------------------------------------------------------------------------------------------------
+# Checks
+
+
+def checks() -> Iterator[tuple[str, str, Check]]:
+    """Yield (operation, backend, check); a check raises if results are wrong or missing."""
+    here = {backend for _, backend in operations.everywhere()} - {"reference"}
+    attention = [backend for backend in operations.ATTENTION if backend in here]
+    for dtype in DTYPES:
+        for name, operation in operations.OPERATIONS.items():
+            if name.removesuffix(", backward") in BY_REFERENCE:
+                for backend in filter(here.__contains__, operation.backends):
+                    yield name, backend, partial(check_by_reference, name, backend, dtype)
+        for backend in attention:
+            yield APPEND, backend, partial(check_by_reference, APPEND, backend, dtype)
+            for score in SCORES:
+                yield score, backend, partial(check_attention, score, backend, dtype)
+            for score in CACHED:
+                for tokens in (1, 5):
+                    check = partial(check_decode, score, backend, dtype, tokens, 64)
+                    yield f"{score} with a cache", backend, check
+
+
+def check_by_reference(name: str, backend: str, dtype: torch.dtype) -> None:
+    """Compare with the reference in the same dtype, and in float64."""
+    operation = operations.OPERATIONS[name]
+    inputs = operation.inputs(dtype)
+
+    def run(by: str, to: torch.dtype = dtype) -> list[Tensor]:
+        copies = {key: x.to(to, copy=True) for key, x in inputs.items()}  # it may write into them
+        return operation.run(by, **copies)[: 2 if name == APPEND else None]
+
+    found, low, exact = run(backend), run("reference"), run("reference", torch.float64)
+    noises = noise_of_norm(exact, inputs["q"]) if "q_weight" in inputs else [0.0] * len(exact)
+    for index, (*results, noise) in enumerate(zip(found, low, exact, noises, strict=True)):
+        assert_within_budget(f"result {index}", *results, noise=noise)
+
+
+def noise_of_norm(exact: list[Tensor], q: Tensor) -> list[float]:
+    """Return the roundings that a norm adds to the rotation's.
+
+    They are its mean, products and differences; in the gradient of a weight (1-D) also each
+    addition of a running sum, at most as large as the whole.
+    """
+    terms = [q.numel() / x.numel() if x.dim() == 1 else 0 for x in exact]
+    half = torch.finfo(torch.float32).eps / 2
+    return [half * (10 + n**0.5) * x.abs().max().item() for n, x in zip(terms, exact)]
+
+
+def check_attention(score: str, backend: str, dtype: torch.dtype, **sizes: int) -> None:
+    """Compare output, log-sum-exp and gradients."""
+    tensors, example = oracle.make_qkv(**{**SIZES, **sizes}, dtype=dtype), EXAMPLES[score]
+    with torch.no_grad():
+        oracle.check(backend, example, tensors)
+    oracle.check_gradients(backend, example, tensors, with_lse=False)
+
+
+def check_decode(
+    score: str, backend: str, dtype: torch.dtype, tokens: int, head_dim: int, **sizes: int
+) -> None:
+    """Attend from some tokens over a paged cache."""
+    dims = {"head_dim": head_dim, "rotary_dim": head_dim, "page_size": 16, **sizes}
+    own = decode_oracle.SCORES[score]
+    decode_oracle.check(decode_oracle.Case(LENGTHS, tokens, dtype=dtype, **dims, **own), backend)
+
+
+def error_of(check: Check) -> str:
     """Return a check's error in a line; "" if all is right."""
     try:
         check()
     except Exception as error:  # a first launch on a card may raise anything
-        return f"{type(error).__name__}: {_first_line(error)}"
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        return f"{type(error).__name__}: {first[:200]}"
     return ""
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")[:200]
+# -------------------------------------------------------------------------------------------------
+# The step
 
 
 def run(deadline: Deadline) -> Verdict:
-    from .checks import checks
-
     every, errors, ran = list(checks()), [], 0
-    seen: dict[launches.Source, set[str]] = {}
-    for name, check in every:
+    seen: dict[tuple[str, str], set[str]] = {}
+    for name, backend, check in every:
         if not deadline:
             break
-        error, lost, launched = watched(check)
-        seen.setdefault(launches.source_of(name), set()).update(launched)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            error, lost = error_of(check), error_of(torch.cuda.synchronize)
+        seen.setdefault((name, backend), set()).update(x.key for x in profiled.key_averages())
         ran += 1
-        print(f"{name}: {error or 'ok'}", flush=True)
-        errors += [f"{name}: {error}"] if error else []
-        if lost:
+        print(f"{name}, {backend}: {error or 'ok'}", flush=True)
+        errors += [f"{name}, {backend}: {error}"] if error else []
+        if lost:  # after a bad access every later call in this process fails
+            print(f"the CUDA context is lost: {lost}", flush=True)
             break
-    return verdict(len(every), ran, errors, launches.never_launched(seen, available_backends()))
+    return verdict(len(every), ran, errors, never_launched(seen, available_backends()))
 
 
-def watched(check: Callable[[], None]) -> tuple[str, bool, set[str]]:
-    """Return a check's error, whether the context is lost, and the names of its launches."""
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        error, lost = error_of(check), is_lost()
-    return error, lost, {event.key for event in seen.key_averages()}
+def never_launched(seen: dict[tuple[str, str], set[str]], backends: list[str]) -> list[str] | None:
+    """Return the kernels that their checks did not launch; None if the profiler saw none at all.
+
+    seen: the profiler's names of launches, by operation and backend.
+    """
+    if not any("kernel" in launch for launches in seen.values() for launch in launches):
+        return None
+    missed = []
+    for (operation, backend), kernels in KERNELS.items():
+        launches = " ".join(seen.get((operation, backend), ()))
+        if backend in backends:
+            missed += [f"{name} by {operation} ({backend})" for name in kernels
+                       if not re.search(rf"\b{name}\b", launches)]  # fmt: skip
+    return missed
 
 
-def is_lost() -> bool:
-    """Return True after a bad access: every later call in this process fails."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        print(f"the CUDA context is lost: {_first_line(error)}", flush=True)
-        return True
-    return False
-
-
-def verdict(
-    cases: int, ran: int, errors: list[str], missed: list[launches.Kernel] | None
-) -> Verdict:
+def verdict(cases: int, ran: int, errors: list[str], missed: list[str] | None) -> Verdict:
     line = f"{ran - len(errors)} of {cases} checks passed, {len(errors)} failed"
-    if ran < cases:
-        line += f", {cases - ran} not run"
+    line += f", {cases - ran} not run" if ran < cases else ""
     if missed is None:
         line += "; the profiler saw no kernels, so which were launched is not known"
-    elif missed:
-        line += f"; never launched: {', '.join(map(str, missed))}"
     else:
-        line += "; every kernel was launched"
-    names = None if missed is None else [str(kernel) for kernel in missed]
-    content = {"errors": errors, "never_launched": names}
+        line += f"; never launched: {', '.join(missed) or 'none'}"
+    content = {"errors": errors, "never_launched": missed}
     return Verdict(ran == cases > 0 and not errors and not missed, line, content)
-
-
-def alone() -> list[tuple[str, str]]:
-    """List (operation, backend) pairs that launch every kernel."""
-    from operations import everywhere
-
-    variants = ("leaky rerope", "self-extend", "blockwise causal")
-    found = [(name, backend) for name, backend in everywhere() if backend != "reference"]
-    return [(name, backend) for name, backend in found if not name.startswith(variants)]
-
-
-def main() -> None:
-    """Run every operation once on the GPU without a comparison, for compute-sanitizer."""
-    from operations import OPERATIONS
-
-    deadline, every = Deadline(float(sys.argv[1])), alone()
-    for index, (name, backend) in enumerate(every):
-        if not deadline:
-            break
-        OPERATIONS[name].run(backend, **OPERATIONS[name].inputs(torch.bfloat16))
-        torch.cuda.synchronize()
-        print(f"ran {index + 1} of {len(every)}: {name}, {backend}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

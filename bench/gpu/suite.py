@@ -1,180 +1,203 @@
 """The test suite on the GPU, a folder of tests/ per step, spread over processes by test.
 
 It leaves out tests that compile for minutes or concern the host: the audit, the evaluation, the
-builds. Each process may hold MEMORY of the card; tests that need more run first and alone, if the
-card has it. A step that ran out of time continues when it is run again with the same sources.
+builds. Each process may hold MEMORY of the card; tests that need more run first and alone. This
+module is the pytest plugin of these processes too: it runs every n-th test until time is up, and
+logs each start and end. So a part goes on behind a crash, and a step that was too short goes on
+when it is run again with the same sources.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .build import about
-from .shard_log import END, SHARD, left, read, reopen
-from .step import BUILD, ROOT, Deadline, Verdict
+import torch
 
-TESTS = ROOT / "tests"
+from extrope_kernels.testing import available_backends
+
+from .results import BUILD, ROOT, TESTS, Deadline, Verdict, about
+
+if TYPE_CHECKING:
+    import pytest
+
 MEMORY = 2.0  # GiB of a process, without its context
 CONTEXT, SPARE = 1.0, 2.0  # GiB: of a process; of the card
 LARGE = "gpu_memory"  # the marker of tests that need more
 REST = 20.0  # seconds left for the last tests to end
-OF = "of.txt"  # beside the logs of an unfinished run: what it was made with
-KINDS = (".py", ".json", ".h", ".cpp", ".cu")  # of sources
-OF_THE_HOST = (
+LOST = "CUDA error"  # after it every later call in the process fails
+PART = "EXTROPE_GPU_PART"  # of a part's environment: its number, their number, its end and its log
+OF_THE_HOST = (  # of tests/package
     *("amx_emulated", "bench", "build", "cuda_emulated", "docs", "examples", "first_use"),
     *("gpu_audit", "gpu_kernels", "gpu_steps", "import_direction", "length_generalization"),
     *("recipes", "sources", "tables"),
 )
-LEFT_OUT = ("evaluation", *(f"package/test_{name}.py" for name in OF_THE_HOST))
-
-
-def folders() -> list[str]:
-    """List the folders of tests, those of kernels first."""
-    first = ("rope", "attention", "decode")
-    found = {path.parent.name for path in TESTS.glob("*/test_*.py")} - set(LEFT_OUT)
-    return [*(name for name in first if name in found), *sorted(found - set(first))]
-
-
-def of(folder: str) -> Callable[[Deadline], Verdict]:
-    return partial(run, folder)
 
 
 def run(folder: str, deadline: Deadline) -> Verdict:
-    import torch
-
-    if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
-        return Verdict(False, f"{' and '.join(missing)} not installed")
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    count = workers(total, os.cpu_count() or 1)
-    logs, printed = BUILD / f"suite-{folder}", []
-    open_logs(logs, f"{made_with()}, {count} processes")
-    if needs_more(folder):  # first: they are few, and time might be too short at the end
-        printed.append(part(folder, 0, 1, logs, deadline, total - SPARE))
+    count = processes(total, os.cpu_count() or 1)
+    logs = BUILD / f"suite-{folder}"
+    made_with = about() | {"commit": "", "when": 0, "backends": available_backends()}
+    open_logs(logs, f"{sources()} {made_with} {count}")
+    go = partial(run_part, folder, logs, deadline)
+    if any(LARGE in path.read_text() for path in (TESTS / folder).glob("test_*.py")):
+        go(0, 1, total - SPARE)  # first: they are few, and time might be too short at the end
     with ThreadPoolExecutor(count) as pool:
-        parts = [pool.submit(part, folder, i, count, logs, deadline) for i in range(count)]
-        printed += [one.result() for one in parts]
-    (logs / "printed.txt").write_text("\n".join(printed))
-    names = [*range(count), *(["large"] if needs_more(folder) else [])]
-    parts = [logs / f"{name}.jsonl" for name in names]
-    if all(left(log) == 0 for log in parts):
-        (logs / OF).unlink()
-    return verdict(parts, count, logs)
+        list(pool.map(lambda index: go(index, count), range(count)))
+    found = verdict(sorted(logs.glob("*.jsonl")), count)
+    if found.content.get("left") == 0:
+        shutil.rmtree(logs)
+    return found
 
 
-def open_logs(logs: Path, of: str) -> None:
-    """Open the logs of a cut run if it was made with the same; else new ones."""
-    if (logs / OF).exists() and (logs / OF).read_text() == of:
-        for log in logs.glob("*.jsonl"):
-            reopen(log)
-        return
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
-    (logs / OF).write_text(of)
+def processes(gibibytes: float, cores: int) -> int:
+    """Return the number of processes that fit into a card of that memory."""
+    return max(1, min(cores, int((gibibytes - SPARE) / (MEMORY + CONTEXT))))
 
 
-def made_with() -> str:
-    """Return all that decides the tests and their outcomes: sources, packages, backends."""
-    from extrope_kernels.testing import attention_backends, available_backends
-
-    found = {key: x for key, x in about().items() if key not in ("commit", "when")}
-    return f"{sources()} {found} {available_backends()} {attention_backends()}"
+def open_logs(logs: Path, made_with: str) -> None:
+    """Keep the logs of a cut run if it was made with the same sources, packages and card."""
+    said = logs / "made_with.txt"
+    if not said.exists() or said.read_text() != made_with:
+        shutil.rmtree(logs, ignore_errors=True)
+        logs.mkdir(parents=True)
+        said.write_text(made_with)
 
 
 def sources() -> str:
     digest = hashlib.sha256()
     for folder in ("extrope_kernels", "csrc", "tests"):
         for path in sorted((ROOT / folder).rglob("*.*")):
-            if path.suffix in KINDS:
+            if path.suffix in (".py", ".json", ".h", ".cpp", ".cu"):
                 digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def needs_more(folder: str) -> bool:
-    return any(LARGE in path.read_text() for path in (TESTS / folder).glob("test_*.py"))
-
-
-def workers(gibibytes: float, cores: int) -> int:
-    """Return the number of processes that fit into a card of that memory."""
-    return max(1, min(cores, int((gibibytes - SPARE) / (MEMORY + CONTEXT))))
-
-
-def part(
-    folder: str, index: int, count: int, logs: Path, deadline: Deadline, large: float = 0.0
-) -> str:
-    """Run one part; repeat after the test that ended it, as long as that makes progress.
+def run_part(
+    folder: str, logs: Path, deadline: Deadline, index: int, count: int, large: float = 0.0
+) -> None:
+    """Run one part; again behind the test that ended it, as long as that makes progress.
 
     large: GiB for the tests that need more than MEMORY; then only those run.
     """
-    log = logs / f"{'large' if large else index}.jsonl"
-    printed, before = [], -1
-    while deadline.left > REST and left(log) != 0:
-        printed.append(pytest(folder, f"{index}/{count} {log}", deadline, large))
-        total, done = read(log)
-        if total is None or len(done) >= total or len(done) == before:
-            break
-        before = len(done)
-    return "\n".join(printed)
-
-
-def pytest(folder: str, shard: str, deadline: Deadline, large: float) -> str:
-    left_out = [f"--ignore={TESTS / name}" for name in LEFT_OUT if name.startswith(f"{folder}/")]
-    marked, count = LARGE if large else f"not {LARGE}", int(shard.split(" ")[0].split("/")[1])
-    command = [sys.executable, "-m", "pytest", str(TESTS / folder), "-q", "-p", "gpu.shard"]
-    env = {
-        **os.environ,
-        SHARD: shard,
-        END: str(deadline.end - REST),
+    log, before = logs / f"{'large' if large else index}.jsonl", -1
+    command = [sys.executable, "-m", "pytest", str(TESTS / folder), "-q", "-p", __name__]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-m", f"{LARGE if large else f'not {LARGE}'} and not thorough"]
+    command += [f"--ignore={TESTS}/package/test_{name}.py" for name in OF_THE_HOST]
+    env = os.environ | {
+        PART: json.dumps([index, count, deadline.end - REST, str(log)]),
         "EXTROPE_GPU_MEMORY": str(large or MEMORY),
         "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1)),
     }
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", f"{marked} and not thorough"]
-    command += left_out
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=deadline.left
-        )
-    except subprocess.TimeoutExpired as late:
-        return f"ended at its limit\n{(late.stdout or b'').decode(errors='replace')}"
-    return done.stdout + done.stderr
+    while deadline.left > REST and before < len(states(log)[1]):
+        before = len(states(log)[1])
+        with log.with_suffix(".txt").open("a") as out:
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)
+            try:
+                process.wait(deadline.left)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                tell(log, cut=True)
+        total, found = states(log)
+        if total is None or len(found) >= total:
+            break
 
 
-def verdict(logs: list[Path], count: int, printed: Path | None = None) -> Verdict:
+# -------------------------------------------------------------------------------------------------
+# The log of a part, in lines of JSON
+
+
+def tell(log: Path, **what: Any) -> None:
+    with log.open("a") as file:
+        file.write(json.dumps(what) + "\n")
+
+
+def states(log: Path) -> tuple[int | None, dict[str, dict]]:
+    """Return the number of a part's tests (None if not known), and the state of each that began.
+
+    A test that was cut as time was up is as if it had not begun; one that ended its process stays
+    "started".
+    """
+    total, found = None, {}
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut as its process was ended
+            continue
+        total = entry.get("tests", total)
+        if "cut" in entry:
+            found = {name: x for name, x in found.items() if x["state"] != "started"}
+        elif "test" in entry:
+            before = found.get(entry["test"], entry)
+            found[entry["test"]] = before if before["state"] == "failed" else entry
+    return total, found
+
+
+def verdict(logs: list[Path], count: int) -> Verdict:
     """Read the verdict from the logs: how many ran of how many, and which failed."""
     totals, found = [], {}
     for log in logs:
-        total, done = read(log)
+        total, own = states(log)
         totals.append(total)
-        found |= done
-    unknown = totals.count(None)
-    if unknown == len(totals):
-        return Verdict(False, f"no tests were collected: see {printed}")
-    states = Counter(entry["state"] for entry in found.values())
-    total = sum(number or 0 for number in totals)
-    ran = sum(states.values()) - states["started"]
-    line = f"{ran} of {total} ran, {states['passed']} passed, {states['failed']} failed, "
-    line += f"{states['skipped']} skipped"
-    if states["started"]:
-        line += f", {states['started']} started and never ended"
+        found |= own
+    if not totals or None in totals:
+        return Verdict(False, f"a process collected no tests: see {BUILD}")
+    each = Counter(entry["state"] for entry in found.values())
+    total, more = sum(totals), sum(totals) - len(found)
+    line = f"{len(found) - each['started']} of {total} ran, {each['passed']} passed, "
+    line += f"{each['failed']} failed, {each['skipped']} skipped"
+    line += f", {each['started']} ended their process" if each["started"] else ""
     line += f"; {count} processes"
-    more = sum(left(log) or 0 for log in logs)
     line += f"; {more} left: run the step again, it goes on there" if more else ""
-    line += f"; {unknown} processes collected no tests: see {printed}" if unknown else ""
-    bad = [
-        {"test": name, "state": entry["state"], "why": entry.get("why", "")}
-        for name, entry in sorted(found.items())
-        if entry["state"] in ("failed", "started")
-    ]
-    for entry in bad[:40]:
-        print(f"{entry['state']}: {entry['test']}: {entry['why']}", flush=True)
-    ok = ran == total > 0 and not bad and not unknown
-    return Verdict(ok, line, {"ran": ran, "tests": total, "left": more, "bad": bad, **states})
+    bad = [x for _, x in sorted(found.items()) if x["state"] in ("failed", "started")]
+    print(*bad[:40], sep="\n", flush=True)
+    ok = total > 0 and not more and not bad
+    return Verdict(ok, line, {"tests": total, "left": more, "bad": bad, **each})
+
+
+# -------------------------------------------------------------------------------------------------
+# The plugin
+
+SESSION: list[pytest.Session] = []
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    SESSION.append(session)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave this part's tests that have not begun; -m has been applied by then."""
+    index, count, _, log = json.loads(os.environ[PART])
+    own, (_, begun) = session.items[index::count], states(Path(log))
+    tell(Path(log), tests=len(own))
+    session.items[:] = [item for item in own if item.nodeid not in begun]
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    tell(Path(json.loads(os.environ[PART])[3]), test=nodeid, state="started")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        why = next((x for x in report.longreprtext.splitlines() if x.startswith("E ")), "")
+        entry = {"test": report.nodeid, "state": report.outcome, "why": why[1:].strip()[:200]}
+        tell(Path(json.loads(os.environ[PART])[3]), **entry)
+        if report.outcome == "failed" and LOST in report.longreprtext:
+            SESSION[-1].shouldstop = "the CUDA context is lost"
+
+
+def pytest_runtest_logfinish() -> None:
+    if time.time() > json.loads(os.environ[PART])[2]:
+        SESSION[-1].shouldstop = "time is up"

@@ -1,103 +1,87 @@
-"""Time candidate tiles of the main kernels, and put the winner into the configuration table.
+"""Time candidate tiles of the main kernels, and put the winner into the table of configurations.
 
-A candidate is forced by patching the op's look-up `config(kernel, head_dim, itemsize, capability)`
-in every module that imported it. It counts only if its results pass the tests' error budget. One
-that does not compile, does not fit, or spills more than allowed is listed with the reason.
+A candidate is forced in the look-up of configs.py, and counts only if its results pass the tests'
+error budget. One that does not compile or does not fit is listed with the reason.
+
+The table: {"forward": {"90": {"128": {"block_m": 128, ...}}}}: kernel, chip (and later ones up to
+the next row), largest head_dim. A leaf that was timed has "measured" and "card" beside its fields,
+and is not used for other audited chips. candidates.json has a list of leaves in place of each.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
+import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
+from functools import partial
 from unittest import mock
 
-from gpu_audit import MEASURED_STACK
+import torch
+from bench_attention import frequencies, make_inputs
+from bench_decode import caches, decode_paged
+from compare import with_backward
+from harness import Call, paired, table
+from machine_code import CHIPS
+from shapes import HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, SEQLEN, WINDOW
 
+from extrope_kernels import rope_attention, scores
 from extrope_kernels.ops._shared.layouts import forget
+from extrope_kernels.ops.attention.triton import configs
 
-from .config_table import ConfigTable
-from .step import Deadline, Verdict
+from . import smoke
+from .results import Deadline, Verdict, capability
 
-# The package of its table, and its name there.
-KERNELS = {
-    "forward": ("attention.triton", "forward"),
-    "dq": ("attention.triton", "dq"),
-    "dkv": ("attention.triton", "dkv"),
-    "decode": ("attention.triton", "one_token"),
-}
-NAMES = {"one_token": "decode_kernel"}  # where the table's name is not the kernel's
-WORD = 4  # Triton counts spills in words
-HEAD = ["head_dim", "configuration", "ms", "over the shipped one", ""]
+KERNELS = {"forward": "forward", "dq": "dq", "dkv": "dkv", "decode": "one_token"}  # in the table
+DTYPE = torch.bfloat16
+SHORT = {"seqlen_q": 256, "heads_q": 16, "heads_k": 4}  # small enough for float64
+SECONDS = 2.0  # of timing
 GAIN = 0.99  # a winner must take less than this share of the shipped one's time
-# The tests compare the committed tables with the tiles.
-AFTERWARDS = ("gpu_audit.py", "readme.py")
+HEAD = ["head_dim", "configuration", "ms", "over the shipped one", ""]
 
 
 @dataclass
 class Timed:
-    """A candidate and its milliseconds."""
+    """A candidate and its milliseconds, or why it has none."""
 
     head_dim: int
     fields: dict
     milliseconds: float | None = None
-    reason: str = ""  # why it has no time, or does not count
-
-    @property
-    def counts(self) -> bool:
-        return self.milliseconds is not None and not self.reason
-
-
-def of(name: str) -> Callable[[Deadline], Verdict]:
-    return functools.partial(run, name)
+    reason: str = ""
 
 
 def run(name: str, deadline: Deadline) -> Verdict:
     """Tune; the common head_dim comes first, so that a lack of time costs the others."""
-    import torch
-
-    from .build import capability
-
-    op, kernel = KERNELS[name]
-    table, chip, card = ConfigTable.of(op), capability(), torch.cuda.get_device_name()
-    if missing := table.missing():
-        return Verdict(False, f"nothing to choose from: {missing}")
-    every = table.candidates(kernel, chip)
-    total = sum(map(len, every.values()))
-    found: list[Timed] = []
-    written: list[str] = []
+    kernel, card = KERNELS[name], torch.cuda.get_device_name()
+    every = candidates(kernel, capability())
+    total, found, written = sum(map(len, every.values())), [], []
     for dim in sorted(every, key=lambda dim: (dim != 128, dim)):
         timed = []
-        for one in each_timed(op, kernel, dim, every[dim], deadline):
+        for one in each_timed(name, dim, every[dim], deadline):
             timed.append(one)
             found.append(one)
-            deadline.keep(verdict(found, total - len(found), written))
-        if len(timed) == len(every[dim]) and (best := winner(timed)):
-            table.replace(kernel, chip, dim, best.fields, card)
+            deadline.keep(verdict(found, total, written))
+        if len(timed) == len(every[dim]):
+            best = winner(timed)
+            replace(kernel, capability(), dim, best.fields, card)
             written.append(f"{dim}: {words(best.fields)}")
-    return verdict(found, total - len(found), written)
+    return verdict(found, total, written)
 
 
 def each_timed(
-    op: str, kernel: str, dim: int, candidates: list[dict], deadline: Deadline
+    name: str, dim: int, fields_of_each: list[dict], deadline: Deadline
 ) -> Iterator[Timed]:
     """Time each candidate; the shipped one comes first and must run."""
-    from .tune_problems import problems
-
-    small, large = problems(op, kernel, dim)
-    for number, fields in enumerate(candidates):
+    check, call = problem(name, dim)
+    for number, fields in enumerate(fields_of_each):
         if not deadline:
             break
-        one, before = Timed(dim, fields), stack_of_binaries(op, kernel)
+        one = Timed(dim, fields)
         try:
-            with forced(op, kernel, dim, fields):
-                small()
-                one.milliseconds = large()
-            if number > 0:
-                one.reason = too_much(stack_of_binaries(op, kernel), before)
+            with forced(KERNELS[name], dim, fields):
+                check()
+                one.milliseconds = paired(call, seconds=SECONDS)[0]
         except Exception as error:  # by a compiler, a launch, or the comparison
             one.reason = f"{type(error).__name__}: {str(error).strip()[:160]}"
             if number == 0:
@@ -106,37 +90,32 @@ def each_timed(
         yield one
 
 
-def stack_of_binaries(op: str, kernel: str) -> dict[str, int]:
-    """Return the bytes of stack per thread of all binaries of a table's kernel launched here.
+def problem(name: str, dim: int) -> tuple[Callable[[], None], Call]:
+    """Return a short call that is checked, and a long one that is timed.
 
-    They are those that the driver reports after loading.
+    A gradient's kernel is timed within forward and backward together: others are not forced.
     """
-    name, prefix = NAMES.get(kernel, f"{kernel}_kernel"), f"extrope_kernels.ops.{op}."
-    modules = [module for path, module in list(sys.modules.items()) if path.startswith(prefix)]
-    found = {id(x): x for module in modules if (x := getattr(module, name, None)) is not None}
-    # An interpreted kernel has none.
-    devices = [getattr(one, "device_caches", {}).values() for one in found.values()]
-    binaries = [binary for each in devices for cache, *_ in each for binary in cache.values()]
-    return {x.hash: WORD * x.n_spills for x in binaries if x.module is not None}
-
-
-def too_much(stack: dict[str, int], before: dict[str, int]) -> str:
-    """Return a reason if binaries compiled since spill more than a measured tile may; else ""."""
-    most = max((size for binary, size in stack.items() if binary not in before), default=0)
-    return f"{most} bytes of stack, allowed are {MEASURED_STACK}" if most > MEASURED_STACK else ""
+    if name == "decode":
+        sizes = {"heads_q": HEADS_Q, "heads_k": HEADS_K}
+        check = partial(smoke.check_decode, "rerope", "triton", DTYPE, 1, dim, **sizes)
+        raw, _ = caches(KEYS, DTYPE, dim)
+        return check, decode_paged(raw, scores.rerope(KEYS_WINDOW), "triton")
+    check = partial(smoke.check_attention, "rerope", "triton", DTYPE, **SHORT, head_dim=dim)
+    qkv = make_inputs(SEQLEN, HEADS_K, dim, DTYPE, HEADS_Q)
+    given = frequencies(dim), scores.rerope(WINDOW)
+    call = partial(rope_attention, *qkv, *given, backend="triton")
+    return check, call if name == "forward" else with_backward(call, qkv)
 
 
 @contextmanager
-def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
+def forced(kernel: str, dim: int, fields: dict) -> Iterator[None]:
     """Force this configuration of the kernel in the look-up."""
-    configs = import_module(f"extrope_kernels.ops.{op}.configs")
-    original = configs.config
+    shipped = configs.config
 
-    def config(asked: str, head_dim: int, itemsize: int, capability: int | None):
-        found = original(asked, head_dim, itemsize, capability)
-        if (asked, head_dim, itemsize) == (kernel, dim, 2):
-            return type(found)(**fields)
-        return found
+    def config(asked: str, head_dim: int, itemsize: int, chip: int | str | None) -> configs.Config:
+        if (asked, head_dim, itemsize) == (kernel, dim, DTYPE.itemsize):
+            return configs.Config(**fields)
+        return shipped(asked, head_dim, itemsize, chip)
 
     with mock.patch.object(configs, "config", config):
         forget()
@@ -144,32 +123,72 @@ def forced(op: str, kernel: str, dim: int, fields: dict) -> Iterator[None]:
     forget()
 
 
-def winner(timed: list[Timed]) -> Timed | None:
+def winner(timed: list[Timed]) -> Timed:
     """Return the fastest; the shipped one, which is the first, unless another gains enough."""
-    shipped = timed[0]
-    if not shipped.counts:
-        return None
-    best = min((one for one in timed if one.counts), key=lambda one: one.milliseconds)
-    return best if best.milliseconds < GAIN * shipped.milliseconds else shipped
+    ran = [one for one in timed if one.milliseconds is not None]
+    best = min(ran, key=lambda one: one.milliseconds)
+    return best if best.milliseconds < GAIN * timed[0].milliseconds else timed[0]
 
 
 def words(fields: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def verdict(found: list[Timed], left: int, written: list[str]) -> Verdict:
-    ran = [one for one in found if one.counts]
-    line = f"{len(ran)} of {len(found) + left} configurations timed, "
-    line += f"{len(found) - len(ran)} refused"
-    line += f"; written: {'; '.join(written)}" if written else "; nothing written"
-    if written:
-        line += f". Now: {', '.join(f'python bench/{name}' for name in AFTERWARDS)}"
+def verdict(found: list[Timed], total: int, written: list[str]) -> Verdict:
+    ran = [one for one in found if one.milliseconds is not None]
+    line = f"{len(ran)} of {total} configurations timed, {len(found) - len(ran)} refused"
+    line += f"; written: {'; '.join(written) or 'nothing'}"
+    # The tests compare the committed tables with the tiles.
+    line += ". Now: python bench/gpu_audit.py, python bench/readme.py" if written else ""
     shipped: dict[int, float | None] = {}
     rows = []
     for one in found:
-        base = shipped.setdefault(one.head_dim, one.milliseconds)
-        time = "" if one.milliseconds is None else f"{one.milliseconds:.3f}"
-        over = f"{one.milliseconds / base:.2f}" if one.milliseconds and base else ""
+        base, time, over = shipped.setdefault(one.head_dim, one.milliseconds), "", ""
+        if base and one.milliseconds:
+            time, over = f"{one.milliseconds:.3f}", f"{one.milliseconds / base:.2f}"
         rows.append([str(one.head_dim), words(one.fields), time, over, one.reason])
-    content = {"table": {"head": HEAD, "rows": rows}, "written": written}
-    return Verdict(bool(ran) and not left, line, content)
+    content = {"table": table(HEAD, rows), "written": written}
+    return Verdict(bool(ran) and len(found) == total, line, content)
+
+
+# -------------------------------------------------------------------------------------------------
+# The table of configurations
+
+
+def candidates(kernel: str, chip: int) -> dict[int, list[dict]]:
+    """Return the configurations to time by head_dim, the shipped one first."""
+    listed = json.loads(configs.TABLE.with_name("candidates.json").read_text())
+    found = {}
+    for dim, leaves in sorted(rows_for(listed[kernel], chip).items(), key=lambda row: int(row[0])):
+        every = [fields_of(x) for x in (configs.leaf(kernel, int(dim), 2, chip), *leaves)]
+        found[int(dim)] = [leaf for i, leaf in enumerate(every) if leaf not in every[:i]]
+    return found
+
+
+def replace(kernel: str, chip: int, head_dim: int, leaf: dict, card: str) -> None:
+    """Write the winning leaf for this chip, and keep those of other audited chips.
+
+    A chip without its own row gets one, and so does the next chip that shared its row.
+    """
+    shipped = json.loads(configs.TABLE.read_text())
+    rows = shipped[kernel]
+    own = rows_for(rows, chip)
+    shared = {dim: fields_of(old) for dim, old in own.items()}
+    after = next((other for other in CHIPS if other > chip), chip)
+    if rows_for(rows, after) is own:
+        rows.setdefault(str(after), dict(shared))
+    row = rows.setdefault(str(chip), shared)
+    row[str(head_dim)] = {**fields_of(leaf), "measured": True, "card": card}
+    text = json.dumps(shipped, indent=1) + "\n"  # and then a leaf a line
+    configs.TABLE.write_text(re.sub(r"\{[^{}]*\}", lambda x: json.dumps(json.loads(x[0])), text))
+    configs.table.cache_clear()
+
+
+def rows_for(by_chip: dict, chip: int) -> dict:
+    """Return the rows of the chip, or of the last one before it."""
+    chips = [name for name in by_chip if name.isdigit() and int(name) <= chip]
+    return by_chip[max(chips, key=int)] if chips else {}
+
+
+def fields_of(leaf: dict) -> dict:
+    return {name: value for name, value in leaf.items() if name not in ("measured", "card")}

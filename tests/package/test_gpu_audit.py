@@ -104,7 +104,6 @@ def test_faults_are_found():
         ({"widest_load": 8}, "16 bytes"),
     ):
         assert word in replace(row, **change).fault()
-    assert not replace(row, stack=48).fault(gpu_audit.MEASURED_STACK)
 
 
 def audit(*words: str) -> str:
