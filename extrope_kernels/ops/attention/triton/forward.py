@@ -16,6 +16,9 @@ region_begin(i, regions) is the end of its keys. device.py defines it, with a pi
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
 of D0 and D1 dims, a row of v or out in tiles of DV0 and DV1: see Blocks in device.py. If D1 is 0,
 the second tile is never used.
+
+load_tile(row_0, stride, rows, ROWS, DIMS, HEAD_DIM, MASK_ROWS) loads a (ROWS, DIMS) tile from the
+pointer row_0 on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows.
 """
 
 from __future__ import annotations
