@@ -24,6 +24,9 @@ region_begin(i, regions) is the end of its keys. device.py defines it, with a pi
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
 of D0 and D1 dims, a row of v, out or dout in tiles of DV0 and DV1: see Blocks in device.py. If D1
 is 0, the second tile is never used.
+
+load_tile(row_0, stride, rows, ROWS, DIMS, HEAD_DIM, MASK_ROWS) loads a (ROWS, DIMS) tile from the
+pointer row_0 on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows.
 """
 
 from __future__ import annotations
@@ -100,7 +103,8 @@ def _add_dq(
         if D1 > 0:
             k1 = load_tile(k_block + D0, k_stride_seq, rows, BLOCK_N, D1, HEAD_DIM - D0, MASKED)
             logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
-        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)  # in units of logit_unit
+        # With a cap the logits' tanh. Times MODEL.logit_unit they have base 2.
+        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
         weights = tl.exp2(logits * MODEL.logit_unit - lse_2[:, None])
         if MASKED:
             key = (start + tl.arange(0, BLOCK_N))[None, :]
@@ -168,7 +172,8 @@ def dq_kernel(
     HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
     REGIONS: tl.constexpr = len(MODEL.starts)
 
-    # Strides in elements from here on.
+    # Strides in elements from here on. They come divided by BLOCKS.align: the product shows the
+    # compiler that it may load 16 bytes at a time. BLOCKS.contiguous: constants take their place.
     k_stride_batch, k_stride_seq, k_stride_head = strides_in_elements(
         k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS
     )
@@ -182,13 +187,15 @@ def dq_kernel(
         dout_stride_batch, dout_stride_seq, dout_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
     )
 
-    # This program's queries. The last block of a sequence sees the most keys, so it starts first:
-    # short blocks fill the gaps at the end. A program without a block has rows <= 0, and no keys.
+    # This program's batch (0 if packed), head and sequence; the sequence's first token in q and k
+    # (`first_row`, 0 if not packed) and its lengths; `index`, of num_blocks, is its block of
+    # queries. A program without a block has a sequence of length 0: rows <= 0, and no keys.
     this = find_block(
         blocks, HEADS_Q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
     )
     head_k = this.head // (HEADS_Q // HEADS_K)
     batch = tl.cast(this.batch, tl.int64)
+    # The last block of a sequence sees the most keys, so it starts first: short ones fill the gaps.
     q_first = (this.num_blocks - 1 - this.index) * BLOCK_M  # within the sequence
     rows = this.seqlen_q - q_first  # rows of the sequence from there on; may exceed BLOCK_M
     q_index = this.first_row + q_first  # the block's first token in q
@@ -263,8 +270,10 @@ def dq_kernel(
             k_row = k_rotated + k_index * HEAD_DIM
             k_row_stride = MODEL.k_copies * HEADS_K * HEAD_DIM
 
-        # Row i sees the keys [row_begin[i], row_end[i]), and both rise with i. So the rows together
-        # see [begin, end), and every row sees [every_begin, every_end).
+        # Row i sees the keys [row_begin[i], row_end[i]): the next region begins where this one
+        # ends. Both rise with i. So the rows together see [begin, end), and every row sees
+        # [every_begin, every_end). Blocks of N keys from `begin` on: num_before masked ones,
+        # num_full inside what every row sees, then masked ones up to `end`, num_masked in all.
         row_begin = region_begin(q_key, this.seqlen_k, key_0_pos, r, MODEL)  # (M,)
         row_end = region_begin(q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
         begin = 0
@@ -277,7 +286,7 @@ def dq_kernel(
         num_before, num_full, num_masked = count_blocks(begin, every_begin, every_end, end, BLOCK_N)
         dq0 = tl.zeros((BLOCK_M, D0), tl.float32)
         dq1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
-        for full in tl.static_range(2):  # masked blocks, then full ones
+        for full in tl.static_range(2):  # the masked blocks, then the full ones; the order is free
             dq0, dq1 = _add_dq(
                 dq0, dq1, q0, q1, dout0, dout1, lses * log2_e(), deltas,
                 k_row, k_row_stride, v_row, v_stride_seq,
@@ -361,7 +370,8 @@ def _add_dkv(
         if D1 > 0:
             q1 = load_tile(q_block + D0, q_stride_seq, rows, BLOCK_M, D1, HEAD_DIM - D0, MASKED)
             logits = tl.dot(k1, tl.trans(q1), logits, input_precision="ieee")
-        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)  # in units of logit_unit
+        # With a cap the logits' tanh. Times MODEL.logit_unit they have base 2.
+        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
         weights = tl.exp2(logits * MODEL.logit_unit - lses[None, :])
         if MASKED:
             number = (start + row)[None, :]
@@ -437,7 +447,8 @@ def dkv_kernel(
     HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
     REGIONS: tl.constexpr = len(MODEL.starts)
 
-    # Strides in elements from here on.
+    # Strides in elements from here on. They come divided by BLOCKS.align: the product shows the
+    # compiler that it may load 16 bytes at a time. BLOCKS.contiguous: constants take their place.
     k_stride_batch, k_stride_seq, k_stride_head = strides_in_elements(
         k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS
     )
@@ -448,7 +459,9 @@ def dkv_kernel(
         dout_stride_batch, dout_stride_seq, dout_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
     )
 
-    # This program's keys. A program without a block has rows <= 0, and no queries.
+    # This program's batch (0 if packed), head of k and sequence; the sequence's first token in q
+    # and in k (`first_row`, 0 if not packed), its lengths, and the `index` of its block of keys.
+    # A program without a block has a sequence of length 0: rows <= 0, and no queries.
     this = find_block(
         blocks, HEADS_K, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_N
     )
@@ -496,8 +509,10 @@ def dkv_kernel(
         if D1 > 0:
             k1 = load_tile(k_row + D0, k_row_stride, rows, BLOCK_N, D1, HEAD_DIM - D0, True)
 
-        # Rows [key_begin[j], key_end[j]) see key j, and both rise with j. So rows [begin, end) see
-        # any of the keys, and rows [every_begin, every_end) see every key of the block.
+        # Rows [key_begin[j], key_end[j]) of the sequence see key j, and both rise with j. So rows
+        # [begin, end) see some key of the block, and rows [every_begin, every_end) see all of them.
+        # Blocks of M rows from `begin` on: num_before masked ones, num_full, then masked ones up to
+        # `end`, num_masked in all.
         key_begin = _queries_end(key, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)  # (N,)
         key_end = _queries_end(key, this.seqlen_q, shift, key_0_pos, r, MODEL)
         begin = _queries_end(first, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)
@@ -517,7 +532,7 @@ def dkv_kernel(
                 + tl.cast(head_q, tl.int64) * dout_stride_head
             )
             lse_index = (batch * HEADS_Q + head_q) * seqlen_q + this.first_row
-            for full in tl.static_range(2):  # masked blocks, then full ones
+            for full in tl.static_range(2):  # the masked blocks, then the full ones
                 dk0, dk1, dv0, dv1 = _add_dkv(
                     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_row, REGIONS * HEADS_Q * HEAD_DIM,
                     dout_row, dout_stride_seq, lse + lse_index, delta + lse_index,

@@ -16,6 +16,9 @@ region_begin(i, regions) is the end of its keys. device.py defines it, with a pi
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
 of D0 and D1 dims, a row of v or out in tiles of DV0 and DV1: see Blocks in device.py. If D1 is 0,
 the second tile is never used.
+
+load_tile(row_0, stride, rows, ROWS, DIMS, HEAD_DIM, MASK_ROWS) loads a (ROWS, DIMS) tile from the
+pointer row_0 on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows.
 """
 
 from __future__ import annotations
@@ -193,7 +196,7 @@ def _attend_keys(
         k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
         v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
 
-        # logits = q @ k.T: (M, N), in units of MODEL.logit_unit
+        # logits = q @ k.T, with a cap its tanh: (M, N). Times MODEL.logit_unit they have base 2.
         k0 = load_tile(k_block, k_stride_seq, rows, BLOCK_N, D0, HEAD_DIM, MASKED)  # (N, D0)
         logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if D1 > 0:
@@ -271,7 +274,8 @@ def forward_kernel(
     HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
     REGIONS: tl.constexpr = len(MODEL.starts)
 
-    # Strides in elements from here on.
+    # Strides in elements from here on. They come divided by BLOCKS.align: the product shows the
+    # compiler that it may load 16 bytes at a time. BLOCKS.contiguous: constants take their place.
     q_stride_batch, q_stride_seq, q_stride_head = strides_in_elements(
         q_stride_batch, q_stride_seq, q_stride_head, HEADS_Q, HEAD_DIM, BLOCKS
     )
@@ -282,19 +286,21 @@ def forward_kernel(
         v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS
     )
 
-    # This program's queries. The last block of a sequence sees the most keys, so it starts first:
-    # short blocks fill the gaps at the end. A program without a block has rows <= 0, and no keys.
+    # This program's batch (0 if packed), head and sequence; the sequence's first token in q and k
+    # (`first_row`, 0 if not packed) and its lengths; `index`, of num_blocks, is its block of
+    # queries. A program without a block has a sequence of length 0: rows <= 0, and no keys.
     this = find_block(
         blocks, HEADS_Q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
     )
     head_k = this.head // (HEADS_Q // HEADS_K)
     batch = tl.cast(this.batch, tl.int64)
+    # The last block of a sequence sees the most keys, so it starts first: short ones fill the gaps.
     q_first = (this.num_blocks - 1 - this.index) * BLOCK_M  # within the sequence
     rows = this.seqlen_q - q_first  # rows of the sequence from there on; may exceed BLOCK_M
     q_index = this.first_row + q_first  # the block's first token in q, and in out
 
     # A query's own key, and the last one it sees, is counted from the sequence's first key.
-    # Positions are absolute: rotations, log n and blocks of granularity depend on them.
+    # Positions are absolute: rotations, log n and regions' blocks of granularity depend on them.
     key_0_pos = 0
     if k_start is not None:
         key_0_pos = tl.load(k_start + this.sequence * k_start_stride)
@@ -319,7 +325,7 @@ def forward_kernel(
     )
     out_index = (batch * seqlen_q + q_index) * HEADS_Q + this.head
     out_row = out + out_index * HEAD_DIM_V
-    chunk_row = out_row
+    chunk_row = out_row  # where chunks of rotated queries go; without scratch both dims are equal
     if scratch is not None:
         chunk_row = scratch + out_index * HEAD_DIM
     inv_freq += tl.cast(this.sequence, tl.int64) * freq_stride
@@ -330,7 +336,8 @@ def forward_kernel(
 
     acc0 = tl.zeros((BLOCK_M, DV0), tl.float32)
     acc1 = tl.zeros((BLOCK_M, DV1 if DV1 > 0 else 1), tl.float32)
-    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)  # below any logit, and finite: see above
+    # Below any logit, but finite: a row that has seen no key has exp2(-inf - -1e30) = 0, not NaN.
+    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for r in tl.static_range(REGIONS):
         # Rotate the queries for this region: q0 (M, D0), q1 (M, D1).
@@ -339,7 +346,7 @@ def forward_kernel(
                 q_row, q_stride_seq, rows, q_key + key_0_pos, query_scale, inv_freq, log_decay,
                 pair_maps, head_k, nth_map(MODEL.q_maps, r), BLOCK_M, MODEL, BLOCKS,
             )  # fmt: skip
-            q0 = as_operand(q0)
+            q0 = as_operand(q0)  # float32 in the interpreter, which multiplies no bfloat16
             q1 = as_operand(q1)
         else:
             # Few registers are free between two loops, and rows whose tiles are not the two dims of
@@ -384,8 +391,10 @@ def forward_kernel(
             k_row = k_rotated + k_index * HEAD_DIM
             k_row_stride = MODEL.k_copies * HEADS_K * HEAD_DIM
 
-        # Row i sees the keys [row_begin[i], row_end[i]), and both rise with i. So the rows together
-        # see [begin, end), and every row sees [every_begin, every_end).
+        # Row i sees the keys [row_begin[i], row_end[i]): the next region begins where this one
+        # ends. Both rise with i. So the rows together see [begin, end), and every row sees
+        # [every_begin, every_end). Blocks of N keys from `begin` on: num_before masked ones,
+        # num_full inside what every row sees, then masked ones up to `end`, num_masked in all.
         row_begin = region_begin(q_key, this.seqlen_k, key_0_pos, r, MODEL)  # (M,)
         row_end = region_begin(q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
         begin = 0
@@ -396,7 +405,7 @@ def forward_kernel(
         every_end = region_begin(first_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
         end = region_begin(last_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
         num_before, num_full, num_masked = count_blocks(begin, every_begin, every_end, end, BLOCK_N)
-        for full in tl.static_range(2):  # masked blocks, then full ones
+        for full in tl.static_range(2):  # the masked blocks, then the full ones; the order is free
             acc0, acc1, row_max, row_sum = _attend_keys(
                 acc0, acc1, row_max, row_sum, q0, q1, k_row, k_row_stride, v_row, v_stride_seq,
                 begin, end, num_before, num_full, num_masked, row_begin, row_end,
@@ -411,6 +420,7 @@ def forward_kernel(
         lse_without_keys = float("-inf")
     else:
         lse_without_keys = tl.load(sinks + this.head)  # the sink's own bits
+        # A sink is a logit without a value: it joins row_max and row_sum, and rescales acc.
         row_max, row_sum, rescale = add_sink(row_max, row_sum, lse_without_keys * log2_e())
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         factor = rescale / row_sum
