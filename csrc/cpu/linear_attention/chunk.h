@@ -15,7 +15,7 @@
 namespace extrope {
 namespace {
 
-constexpr float kFeatureEps = 1e-3f;  // FEATURE_EPS of ops/permuteformer/reference.py
+constexpr float kFeatureEps = 1e-3f;  // FEATURE_EPS of ops/permuteformer/scans.py
 constexpr int64_t kChunk = 48;        // tokens
 static_assert(kChunk % kTallRows == 0 && kChunk % kFloats == 0);
 constexpr int64_t kFewRows = 4;  // of a state: a block of kTallRows would be mostly padding
@@ -112,9 +112,9 @@ struct Chunk {
   // Returns the chunk's rows of x; `head` counts the heads that share the state.
   template <typename T>
   Rows<T> rows_of(const ScanTensor& x, int64_t head) const {
-    return {static_cast<T*>(x.data) + part.batch * x.batch + token(0) * x.seq +
-                (first_head(x.heads) + head) * x.head,
-            p.reverse ? -x.seq : x.seq};
+    return {static_cast<T*>(x.data) + part.batch * x.stride_batch + token(0) * x.stride_seq +
+                (first_head(x.heads) + head) * x.stride_head,
+            p.reverse ? -x.stride_seq : x.stride_seq};
   }
   float* number(const RowNumbers& x, int64_t head, int64_t i) const {
     const int64_t h = first_head(x.heads) + head;

@@ -18,7 +18,7 @@ struct PermuteCycles;
 // have no batch: its stride is 0. Absent if data is nullptr.
 struct ScanTensor {
   void* data;
-  int64_t batch, seq, head;
+  int64_t stride_batch, stride_seq, stride_head;
   int64_t heads;
 };
 

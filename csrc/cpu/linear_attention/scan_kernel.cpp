@@ -298,7 +298,8 @@ void dots(const ScanParams& p, int64_t begin, int64_t end, float* out) {
   for (int64_t token = begin; token < end; ++token) {
     const int64_t batch = token / p.seqlen, seq = token % p.seqlen;
     const auto row = [&](const ScanTensor& x, int64_t head) {
-      return static_cast<const T*>(x.data) + batch * x.batch + seq * x.seq + head * x.head;
+      return static_cast<const T*>(x.data) + batch * x.stride_batch + seq * x.stride_seq +
+             head * x.stride_head;
     };
     for (int64_t head = 0; head < p.q.heads; ++head) {
       const T *q = row(p.q, head), *k = row(p.k, head);
