@@ -302,7 +302,8 @@ def rotate_traffic(case: Case, launch: Launch) -> Traffic:
 
 def decode_traffic(case: Case, launch: Launch) -> Traffic:
     """Count the cache once, and float32 results of programs that share a sequence."""
-    tokens, tile = CHUNK_TOKENS if "chunk" in case.variant else 1, launch["TILE"]
+    tokens = CHUNK_TOKENS if "chunk" in case.variant else 1
+    model, size = launch["MODEL"], launch["BLOCKS"]
     score = case.score or scores.rerope(KEYS_WINDOW, 1.0)
     block = (KEYS - 1) // score.granularity * score.granularity
     bounds = [max(0, block + region.start) for region in score.regions] + [KEYS]
@@ -310,19 +311,19 @@ def decode_traffic(case: Case, launch: Launch) -> Traffic:
     cached = 1 if "fp8" in case.variant else case.dtype.itemsize
     moved = 2 * _rows(case, HEADS_K, BATCH * KEYS, cached)
     moved += 2 * _rows(case, HEADS_Q, BATCH * tokens)
-    row_blocks = -(-tokens * HEADS_Q // HEADS_K // tile.block_m)
-    each = BATCH * HEADS_K * row_blocks / tile.block_n
+    row_blocks = -(-tokens * HEADS_Q // HEADS_K // size.block_m)
+    each = BATCH * HEADS_K * row_blocks / size.block_n
     # The shortest loop first: one that rotates no key.
-    by_length = sorted(zip(tile.rotates_keys, keys), key=lambda region: region[0])
+    by_length = sorted(zip(model.rotates_keys, keys), key=lambda region: region[0])
     passes = [count * each for _, count in by_length]
-    if tile.splits:
-        blocks, slots = -(-KEYS // tile.block_n), max(launch["slots"] - BATCH, 1)
-        splits = -(-blocks // max(-(-BATCH * blocks // slots), launch["least_blocks"]))
+    if size.splits:
+        blocks, items = -(-KEYS // size.block_n), max(launch["num_items"] - BATCH, 1)
+        splits = -(-blocks // max(-(-BATCH * blocks // items), launch["least_blocks"]))
         splits = splits if splits > 1 else 0
         moved += 2 * splits * _rows(case, HEADS_Q, BATCH * tokens, 4)
         # The loop that merges is shorter still.
-        passes.insert(0, -(-splits // tile.merge_splits) * BATCH * HEADS_K * row_blocks)
-    operations = 2 * tile.block_m * tile.block_n * 2 * case.head_dim
+        passes.insert(0, -(-splits // size.merge_splits) * BATCH * HEADS_K * row_blocks)
+    operations = 2 * size.block_m * size.block_n * 2 * case.head_dim
     return Traffic(moved, math.prod(launch.grid), tuple(passes), operations)
 
 

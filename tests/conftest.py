@@ -121,12 +121,11 @@ def one_thread():
 def many_splits(monkeypatch):
     """Triton splits sequences of a few dozen keys, as it does long ones: over `most` slots."""
     from extrope_kernels.ops._shared.layouts import forget
-    from extrope_kernels.ops.attention.triton.decode import decode
+    from extrope_kernels.ops.attention.triton import schedule
 
     def split(most: int = 128) -> None:
-        launcher = sys.modules[decode.__module__]
-        monkeypatch.setattr(launcher, "LEAST_KEYS", 16)
-        monkeypatch.setattr(launcher, "MOST_SPLITS", most)
+        monkeypatch.setattr(schedule, "LEAST_KEYS", 16)
+        monkeypatch.setattr(schedule, "MOST_SPLITS", most)
         forget()
 
     yield split

@@ -20,7 +20,8 @@ from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # no
 from extrope_kernels.ops.attention import AttentionCall  # noqa: E402
 from extrope_kernels.ops.attention.call import KVCache  # noqa: E402
 from extrope_kernels.ops.attention.triton import configs  # noqa: E402
-from extrope_kernels.ops.attention.triton.decode import decode, share_of, tile_of  # noqa: E402
+from extrope_kernels.ops.attention.triton.decode import constants_of, decode  # noqa: E402
+from extrope_kernels.ops.attention.triton.schedule import Lengths, work_of_item  # noqa: E402
 from extrope_kernels.testing import device  # noqa: E402
 
 WIDE = example_of(scores.rerope(20))
@@ -191,17 +192,19 @@ def test_every_tile_is_a_candidate_or_has_none():
 
 
 # -------------------------------------------------------------------------------------------------
-# Who takes which keys: slots go to sequences, splits and blocks of rows
+# Who takes which keys: items go to sequences, splits and blocks of rows
 
 
 @triton.jit
-def _packed_shares(seqlens, cu_seqlens, found, batch, slots, total, TILE: tl.constexpr):
-    lengths = (batch, seqlens, seqlens, 1, 1 << 30)
-    slot = tl.program_id(0)
-    sequence, part, splits = share_of(slot, slots, 2, lengths, (cu_seqlens, total), TILE)
-    tl.store(found + slot * 3, sequence)
-    tl.store(found + slot * 3 + 1, part)
-    tl.store(found + slot * 3 + 2, splits)
+def _packed_work(
+    seqlens, cu_seqlens, found, batch, num_items, total, MODEL: tl.constexpr, BLOCKS: tl.constexpr
+):
+    lengths = Lengths(seqlens, seqlens, cu_seqlens, batch, total, 1, 1 << 30)
+    item = tl.program_id(0)
+    sequence, part, splits = work_of_item(item, num_items, 2, lengths, MODEL, BLOCKS)
+    tl.store(found + item * 3, sequence)
+    tl.store(found + item * 3 + 1, part)
+    tl.store(found + item * 3 + 2, splits)
 
 
 @pytest.mark.parametrize("more, tail", ((0, 20), (33, 0)))
@@ -223,17 +226,19 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
     ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
     call = call._replace(cu_seqlens=ends)
     kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
-    tile = tile_of(inputs.q, kv, call, configs.INTERPRETED, True)._replace(group=3)
-    slots = min(-(-3 * total // tile.block_m) + len(counts) + 1, total) + more
-    found = torch.full((slots, 3), -1, dtype=torch.int32, device=device())
+    model, blocks = constants_of(inputs.q, kv, call, configs.INTERPRETED, True)
+    model = model._replace(group=3)
+    items = min(-(-3 * total // blocks.block_m) + len(counts) + 1, total) + more
+    found = torch.full((items, 3), -1, dtype=torch.int32, device=device())
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())
-    _packed_shares[(slots,)](seqlens, ends, found, len(lengths), slots, total, TILE=tile)
+    sizes = (len(lengths), items, total)
+    _packed_work[(items,)](seqlens, ends, found, *sizes, MODEL=model, BLOCKS=blocks)
     expected = []
     for sequence, (count, keys) in enumerate(zip((*counts, tail), (*lengths, 0))):
-        rows = -(-3 * count // tile.block_m)
+        rows = -(-3 * count // blocks.block_m)
         mine = found[found[:, 0] == sequence].tolist()
         splits = mine[0][2] if mine else 1
-        assert 1 <= splits <= max(-(-(keys + count) // tile.block_n), 1)
+        assert 1 <= splits <= max(-(-(keys + count) // blocks.block_n), 1)
         expected += [[sequence, part, splits] for part in range(rows * splits)]
     assert found[: len(expected)].tolist() == expected
     assert (found[len(expected) :, 0] > len(lengths)).all()

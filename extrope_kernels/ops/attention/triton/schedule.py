@@ -1,0 +1,209 @@
+"""The schedule of a decode launch: the sequence, block of rows and split of keys of a program.
+
+Only the device knows lengths. So the host fixes a number of work items from shapes alone, and each
+program finds on the device what its item is. Sequences get items by their share of all keys: one
+item is a split, a run of whole blocks of keys. For packed queries an item is a split of one block
+of rows, since the host does not know how many rows each sequence has; otherwise an item has a
+program for each block of rows.
+
+A row is a token and one of the `group` heads of q that share a head of k.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._shared.triton.launch import processors_of
+from ..call import AttentionCall, KVCache
+from .device import first_key
+
+# -------------------------------------------------------------------------------------------------
+# On the host: how many items
+
+LEAST_KEYS = 256  # in a split; with fewer, its start and merge cost visible time
+MOST_SPLITS = 128  # in a sequence: one program merges them
+# Programs per multiprocessor: enough loads in flight, and an even last wave.
+WAVES = 2
+
+
+class Grid(NamedTuple):
+    """The programs for each head of k, and the sizes of their partial results."""
+
+    num_items: int
+    row_blocks: int  # every item has a program for each
+    item_rows: int  # rows of partial results of an item
+    counters: int  # per sequence; for packed queries in all
+    splits: bool  # several items may share a sequence
+    least_blocks: int  # least blocks of keys in a split
+
+
+def grid_of(q: Tensor, cache: KVCache, call: AttentionCall, block_m: int, block_n: int) -> Grid:
+    """Choose the grid from shapes, never from lengths.
+
+    q: (batch, seqlen_q, heads_q, head_dim), batch 1 for packed queries.
+    """
+    batch, heads_k = cache.seqlens.shape[0], cache.k.shape[2]
+    group, seqlen_q = q.shape[2] // heads_k, q.shape[1]
+    rows = group * seqlen_q
+    row_blocks, most_keys = triton.cdiv(rows, block_m), cache.capacity
+    if call.sliding_window is not None:
+        most_keys = min(most_keys, call.sliding_window + seqlen_q - 1)
+    splits = most_keys // LEAST_KEYS  # most splits of a sequence
+    least = triton.cdiv(LEAST_KEYS, block_n)
+    if call.cu_seqlens is None:
+        items = batch + _more_items(q, heads_k * row_blocks, batch * splits)
+        return Grid(items, row_blocks, rows, row_blocks, splits > 1, least)
+    # The last block of each sequence, and of the padding, may have only one row. But there are no
+    # more blocks than if every token had its own.
+    blocks = min(row_blocks + batch + 1, seqlen_q * triton.cdiv(group, block_m))
+    items = blocks + _more_items(q, heads_k, blocks * splits)
+    return Grid(items, 1, block_m, items, True, least)
+
+
+def _more_items(q: Tensor, programs: int, useful: int) -> int:
+    """Return the number of items beyond the first of each sequence.
+
+    programs: programs of an item. useful: the most splits that there can be.
+    """
+    wanted = triton.cdiv(WAVES * processors_of(q), max(programs, 1))
+    more = min(wanted, useful, MOST_SPLITS)
+    return more if more > 1 else 0
+
+
+# -------------------------------------------------------------------------------------------------
+# On the device: lengths, safe for any content of the tensors
+
+
+class Lengths(NamedTuple):
+    """The lengths of all sequences."""
+
+    seqlens: tl.tensor  # (batch,): slots of the cache in use before this call
+    leftpad: tl.tensor  # (batch,): the slot of position 0; None if it is always 0
+    cu_seqlens: tl.tensor  # (batch + 1,): boundaries of packed queries, or None
+    batch: tl.tensor
+    num_tokens: tl.tensor  # queries of each sequence; packed: of all
+    appended: tl.tensor  # new keys of each sequence; packed: of each of its queries, 0 or 1
+    capacity: tl.tensor  # slots of each sequence
+
+
+@triton.jit
+def queries_of(sequence, lengths, MODEL: tl.constexpr):
+    """Return (first token, number of tokens) of these sequences.
+
+    Packed tokens after the last boundary count as sequence number `batch`, which has no keys.
+    """
+    first_token, seqlen_q = 0, lengths.num_tokens
+    if MODEL.packed:
+        batch, total = lengths.batch, lengths.num_tokens
+        begin = tl.load(lengths.cu_seqlens + sequence, mask=sequence <= batch, other=total)
+        end = tl.load(lengths.cu_seqlens + sequence + 1, mask=sequence < batch, other=total)
+        first_token = tl.minimum(tl.maximum(begin, 0), total)
+        seqlen_q = tl.minimum(tl.maximum(end, first_token), total) - first_token
+    return first_token, seqlen_q
+
+
+@triton.jit
+def keys_of(sequence, seqlen_q, lengths, MODEL: tl.constexpr):
+    """Return (slot of position 0, number of keys) of these sequences; for `batch` and on, of none.
+
+    The keys include those that this call has written. They lie in slots of the cache whatever
+    seqlens and leftpad hold.
+    """
+    valid = sequence < lengths.batch
+    new = lengths.appended
+    if MODEL.packed:
+        new = lengths.appended * seqlen_q
+    end = tl.load(lengths.seqlens + sequence, mask=valid, other=0) + new
+    end = tl.minimum(tl.maximum(end, 0), lengths.capacity)
+    pad = end * 0
+    if MODEL.padded:
+        pad = tl.maximum(tl.load(lengths.leftpad + sequence, mask=valid, other=0), 0)
+    return pad, tl.maximum(end - pad, 0)
+
+
+# -------------------------------------------------------------------------------------------------
+# On the device: items go to sequences, splits and blocks of rows
+
+
+@triton.jit
+def _work_of(sequence, lengths, MODEL: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return (blocks of rows, blocks of keys that they see) of these sequences, (S,) each.
+
+    Blocks of rows are 1 unless packed: an item then has a program for each.
+    """
+    _, seqlen_q = queries_of(sequence, lengths, MODEL)
+    _, keys = keys_of(sequence, seqlen_q, lengths, MODEL)
+    if not MODEL.from_first_key:
+        # The first query sees the earliest keys: queries are the last tokens of their sequence.
+        keys -= first_key(keys - seqlen_q, keys, 0, 0, MODEL)
+    blocks = tl.cdiv(tl.maximum(keys, 0), BLOCKS.block_n)
+    blocks = tl.where(sequence < lengths.batch, blocks, 0)
+    row_blocks = 1
+    if MODEL.packed:
+        row_blocks = tl.cdiv(seqlen_q * MODEL.group, BLOCKS.block_m)
+    return row_blocks, blocks
+
+
+@triton.jit
+def _split_size(num_items, lengths, MODEL: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return how many blocks of keys a split needs at least, so that there are items for all."""
+    SEQUENCES: tl.constexpr = 128  # S, at a time
+    MARGIN: tl.constexpr = 1.0001  # above the error of a float32 sum
+    MOST: tl.constexpr = 1e9  # blocks of keys, more than any cache has
+    # cdiv(n, size) < n / size + 1. So all splits fit if the sum of n / size is at most the number
+    # of items beyond one for each sequence, or for each block of rows.
+    if MODEL.packed:
+        # Rows times keys in float32: 32 bits overflow, and in 64 a GPU calls a function to divide.
+        total, all_row_blocks = 0.0, 0
+        for first in tl.range(0, lengths.batch + 1, SEQUENCES):
+            sequence = first + tl.arange(0, SEQUENCES)
+            row_blocks, blocks = _work_of(sequence, lengths, MODEL, BLOCKS)
+            all_row_blocks += tl.sum(row_blocks)
+            total += tl.sum(row_blocks.to(tl.float32) * blocks.to(tl.float32))
+        size = total * MARGIN / tl.maximum(num_items - all_row_blocks, 1).to(tl.float32)
+        size = tl.minimum(size, MOST).to(tl.int32) + 1
+    else:
+        total = 0
+        for first in tl.range(0, lengths.batch, SEQUENCES):
+            _, blocks = _work_of(first + tl.arange(0, SEQUENCES), lengths, MODEL, BLOCKS)
+            total += tl.sum(blocks)
+        size = tl.cdiv(total, tl.maximum(num_items - lengths.batch, 1))
+    return size
+
+
+@triton.jit
+def work_of_item(
+    item, num_items, least_blocks, lengths, MODEL: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Return (sequence, split, splits) of an item; sequence >= batch if there is nothing to do.
+
+    Items follow one another by sequence, for packed queries then by block of rows, then by split:
+    `split` counts the splits of all blocks of rows there.
+
+    A split has at least least_blocks blocks of keys, and more if there would be too few items.
+    Every sequence, or block of rows, gets at least one split, even if empty. Every program counts
+    through all sequences; lengths: a Lengths.
+    """
+    SEQUENCES: tl.constexpr = 128  # S, at a time
+    size = tl.maximum(_split_size(num_items, lengths, MODEL, BLOCKS), least_blocks)
+    sequences = lengths.batch
+    if MODEL.packed:
+        sequences = lengths.batch + 1  # the tokens after the last boundary
+    sequence = 0  # those whose items all come before this one
+    first_item = 0  # of that sequence
+    counted = 0  # items of the sequences before `first`
+    for first in tl.range(0, sequences, SEQUENCES):
+        nth = first + tl.arange(0, SEQUENCES)  # (S,)
+        row_blocks, blocks = _work_of(nth, lengths, MODEL, BLOCKS)
+        items = tl.maximum(tl.cdiv(blocks, size), 1) * row_blocks
+        items = tl.where(nth < sequences, items, 0)
+        passed = (counted + tl.cumsum(items, 0) <= item) & (nth < sequences)
+        sequence += tl.sum(passed.to(tl.int32))
+        first_item += tl.sum(tl.where(passed, items, 0))
+        counted += tl.sum(items)
+    _, blocks = _work_of(sequence, lengths, MODEL, BLOCKS)
+    return sequence, item - first_item, tl.maximum(tl.cdiv(blocks, size), 1)
