@@ -25,8 +25,8 @@ from .settings import (
     WIDE_CACHES,
     Settings,
     check_config,
-    in_our_name,
     read_settings,
+    reprefix_error,
     rotations,
 )
 
@@ -152,7 +152,7 @@ def _by_method(
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
     model = ModelValues(values_in(text, parameters, dim), still)
-    with in_our_name():
+    with reprefix_error():
         function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
     if not takes_length:
         return function(), None
