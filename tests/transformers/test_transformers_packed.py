@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import tiny_models
 import torch
@@ -52,6 +54,32 @@ def test_sequences_of_a_row_are_their_own_forwards(family, method, settings):
             for name, gradient in trained(model, got).items():
                 torch.testing.assert_close(gradient, gradients[name])
         assert error(logits(model, ROW), want) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "layers"),
+    [
+        *(("GptOssForCausalLM", method, "full") for method in ("rerope", "dual_chunk")),
+        ("AfmoeForCausalLM", "rerope", "all"),  # its layers that see all keys do not rotate
+    ],
+)
+def test_layers_whose_masks_are_made_without_positions(name, method, layers):
+    """transformers' own masks of these models let packed sequences see one another.
+
+    AFMoE computes parts in float32.
+    """
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    sizes = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}
+    model = tiny_models.build(name, num_hidden_layers=2, **sizes).double()
+    model.set_experts_implementation("eager")  # others have no float64
+    with extend(model, method, layers=layers, **SCORE_PARAMETERS[method]):
+        want = alone(model)
+        gradients = trained(model, want)
+        for inputs in ({"position_ids": POSITIONS}, FLASH):
+            got = model(ROW, **inputs).logits
+            close(got, want)
+            for weight, gradient in trained(model, got).items():
+                close(gradient, gradients[weight])
 
 
 @pytest.mark.parametrize("method", ["rerope", "dual_chunk"])

@@ -10,7 +10,7 @@ import torch
 from test_vllm_settings import YARN, config
 
 from extrope_kernels import scores
-from extrope_kernels.integrations.vllm.dual_chunks import take_over
+from extrope_kernels.integrations.vllm.dual_chunks import adopt_dual_chunk_config
 from extrope_kernels.integrations.vllm.engine import make_engine
 
 KEY, TRAINED = "dual_chunk_attention_config", "original_max_position_embeddings"
@@ -32,18 +32,18 @@ def model_of(theirs=THEIRS):
 
 def test_a_model_says_its_chunks():
     made = config({"score": DUAL}, model=model_of())
-    assert take_over(made)
+    assert adopt_dual_chunk_config(made)
     settings = make_engine(made).settings
     assert settings.score == scores.dual_chunk(96, 32)
     assert settings.scale_from == 128
-    assert not take_over(made)  # a second time, as in copies
+    assert not adopt_dual_chunk_config(made)  # a second time, as in copies
     assert make_engine(made).settings == settings
 
 
 def test_what_is_given_goes_before():
     given = {"score": DUAL | {"local_window": 16, TRAINED: None}}
     made = config(given, model=model_of())
-    assert take_over(made)
+    assert adopt_dual_chunk_config(made)
     settings = make_engine(made).settings
     assert settings.score == scores.dual_chunk(96, 16) and settings.scale_from is None
     assert given == {"score": DUAL | {"local_window": 16, TRAINED: None}}
@@ -51,7 +51,7 @@ def test_what_is_given_goes_before():
 
 def test_other_methods_leave_vllms_part_out_as_well():
     made = config(YARN, model=model_of())
-    assert not take_over(made)
+    assert not adopt_dual_chunk_config(made)
     text = made.model_config.hf_text_config
     assert not hasattr(text, KEY) and make_engine(made).settings.score is None
     assert text.original_max_position_embeddings == 128  # what yarn counts from
@@ -59,7 +59,7 @@ def test_other_methods_leave_vllms_part_out_as_well():
 
 def test_without_it_parameters_are_missing():
     made = config({"score": DUAL}, model=model_of({}))
-    assert not take_over(made)
+    assert not adopt_dual_chunk_config(made)
     with pytest.raises(ValueError, match="dual_chunk needs chunk_size and local_window"):
         make_engine(made)
 

@@ -10,8 +10,8 @@ import torch
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import engine_of, make_engine
-from extrope_kernels.integrations.vllm.remarks import goes_by, remarks_on
 from extrope_kernels.integrations.vllm.settings import describe, read_settings
+from extrope_kernels.integrations.vllm.warnings import summary, warnings_for
 
 YARN = {"method": "yarn", "factor": 4.0}
 RERO = {"method": "rerope", "window": 64}
@@ -323,11 +323,11 @@ def test_models_that_see_have_towers(extrope):
     assert not make_engine(config(extrope)).has_towers
 
 
-def remarks(made):
-    return list(remarks_on(made, read_settings(made.additional_config)))
+def warnings_of(made):
+    return list(warnings_for(made, read_settings(made.additional_config)))
 
 
-def test_what_an_engine_goes_by():
+def test_the_summary_of_an_engine():
     types = ["sliding_attention", "full_attention"]
     for extrope, text, want in (
         (YARN, {}, "yarn factor=4.0 (trained length 128, base 10000, max_model_len 512)"),
@@ -344,7 +344,7 @@ def test_what_an_engine_goes_by():
         ),
     ):
         made = config(extrope, text)
-        assert goes_by(read_settings(made.additional_config), made) == want
+        assert summary(read_settings(made.additional_config), made) == want
 
 
 OVERRIDE = {"max_position_embeddings": 16384}
@@ -369,7 +369,7 @@ EXPLICIT = {"original_max_position_embeddings": 128}
 )
 def test_an_override_of_the_trained_length_is_told(extrope, overrides, text, said):
     made = config(extrope, OVERRIDE | text, {"hf_overrides": overrides})
-    found = remarks(made)
+    found = warnings_of(made)
     assert len(found) == (said is not None)
     for line in found:
         assert line.startswith("hf_overrides makes max_position_embeddings 16384, which ")
@@ -380,17 +380,17 @@ def test_an_override_of_the_trained_length_is_told(extrope, overrides, text, sai
 def test_a_key_that_nobody_reads_is_told(key):
     made = config(None, additional_config={key: YARN})
     assert make_engine(made) is None
-    assert remarks(made) == [
+    assert warnings_of(made) == [
         f"additional_config has {key!r}, which nobody reads; methods go under 'extrope'"
     ]
 
 
 def test_other_keys_are_others_business():
     for additional in ({"extra": 1, "rope": 2}, {"extrope": YARN, "extrope_note": 1}, object()):
-        assert remarks(config(None, additional_config=additional)) == []
+        assert warnings_of(config(None, additional_config=additional)) == []
 
 
 def test_a_factor_that_shortens_is_told():
-    (line,) = remarks(config(YARN | {"factor": 0.5}))
+    (line,) = warnings_of(config(YARN | {"factor": 0.5}))
     assert line == "factor 0.5 of yarn is below 1: it shortens what a model reads"
-    assert remarks(config({"method": "dynamic_ntk", "factor": 0.5})) == []
+    assert warnings_of(config({"method": "dynamic_ntk", "factor": 0.5})) == []

@@ -56,36 +56,29 @@ def extend(
 
     A frequency method (`methods.METHODS`) replaces the scaling in the model's configuration.
     Nothing is scaled twice, nor is the softmax scale of latent attention (DeepSeek). If
-    `apply_rope_qk` does what the model's layers do, every rotation goes through it, with a norm of
-    queries and keys right before it (Qwen3, Gemma 3, OLMo 2): frequencies stay float32 and
-    positions integers in a model of any dtype. Otherwise the model's own rotary embedding makes its
-    tables.
+    `apply_rope_qk` does what the model's layers do, every rotation goes through it, with a norm
+    right before it: frequencies stay float32 and positions integers in a model of any dtype.
+    Otherwise the model's own rotary embedding makes its tables.
 
-    A method with a `seq_len` depends on the length. It is frozen per request, so that cached keys
-    stay valid: in `generate` for the prompt and max_new_tokens together, in a forward with an empty
-    cache for its own tokens, or the largest of its position_ids. A `seq_len` among the parameters
-    fixes it for good. With cache="raw" nothing is frozen: caches hold unrotated keys, and every
-    forward rotates all of them by the frequencies for its own longest row. Up to the trained length
-    those are the plain model's. The states of earlier tokens stay as they were computed; keys and
-    values above the first layer are made of them.
+    A method with a `seq_len` is frozen per request, so that cached keys stay valid: in `generate`
+    for the prompt and max_new_tokens together, in a forward with an empty cache for its own tokens,
+    or the largest of its position_ids. A `seq_len` among the parameters fixes it for good. With
+    cache="raw" nothing is frozen: every forward rotates all keys by the frequencies for its own
+    longest row, up to the trained length the plain model's.
 
     A score method (`scores.SCORES`) keeps the frequencies of the model, or of an extension before
-    it, and changes the relative position that a pair sees; `log_n` scales queries too. A cache
-    holds each key once. Positions count from a row's first token: batches padded on either side (on
-    the left to generate) give the same as their rows alone. So do packed rows, marked by
-    position_ids that start anew (TRL's packing and padding_free) or by transformers' cu_seq_lens_q;
-    they make no cache. Refused: layers that do not see all keys before a query (indexers,
-    compressed keys), logits that depend on more than distances (a norm with weights after the
-    rotation), tokens with several positions (images), dropout, output_attentions, packed rows in
-    models with convolutions or states, and xpos unless the method's positions start anew.
+    it, and changes the relative position that a pair sees; `log_n` scales queries too. Positions
+    count from a row's first token: padded batches (on the left to generate) and packed rows (by
+    position_ids that start anew, or by cu_seq_lens_q; they make no cache) give the same as their
+    sequences alone. Refused: layers that do not see all keys before a query (indexers, compressed
+    keys), logits that depend on more than distances (a norm with weights after the rotation),
+    tokens with several positions (images), dropout, output_attentions, packed rows in models with
+    convolutions or states, and xpos unless the method's positions start anew.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
-    cuts it, and all layers attend across ranks: logits, losses and gradients are those of one
-    device, to rounding. All ranks make the same call of `extend`. Shift labels before they are cut:
-    pass `shift_labels` beside `labels`. "rope" is the plain model. Refused: padding, caches
-    (restore the model to generate), chunks (Llama 4) and models that mix tokens in another way
-    (state spaces). Call FSDP's `fully_shard` before or after `extend`, accelerate and Trainer after
-    it. Without a mesh, a region of torch's `context_parallel` raises ValueError if the model would
+    cuts it, and all layers attend across ranks; "rope" is the plain model. All ranks make the same
+    call of `extend`. docs/guide/distributed.md has labels, FSDP, accelerate and what is refused.
+    Without a mesh, a region of torch's `context_parallel` raises ValueError if the model would
     compute something else.
 
     model: any language model of transformers that rotates, with or without its head or a vision

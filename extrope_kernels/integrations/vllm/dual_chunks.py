@@ -14,7 +14,7 @@ from .settings import NAME
 _TRAINED = "original_max_position_embeddings"
 
 
-def take_over(config: Any) -> bool:
+def adopt_dual_chunk_config(config: Any) -> bool:
     """Move a model's settings of dual chunks into additional_config; return True if moved.
 
     The entry's score gets the parameters that the user has not given; the model's key is deleted.

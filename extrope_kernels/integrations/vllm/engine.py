@@ -32,8 +32,8 @@ from .settings import (
     WIDE_CACHES,
     Settings,
     check_config,
-    in_our_name,
     read_settings,
+    reprefix_error,
     rotations,
 )
 
@@ -160,7 +160,7 @@ def _by_method(
     dim = 2 * own.inv_freq.shape[-1]
     values, trained = values_in(text, parameters, dim), trained_in(text, parameters, dim)
     model = ModelValues(values, trained, still)
-    with in_our_name():
+    with reprefix_error():
         function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
     if not takes_length:
         return function(), None

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .._shared.parameters import SPARSE
-from .dual_chunks import take_over
+from .dual_chunks import adopt_dual_chunk_config
 from .engine import engine_of, make_engine
-from .remarks import goes_by, remarks_on
 from .settings import NAME, OURS, read_entry, read_settings
+from .warnings import summary, warnings_for
 
 LOGGER = logging.getLogger(f"vllm.{NAME}")  # under vLLM's own, to have its level and handler
 _LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
@@ -143,14 +143,14 @@ def check_configurations() -> None:
         if getattr(config.model_config, "is_submodel_config", False):
             return complete()
         forget_shared_layers()
-        if read_entry(config.additional_config) is not None and take_over(config):
+        if read_entry(config.additional_config) is not None and adopt_dual_chunk_config(config):
             LOGGER.warning("%s: %s", NAME, SPARSE)
         choose_backend(config)
         complete()
         if config.model_config is not None:
             engine = make_engine(config)
-            for remark in remarks_on(config, None if engine is None else engine.settings):
-                LOGGER.warning("%s: %s", NAME, remark)
+            for warning in warnings_for(config, None if engine is None else engine.settings):
+                LOGGER.warning("%s: %s", NAME, warning)
         return None
 
     _around_configurations(look)
@@ -247,4 +247,4 @@ def check_model(config: Any, get_model: Callable[[], Any], *, first: bool) -> No
     extend_model(model, engine)
     attend_for(model, engine, whole=config.parallel_config.pipeline_parallel_size == 1)
     if first:
-        LOGGER.info("%s: %s", NAME, goes_by(engine.settings, config))
+        LOGGER.info("%s: %s", NAME, summary(engine.settings, config))

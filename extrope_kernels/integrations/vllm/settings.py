@@ -134,13 +134,13 @@ def _read_score(entry: Any) -> tuple[Score | None, float | None, int | None]:
             f"{NAME}: score must have a method, one of {', '.join(SCORES)}, got {got!r}"
         )
     parameters = dict(entry)
-    with in_our_name():
+    with reprefix_error():
         score, log_n = bind_score(NAME, parameters.pop("method"), parameters)
     return score, log_n, scale_from(NAME, parameters)
 
 
 @contextmanager
-def in_our_name() -> Iterator[None]:
+def reprefix_error() -> Iterator[None]:
     """Make errors of methods begin like all of the plugin's."""
     try:
         yield

@@ -9,6 +9,7 @@ own tables. `ScoreAttention.attend` then attends, in the layer's place.
 
 from __future__ import annotations
 
+import inspect
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -118,6 +119,7 @@ class ScoreHooks:
         self.score = rotaries[0].score
         self.needs_mask = probe.needs_mask
         self.others_mix = probe.others_mix
+        self.separates = probe.separates
         self.argument_names = argument_names(owner)
         self.layer_argument_names = {
             layer: argument_names(layer) for layer in [*probe.far, *probe.near]
@@ -150,7 +152,7 @@ class ScoreHooks:
             # Convolutions and states take its last columns for the new tokens.
             arguments["attention_mask"] = mask[:, : batch.total]
         if isinstance(batch, PackedBatch):
-            arguments |= self._of_packed(module, batch, cache)
+            arguments |= self._of_packed(module, batch, tokens, cache)
         elif arguments.get("position_ids") is None and batch.leftpad is not None:
             arguments["position_ids"] = batch.positions
         if not self.needs_mask:
@@ -211,7 +213,9 @@ class ScoreHooks:
             return static_batch(tokens, past, mask)
         return read_batch(tokens, past, mask, arguments.get("position_ids"))
 
-    def _of_packed(self, module: nn.Module, batch: PackedBatch, cache: Any) -> dict[str, Any]:
+    def _of_packed(
+        self, module: nn.Module, batch: PackedBatch, tokens: Tensor, cache: Any
+    ) -> dict[str, Any]:
         """Return arguments that tell packed sequences apart for the model's other layers too."""
         if self.others_mix:
             raise ValueError(
@@ -224,6 +228,8 @@ class ScoreHooks:
             )
         # transformers makes masks of packed sequences only if it gets positions and no mask.
         told = {"position_ids": batch.positions, "attention_mask": None}
+        if not self.separates:
+            told["attention_mask"] = packed_masks(module, tokens, batch.positions)
         return told | ({"use_cache": False} if "use_cache" in self.argument_names else {})
 
     def _past(self, cache: Any) -> int | Tensor:
@@ -255,6 +261,32 @@ class ScoreHooks:
         index = getattr(next(iter(self.heads)), "layer_idx", None)
         known = index is not None and index >= 0
         return cache.get_seq_length(index) if known else cache.get_seq_length()
+
+
+def packed_masks(module: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
+    """Return the masks of packed rows, by kind of layers, as `generate` prepares masks.
+
+    For models that take them, but make their own without positions.
+    """
+    from transformers.masking_utils import create_masks_for_generate
+
+    # Of the tokens only sizes, dtype and device count. Names differ between versions.
+    like = torch.empty(*tokens.shape[:2], 0, dtype=module.dtype, device=tokens.device)
+    arguments = {"config": module.config, "attention_mask": None, "position_ids": positions}
+    arguments |= {"inputs_embeds": like, "input_embeds": like, "cache": None}
+    arguments |= {
+        "past_key_values": None,
+        "cache_position": torch.arange(tokens.shape[1], device=tokens.device),
+    }
+    names = inspect.signature(create_masks_for_generate).parameters
+    arguments = {name: value for name, value in arguments.items() if name in names}
+    masks = create_masks_for_generate(**arguments)
+    if masks is None:
+        raise ValueError(
+            f"extend: packed rows need masks that tell them apart, which {type(module).__name__} "
+            "does not make; give each sequence a row"
+        )
+    return masks
 
 
 def _own(attention: ScoreAttention) -> Any:

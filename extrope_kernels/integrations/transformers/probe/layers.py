@@ -263,6 +263,7 @@ class LayerProbe:
     unrotated: near layers without a rotation that take part in the probed rotary embeddings.
     needs_mask: True if something else than the attention of far layers uses the mask.
     others_mix: True if tokens mix outside of attention (convolutions, states).
+    separates: True if the masks of near layers tell packed sequences apart by their positions.
     around: the layer of a rotary embedding that belongs to one layer.
 
     Raises ValueError if a layer does something that the ops do not.
@@ -311,6 +312,7 @@ class LayerProbe:
             raise unsupported(owner, reason)
         self.needs_mask = self._needs_mask()
         self.others_mix = mixes(still.output, self._record(still=True, backwards=True).output)
+        self.separates = not self.needs_mask or self.others_mix or self._separates()
 
     def _try_out(self) -> tuple[Recorder, Recorder]:
         """Run the owner twice; if layers get several masks, find the attention's among them."""
@@ -425,6 +427,18 @@ class LayerProbe:
         with replaced([(self.owner, "config", config)]):
             return self._record().masks
 
+    def _separates(self) -> bool:
+        """Give the tokens the positions of two sequences, and look at the masks of near layers.
+
+        transformers makes some models' masks without positions (GPT-OSS, AFMoE).
+        """
+        try:
+            masks = self._record(still=True, position_ids=torch.arange(TOKENS)[None] % 2).masks
+        except ValueError:  # a model of tokens with several positions, which are never packed
+            return True
+        implementation = getattr(self.owner.config, "_attn_implementation", None)
+        return not any(leaks(masks[layer], implementation) for layer in self.near)
+
     def _needs_mask(self) -> bool:
         """Return True if something else than the attention of extended layers uses the mask.
 
@@ -438,6 +452,18 @@ class LayerProbe:
             self._record(still=True, attention_mask=mask) for mask in (padded, no_mask())
         )
         return not torch.equal(masked.output[0][:, 1:], free.output[0][:, 1:])
+
+
+def leaks(mask: Any, implementation: str | None) -> bool:
+    """Return True if a layer's mask lets the last two tokens of the probe see the first two."""
+    if isinstance(mask, Mapping):
+        return any(leaks(each, implementation) for each in mask.values())
+    if mask is None:  # other implementations read positions and boundaries themselves
+        return implementation in ("eager", "sdpa", "extrope")
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != (TOKENS, TOKENS):
+        return False
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return bool(seen[..., 2:, :2].any())
 
 
 def mixes(there: Any, back: Any) -> bool:

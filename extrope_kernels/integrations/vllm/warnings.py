@@ -19,7 +19,7 @@ _SHARED_KEYS = (
 )
 
 
-def goes_by(settings: Settings, config: Any) -> str:
+def summary(settings: Settings, config: Any) -> str:
     """Return the methods of a VllmConfig and the numbers they start from, in one line."""
     model = config.model_config
     text = model.hf_text_config
@@ -32,7 +32,7 @@ def goes_by(settings: Settings, config: Any) -> str:
     )
 
 
-def remarks_on(config: Any, settings: Settings | None) -> Iterator[str]:
+def warnings_for(config: Any, settings: Settings | None) -> Iterator[str]:
     """Yield likely mistakes in a VllmConfig that works."""
     if settings is None:
         yield from _near_misses(config.additional_config)
