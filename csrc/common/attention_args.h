@@ -16,10 +16,10 @@ namespace extrope {
   std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor, \
       bool interleaved, double softcap, std::optional<int64_t> sliding_window,               \
       bool float32_results, int64_t granularity, const std::vector<int64_t>&region_starts,   \
-      const std::vector<int64_t>&map_kinds, const std::vector<int64_t>&map_moduli,           \
-      const std::vector<double>&map_divisors, const std::vector<bool>&map_floors,            \
-      const std::vector<double>&map_offsets, const std::vector<double>&map_caps,             \
-      const std::vector<int64_t>&map_rows
+      const std::vector<int64_t>&map_kinds, const Column<int64_t>&map_moduli,                \
+      const Column<double>&map_divisors, const Column<bool>&map_floors,                      \
+      const Column<double>&map_offsets, const Column<double>&map_caps,                       \
+      const Column<int64_t>&map_rows
 #define EXTROPE_READ_OPTIONS(op)                                                                \
   AttentionOptions {                                                                            \
     softmax_scale, log_n, attention_factor, interleaved, softcap, float32_results,              \

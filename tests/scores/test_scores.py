@@ -99,9 +99,11 @@ def test_maps_survive_their_columns():
     ]
     assert [x.kind for x in made] == list(MapKind)
     columns = columns_of(made)
-    assert maps_of(columns) == made
+    assert maps_of("op", columns, len(made)) == made
     assert all(math.isfinite(x) for column in columns.values() for x in column)
-    assert maps_of(columns_of([PositionMap(divisor=INF, offset=5, cap=3)]))[0](torch.zeros(1)) == 3
+    capped = columns_of([PositionMap(divisor=INF, offset=5, cap=3)])
+    assert maps_of("op", capped, 1) == [PositionMap(divisor=INF, offset=3)]
+    assert columns_of([PositionMap()] * 2) == {"map_kinds": [0, 0]}
 
 
 @pytest.mark.parametrize(

@@ -133,13 +133,6 @@ struct Rotation {
   double norm_eps;
 };
 
-// Reads the map, or none.
-inline std::optional<PositionMap> stored_of(const MapColumns& columns) {
-  if (columns.kinds.empty()) return std::nullopt;
-  check_columns(kOp, columns, 1);
-  return map_at(kOp, columns, 0);
-}
-
 // Checks that no slot outside the cache is written.
 inline void check_slots(const KVCache& cache, int64_t pages) {
   for (int64_t b = 0; b < cache.batch; ++b) {

@@ -137,10 +137,10 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
                    const OptionalTensor& cache_leftpad, const OptionalTensor& positions,
                    const OptionalTensor& log_decay, const OptionalTensor& axes,
                    const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                   const std::vector<int64_t>& map_kinds, const std::vector<int64_t>& map_moduli,
-                   const std::vector<double>& map_divisors, const std::vector<bool>& map_floors,
-                   const std::vector<double>& map_offsets, const std::vector<double>& map_caps,
-                   const std::vector<int64_t>& map_rows, double norm_eps, double attention_factor,
+                   const Column<int64_t>& map_kinds, const Column<int64_t>& map_moduli,
+                   const Column<double>& map_divisors, const Column<bool>& map_floors,
+                   const Column<double>& map_offsets, const Column<double>& map_caps,
+                   const Column<int64_t>& map_rows, double norm_eps, double attention_factor,
                    bool interleaved, double decay_origin) {
   const Args args{.q = q,
                   .k = k,
@@ -154,22 +154,27 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
                   .cache_leftpad = cache_leftpad,
                   .k_scale = k_scale,
                   .v_scale = v_scale};
-  const Rotation rotation{.inv_freq = inv_freq,
-                          .positions = positions,
-                          .q_norm_weight = q_norm_weight,
-                          .k_norm_weight = k_norm_weight,
-                          .options = {.cu_seqlens = cu_seqlens,
-                                      .log_decay = log_decay,
-                                      .axes = axes,
-                                      .attention_factor = attention_factor,
-                                      .offset = 0,
-                                      .interleaved = interleaved,
-                                      .inverse = false,
-                                      .decay_origin = decay_origin,
-                                      .packed = args.packed()},
-                          .stored = stored_of({map_kinds, map_moduli, map_divisors, map_floors,
-                                               map_offsets, map_caps, map_rows}),
-                          .norm_eps = norm_eps};
+  Rotation rotation{.inv_freq = inv_freq,
+                    .positions = positions,
+                    .q_norm_weight = q_norm_weight,
+                    .k_norm_weight = k_norm_weight,
+                    .options = {.cu_seqlens = cu_seqlens,
+                                .log_decay = log_decay,
+                                .axes = axes,
+                                .attention_factor = attention_factor,
+                                .offset = 0,
+                                .interleaved = interleaved,
+                                .inverse = false,
+                                .decay_origin = decay_origin,
+                                .packed = args.packed()},
+                    .stored = {},
+                    .norm_eps = norm_eps};
+  if (map_kinds) {
+    const MapColumns columns{*map_kinds,  map_moduli, map_divisors, map_floors,
+                             map_offsets, map_caps,   map_rows};
+    check_columns(kOp, columns, 1);
+    rotation.stored = map_at(kOp, columns, 0);
+  }
   RopeAppend append(args, rotation);
   Tensor out = q.has_value() ? fresh_like(*q, kOp) : fresh(k, {0}, k.scalar_type(), kOp);
   append.run(q.has_value() ? OptionalTensor(out) : kNone);

@@ -1,6 +1,7 @@
 """Position maps as arguments of ops: a column for each field, an entry for each map.
 
-C++ reads them in csrc/common/regions.h.
+A column that no map reads is left out: every list costs a call host time. C++ reads the columns in
+csrc/common/map_args.h.
 """
 
 from __future__ import annotations
@@ -11,41 +12,60 @@ from typing import Any
 
 from ...scores.base import MapKind, PairRow, PlainMap, PositionMap
 
-COLUMNS = {
-    "map_kinds": "int[]",
-    "map_moduli": "int[]",
-    "map_divisors": "float[]",
-    "map_floors": "bool[]",
-    "map_offsets": "float[]",
-    "map_caps": "float[]",
-    "map_rows": "int[]",
+SCHEMA = {
+    "map_kinds": "int[] map_kinds",
+    "map_moduli": "int[]? map_moduli=None",
+    "map_divisors": "float[]? map_divisors=None",
+    "map_floors": "bool[]? map_floors=None",
+    "map_offsets": "float[]? map_offsets=None",
+    "map_caps": "float[]? map_caps=None",
+    "map_rows": "int[]? map_rows=None",
+}
+# The entries of a map whose kind does not read the column.
+_UNREAD = {
+    "map_moduli": 0,
+    "map_divisors": 1.0,
+    "map_floors": False,
+    "map_offsets": 0.0,
+    "map_caps": 0.0,
+    "map_rows": 0,
 }
 FARTHEST = 1 << 62  # past every position: there, all moduli and starts are alike
 
 
 def columns_of(maps: Sequence[PlainMap]) -> dict[str, list[Any]]:
     """Return the columns of these maps, by name."""
+    columns = {"map_kinds": [int(by.kind) for by in maps]}
     entries = [_entries(by) for by in maps]
-    return {name: [entry[n] for entry in entries] for n, name in enumerate(COLUMNS)}
+    for n, (name, unread) in enumerate(_UNREAD.items()):
+        column = [entry[n] for entry in entries]
+        if any(x != unread for x in column):
+            columns[name] = column
+    return columns
 
 
-def maps_of(columns: Mapping[str, Sequence[Any]]) -> list[PlainMap]:
-    """Rebuild the maps from their columns; there may be other arguments beside them."""
-    return [_map(*entries) for entries in zip(*(columns[name] for name in COLUMNS), strict=True)]
+def maps_of(op: str, columns: Mapping[str, Sequence[Any] | None], count: int) -> list[PlainMap]:
+    """Rebuild `count` maps from their columns; there may be other arguments beside them."""
+    kinds = columns["map_kinds"] or ()
+    given = {name: columns.get(name) or [unread] * count for name, unread in _UNREAD.items()}
+    for name, column in (("map_kinds", kinds), *given.items()):
+        if len(column) != count:
+            raise ValueError(f"{op}: {name} must be of {count} maps, got {len(column)}")
+    return [_map(*entries) for entries in zip(kinds, *given.values())]
 
 
 def _entries(by: PlainMap) -> tuple[Any, ...]:
-    """Return a map's entries. What its kind does not read is 0, or 1 if it is a divisor.
+    """Return a map's entries in the columns after its kind.
 
-    So no entry is infinite: serialised graphs (AOTInductor) have no infinity.
+    None is infinite: serialised graphs (AOTInductor) have no infinity.
     """
-    kind, modulus = int(by.kind), min(int(by.modulus), FARTHEST)
+    modulus = min(int(by.modulus), FARTHEST)
     if isinstance(by, PairRow):
-        return kind, modulus, 1.0, by.floor, 0.0, 0.0, by.row
-    if kind == MapKind.CONSTANT:
-        return kind, 0, 1.0, False, float(min(by.offset, by.cap)), 0.0, 0
-    cap = float(by.cap) if kind == MapKind.CAPPED else 0.0
-    return kind, modulus, float(by.divisor), bool(by.floor), float(by.offset), cap, 0
+        return modulus, 1.0, by.floor, 0.0, 0.0, by.row
+    if by.kind == MapKind.CONSTANT:
+        return 0, 1.0, False, float(min(by.offset, by.cap)), 0.0, 0
+    cap = float(by.cap) if by.kind == MapKind.CAPPED else 0.0
+    return modulus, float(by.divisor), bool(by.floor), float(by.offset), cap, 0
 
 
 def _map(

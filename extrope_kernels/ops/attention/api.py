@@ -13,7 +13,6 @@ from ...scores import UNROTATED, Score
 from .._shared import backends as _backends
 from .._shared.autograd import constant_when_compiled
 from .._shared.checks import (
-    REFUSALS,
     narrowed,
     raise_as_value_error,
     refuse_flags,
@@ -21,6 +20,7 @@ from .._shared.checks import (
 )
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
+from .._shared.layouts import checked_by_layout
 from .._shared.positions import cache_lengths
 from . import axes, flash_attn, heads, op
 from .call import AttentionCall, KVCache, make_call
@@ -138,16 +138,17 @@ def rope_attention(
             axes.check_axes(name, freqs, positions, q, k, call)
         out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
         return (out, lse) if return_lse else out
+    tensors, by_query = (q, k, v, *call.tensors), True
+    checked_by_layout(check_attention, tensors, (name, call.fixed), name, q, k, v, call, by_query)
+    if positions is not None:
+        axes.check_axes(name, freqs, positions, q, k, call)
+    if freqs.log_decay is not None:
+        check_values(name, call, len(q))
+        check_decay(name, freqs, q, k, call)
     try:
-        if freqs.log_decay is not None:
-            check_decay(name, freqs, q, k, call)
-        if positions is not None:
-            check_attention(name, q, k, v, call, by_query=True)
-            axes.check_axes(name, freqs, positions, q, k, call)
         out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
-    except REFUSALS as error:
-        # The op has refused the call before any kernel; this error begins with the score's name.
-        check_attention(name, q, k, v, call, by_query=True)
+    except (RuntimeError, ValueError) as error:
+        # Values, and limits of a backend, which the op has refused before any kernel.
         check_values(name, call, len(q))
         raise_as_value_error(error, "attention", name)
         raise
@@ -264,13 +265,14 @@ def rope_attention_with_kvcache(
     if compiling:
         out, lse = op.decode(q, k, v, cache, call, backend)
         return (out, lse) if return_lse else out
+    tensors = (q, k, v, k_cache, v_cache, *cache.tensors, *call.tensors)
+    checked_by_layout(check_decode, tensors, (name, call.fixed), name, q, k, v, cache, call)
+    if freqs.log_decay is not None:
+        check_new_keys(name, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
     try:
-        if freqs.log_decay is not None:
-            check_new_keys(name, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
         out, lse = op.decode(q, k, v, cache, call, backend)
-    except REFUSALS as error:
-        # The op has refused the call before any write; this error begins with the score's name.
-        check_decode(name, q, k, v, cache, call)
+    except (RuntimeError, ValueError) as error:
+        # Values, and limits of a backend, which the op has refused before any write.
         check_slots(name, cache, call.cu_seqlens, len(q))
         raise_as_value_error(error, "decode", name)
         raise

@@ -23,9 +23,9 @@ from ...scores.base import (
     Score,
     map_pairs,
 )
+from .._shared import maps
 from .._shared.dtypes import NO_SCALES, Scales, accumulator
 from .._shared.layouts import cached_by_layout
-from .._shared.maps import COLUMNS, FARTHEST, columns_of, maps_of
 
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
 # The arguments of every attention op besides its tensors. The maps are the q_map and the k_map of
@@ -40,7 +40,7 @@ OPTIONS = {
     "float32_results": "bool float32_results=False",
     "granularity": "int granularity",
     "region_starts": "int[] region_starts",
-    **{name: f"{kind} {name}" for name, kind in COLUMNS.items()},
+    **maps.SCHEMA,
 }
 
 
@@ -78,17 +78,26 @@ class AttentionCall(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The other fields as the op's keyword arguments, see OPTIONS."""
-        return {
-            "softmax_scale": None if self.softmax_scale is None else float(self.softmax_scale),
-            "log_n": None if self.log_n is None else float(self.log_n),
-            "attention_factor": float(self.attention_factor),
-            "interleaved": bool(self.interleaved),
-            "softcap": float(self.softcap),
-            "sliding_window": None if self.sliding_window is None else int(self.sliding_window),
-            "float32_results": bool(self.float32_results),
-            **_options_of_score(self.score, self.keys_stored),
-        }
+        """The other fields as the op's keyword arguments, without those that are its defaults.
+
+        What is left out costs no host time.
+        """
+        options = dict(_options_of_score(self.score, self.keys_stored))
+        if self.softmax_scale is not None:
+            options["softmax_scale"] = float(self.softmax_scale)
+        if self.log_n is not None:
+            options["log_n"] = float(self.log_n)
+        if self.attention_factor != 1:
+            options["attention_factor"] = float(self.attention_factor)
+        if self.interleaved:
+            options["interleaved"] = True
+        if self.softcap:
+            options["softcap"] = float(self.softcap)
+        if self.sliding_window is not None:
+            options["sliding_window"] = int(self.sliding_window)
+        if self.float32_results:
+            options["float32_results"] = True
+        return options
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -237,11 +246,12 @@ def _options_of_score(score: Score, keys_stored: bool) -> dict[str, Any]:
 
 
 def _make_options_of_score(score: Score, keys_stored: bool) -> dict[str, Any]:
-    maps = [x for region in score.regions for x in (region.q_map, region.k_map)]
+    of_regions = [x for region in score.regions for x in (region.q_map, region.k_map)]
+    farthest = maps.FARTHEST
     return {
-        "granularity": min(int(score.granularity), FARTHEST),
-        "region_starts": [int(max(-FARTHEST, min(x.start, FARTHEST))) for x in score.regions],
-        **columns_of([*maps, score.stored if keys_stored else UNROTATED]),
+        "granularity": min(int(score.granularity), farthest),
+        "region_starts": [int(max(-farthest, min(x.start, farthest))) for x in score.regions],
+        **maps.columns_of([*of_regions, score.stored if keys_stored else UNROTATED]),
     }
 
 
@@ -249,18 +259,12 @@ def _read(options: Mapping[str, Any]) -> Sequence[Any]:
     """Return `call.fixed`."""
     fields = dict(options)
     starts, granularity = fields.pop("region_starts"), fields.pop("granularity")
-    columns = {name: fields.pop(name) for name in COLUMNS}
+    columns = {name: fields.pop(name, None) for name in maps.SCHEMA}
     count = len(starts)
     if not 1 <= count <= 3:
         raise ValueError(f"attention: region_starts must be of 1 to 3 regions, got {count}")
-    for name, column in columns.items():
-        if len(column) != 2 * count + 1:
-            raise ValueError(
-                f"attention: {name} must be of {2 * count + 1} maps, two a region and that of the "
-                f"given keys, got {len(column)}"
-            )
-    *maps, stored = maps_of(columns)
-    regions = tuple(map(Region, starts, maps[::2], maps[1::2]))
+    *of_regions, stored = maps.maps_of("attention", columns, 2 * count + 1)
+    regions = tuple(map(Region, starts, of_regions[::2], of_regions[1::2]))
     score = Score("attention", regions, granularity, stored)
     none = [None] * _NUM_TENSORS
     return AttentionCall(*none, score=score, keys_stored=True, **fields).fixed  # type: ignore[arg-type]

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._shared.autograd import contiguous_rows, refuse_backward, register_backward
+from .._shared.autograd import (
+    call_unrecorded,
+    contiguous_rows,
+    note_writes,
+    refuse_backward,
+    register_backward,
+    wants_grad,
+)
 from .._shared.dtensor import replicated
 from .._shared.dtypes import Scales, accumulator
 from .._shared.layouts import cached_by_layout, layout_key
@@ -69,7 +76,8 @@ def forward(
         check_attention("attention", q, k, v, call)
         check_values("attention", call, len(q))
         return reference.forward(q, k, v, call)
-    return _op("attention_fwd", backend)(q, k, v, *replicated(q, call.tensors), **call.options)
+    args = (q, k, v, *replicated(q, call.tensors))
+    return _run(_op("attention_fwd", backend), args, call.options)
 
 
 def backward(
@@ -106,11 +114,15 @@ def decode(
         check_decode("decode", q, k, v, cache, call)
         check_slots("decode", cache, call.cu_seqlens, len(q))
         return reference.decode(q, k, v, cache, call)
-    return _op("decode", backend)(
+    args = DecodeTensors(
         q, cache.k, cache.v, k, v, call.inv_freq, call.cu_seqlens, call.log_decay, call.sinks,
         call.query_scale, call.pair_maps, cache.seqlens, cache.block_table, cache.leftpad,
-        *cache.scales, **call.options,
+        *cache.scales,
     )  # fmt: skip
+    found = _run(_op("decode", backend), args, call.options)
+    if k is not None and not torch.compiler.is_compiling():
+        note_writes(cache.k, cache.v)
+    return found
 
 
 def _by_reference(q: Tensor, backend: str | None) -> bool:
@@ -119,7 +131,14 @@ def _by_reference(q: Tensor, backend: str | None) -> bool:
 
 
 def _op(name: str, backend: str | None) -> Any:
-    return getattr(ops, f"{name}_{backend}" if backend in ("triton", "flash_attn") else name)
+    named = f"{name}_{backend}" if backend in ("triton", "flash_attn") else name
+    return getattr(ops, named).default
+
+
+def _run(op: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() or wants_grad(args):
+        return op(*args, **options)
+    return call_unrecorded(op, args, options)
 
 
 # -------------------------------------------------------------------------------------------------

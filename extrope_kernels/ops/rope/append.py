@@ -20,7 +20,7 @@ from .._shared.checks import REFUSALS, check_real, raise_as_value_error, refuse_
 from .._shared.decay import check_new_keys, check_numbers
 from .._shared.dtypes import quantize
 from .._shared.library import library, load_on_first_use, ops
-from .._shared.maps import COLUMNS, columns_of
+from .._shared.maps import SCHEMA, columns_of
 from .._shared.positions import cache_lengths
 from .append_checks import Append, check, check_values
 from .norm import rms_norm, rope_norm_fwd
@@ -273,7 +273,7 @@ def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor |
 # The op
 
 # The map, if there is one, is that by which a score method stores keys; q then stays unrotated.
-_MAP = ", ".join(f"{kind} {name}=[]" for name, kind in COLUMNS.items())
+_MAP = ", ".join(SCHEMA.values()).replace("int[] map_kinds", "int[]? map_kinds=None")
 _SCHEMA = (
     "(Tensor? q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor? q_norm_weight, Tensor? k_norm_weight, Tensor? inv_freq, Tensor? cache_seqlens=None, "

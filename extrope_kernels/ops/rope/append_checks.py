@@ -49,13 +49,13 @@ class Append:
     k_scale: Tensor | None = None  # for a cache in float8_e4m3fn
     v_scale: Tensor | None = None
     # The columns of a map for k, or of none: q is then not rotated.
-    map_kinds: Sequence[int] = ()
-    map_moduli: Sequence[int] = ()
-    map_divisors: Sequence[float] = ()
-    map_floors: Sequence[bool] = ()
-    map_offsets: Sequence[float] = ()
-    map_caps: Sequence[float] = ()
-    map_rows: Sequence[int] = ()
+    map_kinds: Sequence[int] | None = None
+    map_moduli: Sequence[int] | None = None
+    map_divisors: Sequence[float] | None = None
+    map_floors: Sequence[bool] | None = None
+    map_offsets: Sequence[float] | None = None
+    map_caps: Sequence[float] | None = None
+    map_rows: Sequence[int] | None = None
     norm_eps: float = 1e-6
     attention_factor: float = 1.0
     interleaved: bool = False
@@ -94,8 +94,7 @@ class Append:
     @property
     def map(self) -> PlainMap | None:
         """The map by which a score method stores keys."""
-        found = maps_of(vars(self))
-        return found[0] if found else None
+        return None if self.map_kinds is None else maps_of("rope_append", vars(self), 1)[0]
 
     def sequence_and_place(self) -> tuple[Tensor, Tensor]:
         """Return each token's sequence and its index in that one's new tokens: (batch, seqlen)."""
