@@ -16,7 +16,7 @@ import torch
 from ..evaluation.models import PACKAGES
 from ..evaluation.options import method_params
 from ..evaluation.search.candidates import Candidate
-from ..integrations._shared.parameters import score_values_in
+from ..integrations._shared.parameters import score_values_in, trained_in
 from ..integrations.vllm.engine import make_engine
 from ..scores import SCORES
 from .facts import Facts
@@ -34,6 +34,10 @@ _LEFT_OUT = {
     "longrope": "left out: a model with LongRoPE may load no other type; `search` writes factors",
     "proportional": "left out: no other rope_type rotates a part of a head as proportional does",
 }
+_TRAINED_UNDER = (
+    "left out: no rope_parameters scale the {} that the model was trained with; `save_pretrained` "
+    "of what extend returns writes factors"
+)
 # The rope_parameters that YaRN replaces.
 _SCALING = ("factor", "attention_factor", "beta_", "low_freq", "high_freq", "rope_type", "type")
 
@@ -67,7 +71,7 @@ def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
     first, why = _choose(source, facts, length, yarn)
     served = "MODEL" if model in PACKAGES or Path(model).is_file() else shlex.quote(model)
     lines = {"extend": first.call, "vLLM, our plugin": _plugin_line(served, source, length, first)}
-    if left_out := _left_out(facts.rope_parameters):
+    if left_out := _left_out(source, facts.rope_parameters):
         return Advice(length, first.name, why, {}, lines | dict.fromkeys(_ENGINES, left_out))
     parameters = _rope_parameters(source, facts, yarn)
     note = f"  # yarn: no {first.method} here" if first.method in SCORES else ""
@@ -113,11 +117,14 @@ def _rope_parameters(source: Source, facts: Facts, yarn: Candidate) -> dict[str,
     return {**source.config.rope_parameters, facts.full_kind: new}
 
 
-def _left_out(rope_parameters: Mapping[str, Any]) -> str | None:
+def _left_out(source: Source, rope_parameters: Mapping[str, Any]) -> str | None:
     """Return why no rope_parameters with YaRN are known, or None."""
     if any(isinstance(each, Mapping) for each in rope_parameters.values()):
         return "left out: none of its kinds of layers is known to be the one that sees all tokens"
-    return _LEFT_OUT.get(rope_parameters.get("rope_type", "default"))
+    rope_type = rope_parameters.get("rope_type", "default")
+    if rope_type not in _LEFT_OUT and trained_in(source.config, rope_parameters, 0):
+        return _TRAINED_UNDER.format(rope_type)
+    return _LEFT_OUT.get(rope_type)
 
 
 def _is_built(source: Source, parameters: Mapping[str, Any], kind: str | None) -> bool:

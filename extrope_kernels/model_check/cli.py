@@ -132,7 +132,7 @@ def _rotation(each: Rotation, trained: int) -> str:
     return (
         f"{layers}: {each.method}, base {each.base:g}{factor}, attention factor "
         f"{each.attention_factor:.5g}; {each.unfinished} of {each.pairs} pairs never finish a turn "
-        f"in {trained:,} tokens"
+        f"in {min(trained, each.window or trained):,} tokens"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .. import RopeFreqs, methods
 from ..evaluation import UsageError
-from ..integrations._shared.parameters import is_bounded
+from ..integrations._shared.parameters import is_bounded, trained_in
 from ..integrations.transformers import extend
 from ..integrations.transformers.model import caches_in, shortened
 from ..integrations.transformers.probe.layers import LayerProbe, kind_of
@@ -53,8 +53,8 @@ class Rotation:
 
     window: tokens that a layer sees, None for all.
     method, base, factor, attention_factor: in force, as transformers builds the model.
-    unfinished: number of rotating pairs whose unscaled frequency makes less than a turn in the
-        training length.
+    unfinished: number of rotating pairs that made less than a turn in the tokens that the layer
+        saw in training.
     transformers, vllm: how these apply the stated scaling.
     """
 
@@ -186,6 +186,10 @@ def read_length(source: Source) -> Length:
         nested = [entry, *entry.values()] if isinstance(entry, Mapping) else []
         places += [(f"{name} in {key}", each.get(name)) for each in nested if hasattr(each, "get")]
     origin, trained = next(((key, value) for key, value in places if value), (None, reach))
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, Mapping))]
+    if reach is not None and any(trained_in(config, each, 0) for each in kinds):
+        origin, trained = None, reach  # the scaling is part of the training
     longest = "max_position_embeddings"
     for key, value in ((origin or longest, trained), (longest, reach)):
         if type(value) is not int or value < 1:
@@ -198,7 +202,6 @@ def read_length(source: Source) -> Length:
     if source.gguf:
         ending = "context_length" if name not in origin else "rope.scaling.original_context_length"
         origin = f"{source.gguf}.{ending}"
-    parameters = getattr(config, "rope_parameters", None) or {}
     scaled = trained * (parameters.get("factor") or 1)
     if parameters.get("rope_type") == "yarn" and scaled > reach:
         return Length(trained, origin, int(scaled), "the factor of its YaRN")
@@ -303,8 +306,11 @@ def _rotation(
         float(attribute_of(fresh, key, "attention_scaling", 1.0)),
     )
     rotating = int((built.inv_freq > 0).sum())
-    plain = methods.rope(2 * len(built.inv_freq), base=base)
-    turns = plain.inv_freq[:rotating].double() * trained / (2 * math.pi)
+    dim = 2 * len(built.inv_freq)
+    plain = methods.rope(dim, base=base)
+    of_training = trained_in(source.config, parameters, dim).get("over", plain).inv_freq
+    seen = min(trained, layers.window or trained)
+    turns = of_training[:rotating].double() * seen / (2 * math.pi)
     stated = _stated(source, key)
     by_vllm = vllm.rotation(source.config, key, 2 * len(built.inv_freq))
     in_vllm = _compare(by_vllm, stated, plain)
