@@ -17,11 +17,12 @@ from .device import (
     launch,
     program_heads,
     program_tokens,
-    stride_names,
 )
 
-STRIDES = stride_names("q", "k", "q_out", "k_out")
-TABLE_STRIDES = ("cos_stride_batch", "cos_stride_seq", "sin_stride_batch", "sin_stride_seq")
+NUMBERS = (
+    *("count", "seqlen", "cos_stride_batch", "cos_stride_seq", "sin_stride_batch"),
+    "sin_stride_seq",
+)
 
 
 @triton.jit
@@ -30,32 +31,36 @@ def _rotate_heads(
     HEADS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Rotate this program's share of the heads; x_row, out_row: (TOKENS,), of head 0."""
+    ALIGN: tl.constexpr = TILE.align
     first, last = program_heads(HEADS)
     for head in range(first, last):
         head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-        # TILE.align divides all strides: if not told, the compiler would load element by element.
-        x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
-        out_at = tl.multiple_of(out_row + head * out_stride_head, TILE.align)
+        # ALIGN divides all strides: if not told, the compiler would load element by element.
+        x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+        out_at = tl.multiple_of(out_row + head * out_stride_head, ALIGN)
         a, b, rest = load_parts(x_ptr + x_at, valid, TILE)  # (TOKENS, PAIRS) twice
         a, b = a.to(cos.dtype), b.to(cos.dtype)
         parts = (a * cos - b * sin, b * cos + a * sin, rest)
         store_parts(out_ptr + out_at, parts, valid, TILE)
 
 
-@triton.jit(do_not_specialize=(*STRIDES, *TABLE_STRIDES, "count", "seqlen"))
+@triton.jit(do_not_specialize=NUMBERS)
 def cos_sin_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr,  # (batch, seqlen, heads, head_dim); k may be None
     cos_ptr, sin_ptr,  # (batch or 1, seqlen, half)
-    q_stride_batch, q_stride_seq, q_stride_head,
-    k_stride_batch, k_stride_seq, k_stride_head,
-    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+    strides,  # of q, k, q_out, k_out: unpacked below
     count, seqlen,  # tokens: count = batch * seqlen
     cos_stride_batch, cos_stride_seq, sin_stride_batch, sin_stride_seq,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Rotate: axis 0 is tiles of tokens, axis 1 shares of the heads."""
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
+    (  # in elements
+        q_stride_batch, q_stride_seq, q_stride_head,
+        k_stride_batch, k_stride_seq, k_stride_head,
+        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     pair = tl.arange(0, TILE.pairs)
     mask = valid[:, None] & (pair < TILE.half)[None, :]

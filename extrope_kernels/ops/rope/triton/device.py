@@ -5,6 +5,7 @@ Shapes in comments are TILE's: TOKENS and PAIRS (`tokens` and `pairs` of a Tile)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -64,14 +65,6 @@ class Rope(NamedTuple):
     cu_seqlens: Tensor | None = None
     log_decay: Tensor | None = None
     axes: Tensor | None = None
-
-
-def stride_names(*names: str) -> tuple[str, ...]:
-    """Name the strides of (batch, seqlen, heads, head_dim) tensors, as kernels do.
-
-    Kernels do not specialise on them: Tile.align says what divides them all.
-    """
-    return tuple(f"{name}_stride_{axis}" for name in names for axis in ("batch", "seq", "head"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -199,7 +192,7 @@ class Launch(NamedTuple):
     """A launch, worked out once per layout of a call's tensors."""
 
     grid: tuple[int, ...]
-    numbers: tuple[int | float, ...]  # the last arguments that are not constexpr
+    numbers: tuple[Any, ...]  # the last arguments that are not constexpr, see `build_launch`
     options: dict[str, Any]  # constexprs, and Triton's own options
     strides: tuple[tuple[int, ...], ...] | None = None  # see `settle`
 
@@ -231,8 +224,8 @@ def build_launch(
     """Work out the launch on q, k and other (batch, seqlen, heads, head_dim) tensors or None.
 
     Tiles and grids take few different values, so little is compiled. Returns None if there is
-    nothing to do. The launch's numbers: strides of batch, seq and head for each tensor (0 for
-    None), count = batch * seqlen, seqlen, then `numbers`.
+    nothing to do. The launch's numbers: all tensors' strides of batch, seq, head (0 for None), in
+    a tuple, which takes Triton less time than arguments; count = batch * seqlen; seqlen; numbers.
 
     constants, numbers: as from `launch_constants`.
     one_program: a program takes all heads.
@@ -256,12 +249,13 @@ def build_launch(
         tokens, warps = max(1, vectors // (pairs_in_registers or pairs)), 4
     tiles = triton.cdiv(count, tokens)
     shares = min(most_shares, max(1, TARGET_WARPS // (warps * tiles)))
-    strides = [n for x in tensors for n in ((0, 0, 0) if x is None else strides_of(x)[:3])]
+    per_tensor = ((0, 0, 0) if x is None else strides_of(x)[:3] for x in tensors)
+    strides = tuple(itertools.chain(*per_tensor))
     align = math.gcd(VECTOR_BYTES // x.itemsize, *strides)
     sizes = (tokens, pairs, rest, next_power_of_2(max(rest, 1)), align, heads_q, heads_k)
     options["TILE"] = Tile(*sizes, wide=x.dtype == torch.float64, **constants)
     options |= {"num_warps": warps, "enable_fp_fusion": True}
-    return Launch((tiles, shares), (*strides, count, seqlen, *numbers), options)
+    return Launch((tiles, shares), (strides, count, seqlen, *numbers), options)
 
 
 def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:
@@ -337,8 +331,7 @@ def settle(
     prepared = build_launch(tensors, by, numbers, **options)
     if prepared is None:
         return None
-    align, given = prepared.options["TILE"].align, prepared.numbers
-    strides = tuple(
-        tuple(n // align for n in given[3 * i : 3 * i + 3]) for i in range(len(tensors))
-    )
-    return prepared._replace(strides=strides, numbers=given[3 * len(tensors) :])
+    flat, *rest = prepared.numbers
+    groups = [n // prepared.options["TILE"].align for n in flat]
+    strides = tuple(tuple(groups[i : i + 3]) for i in range(0, len(groups), 3))
+    return prepared._replace(strides=strides, numbers=tuple(rest))

@@ -44,7 +44,6 @@ from .device import (
     program_heads,
     program_tokens,
     sincos,
-    stride_names,
 )
 
 # A backward's limit: without one, ptxas spills to fit one more block.
@@ -100,6 +99,7 @@ def norm_rotate(
     sequence, position, amplitude: as from load_positions and `decayed`, used if ROTATES.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
+    ALIGN: tl.constexpr = TILE.align
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
     HEAD_DIM: tl.constexpr = 2 * TILE.half + TILE.rest
     eps = tl.full((1, 1), EPS, WIDE)  # a plain number is a float32
@@ -108,8 +108,8 @@ def norm_rotate(
         squares = tl.zeros((TOKENS, 1), WIDE)
         for head in range(0, HEADS):
             head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-            # TILE.align divides all strides: if not told, the compiler loads element by element.
-            x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
+            # ALIGN divides all strides: if not told, the compiler loads element by element.
+            x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
             a, b, rest = load_head(x_ptr + x_at, valid, TILE)
             squares += _sum_dims(a * a, b * b, rest * rest, TILE)
         rstd = 1.0 / tl.sqrt(squares / (HEADS * HEAD_DIM) + eps)
@@ -122,7 +122,7 @@ def norm_rotate(
         head = tl.cast(head, tl.int64)
         if ROTATES and TILE.per_head:
             cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
-        x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
+        x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
         a, b, rest = load_head(x_ptr + x_at, valid, TILE)
         if weight_ptr is not None:
             if TOGETHER:
@@ -136,19 +136,17 @@ def norm_rotate(
         parts = (a, b, rest)
         if codes_scale_ptr is not None:  # as if rounded to x's dtype first
             codes_scale = tl.load(codes_scale_ptr + head)
-            parts = parts_of_codes(parts, codes_scale, x_ptr.dtype.element_ty, TILE)
-        out_at = tl.multiple_of(out_row + head * out_stride_head, TILE.align)
+            dtype: tl.constexpr = x_ptr.dtype.element_ty
+            parts = parts_of_codes(parts, codes_scale, dtype, TILE)
+        out_at = tl.multiple_of(out_row + head * out_stride_head, ALIGN)
         store_parts(out_ptr + out_at, parts, out_valid, TILE)  # rounds once
 
 
-@triton.jit(do_not_specialize=(*stride_names("q", "k", "q_out", "k_out"), *CALL_NUMBERS))
+@triton.jit(do_not_specialize=CALL_NUMBERS)
 def norm_rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    q_stride_batch, q_stride_seq, q_stride_head,
-    k_stride_batch, k_stride_seq, k_stride_head,
-    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+    strides,  # of q, k, q_out, k_out: unpacked below
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -161,6 +159,12 @@ def norm_rotate_kernel(
     None. q_out and k_out may be q and k; with TOGETHER a program then has all heads, since it reads
     them before it overwrites one.
     """
+    (  # in elements
+        q_stride_batch, q_stride_seq, q_stride_head,
+        k_stride_batch, k_stride_seq, k_stride_head,
+        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
     sequence, position = load_positions(
@@ -210,6 +214,7 @@ def _norm_rotate_backward(
     dweight_ptr: (programs, dims of the weight), to be summed over the programs.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
+    ALIGN: tl.constexpr = TILE.align
     TOKENS: tl.constexpr = TILE.tokens
     PAIRS: tl.constexpr = TILE.pairs
     REST: tl.constexpr = TILE.rest_dims
@@ -230,9 +235,9 @@ def _norm_rotate_backward(
             if TILE.per_head:
                 cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
-            # TILE.align divides all strides: if not told, the compiler loads element by element.
-            dy_at = tl.multiple_of(dy_row + head * dy_stride_head, TILE.align)
-            x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
+            # ALIGN divides all strides: if not told, the compiler loads element by element.
+            dy_at = tl.multiple_of(dy_row + head * dy_stride_head, ALIGN)
+            x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
             dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
             x_a, x_b, x_rest = load_head(x_ptr + x_at, valid, TILE)
             g_a, g_b = dy_a * cos - dy_b * sin, dy_b * cos + dy_a * sin  # R^T: sin is minus R's
@@ -253,9 +258,9 @@ def _norm_rotate_backward(
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
         elif TILE.rest > 0:
             w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
-        dy_at = tl.multiple_of(dy_row + head * dy_stride_head, TILE.align)
-        x_at = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
-        dx_at = tl.multiple_of(dx_row + head * dx_stride_head, TILE.align)
+        dy_at = tl.multiple_of(dy_row + head * dy_stride_head, ALIGN)
+        x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+        dx_at = tl.multiple_of(dx_row + head * dx_stride_head, ALIGN)
 
         # g = R^T dy, u = g * weight
         dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
@@ -290,19 +295,12 @@ def _norm_rotate_backward(
         _store_dweight(dweight_ptr, dw_a, dw_b, dw_rest, TILE)
 
 
-@triton.jit(
-    do_not_specialize=(*stride_names("dq_out", "dk_out", "dq", "dk", "q", "k"), *CALL_NUMBERS)
-)
+@triton.jit(do_not_specialize=CALL_NUMBERS)
 def norm_rotate_backward_kernel(
     dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr,
     q_dweight_ptr, k_dweight_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,
-    dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
-    dq_stride_batch, dq_stride_seq, dq_stride_head,
-    dk_stride_batch, dk_stride_seq, dk_stride_head,
-    q_stride_batch, q_stride_seq, q_stride_head,
-    k_stride_batch, k_stride_seq, k_stride_head,
+    strides,  # of dq_out, dk_out, dq, dk, q, k: unpacked below
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -314,6 +312,14 @@ def norm_rotate_backward_kernel(
     A program has all heads of its tokens. dq_out, dk_out: gradients of the forward's outputs; dq,
     dk: of its inputs q and k. q_dweight, k_dweight: see _norm_rotate_backward; None without weight.
     """
+    (  # in elements
+        dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,
+        dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
+        dq_stride_batch, dq_stride_seq, dq_stride_head,
+        dk_stride_batch, dk_stride_seq, dk_stride_head,
+        q_stride_batch, q_stride_seq, q_stride_head,
+        k_stride_batch, k_stride_seq, k_stride_head,
+    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
     sequence, position = load_positions(

@@ -33,10 +33,8 @@ from .device import (
     program_heads,
     program_tokens,
     sincos,
-    stride_names,
 )
 
-STRIDES = stride_names("q", "k", "q_out", "k_out", "q_saved", "k_saved")
 # If every head has its own frequencies, a limit that no kernel reaches: without one, ptxas spills
 # to fit one more block.
 MOST_REGISTERS = 128
@@ -53,11 +51,12 @@ def _rotate_head(
     saved_ptr: the forward's input if x is the gradient of its output, else None: no share.
     cos, sin: (TOKENS, PAIRS), times the amplitude.
     """
+    ALIGN: tl.constexpr = TILE.align
     WIDE: tl.constexpr = angle_grad.dtype
     head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-    # TILE.align divides all strides: if not told, the compiler would load element by element.
-    x_row = tl.multiple_of(x_row + head * x_stride_head, TILE.align)
-    out_row = tl.multiple_of(out_row + head * out_stride_head, TILE.align)
+    # ALIGN divides all strides: if not told, the compiler would load element by element.
+    x_row = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+    out_row = tl.multiple_of(out_row + head * out_stride_head, ALIGN)
     # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, rest_dims).
     x_a, x_b, rest = load_parts(x_ptr + x_row, valid, TILE)
     x_a, x_b = x_a.to(WIDE), x_b.to(WIDE)
@@ -67,22 +66,17 @@ def _rotate_head(
     if saved_ptr is not None:
         # The forward y = R(t) s has dL/dt = <dy, R J s> = <R^T dy, J s>, where J (a, b) = (-b, a),
         # a quarter turn, commutes with R. R^T dy is out: a cross product of each pair is left.
-        saved_row = tl.multiple_of(saved_row + head * saved_stride_head, TILE.align)
+        saved_row = tl.multiple_of(saved_row + head * saved_stride_head, ALIGN)
         s_a, s_b, _ = load_parts(saved_ptr + saved_row, valid, TILE)
         angle_grad += s_a.to(WIDE) * out_b - s_b.to(WIDE) * out_a
     return angle_grad
 
 
-@triton.jit(do_not_specialize=(*STRIDES, *CALL_NUMBERS))
+@triton.jit(do_not_specialize=CALL_NUMBERS)
 def rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_saved_ptr, k_saved_ptr, angle_grad_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    q_stride_batch, q_stride_seq, q_stride_head,
-    k_stride_batch, k_stride_seq, k_stride_head,
-    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
-    q_saved_stride_batch, q_saved_stride_seq, q_saved_stride_head,
-    k_saved_stride_batch, k_saved_stride_seq, k_saved_stride_head,
+    strides,  # of q, k, q_out, k_out, q_saved, k_saved: unpacked below
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -105,15 +99,20 @@ def rotate_kernel(
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
     PAIRS: tl.constexpr = TILE.pairs  # half, rounded up to a power of two
     HALF: tl.constexpr = TILE.half
+    (  # in elements
+        q_stride_batch, q_stride_seq, q_stride_head,
+        k_stride_batch, k_stride_seq, k_stride_head,
+        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+        q_saved_stride_batch, q_saved_stride_seq, q_saved_stride_head,
+        k_saved_stride_batch, k_saved_stride_seq, k_saved_stride_head,
+    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
 
     # The rows of head 0 in elements from the start: (TOKENS,) int64.
     q_row = batch * q_stride_batch + seq * q_stride_seq
-    k_row = batch * k_stride_batch + seq * k_stride_seq
     q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
-    k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
     q_saved_row = batch * q_saved_stride_batch + seq * q_saved_stride_seq
-    k_saved_row = batch * k_saved_stride_batch + seq * k_saved_stride_seq
 
     # Positions: sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64.
     sequence, position = load_positions(
@@ -133,6 +132,9 @@ def rotate_kernel(
     if TILE.per_head:
         # Every head has frequencies of its own: its cosines and sines, then q's and k's head. Both
         # have the same heads, and so the same gradient of angles.
+        k_row = batch * k_stride_batch + seq * k_stride_seq
+        k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
+        k_saved_row = batch * k_saved_stride_batch + seq * k_saved_stride_seq
         for head in range(first, last):
             head = tl.cast(head, tl.int64)
             freq = tl.load(freq_ptrs + head * TILE.inv_freq_stride_head, mask=mask, other=0.0)
@@ -170,7 +172,10 @@ def rotate_kernel(
                 q_saved_ptr, q_saved_row, q_saved_stride_head,
                 head, valid, q_cos, q_sin, angle_grad, TILE,
             )  # fmt: skip
-        if k_ptr is not None:
+        if k_ptr is not None:  # its rows not before: they would stay in registers so far
+            k_row = batch * k_stride_batch + seq * k_stride_seq
+            k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
+            k_saved_row = batch * k_saved_stride_batch + seq * k_saved_stride_seq
             k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
             k_cos, k_sin = cos * k_amplitude, sin * k_amplitude
             first, last = program_heads(TILE.heads_k)
