@@ -54,16 +54,11 @@ def sized(tokens: int, seqlen: int) -> int:
     return tokens if seqlen >= 2048 else max(tokens * seqlen // SEQLEN, 4)
 
 
-def _yarn(head_dim: int) -> Tensor:
-    """Return YaRN's divisors of frequencies at four times 4,096 tokens."""
-    yarn = methods.yarn(head_dim, factor=4.0, original_max_position_embeddings=4096)
-    return methods.rope(head_dim).inv_freq / yarn.inv_freq
-
-
 def score_of(name: str, seqlen: int, head_dim: int) -> scores.Score | None:
     """Return a score method with its measured parameters."""
     window, chunk, block = (sized(n, seqlen) for n in (WINDOW, CHUNK, BLOCK))
     local = sized(LOCAL if device() == "cuda" else 256, seqlen)
+    yarn = methods.yarn(head_dim, factor=4.0, original_max_position_embeddings=4096)
     return {
         "plain": lambda: None,
         "rerope": lambda: scores.rerope(window),
@@ -73,7 +68,9 @@ def score_of(name: str, seqlen: int, head_dim: int) -> scores.Score | None:
         "blockwise_causal": lambda: scores.blockwise_causal(block),
         "string": lambda: scores.string(seqlen // 2, window),
         "dpe": lambda: scores.dpe(window, [2, 8, 2, 8, 32, 32, 32, 4], head_dim // 2),
-        "far_frequencies": lambda: scores.far_frequencies(window, _yarn(head_dim)),
+        "far_frequencies": lambda: scores.far_frequencies(
+            window, methods.rope(head_dim).inv_freq / yarn.inv_freq
+        ),
     }[name]()
 
 
@@ -82,7 +79,7 @@ NAMES = ("plain", *scores.SCORES)
 
 
 # -------------------------------------------------------------------------------------------------
-# Shared with bench_decode.py and `make gpu`
+# Shared with bench_decode.py
 
 
 def make_inputs(seqlen: int, heads_k: int, head_dim: int, dtype: torch.dtype, heads: int = HEADS):
@@ -100,12 +97,6 @@ def backends() -> dict[str, str | None]:
     if device() == "cpu":
         return {"cpu": None}
     return {name: name for name in attention_backends() if name != "reference"}
-
-
-def plain_peers(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs) -> dict[str, Call | str]:
-    """Return other libraries' plain causal attention, over rotated inputs."""
-    rotated = [*apply_rope_qk(q, k, freqs), v]
-    return {**sdpa(*rotated), **attention_peers(*rotated)}
 
 
 def exact_tail(
@@ -173,18 +164,13 @@ def cases(name: str, quick: bool) -> Iterator[Case]:
             yield case(*sizes, {}, {} if dtype == torch.float32 else None)
 
 
-def seen(seqlen: int, half: int) -> Tensor:
-    """Return the mask (seqlen, seqlen) of keys that queries see in blocks of 2 * half."""
-    i = torch.arange(seqlen)
-    return (i <= i[:, None]) & (i >= (i[:, None] // half - 1) * half)
-
-
 def others(name: str, seqlen: int) -> Callable[..., dict[str, Call | str]]:
     """Return other implementations of a method, from q, k, v and frequencies."""
     if name == "rerope":
         return partial(flex_rerope, window=sized(WINDOW, seqlen))
     if name == "blockwise_causal" and device() == "cpu":
-        mask = seen(seqlen, sized(BLOCK, seqlen) // 2)
+        i, half = torch.arange(seqlen), sized(BLOCK, seqlen) // 2
+        mask = (i <= i[:, None]) & (i >= (i[:, None] // half - 1) * half)  # (queries, keys)
 
         def masked(q, k, v, freqs):
             calls = sdpa(*apply_rope_qk(q, k, freqs), v, mask=mask)
@@ -203,7 +189,7 @@ def pairs_of(name: str, seqlen: int) -> float:
 
 
 def two_scores(seqlen: int) -> Case:
-    """Return ReRoPE beside its paper's formula, with N x N scores twice, where it can bear them."""
+    """Return ReRoPE beside its paper's formula, with N x N logits twice, where memory bears it."""
     window = sized(WINDOW, seqlen)
 
     def formula(q, k, v, freqs):
@@ -255,7 +241,8 @@ def bench(report: Report, case: Case) -> None:
         first = partial(rope_attention, *(x[:, :1] for x in qkv), freqs, case.score, **case.given)
         beside = {"without": without}
         if not case.given:
-            beside = {"no window": plain, **plain_peers(*qkv, freqs)}
+            rotated = [*apply_rope_qk(*qkv[:2], freqs), qkv[2]]
+            beside = {"no window": plain, **sdpa(*rotated), **attention_peers(*rotated)}
         row = {"dtype": case.dtype, "shape": shape, "backend": backend, "own": OWN}
         if backend == "flash_attn" and (refused := why_not(ours)):  # it takes no float32, no LEX
             name = name_of(case.dtype)
@@ -277,12 +264,12 @@ def bench(report: Report, case: Case) -> None:
 
 
 def by_length(seqlen: int) -> dict[str, Call]:
-    """Return ours and, while a few N x N scores fit into memory, the two-score formula."""
+    """Return ours and, while a few N x N logits fit into memory, the two-score formula."""
     inputs, freqs = make_inputs(seqlen, 1, 64, torch.float32, heads=2), frequencies(64)
     score = scores.rerope(WINDOW)
     calls: dict[str, Call] = {"rerope": lambda: rope_attention(*inputs, freqs, score)}
-    bytes_of_scores = 6 * 2 * 4  # copies, heads, float32
-    if bytes_of_scores * seqlen**2 < memory():
+    bytes_of_logits = 6 * 2 * 4  # copies, heads, float32
+    if bytes_of_logits * seqlen**2 < memory():
         calls["two scores, eager"] = lambda: dense_rerope(*inputs, freqs, WINDOW)
     return calls
 

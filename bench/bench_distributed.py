@@ -1,27 +1,29 @@
 """Attention of a sequence over 2 and 4 processes: python bench/bench_distributed.py
 
-It compares each rank's sent bytes with the formula (they must be equal), the CPU seconds of all
-ranks with one process of as many threads, and the most that a rank's tensors take with those of one
-process divided by the ranks. The peak of its memory also has messages that gloo's threads free
-late. gloo runs on one machine, a thread per rank: times show the work, not a network. Past the
-first length queries see 2,048 keys (a sliding window), which changes no tensor's size.
+It compares the CPU seconds of all ranks with one process of as many threads, and the most that a
+rank's tensors take with those of one process divided by the ranks. The peak of its memory also has
+messages that gloo's threads free late. gloo runs on one machine, a thread per rank: times show the
+work, not a network. Past the first length queries see 2,048 keys (a sliding window), which changes
+no tensor's size. The bytes that a rank sends are counted in tests/distributed.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":  # peaks are of the CPU's memory, which gloo uses
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
 import torch
 from harness import NAN, Report, arguments, column, peak_megabytes, returned_memory, verdict
 from held import Held
 from ranks import Ranks
-from sent import Sent, by_formula
 from torch.distributed.device_mesh import DeviceMesh
 
 from extrope_kernels import RopeFreqs, distributed, methods, rope_attention, scores
@@ -41,9 +43,6 @@ class Row:
     # Of CPU, of all ranks, the best of the repeats; forward with backward.
     milliseconds: float = column("CPU ms", ".0f")
     of_one: float = column("of one process's", ".2f", NAN)  # with as many threads
-    sent: float = column("MB sent", ".3f", NAN)  # by a rank, forward with backward
-    formula: float = column("by formula", ".3f", NAN)
-    written: float = column("to sockets", ".3f", NAN)  # all that the process wrote meanwhile
     held: float = column("MB held", ".1f", NAN)  # by the rank with most tensors, beside its q, k, v
     of_share: float = column("of one's / P", ".2f", NAN)
     megabytes: float = column("peak MB", ".1f", NAN)  # of the process
@@ -51,24 +50,18 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        if self.sent != self.formula and self.name != "one process":
-            return "missed"
         # A window leaves little work beside copying and sending: those rows are about memory.
         bars = [] if self.windowed else [verdict(self.of_one, CPU_BAR)]
         bars += [verdict(self.of_share, MEMORY_BAR)] * (self.name == "ring")
         return "missed" if "missed" in bars else max(bars, default="")
 
 
-@dataclass
-class Measured:
-    """Measurements of one rank; bytes but for the peak."""
+class Measured(NamedTuple):
+    """Measurements of one rank."""
 
-    seconds: float
-    megabytes: float
-    held: int
-    sent: int
-    formula: int
-    written: int  # by the process, to sockets too
+    seconds: float  # of CPU
+    megabytes: float  # the process's peak
+    held: int  # bytes
 
 
 def tensors(seqlen: int) -> list[torch.Tensor]:
@@ -85,7 +78,7 @@ def measure(
 ) -> Measured:
     """Measure forward with backward on every rank, with its tokens of a sequence of seqlen."""
     torch.set_num_threads(threads)
-    rank, ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+    ranks = 1 if mesh is None else mesh.size()
     leaves = [x.requires_grad_() for x in tensors(seqlen // ranks)]
     dout, freqs = torch.randn_like(leaves[0]), RopeFreqs(methods.rope(HEAD_DIM).inv_freq)
     attention, options = rope_attention, {"sliding_window": seen}
@@ -97,27 +90,19 @@ def measure(
         out = attention(*leaves, freqs, scores.rerope(WINDOW), **options)
         torch.autograd.grad(out, leaves, dout)
 
-    before = bytes_written()
-    with Held() as held, Sent(rank, ranks) as sent:
+    with Held() as held:
         train()
-    written = bytes_written() - before
     seconds = min(seconds_of(train) for _ in range(repeats))
     with returned_memory():
         megabytes = peak_megabytes(train)
     torch.set_num_threads(1)
-    formula = by_formula(strategy, *leaves, ranks, backward=True)
-    return Measured(seconds, megabytes, held.most, sent.bytes, formula, written)
+    return Measured(seconds, megabytes, held.most)
 
 
 def seconds_of(train) -> float:
     start = time.process_time()
     train()
     return time.process_time() - start
-
-
-def bytes_written() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
 
 
 def bench(report: Report, ranks: Ranks, seqlen: int, size: int, seen: int | None) -> None:
@@ -127,13 +112,11 @@ def bench(report: Report, ranks: Ranks, seqlen: int, size: int, seen: int | None
     report.add(Row("one process", size, seqlen, one.seconds * 1e3, **alone))
     for strategy in STRATEGIES:
         found = ranks.run(measure, size, strategy=strategy, threads=1, **given)
-        seconds = sum(x.seconds for x in found)
-        most = {key: max(getattr(x, key) for x in found) for key in vars(found[0])}
-        megabytes = {key: most[key] / 1e6 for key in ("sent", "formula", "written", "held")}
+        seconds, held = sum(x.seconds for x in found), max(x.held for x in found)
         report.add(
             Row(strategy, size, seqlen, seconds * 1e3, of_one=seconds / one.seconds,
-                of_share=most["held"] / (one.held / size), megabytes=most["megabytes"],
-                windowed=seen is not None, **megabytes)
+                held=held / 1e6, of_share=held / (one.held / size),
+                megabytes=max(x.megabytes for x in found), windowed=seen is not None)
         )  # fmt: skip
 
 

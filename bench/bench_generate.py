@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,13 +73,6 @@ def load(quick: bool) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(device(), torch.bfloat16)
 
 
-@contextlib.contextmanager
-def prepared(model: PreTrainedModel, attention: str, extension: dict | None) -> Iterator[None]:
-    model.set_attn_implementation(attention)
-    with extend(model, **extension) if extension else contextlib.nullcontext():
-        yield
-
-
 def generate(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float]:
     """Return the seconds for the prompt, and the median of a step."""
     clock = Clock()
@@ -94,8 +86,9 @@ def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds:
     ids = torch.randint(100, 40000, (1, tokens), device=device())
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in MODELS}
     for _ in range(rounds):
-        for name, how in MODELS.items():
-            with prepared(model, *how):
+        for name, (attention, extension) in MODELS.items():
+            model.set_attn_implementation(attention)
+            with extend(model, **extension) if extension else contextlib.nullcontext():
                 found[name].append(generate(model, ids, new))
     # The least of all rounds: other load on the machine only adds time.
     best = {name: [min(column) for column in zip(*times)] for name, times in found.items()}

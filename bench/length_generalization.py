@@ -32,7 +32,6 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import tables
 import torch
@@ -145,14 +144,6 @@ def loss_of(model: Transformer, tokens: Tensor, attend: Attend) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
-def optimizer_of(model: Transformer, lr: float) -> torch.optim.Optimizer:
-    """Return AdamW, without weight decay on the gains of the norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    gains = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
 # -------------------------------------------------------------------------------------------------
 # Training
 
@@ -165,7 +156,7 @@ def rate(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / (steps - warm_up))
 
 
-def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, line: int = 0) -> dict:
+def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None) -> dict:
     """Return weights, the last loss, and the time. All trainings see the same batches."""
     training = TRAININGS[name]
     batch, length, steps, lr = setup.batch, setup.length, setup.steps, setup.learning_rate
@@ -176,11 +167,13 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
     model = Transformer(setup.d_model, setup.layers, setup.heads)
     if weights:
         model.load_state_dict(weights)
-    optimizer = optimizer_of(model, lr)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    gains = [p for p in model.parameters() if p.dim() <= 1]  # of the norms, without weight decay
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     batches, draws = (torch.Generator().manual_seed(setup.seed + i) for i in (1, 2))
     losses, begin = [], time.process_time()
-    progress = tqdm(range(steps), desc=name, unit="step", position=line, leave=False)
-    for step in progress:
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * rate(step, steps)
         attend = training.attention(setup, length, draws)
@@ -191,7 +184,6 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
     seconds = time.process_time() - begin
     last = fmean(losses[-max(1, steps // 30) :])
     return {"weights": model.state_dict(), "loss": last, "seconds": seconds}
@@ -202,16 +194,13 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None, lin
 
 
 @torch.no_grad()
-def read_lengths(
-    method: Method, setup: Setup, text: Tensor, weights: dict, line: int = 0
-) -> list[dict]:
+def read_lengths(method: Method, setup: Setup, text: Tensor, weights: dict) -> list[dict]:
     """Return the loss at each length: of the last L bytes, and of all."""
     model = Transformer(setup.d_model, setup.layers, setup.heads)
     model.load_state_dict(weights)
     tokens = spread(text, setup.windows, FACTOR * setup.length)
     results = []
-    lengths = [setup.length * 2**i for i in range(4)]
-    for length in tqdm(lengths, method.name, unit="length", position=line, leave=False):
+    for length in (setup.length * 2**i for i in range(4)):
         attend = method.attention(setup, length, torch.Generator().manual_seed(setup.seed))
         parts = tokens[:, -(length + 1) :].split(max(1, 8 * setup.length // length))
         losses = torch.cat([loss_of(model, part, attend) for part in parts]).double()
@@ -231,19 +220,19 @@ class Run:
     setup: Setup
     folder: Path
 
-    def trained(self, name: str, line: int = 0) -> dict:
+    def trained(self, name: str) -> dict:
         path = self.path("trained", name)
         if not path.exists():
             before = TRAININGS[name].starts_from
             weights = self.trained(before)["weights"] if before else None
-            keep(path, train_model(name, self.setup, read_text()[0], weights, line))
+            keep(path, train_model(name, self.setup, read_text()[0], weights))
         return torch.load(path)
 
-    def read(self, name: str, line: int = 0) -> list[dict]:
+    def read(self, name: str) -> list[dict]:
         path, method = self.path("read", name), METHODS[name]
         if not path.exists():
             weights = self.trained(method.trained)["weights"]
-            keep(path, read_lengths(method, self.setup, read_text()[1], weights, line))
+            keep(path, read_lengths(method, self.setup, read_text()[1], weights))
         return torch.load(path)
 
     def path(self, kind: str, name: str) -> Path:
@@ -269,22 +258,14 @@ def lineage(name: str) -> tuple[str, ...]:
     return (*(lineage(training.starts_from) if training.starts_from else ()), training.about)
 
 
-class Job(NamedTuple):
-    run: Run
-    kind: str  # "trained" or "read"
-    name: str
-
-    def open(self) -> bool:
-        return not self.run.path(self.kind, self.name).exists()
-
-    def do(self, line: int) -> str:
-        """Do it in a worker whose bar is on `line`; return a line about the result."""
-        told = f"{self.kind} {self.name}, seed {self.run.setup.seed}"
-        if self.kind == "read":
-            losses = (f"{read['last']:.3f}" for read in self.run.read(self.name, line))
-            return f"{told}: {' '.join(losses)}"
-        done = self.run.trained(self.name, line)
-        return f"{told}: loss {done['loss']:.3f}, {done['seconds']:.0f} s of a core"
+def do(run: Run, kind: str, name: str) -> str:
+    """Train or read, in a worker; return a line about the result."""
+    about = f"{kind} {name}, seed {run.setup.seed}"
+    if kind == "read":
+        losses = (f"{read['last']:.3f}" for read in run.read(name))
+        return f"{about}: {' '.join(losses)}"
+    done = run.trained(name)
+    return f"{about}: loss {done['loss']:.3f}, {done['seconds']:.0f} s of a core"
 
 
 def work(runs: list[Run]) -> None:
@@ -292,15 +273,14 @@ def work(runs: list[Run]) -> None:
     anew = [("trained", name) for name in TRAININGS if not TRAININGS[name].starts_from]
     tuned = [("trained", name) for name in TRAININGS if TRAININGS[name].starts_from]
     waves = [
-        [job for run in runs for about in wave if (job := Job(run, *about)).open()]
+        [(run, *job) for run in runs for job in wave if not run.path(*job).exists()]
         for wave in (anew, tuned, [("read", name) for name in METHODS])
     ]
     # A fork finds torch imported. No thread of torch's has started here by then.
     pool = ProcessPoolExecutor(WORKERS, get_context("fork"), torch.set_num_threads, (1,))
     with pool, tqdm(total=sum(map(len, waves)), unit="job") as progress:
         for wave in waves:
-            jobs = [pool.submit(job.do, 1 + i % WORKERS) for i, job in enumerate(wave)]
-            for done in as_completed(jobs):
+            for done in as_completed([pool.submit(do, *job) for job in wave]):
                 progress.write(done.result())
                 progress.update()
 

@@ -45,8 +45,8 @@ class NullDriver:
         if isinstance(chip, int):
             self.target, shared = GPUTarget("cuda", chip, 32), CHIPS[chip].block_shared
         else:
-            lanes = 64 if chip.startswith("gfx9") else 32
-            self.target, shared = GPUTarget("hip", chip, lanes), AMD_SHARED[chip]
+            threads = 64 if chip.startswith("gfx9") else 32  # of a wavefront
+            self.target, shared = GPUTarget("hip", chip, threads), AMD_SHARED[chip]
         self.launches: list[str] = []
         self.kept: list[Launch] = []
         self.keep = keep

@@ -46,7 +46,10 @@ def offered(package: str, make: Callable[[], dict[str, Call]], only_gpu: bool = 
 
 def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> Calls:
     """Return rotations of q and k at positions 0, 1, 2, ... with this pairing of dims."""
-    tables = _tables(q, freqs)
+    # transformers' cosines and sines: (1, seqlen, rotary_dim), in q's dtype.
+    angle = torch.arange(q.shape[1], device=q.device)[:, None].float() * freqs.inv_freq
+    angle = torch.cat((angle, angle), dim=-1)[None]
+    tables = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
     fast = offered("flash-attn", partial(flash_attn_rotary, q, k, *tables, interleaved))
     if interleaved:
         return {**offered("rotary-embedding-torch", partial(lucidrains, q, k), False), **fast}
@@ -55,13 +58,6 @@ def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> C
         **offered("liger-kernel", partial(liger, q, k, *tables)),
         **fast,
     }
-
-
-def _tables(q: Tensor, freqs: RopeFreqs) -> tuple[Tensor, Tensor]:
-    """Return transformers' cosines and sines: (1, seqlen, rotary_dim), in q's dtype."""
-    angle = torch.arange(q.shape[1], device=q.device)[:, None].float() * freqs.inv_freq
-    angle = torch.cat((angle, angle), dim=-1)[None]
-    return angle.cos().to(q.dtype), angle.sin().to(q.dtype)
 
 
 def transformers_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
@@ -176,11 +172,11 @@ def dense_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int)
     distance = i[:, None] - i
     far_q = apply_rope(q, freqs, positions=torch.full_like(i, window))
     near_q, near_k = apply_rope_qk(q, k, freqs)
-    scores = [
+    logits = [
         torch.matmul(a.transpose(1, 2), b.repeat_interleave(groups, 2).permute(0, 2, 3, 1))
         for a, b in ((near_q, near_k), (far_q, k))
     ]
-    merged = torch.where(distance < window, *scores) * q.shape[-1] ** -0.5
+    merged = torch.where(distance < window, *logits) * q.shape[-1] ** -0.5
     weights = merged.masked_fill(distance < 0, -torch.inf).softmax(-1)
     return torch.matmul(weights, v.repeat_interleave(groups, 2).transpose(1, 2)).transpose(1, 2)
 

@@ -175,8 +175,10 @@ def tradeoff(path: Path, results: Path = RESULTS) -> None:
         if name not in SCORES:
             style = {"color": "tab:blue", "marker": "."}
             place = costs[-1], gains[-1]
-            taken = next((other for other in labels if _close(place, other)), place)
-            labels.setdefault(taken, []).append((name, named(rows[-1].parameters)))
+            close = (
+                x for x in labels if abs(x[0] - place[0]) < 0.01 and abs(x[1] - place[1]) < 0.1
+            )
+            labels.setdefault(next(close, place), []).append((name, named(rows[-1].parameters)))
         axes.errorbar(costs, gains, errors, cost_errors, linewidth=0.8, elinewidth=0.4, **style)
     for place, here in labels.items():
         # If several share a place, only the first has room for its parameters.
@@ -188,10 +190,6 @@ def tradeoff(path: Path, results: Path = RESULTS) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, title="score methods", loc="upper right")
     save(figure, path)
-
-
-def _close(place: tuple[float, float], other: tuple[float, float]) -> bool:
-    return abs(place[0] - other[0]) < 0.01 and abs(place[1] - other[1]) < 0.1
 
 
 def ruler_shares(path: Path, results: Path = RESULTS) -> None:

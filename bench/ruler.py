@@ -152,10 +152,13 @@ def load_task(task: str, length: int, model: str, folder: Path) -> tuple[dict[st
 
     Making them takes minutes at 32,768 tokens, so they are frozen in build/ruler.
     """
+    import numpy as np
     from lm_eval.tasks import TaskManager
 
     path = BUILD / f"{model}-{task}-{length}.json"
-    _seed()
+    # As lm-eval's command line does before it makes samples.
+    random.seed(0)
+    np.random.seed(1234)
     sizes = [SHORT if path.exists() else length]
     manager = TaskManager(metadata={"pretrained": str(folder), "max_seq_lengths": sizes})
     loaded = manager.load([task])
@@ -168,14 +171,6 @@ def load_task(task: str, length: int, model: str, folder: Path) -> tuple[dict[st
     if task in SHORTER:
         found.set_config("generation_kwargs", {"max_gen_toks": SHORTER[task]}, update=True)
     return loaded, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-def _seed() -> None:
-    """Do as lm-eval's command line does before it makes samples."""
-    import numpy as np
-
-    random.seed(0)
-    np.random.seed(1234)
 
 
 def asked(model: Any, given: Method, loaded: dict[str, Any], cell: Cell, upto: int) -> Cell:

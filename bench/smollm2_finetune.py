@@ -153,8 +153,8 @@ def main() -> int:
     model = FOLDER / given.method
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not (model / "config.json").exists():
-        told = tune(given.method, given.text, model)
-        model.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        about = tune(given.method, given.text, model)
+        model.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     return measure(given.method, model, given.held_out)
 
 

@@ -1,8 +1,7 @@
 """Tokens a second of vLLM on a CPU, plain and extended: python bench/vllm_speed.py
 
 SmolLM2 reads a prompt and continues it. Engines take turns, each in its own process, and every step
-is timed separately, also in CPU seconds, which on one thread do not depend on other load. Needs
-vLLM; writes bench/results/PROCESSOR/vllm.json.
+is timed separately. Needs vLLM; writes bench/results/PROCESSOR/vllm.json.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ENVIRONMENT = {
 
 
 def run_engine(name: str) -> None:
-    """Time one engine; print the wall and CPU seconds of its prefill, and of a decode step."""
+    """Time one engine; print the seconds of its prefill, and of a decode step."""
     from vllm import LLM, SamplingParams
 
     from extrope_kernels.evaluation import models
@@ -64,28 +63,27 @@ def run_engine(name: str) -> None:
     prompt = [5 + n * n % 40000 for n in range(TOKENS)]
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
 
-    def steps(tokens: int) -> tuple[list[float], list[list[float]]]:
+    def steps(tokens: int) -> tuple[float, list[float]]:
         """Return the seconds of the prompt's steps together, and of each step after it."""
         engine.add_request(f"{tokens} tokens", {"prompt_token_ids": prompt[:tokens]}, params)
-        prefill, decodes = [0.0, 0.0], []
+        prefill, decodes = 0.0, []
         while engine.has_unfinished_requests():
-            begin = time.perf_counter(), time.process_time()
+            begin = time.perf_counter()
             out = engine.step()
-            took = time.perf_counter() - begin[0], time.process_time() - begin[1]
+            seconds = time.perf_counter() - begin
             if not out or len(out[0].outputs[0].token_ids) <= 1:
-                prefill = [a + b for a, b in zip(prefill, took, strict=True)]
+                prefill += seconds
             else:
-                decodes.append(took)
+                decodes.append(seconds)
         return prefill, decodes
 
     steps(64)
     prefill, decodes = steps(TOKENS)
-    step = [statistics.median(column) for column in zip(*decodes, strict=True)]
-    print(json.dumps({"prefill": prefill, "decode": step}))
+    print(json.dumps({"prefill": prefill, "decode": statistics.median(decodes)}))
     engine.engine_core.shutdown()
 
 
-def measure(name: str, threads: int) -> dict[str, list[float]]:
+def measure(name: str, threads: int) -> dict[str, float]:
     """Run an engine in its own process."""
     env = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, "--engine", name]
@@ -97,21 +95,11 @@ def measure(name: str, threads: int) -> dict[str, list[float]]:
 
 @dataclass
 class Row:
-    """Tokens a second of an engine, and a CPU second."""
+    """Tokens a second of an engine."""
 
     name: str
     prefill: float
-    prefill_cpu: float
     decode: float
-    decode_cpu: float
-
-
-def best(name: str, rounds: list[dict[str, list[float]]]) -> Row:
-    """Return the least time of all rounds: other load on the machine only adds to it."""
-    found = []
-    for part, count in (("prefill", TOKENS), ("decode", 1)):
-        found += [count / min(times) for times in zip(*(each[part] for each in rounds))]
-    return Row(name, *found)
 
 
 def main() -> None:
@@ -128,7 +116,12 @@ def main() -> None:
     from harness import RESULTS, folder_of, machine, save
 
     rounds = [{name: measure(name, args.threads) for name in args.methods} for _ in range(ROUNDS)]
-    rows = [best(name, [each[name] for each in rounds]) for name in args.methods]
+    # The least time of all rounds: other load on the machine only adds to it.
+    rows = [
+        Row(name, *(count / min(each[name][part] for each in rounds)
+                    for part, count in (("prefill", TOKENS), ("decode", 1))))
+        for name in args.methods
+    ]  # fmt: skip
     print("\n".join(map(str, rows)))
     about = {"tokens": TOKENS, "dtype": DTYPE, "threads": args.threads, "rounds": ROUNDS}
     about |= {"vllm": vllm.__version__, "transformers": transformers.__version__}

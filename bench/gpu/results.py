@@ -18,7 +18,6 @@ from harness import RESULTS, folder_of, table
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 BUILD = ROOT / "build" / "gpu"
-LIMIT = 500.0  # seconds of a step
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Deadline:
     """
 
     def __init__(
-        self, seconds: float = LIMIT, keep: Callable[[Verdict], None] = lambda _: None
+        self, seconds: float = 500.0, keep: Callable[[Verdict], None] = lambda _: None
     ) -> None:
         self.end, self.keep = time.time() + seconds, keep
 
@@ -54,11 +53,6 @@ class Deadline:
 # The machine
 
 
-def capability() -> int:
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
 def installed(package: str) -> str:
     try:
         return version(package)
@@ -68,10 +62,11 @@ def installed(package: str) -> str:
 
 def about() -> dict[str, Any]:
     """Return what results were made with."""
+    major, minor = torch.cuda.get_device_capability()
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     return {
         "card": torch.cuda.get_device_name(),
-        "capability": capability(),
+        "capability": 10 * major + minor,
         "torch": torch.__version__,
         "triton": installed("triton"),
         "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),

@@ -35,7 +35,6 @@ MEMORY = 2.0  # GiB of a process, without its context
 CONTEXT, SPARE = 1.0, 2.0  # GiB: of a process; of the card
 LARGE = "gpu_memory"  # the marker of tests that need more
 REST = 20.0  # seconds left for the last tests to end
-LOST = "CUDA error"  # after it every later call in the process fails
 PART = "EXTROPE_GPU_PART"  # of a part's environment: its number, their number, its end and its log
 OF_THE_HOST = (  # of tests/package
     *("amx_emulated", "bench", "build", "cuda_emulated", "docs", "examples", "first_use"),
@@ -103,6 +102,7 @@ def run_part(
     }
     while deadline.left > REST and before < len(states(log)[1]):
         before = len(states(log)[1])
+        tell(log, process=before)
         with log.with_suffix(".txt").open("a") as out:
             process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)
             try:
@@ -130,16 +130,20 @@ def states(log: Path) -> tuple[int | None, dict[str, dict]]:
     A test that was cut as time was up is as if it had not begun; one that ended its process stays
     "started".
     """
-    total, found = None, {}
+    total, found, of_process = None, {}, set()
     for line in log.read_text().splitlines() if log.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:  # cut as its process was ended
             continue
         total = entry.get("tests", total)
-        if "cut" in entry:
-            found = {name: x for name, x in found.items() if x["state"] != "started"}
+        if "process" in entry:
+            of_process.clear()
+        elif "cut" in entry:
+            for name in [x for x in of_process if found[x]["state"] == "started"]:
+                del found[name]
         elif "test" in entry:
+            of_process.add(entry["test"])
             before = found.get(entry["test"], entry)
             found[entry["test"]] = before if before["state"] == "failed" else entry
     return total, found
@@ -194,7 +198,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         why = next((x for x in report.longreprtext.splitlines() if x.startswith("E ")), "")
         entry = {"test": report.nodeid, "state": report.outcome, "why": why[1:].strip()[:200]}
         tell(Path(json.loads(os.environ[PART])[3]), **entry)
-        if report.outcome == "failed" and LOST in report.longreprtext:
+        if report.outcome == "failed" and "CUDA error" in report.longreprtext:  # later calls fail
             SESSION[-1].shouldstop = "the CUDA context is lost"
 
 

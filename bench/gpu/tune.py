@@ -31,7 +31,7 @@ from extrope_kernels.ops._shared.layouts import forget
 from extrope_kernels.ops.attention.triton import configs
 
 from . import smoke
-from .results import Deadline, Verdict, capability
+from .results import Deadline, Verdict, about
 
 KERNELS = {"forward": "forward", "dq": "dq", "dkv": "dkv", "decode": "one_token"}  # in the table
 DTYPE = torch.bfloat16
@@ -53,8 +53,9 @@ class Timed:
 
 def run(name: str, deadline: Deadline) -> Verdict:
     """Tune; the common head_dim comes first, so that a lack of time costs the others."""
-    kernel, card = KERNELS[name], torch.cuda.get_device_name()
-    every = candidates(kernel, capability())
+    kernel, made_with = KERNELS[name], about()
+    chip, card = made_with["capability"], made_with["card"]
+    every = candidates(kernel, chip)
     total, found, written = sum(map(len, every.values())), [], []
     for dim in sorted(every, key=lambda dim: (dim != 128, dim)):
         timed = []
@@ -64,7 +65,7 @@ def run(name: str, deadline: Deadline) -> Verdict:
             deadline.keep(verdict(found, total, written))
         if len(timed) == len(every[dim]):
             best = winner(timed)
-            replace(kernel, capability(), dim, best.fields, card)
+            replace(kernel, chip, dim, best.fields, card)
             written.append(f"{dim}: {words(best.fields)}")
     return verdict(found, total, written)
 

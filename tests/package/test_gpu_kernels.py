@@ -213,8 +213,8 @@ def test_each_time_is_kept_and_a_winner_must_gain(table, monkeypatch):
         return [time]
 
     monkeypatch.setattr(tune, "paired", timed)
-    monkeypatch.setattr(tune, "capability", lambda: 80)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100")
+    about = {"capability": 80, "card": "NVIDIA A100"}
+    monkeypatch.setattr(tune, "about", lambda: about)
     verdict = tune.run("dq", Deadline(keep=lambda verdict: kept.append(verdict.line)))
     assert [line.split(";")[0] for line in kept] == [
         f"{n} of 4 configurations timed, {refused} refused"
@@ -284,7 +284,7 @@ def test_the_steps_run_over_a_driver_that_launches_nothing(run_python, tmp_path)
         script, cases, _ = timing.TIMED["rope"]
         timing.TIMED["rope"] = script, cases, ("--quick", "--out", str(where))
         code, found = ran("bench rope")
-        assert code == 0 and found["verdict"].startswith("2 rows measured"), found
+        assert code == 0 and found["verdict"].startswith("3 rows measured"), found
         assert "| forward, half-split |" in (where / "README.md").read_text()
         """,
         TRITON_INTERPRET="0",

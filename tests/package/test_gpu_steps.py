@@ -108,7 +108,7 @@ def test_results_are_filed_under_the_card_and_make_one_table(folder):
 
 def test_timings_tell_missed_bars_and_need_rows_of_ours():
     def row(implementation, **more):
-        about = {"case": "forward, half-split", "dtype": "bfloat16", "shape": "8", "verdict": ""}
+        about = {"case": "forward, half-split", "dtype": "bfloat16", "shape": "8"}
         return {**about, "implementation": implementation, **more}
 
     peer = row("clone", ratio=1.5, bar=1.2) | {"verdict": "missed"}
@@ -188,13 +188,16 @@ def test_a_test_that_was_cut_is_left_and_one_that_failed_stays_so(tmp_path):
     for state in ("started", "failed", "passed"):  # its teardown passed
         suite.tell(log, test="a", state=state)
     suite.tell(log, test="b", state="started")
+    suite.tell(log, process=2)  # of that one the process before died
+    suite.tell(log, test="c", state="started")
     assert {x: entry["state"] for x, entry in suite.states(log)[1].items()} == {
         "a": "failed",
         "b": "started",
+        "c": "started",
     }
     suite.tell(log, cut=True)
-    assert list(suite.states(log)[1]) == ["a"]
-    assert "; 2 left: run the step again" in suite.verdict([log], 1).line
+    assert list(suite.states(log)[1]) == ["a", "b"]
+    assert "; 1 left: run the step again" in suite.verdict([log], 1).line
 
 
 def test_logs_are_those_of_the_same_sources(logs):
