@@ -33,7 +33,7 @@ class Config(NamedTuple):
     block_n: int  # rows of keys
     warps: int
     stages: int  # blocks of keys from the one being loaded to the one in use, including both
-    halves: bool = False  # rows come in two parts: see device.py
+    halves: bool = False  # rows come in two tiles: see Blocks in device.py
     rotated: int = 64  # rows of queries to rotate at a time between two regions
     maxnreg: int | None = None  # without it, ptxas may spill to fit one more block than needed
 
