@@ -222,8 +222,9 @@ def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall
 
 def read_call(tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> AttentionCall:
     """Rebuild the call from `call.tensors`, maybe without the last ones, and `call.options`."""
-    fixed = cached_by_layout(_read, options_key(options), options)
-    return with_tensors(tensors, fixed)
+    if torch.compiler.is_compiling():  # a cache would not be traced
+        return with_tensors(tensors, _read(options))
+    return with_tensors(tensors, cached_by_layout(_read, options_key(options), options))
 
 
 def with_tensors(tensors: Sequence[Tensor | None], fixed: Sequence[Any]) -> AttentionCall:
