@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -119,17 +120,19 @@ class PairMap:
     floor: bool = False
 
     def __post_init__(self) -> None:
-        given = self.divisor
-        # Numbers are read here, so they cannot be made on any default device (meta has none).
-        device = given.device if isinstance(given, Tensor) else "cpu"
-        divisor = torch.as_tensor(given, dtype=torch.float64, device=device)
+        if type(self.floor) is not bool:
+            raise TypeError(f"PairMap: floor must be a bool, got {self.floor!r}")
+        divisor = _float64("divisor", self.divisor)
         if divisor.dim() not in (1, 2) or not divisor.numel():
             raise ValueError(
                 "PairMap: divisor must be (pairs,) or (heads_k, pairs), "
                 f"got shape {tuple(divisor.shape)}"
             )
-        offset = torch.as_tensor(self.offset, dtype=torch.float64, device=divisor.device)
-        if torch.broadcast_shapes(offset.shape, divisor.shape) != divisor.shape:
+        offset = _float64("offset", self.offset).to(divisor.device)
+        if offset.dim() and (
+            offset.dim() > divisor.dim()
+            or any(n not in (1, m) for n, m in zip(offset.shape[::-1], divisor.shape[::-1]))
+        ):
             raise ValueError(
                 f"PairMap: offset must be a number or as divisor {tuple(divisor.shape)}, "
                 f"got shape {tuple(offset.shape)}"
@@ -161,6 +164,18 @@ class PairMap:
         if any(x.requires_grad for x in tensors):
             return False
         return torch.equal(self.divisor, other.divisor) and torch.equal(self.offset, other.offset)
+
+
+def _float64(name: str, given: Any) -> Tensor:
+    """Return numbers as float64, on their own device, or the CPU: a default may be meta."""
+    device = given.device if isinstance(given, Tensor) else "cpu"
+    try:
+        x = torch.as_tensor(given, device=device)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"PairMap: {name} must be numbers, got {given!r}") from None
+    if x.is_complex():
+        raise TypeError(f"PairMap: {name} must be real numbers, got {x.dtype}")
+    return torch.as_tensor(given, dtype=torch.float64, device=device)
 
 
 def _check_values(divisor: Tensor, offset: Tensor, floor: bool) -> None:
@@ -213,6 +228,9 @@ class Score:
     _hash: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for region in self.regions:
+            if not isinstance(region, Region):
+                raise TypeError(f"{self.name}: regions must be Regions, got {region!r}")
         for name, value in (
             ("granularity", self.granularity),
             *[("a region's start", region.start) for region in self.regions],
@@ -268,7 +286,13 @@ class Score:
 
 
 def _check_map(name: str, by: PlainMap | PairMap) -> None:
-    """Raise ValueError for numbers that kernels would not all read alike."""
+    """Raise an error for numbers that kernels would not all read alike."""
+    if not isinstance(by, (PositionMap, PairRow, PairMap)):
+        raise TypeError(f"{name}: a map must be a PositionMap or a PairMap, got {by!r}")
+    if isinstance(by.modulus, bool) or not isinstance(by.modulus, (Real, torch.SymInt)):
+        raise TypeError(f"{name}: a map's modulus must be a whole number, got {by.modulus!r}")
+    if type(by.floor) is not bool:
+        raise TypeError(f"{name}: a map's floor must be a bool, got {by.floor!r}")
     if not (0 <= by.modulus < math.inf and by.modulus == int(by.modulus)):
         raise ValueError(f"{name}: a map's modulus must be a whole number >= 0, got {by.modulus}")
     if isinstance(by, (PairMap, PairRow)):

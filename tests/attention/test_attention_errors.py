@@ -184,3 +184,33 @@ def test_the_raw_op_checks_too():
     options = make_call(FREQS, None).options | {"region_starts": [0] * 4}
     with pytest.raises((RuntimeError, ValueError), match=message):
         torch.ops.extrope.attention_fwd(Q, K, V, THETA, *[None] * 7, **options)
+
+
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_numbers_past_float32(named):
+    refused(ValueError, "softmax_scale must be at most 1e30, got 1e+39", softmax_scale=1e39)
+    for factor in (1e20, 1e300):
+        freqs = RopeFreqs(FREQS.inv_freq, attention_factor=factor)
+        refused(ValueError, "attention_factor must be at most 1e15", freqs=freqs, backend=named)
+    assert rope_attention(Q, K, V, FREQS, softcap=2**70, backend=named).isfinite().all()
+
+
+def test_optional_tensors_are_dense():
+    sinks = torch.zeros(Q.shape[2]).to_sparse()
+    refused(ValueError, "sinks must be a dense tensor, got torch.sparse_coo", sinks=sinks)
+
+
+@pytest.mark.skipif(device() != "cpu", reason="device tensors are not read")
+def test_starts_that_kernels_cannot_add_to():
+    for start in (2**29, torch.tensor([0, 2**29], dtype=torch.int32)):
+        refused(ValueError, "q_start must be between 0 and 2**29, got", q_start=start)
+
+
+def test_what_was_made_in_inference_mode_trains():
+    with torch.inference_mode():
+        freqs = RopeFreqs(FREQS.inv_freq * 1)
+        divisors = torch.full(freqs.inv_freq.shape, 2.0, device=device())
+        score = scores.far_frequencies(2, divisors)
+    q = Q.clone().requires_grad_()
+    rope_attention(q, K, V, freqs, score).sum().backward()
+    assert q.grad.isfinite().all()

@@ -221,3 +221,37 @@ def test_numbers_are_read_whatever_the_default_device():
     with torch.device("meta"):
         scores_made = (scores.dpe(4, [1, 2, 4]), scores.far_frequencies(8, [1.5] * 4))
     assert all(score.pair_maps.device.type == "cpu" for score in scores_made)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: PairMap(None), TypeError, "PairMap: divisor must be numbers, got None"),
+        (lambda: PairMap([1.0 + 2j]), TypeError, "PairMap: divisor must be real numbers"),
+        (lambda: PairMap([1.0], floor=0.5), TypeError, "PairMap: floor must be a bool, got 0.5"),
+        (
+            lambda: PairMap([1.0, 2.0, 4.0], [1.0, 2.0]),
+            ValueError,
+            r"PairMap: offset must be a number or as divisor \(3,\), got shape \(2,\)",
+        ),
+        (lambda: score_of(None), TypeError, "mine: a map must be a PositionMap or a PairMap, got"),
+        (
+            lambda: score_of(PositionMap(modulus="x")),
+            TypeError,
+            "mine: a map's modulus must be a whole number, got 'x'",
+        ),
+        (
+            lambda: score_of(PositionMap(floor=0.5)),
+            TypeError,
+            "mine: a map's floor must be a bool, got 0.5",
+        ),
+        (lambda: Score("mine", (None,)), TypeError, "mine: regions must be Regions, got None"),
+    ],
+)
+def test_nonsense_is_named(make, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        make()
+
+
+def score_of(stored):
+    return Score("mine", (Region(FIRST_KEY, PositionMap(), PositionMap()),), stored=stored)

@@ -77,8 +77,7 @@ def check_position_tensor(
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(cu_seqlens).__name__}")
+    check_dense(op, name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{op}: {name} must be int32 (sequences + 1,), "
@@ -129,8 +128,7 @@ def check_ints(
 
     more: dtypes taken beside int32; if there are any, any stride is taken too.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    check_dense(op, name, x)
     fits = x.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape))
     if x.dtype not in (torch.int32, *more) or not fits or x.device != like.device:
         wanted = ", ".join("max_blocks" if n is None else str(n) for n in shape)

@@ -70,12 +70,12 @@ def dequantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: Scales) -> None:
     """Check that a cache has the other tensors' dtype, or fp8 with scales."""
-    if cache.dtype == FP8 and None not in scales and cache.device == like.device:
+    given = [f"{n}_scale" for n, x in zip("kv", scales) if x is not None]
+    if cache.dtype == FP8 and len(given) == 2 and cache.device == like.device:
         return
-    if cache.dtype == FP8 and None in scales:
-        given = [f"{n}_scale" for n, x in zip("kv", scales) if x is not None]
+    if cache.dtype == FP8 and len(given) < 2:
         raise ValueError(f"{op}: {name} in {FP8} {MISSING}, got {given[0] if given else 'none'}")
-    if cache.dtype != FP8 and any(x is not None for x in scales):
+    if cache.dtype != FP8 and given:
         raise ValueError(
             f"{op}: k_scale and v_scale are for caches in {FP8}, got {name} in {cache.dtype}"
         )
@@ -98,7 +98,12 @@ def check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
-        fits = x.shape == (heads,) and x.dtype == torch.float32 and x.is_contiguous()
+        fits = (
+            x.layout == torch.strided
+            and x.shape == (heads,)
+            and x.dtype == torch.float32
+            and x.is_contiguous()
+        )
         if not fits or x.device != like.device:
             raise ValueError(
                 f"{op}: {name} must be contiguous float32 ({heads},) on {like.device}, "

@@ -13,6 +13,7 @@ from ...scores import UNROTATED, Score
 from .._shared import backends as _backends
 from .._shared.autograd import constant_when_compiled
 from .._shared.checks import (
+    has_values,
     narrowed,
     raise_as_value_error,
     refuse_flags,
@@ -320,13 +321,17 @@ def _overlap(x: Any, y: Any) -> bool:
 
 def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:
     """Return a start as a tensor for the ops."""
+    most = 2**29  # Triton's kernels add starts and windows in int32
+    if isinstance(start, Tensor) and start.dtype == torch.int32 and has_values(start):
+        if start.numel() and start.max() >= most:
+            raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start.tolist()}")
     if start is None or isinstance(start, Tensor):
         return start
     if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(start).__name__}")
     if not isinstance(q, Tensor):
         raise TypeError(f"{op}: q must be a Tensor, got {type(q).__name__}")
-    if not 0 <= start < 2**29:  # Triton's kernels add starts and windows in int32
+    if not 0 <= start < most:
         raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start}")
     return torch.full((1,), start, dtype=torch.int32, device=q.device)
 

@@ -211,19 +211,27 @@ class KVCache(NamedTuple):
 def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall:
     """Build a call from arguments of the public functions; score None: plain RoPE."""
     return AttentionCall(
-        freqs.inv_freq,
-        log_decay=freqs.log_decay,
+        _usable(freqs.inv_freq),
+        log_decay=_usable(freqs.log_decay),
         attention_factor=freqs.attention_factor,
         score=(score or PLAIN).plain,
-        pair_maps=None if score is None else score.pair_maps_on(freqs.inv_freq),
+        pair_maps=None if score is None else _usable(score.pair_maps_on(freqs.inv_freq)),
         **options,
     )
 
 
+def _usable(x: Any) -> Any:
+    """Return x, or a copy for a graph if it was made in inference mode: autograd saves no other."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_inference():
+        return x
+    return x if torch.is_inference_mode_enabled() else x.clone()
+
+
 def read_call(tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> AttentionCall:
     """Rebuild the call from `call.tensors`, maybe without the last ones, and `call.options`."""
-    fixed = cached_by_layout(_read, options_key(options), options)
-    return with_tensors(tensors, fixed)
+    if torch.compiler.is_compiling():  # a cache would not be traced
+        return with_tensors(tensors, _read(options))
+    return with_tensors(tensors, cached_by_layout(_read, options_key(options), options))
 
 
 def with_tensors(tensors: Sequence[Tensor | None], fixed: Sequence[Any]) -> AttentionCall:

@@ -172,9 +172,15 @@ def _check_options(
         raise ValueError(
             f"{op}: softmax_scale must be None or a number > 0, got {call.softmax_scale}"
         )
+    if call.softmax_scale is not None and call.softmax_scale > 1e30:  # kernels take float32
+        raise ValueError(f"{op}: softmax_scale must be at most 1e30, got {call.softmax_scale}")
     check_log_n(op, call.log_n)
     if not 0 < call.attention_factor < math.inf:
         raise ValueError(f"{op}: attention_factor must be > 0, got {call.attention_factor}")
+    if call.attention_factor > 1e15:  # kernels multiply by its square in float32
+        raise ValueError(
+            f"{op}: attention_factor must be at most 1e15, got {call.attention_factor}"
+        )
     if not 0 <= call.softcap < math.inf:
         raise ValueError(f"{op}: softcap must be >= 0 (0: none), got {call.softcap}")
     if call.softcap and not 1e-30 <= call.softcap <= 1e30:  # kernels divide by it in float32
@@ -195,8 +201,7 @@ def _check_frequencies(
     op: str, call: AttentionCall, q: Tensor, heads: tuple[int, ...], sequences: int
 ) -> None:
     inv_freq, decay = call.inv_freq, call.log_decay
-    if not isinstance(inv_freq, Tensor):
-        raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(inv_freq).__name__}")
+    check_dense(op, "inv_freq", inv_freq)
     if inv_freq.dtype not in (torch.float32, torch.float64) or inv_freq.device != q.device:
         raise ValueError(
             f"{op}: inv_freq must be float32 or float64 on {q.device}, "
@@ -216,6 +221,7 @@ def _check_frequencies(
         )
     if decay is not None and (
         not isinstance(decay, Tensor)
+        or decay.layout != torch.strided
         or decay.dtype != torch.float32
         or decay.shape != inv_freq.shape[-1:]
         or decay.device != q.device
@@ -256,8 +262,7 @@ def _check_pair_maps(op: str, call: AttentionCall, q: Tensor, heads: tuple[int, 
 def _check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
     if sinks is None:
         return
-    if not isinstance(sinks, Tensor):
-        raise TypeError(f"{op}: sinks must be a Tensor, got {type(sinks).__name__}")
+    check_dense(op, "sinks", sinks)
     heads, wide = q.shape[-2], accumulator(q.dtype)
     if sinks.shape != (heads,) or sinks.dtype != wide or sinks.device != q.device:
         raise ValueError(
@@ -271,8 +276,7 @@ def _check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
     if query_scale is None:
         return
     rows = tuple(q.shape[:-2])
-    if not isinstance(query_scale, Tensor):
-        raise TypeError(f"{op}: query_scale must be a Tensor, got {type(query_scale).__name__}")
+    check_dense(op, "query_scale", query_scale)
     fits = tuple(query_scale.shape) in (rows, rows[-1:])
     if query_scale.dtype != torch.float32 or query_scale.device != q.device or not fits:
         raise ValueError(
@@ -287,6 +291,7 @@ def _check_start(op: str, name: str, start: Tensor | None, q: Tensor, sequences:
     """Check a start: a position per sequence, or one for all."""
     if start is None:
         return
+    check_dense(op, name, start)
     shape = tuple(start.shape)
     if start.dtype != torch.int32 or start.device != q.device or shape not in ((1,), (sequences,)):
         raise ValueError(

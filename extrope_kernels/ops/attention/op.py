@@ -336,20 +336,21 @@ def _register_gradient(suffix: str) -> None:
         dlse = None if dlse is None else dlse.contiguous()
         # The first two arguments that are recorded are not the op's.
         needs = dict(zip(names, ctx.needs_input_grad[2:]))
-        call = read_call(tensors, ctx.options)
         grads: dict[str, Tensor | None] = {}
         if needs["inv_freq"] or needs["pair_maps"]:
 
             def of_call(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
                 return bwd(dout, dlse, q, k, v, out, lse, *call.tensors, **call.options)
 
+            call = read_call(tensors, ctx.options)
             of_rows, of_freq, of_maps = backward_with_frequencies(of_call, q, k, call)
             grads |= {"inv_freq": of_freq, "pair_maps": of_maps}
         else:
             of_rows = bwd(dout, dlse, q, k, v, out, lse, *tensors, **ctx.options)
         grads |= dict(zip(("q", "k", "v"), of_rows))
         if needs["sinks"]:
-            grads["sinks"] = grad_of_sinks(call.sinks, dout, dlse, out, lse)
+            given = dict(zip(names, (q, k, v, *tensors)))
+            grads["sinks"] = grad_of_sinks(given["sinks"], dout, dlse, out, lse)
         return tuple(grads.get(name) for name in names)
 
     register_backward(library, fwd, save, backward)

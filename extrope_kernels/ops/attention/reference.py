@@ -65,7 +65,7 @@ def backward(
     d_weights = torch.einsum("bihd,bjhd->bhij", dout.to(wide), _per_query_head(v, q))
     d_scores = weights * (d_weights - delta[..., None]) * _scale(q, call, at[0])
     if call.softcap:
-        d_scores = d_scores * (1 - (logits / call.softcap) ** 2)
+        d_scores = d_scores * (1 - (logits / float(call.softcap)) ** 2)
     dq, dk = [], []
     for visible, q_r, k_r in zip(_visible(call, *at), q_rotated, k_rotated):
         here = torch.where(visible, d_scores, 0.0)
@@ -205,7 +205,8 @@ def _logits(
     for visible, q_r, k_r in zip(_visible(call, *at), q, k):
         scores = torch.einsum("bihd,bjhd->bhij", q_r.to(wide), _per_query_head(k_r, q_r)) * scale
         if call.softcap:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
+            cap = float(call.softcap)  # an int may be past int64
+            scores = cap * torch.tanh(scores / cap)
         logits = torch.where(visible, scores, logits)
     return logits
 
