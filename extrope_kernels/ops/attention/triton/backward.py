@@ -96,12 +96,14 @@ def _add_dq(
         k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
         v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
 
-        # weights = exp2(q @ k.T - lse): (M, N)
+        # weights = exp2(q @ k.T - lse): (M, N). Both tiles are loaded first, here and below: after
+        # a float32 product, the second would spill.
         k0 = load_tile(k_block, k_stride_seq, rows, BLOCK_N, D0, HEAD_DIM, MASKED)  # (N, D0)
         k1 = k0
-        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if D1 > 0:
             k1 = load_tile(k_block + D0, k_stride_seq, rows, BLOCK_N, D1, HEAD_DIM - D0, MASKED)
+        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if D1 > 0:
             logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
         # With a cap the logits' tanh. Times MODEL.logit_unit they have base 2.
         logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
@@ -115,11 +117,13 @@ def _add_dq(
 
         # d_logits = weights * (dout @ v.T - delta): (M, N)
         v0 = load_tile(v_block, v_stride_seq, rows, BLOCK_N, DV0, HEAD_DIM_V, MASKED)  # (N, DV0)
-        d_weights = tl.dot(dout0, tl.trans(v0), input_precision="ieee")
+        v1 = v0
         if DV1 > 0:
             v1 = load_tile(
                 v_block + DV0, v_stride_seq, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0, MASKED
             )
+        d_weights = tl.dot(dout0, tl.trans(v0), input_precision="ieee")
+        if DV1 > 0:
             d_weights = tl.dot(dout1, tl.trans(v1), d_weights, input_precision="ieee")
         d_logits = weights * (d_weights - delta[:, None])
 
@@ -366,9 +370,10 @@ def _add_dkv(
         # weights = exp2(k @ q.T - lse): (N, M), the transpose of the forward's
         q0 = load_tile(q_block, q_stride_seq, rows, BLOCK_M, D0, HEAD_DIM, MASKED)  # (M, D0)
         q1 = q0
-        logits = tl.dot(k0, tl.trans(q0), input_precision="ieee")
         if D1 > 0:
             q1 = load_tile(q_block + D0, q_stride_seq, rows, BLOCK_M, D1, HEAD_DIM - D0, MASKED)
+        logits = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+        if D1 > 0:
             logits = tl.dot(k1, tl.trans(q1), logits, input_precision="ieee")
         # With a cap the logits' tanh. Times MODEL.logit_unit they have base 2.
         logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
@@ -381,12 +386,13 @@ def _add_dkv(
         # dv += weights.T @ dout
         dout0 = load_tile(dout_block, dout_stride_seq, rows, BLOCK_M, DV0, HEAD_DIM_V, MASKED)
         dout1 = dout0
-        weights_v = weights.to(dout0.dtype)
-        dv0 = tl.dot(weights_v, dout0, dv0, input_precision="ieee")
         if DV1 > 0:
             dout1 = load_tile(
                 dout_block + DV0, dout_stride_seq, rows, BLOCK_M, DV1, HEAD_DIM_V - DV0, MASKED
             )
+        weights_v = weights.to(dout0.dtype)
+        dv0 = tl.dot(weights_v, dout0, dv0, input_precision="ieee")
+        if DV1 > 0:
             dv1 = tl.dot(weights_v, dout1, dv1, input_precision="ieee")
 
         # d_logits = weights * (v @ dout.T - delta): (N, M)

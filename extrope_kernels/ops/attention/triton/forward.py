@@ -197,10 +197,13 @@ def _attend_keys(
         v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
 
         # logits = q @ k.T, with a cap its tanh: (M, N). Times MODEL.logit_unit they have base 2.
+        # Both tiles are loaded first: after a float32 product, the second would spill.
         k0 = load_tile(k_block, k_stride_seq, rows, BLOCK_N, D0, HEAD_DIM, MASKED)  # (N, D0)
-        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        k1 = k0
         if D1 > 0:
             k1 = load_tile(k_block + D0, k_stride_seq, rows, BLOCK_N, D1, HEAD_DIM - D0, MASKED)
+        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if D1 > 0:
             logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
         logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
 
@@ -221,12 +224,14 @@ def _attend_keys(
 
         # acc = acc * rescale + weights @ v
         v0 = load_tile(v_block, v_stride_seq, rows, BLOCK_N, DV0, HEAD_DIM_V, MASKED)  # (N, DV0)
-        weights_v = weights.to(v0.dtype)
-        acc0 = tl.dot(weights_v, v0, acc0 * rescale[:, None], input_precision="ieee")
+        v1 = v0
         if DV1 > 0:
             v1 = load_tile(
                 v_block + DV0, v_stride_seq, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0, MASKED
             )
+        weights_v = weights.to(v0.dtype)
+        acc0 = tl.dot(weights_v, v0, acc0 * rescale[:, None], input_precision="ieee")
+        if DV1 > 0:
             acc1 = tl.dot(weights_v, v1, acc1 * rescale[:, None], input_precision="ieee")
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
