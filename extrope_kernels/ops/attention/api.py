@@ -322,11 +322,13 @@ def _overlap(x: Any, y: Any) -> bool:
 def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:
     """Return a start as a tensor for the ops."""
     most = 2**29  # Triton's kernels add starts and windows in int32
-    if isinstance(start, Tensor) and start.dtype == torch.int32 and has_values(start):
-        if start.numel() and start.max() >= most:
+    if isinstance(start, Tensor):
+        whole = start.dtype == torch.int32 and start.numel() > 0
+        if whole and has_values(start) and start.max() >= most:
             raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start.tolist()}")
-    if start is None or isinstance(start, Tensor):
         return start
+    if start is None:
+        return None
     if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(start).__name__}")
     if not isinstance(q, Tensor):
