@@ -300,7 +300,7 @@ def _rotation(
     rope_type = parameters.get("rope_type", "default")
     base = parameters.get("rope_theta", 10000.0)
     with torch.device("cpu"):
-        fresh = type(site.embedding)(site.embedding.config)
+        fresh = type(site.module)(site.module.config)
     built = RopeFreqs(
         attribute_of(fresh, key, "inv_freq").float().sort(descending=True).values,
         float(attribute_of(fresh, key, "attention_scaling", 1.0)),
