@@ -183,7 +183,7 @@ def training_length(model: PreTrainedModel) -> int:
 
 
 def unscaled_length(model: PreTrainedModel) -> int:
-    """Return the length that a frequency method extends: it replaces the model's own scaling."""
+    """Return the length that a frequency method extends: a YaRN of the model's it replaces."""
     config, longest = model.config.get_text_config(), training_length(model)
     parameters = getattr(config, "rope_parameters", None) or {}
     by_type = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]

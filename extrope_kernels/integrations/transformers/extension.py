@@ -54,9 +54,10 @@ def extend(
     Weights, buffers and configuration do not change. `generate` alone stops by default at
     max_position_embeddings: for longer prompts give it max_new_tokens.
 
-    A frequency method (`methods.METHODS`) replaces the scaling in the model's configuration.
-    Nothing is scaled twice, nor is the softmax scale of latent attention (DeepSeek). If
-    `apply_rope_qk` does what the model's layers do, every rotation goes through it, with a norm
+    A frequency method (`methods.METHODS`) that scales starts from what the model was trained with
+    (`methods.trained`): a linear, llama3 or longrope scaling of its configuration stays below it, a
+    yarn or dynamic one is replaced. Nothing is scaled twice, nor is the softmax scale of latent
+    attention (DeepSeek). If `apply_rope_qk` does what the model's layers do, every rotation goes through it, with a norm
     right before it: frequencies stay float32 and positions integers in a model of any dtype.
     Otherwise the model's own rotary embedding makes its tables.
 
@@ -94,8 +95,9 @@ def extend(
     strategy, balance: as in `distributed.rope_attention`; cut the tokens with the same balance.
     parameters: the method's parameters. With resonance=True the wavelengths of a frequency method
         are rounded to whole tokens (`methods.resonance`). By default the model's configuration
-        gives dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings (or
-        else max_position_embeddings) and max_position_embeddings. For dual_chunk it gives its
+        gives dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings (the
+        length it was trained to), max_position_embeddings, and `over`. A base or a trained length
+        given here means plain RoPE. For dual_chunk it gives its
         dual_chunk_attention_config (Qwen2.5-1M), with the scale of logits from
         original_max_position_embeddings on (`query_scale.qwen_1m`).
 
