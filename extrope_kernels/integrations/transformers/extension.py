@@ -57,9 +57,9 @@ def extend(
     A frequency method (`methods.METHODS`) that scales starts from what the model was trained with
     (`methods.trained`): a linear, llama3 or longrope scaling of its configuration stays below it, a
     yarn or dynamic one is replaced. Nothing is scaled twice, nor is the softmax scale of latent
-    attention (DeepSeek). If `apply_rope_qk` does what the model's layers do, every rotation goes through it, with a norm
-    right before it: frequencies stay float32 and positions integers in a model of any dtype.
-    Otherwise the model's own rotary embedding makes its tables.
+    attention (DeepSeek). If `apply_rope_qk` does what the model's layers do, every rotation goes
+    through it, with a norm right before it: frequencies stay float32 and positions integers in a
+    model of any dtype. Otherwise the model's own rotary embedding makes its tables.
 
     A method with a `seq_len` is frozen per request, so that cached keys stay valid: in `generate`
     for the prompt and max_new_tokens together, in a forward with an empty cache for its own tokens,
