@@ -1,4 +1,17 @@
-"""Fused kernels that let a transformer with rotary positions read past its training length."""
+"""Fused kernels that let a transformer with rotary positions read past its training length.
+
+    from extrope_kernels import apply_rope_qk, extend, methods, rope_attention, scores
+
+    handle = extend(model, "rerope", window=2048)  # a model of transformers; handle.restore()
+    freqs = methods.yarn(128, factor=4.0, original_max_position_embeddings=4096)
+    q, k = apply_rope_qk(q, k, freqs)  # (batch, seqlen, heads, head_dim)
+    out = rope_attention(q, k, v, freqs, scores.rerope(window=2048))  # unrotated q and k
+
+`methods` changes frequencies, `positions` the positions of tokens, `scores` the distances that
+pairs of tokens see. The ops are `torch.ops.extrope.*`. On a command line: `extrope --help`.
+"""
+
+from typing import Any
 
 from . import methods, positions, scores
 from .methods import RopeFreqs
@@ -14,6 +27,17 @@ from .ops.permuteformer import (
 from .ops.rope import apply_rope, apply_rope_qk, rope_append_kvcache
 
 __version__ = "0.3.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load `extend` on first use: it imports transformers."""
+    if name == "extend":
+        from .integrations.transformers import extend
+
+        return extend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "PermuteFormerState",
     "RopeFreqs",

@@ -136,3 +136,10 @@ def test_a_saved_folder_has_the_trained_scaling_once(family, scaling, tmp_path):
     for again in (plain, build(family, scaling)):
         with extend_from_saved(again, tmp_path):
             torch.testing.assert_close(logits(again, IDS), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_factor_below_1_gets_a_warning():
+    model = build("llama")
+    message = "extend: factor 0.5 of yarn is below 1: it shortens what a model reads"
+    with pytest.warns(UserWarning, match=message), extend(model, "yarn", factor=0.5):
+        pass

@@ -228,7 +228,10 @@ def check_names(
     accepted = PARAMETERS[method]
     if unknown := [name for name in given if name not in accepted]:
         names = ", ".join(name for name in accepted if name != "dim")
-        raise TypeError(f"{op}: parameters of {method} must be among {names}, got {unknown[0]}")
+        base = " (base here)" if unknown[0] == "rope_theta" and "base" in accepted else ""
+        raise TypeError(
+            f"{op}: parameters of {method} must be among {names}, got {unknown[0]}{base}"
+        )
     if others is None:
         return
     missing = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -108,8 +109,18 @@ def extend(
     """
     rotary_modules = find_rotary_modules(model, layers)
     owners = owners_of(rotary_modules)
+    if not isinstance(method, str):
+        raise TypeError(
+            "extend: method must be a name, with the method's parameters beside it, as in "
+            f"extend(model, 'yarn', factor=4.0), got {type(method).__name__}"
+        )
     if method not in PARAMETERS:
-        raise ValueError(f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}")
+        plain = "".join(filter(str.isalnum, method)).lower()
+        same = (name for name in PARAMETERS if name.replace("_", "") == plain)
+        meant = next((f" (did you mean {name!r}?)" for name in same), "")
+        raise ValueError(
+            f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}{meant}"
+        )
     if cache not in (None, "raw") or (cache is not None and mesh is not None):
         raise ValueError(
             f"extend: cache must be None or 'raw', and None with a mesh, got {cache!r}"
@@ -124,6 +135,15 @@ def extend(
         from .context_parallel import Shared, share
 
         shared = Shared(mesh, strategy, balance)
+
+    factor = parameters.get("factor")
+    # In dynamic NTK the factor is the base's rate of growth, in Leaky ReRoPE InvLeaky is below 1.
+    stretches = not is_score and method != "dynamic_ntk"
+    if stretches and isinstance(factor, (int, float)) and 0 < factor < 1:
+        warnings.warn(
+            f"extend: factor {factor:g} of {method} is below 1: it shortens what a model reads",
+            stacklevel=3,
+        )
 
     # What changes in the model.
     if is_score:
@@ -267,6 +287,15 @@ class Extension:
         self._undo: list[Callable[[], None]] = []
         self.add(patches)
         forget_pages(model)
+
+    def __repr__(self) -> str:
+        told, applied = [], self.applied
+        while applied is not None:
+            given = (f" {name}={value}" for name, value in applied.parameters.items())
+            told.append(applied.method + "".join(given))
+            applied = applied.before
+        reach = "any length" if self.length is None else f"{self.length:,} tokens"
+        return f"<extended by {' over '.join(told)}, reaches {reach}>"
 
     @property
     def length(self) -> int | None:

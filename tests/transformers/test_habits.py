@@ -1,0 +1,56 @@
+"""What a person tries first: names, arguments and what is printed."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from hf_models import build
+
+import extrope_kernels
+from extrope_kernels import methods
+from extrope_kernels.integrations.transformers import extend
+
+
+def test_extend_is_at_the_top_and_loaded_on_first_use():
+    assert extrope_kernels.extend is extend
+    code = "import sys, extrope_kernels; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'extendd'"):
+        extrope_kernels.extendd  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("method", "meant"),
+    [
+        ("Yarn", "yarn"),
+        ("ReRoPE", "rerope"),
+        ("self-extend", "self_extend"),
+        ("NTK-aware", "ntk_aware"),
+    ],
+)
+def test_a_name_in_other_letters_is_answered_with_the_name(method, meant):
+    with pytest.raises(ValueError, match=re.escape(f"got {method!r} (did you mean {meant!r}?)")):
+        extend(build("llama"), method)
+
+
+def test_frequencies_in_place_of_a_name_are_answered_with_what_to_pass():
+    with pytest.raises(
+        TypeError, match=r"as in extend\(model, 'yarn', factor=4.0\), got RopeFreqs"
+    ):
+        extend(build("llama"), methods.rope(16))
+
+
+def test_rope_theta_is_base_here():
+    with pytest.raises(TypeError, match=r"got rope_theta \(base here\)"):
+        extend(build("llama"), "yarn", factor=2.0, rope_theta=1e6)
+
+
+def test_a_handle_says_what_is_in_place():
+    model = build("llama")
+    with extend(model, "yarn", factor=4.0) as below:
+        assert repr(below) == "<extended by yarn factor=4.0, reaches 128 tokens>"
+        with extend(model, "rerope", window=16) as handle:
+            assert repr(handle) == (
+                "<extended by rerope window=16 over yarn factor=4.0, reaches any length>"
+            )
