@@ -27,6 +27,7 @@ from ....scores import UNROTATED
 from ....scores.base import FIRST_KEY
 from ..._shared.dtypes import FP8, as_bits
 from ..._shared.layouts import cached_by_layout, layout_key
+from ..._shared.maps import columns_of
 from ..._shared.triton.fp8 import kind_of_cache, widened_codes
 from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
 from ..._shared.triton.pairs import load_parts, of_pairs
@@ -585,7 +586,7 @@ def _build_launches(
             cu_seqlens=call.cu_seqlens, cache_leftpad=cache.leftpad,
             log_decay=call.log_decay if rotates_keys else None,
             k_scale=cache.scales.k, v_scale=cache.scales.v,
-            stored=call.stored.numbers() if rotates_keys else (),
+            **(columns_of([call.stored]) if rotates_keys else {}),
             interleaved=call.interleaved,
         )  # fmt: skip
         append = build_append(new, call.pair_maps, num_counters)
