@@ -22,14 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....scores import UNROTATED, PositionMap
+from ....scores.base import PlainMap
 from ..._shared.triton.launch import VECTOR_BYTES
 from ..._shared.triton.pairs import load_parts, of_pairs, store_parts, widened
 from ..._shared.triton.tokens import sequence_of
 from ..call import AttentionCall
 from .device import (
     Launch,
-    MapConstants,
     alignment_of,
     cos_sin_of_map,
     key_maps,
@@ -40,6 +39,7 @@ from .device import (
     rope_heads_of,
     sequence_stride,
     sequences_of,
+    stored_map,
     strides_in_groups,
 )
 
@@ -351,7 +351,7 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
     )  # fmt: skip
     options = {
         "BACKWARD": wanted == "gradients",
-        "STORED": None if call.stored == UNROTATED else MapConstants(*map_of(call.stored)),
+        "STORED": stored_map(call),
         "TILE": tile,
         "num_warps": THREADS // 32,
         "enable_fp_fusion": True,
@@ -363,8 +363,8 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
 def _tile(
     q: Tensor,
     k: Tensor,
-    q_maps: Sequence[PositionMap],
-    k_maps: Sequence[PositionMap],
+    q_maps: Sequence[PlainMap],
+    k_maps: Sequence[PlainMap],
     call: AttentionCall,
 ) -> RotateTile:
     half = call.inv_freq.shape[-1]
