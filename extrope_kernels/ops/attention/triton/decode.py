@@ -17,6 +17,8 @@ each rounded up to a power of two. Logits have base 2: they are multiplied by lo
 
 load_parts(row_ptr, valid, MODEL) loads rows in three parts: the first dims of their pairs, the
 second dims, and the dims after the pairs; 0 for rows that are not valid and past the last dim.
+of_pairs(ptr, MODEL) loads one number for each pair, (1, P). widened_codes(bits, LIKE, MODEL.codes)
+makes numbers of type LIKE of the bits of fp8, without their scale.
 """
 
 from __future__ import annotations
@@ -159,7 +161,7 @@ def _store_rows(target, row, valid, row_max, row_sum, acc, MODEL: tl.constexpr):
 
 @triton.jit
 def _merge_splits(
-    target, partial_out, partial_lse, first_partial, split_stride, splits, block, num_rows,
+    target, partial_out, partial_lse, first_partial, split_stride, splits, row_block, num_rows,
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of a block of rows, always in their order, and store the result.
@@ -170,7 +172,7 @@ def _merge_splits(
     ROWS: tl.constexpr = BLOCKS.merge_rows  # as many as a block can have, at most BLOCK_M
     SPLITS: tl.constexpr = BLOCKS.merge_splits  # at a time
     DIMS_V: tl.constexpr = MODEL.dims_v
-    row = block * BLOCKS.block_m + tl.arange(0, ROWS)  # (ROWS,)
+    row = row_block * BLOCKS.block_m + tl.arange(0, ROWS)  # (ROWS,)
     dim = tl.arange(0, DIMS_V)
     # Below any logit, but finite: exp2(-inf - -1e30) is 0, not NaN. A split's NaN goes on.
     row_max = tl.full((ROWS,), -1e30, tl.float32)
@@ -197,7 +199,7 @@ def _merge_splits(
 
 @triton.jit
 def _store_split(
-    target, scratch, num_counters, item, num_items, split, splits, block, num_rows, row, valid,
+    target, scratch, num_counters, item, num_items, split, splits, row_block, num_rows, row, valid,
     row_max, row_sum, acc, MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Store a block of rows, seen by one split of its keys; the last split to come merges all.
@@ -211,11 +213,11 @@ def _store_split(
     head, heads_k = target.head, target.heads_k
     first_item = item - split  # that of the first split: the items of a block follow one another
     if MODEL.packed:
-        item_rows, first_row = BLOCK_M, block * BLOCK_M
+        item_rows, first_row = BLOCK_M, row_block * BLOCK_M
         counter = tl.cast(head, tl.int64) * num_items + first_item
     else:
         item_rows, first_row = target.num_tokens * MODEL.group, 0
-        counter = (target.batch * heads_k + head) * tl.cdiv(num_rows, BLOCK_M) + block
+        counter = (target.batch * heads_k + head) * tl.cdiv(num_rows, BLOCK_M) + row_block
     # Counters come in fours: so the compiler knows that partial_out is aligned.
     partial_out = scratch + tl.cast(num_counters // 4, tl.int64) * 4
     partials = tl.cast(num_items, tl.int64) * heads_k * item_rows
@@ -238,8 +240,8 @@ def _store_split(
     done = tl.atomic_add(counters + counter, 1, sem="acq_rel", scope="gpu")
     if done == splits - 1:
         _merge_splits(
-            target, partial_out, partial_lse, first_partial, split_stride, splits, block, num_rows,
-            MODEL, BLOCKS,
+            target, partial_out, partial_lse, first_partial, split_stride, splits, row_block,
+            num_rows, MODEL, BLOCKS,
         )  # fmt: skip
 
 
@@ -367,11 +369,12 @@ def decode_kernel(
     GROUP: tl.constexpr = MODEL.group
     DIMS_V: tl.constexpr = MODEL.dims_v
     REGIONS: tl.constexpr = len(MODEL.starts)
-    OPERAND: tl.constexpr = tl.float32 if MODEL.widen else q.dtype.element_ty
+    OPERAND: tl.constexpr = tl.float32 if MODEL.widen else q.dtype.element_ty  # of products
 
-    # This program's sequence, split of its keys, and block of rows.
-    head = tl.program_id(1)
-    item, block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
+    # This program's sequence, split of its keys, and block of rows. An item of the schedule is a
+    # split, 0 to splits - 1, of a sequence; without splits, item i is sequence i.
+    head = tl.program_id(1)  # of k
+    item, row_block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
     lengths = Lengths(seqlens, leftpad, cu_seqlens, batch, num_tokens, appended, capacity)
     sequence, split, splits = item, 0, 1
     if BLOCKS.splits:
@@ -379,27 +382,28 @@ def decode_kernel(
             item, num_items, least_blocks, lengths, MODEL, BLOCKS
         )
     if MODEL.packed:  # split counts those of all blocks of rows
-        block, split = split // splits, split % splits
+        row_block, split = split // splits, split % splits
     # Else the program has nothing to do, or packed tokens after the last boundary: they see no key.
     exists = sequence < batch
     first_token, seqlen_q = queries_of(sequence, lengths, MODEL)
     pad, seqlen_k = keys_of(sequence, seqlen_q, lengths, MODEL)
     q_batch = tl.cast(0 if MODEL.packed else sequence, tl.int64)
 
-    # Rows (M,). Queries are the last tokens of their sequence.
+    # Rows (M,). Queries are the last tokens of their sequence, so the last one has the last key's
+    # position. Rows after num_rows are computed, but not stored.
     num_rows = seqlen_q * GROUP
     if not MODEL.packed:
         num_rows = tl.where(exists, num_rows, 0)
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < num_rows
-    token = row // GROUP
+    token = row // GROUP  # of the sequence
     position = seqlen_k - seqlen_q + token
     head_q = head * GROUP + row % GROUP
 
     # Keys [key_begin, key_end): this split of those that any row sees. A split is whole blocks of N
     # keys. region_begin rises with the position, so the first row sees the earliest key.
-    last_row = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q * GROUP) - 1
-    first_position = seqlen_k - seqlen_q + block * BLOCK_M // GROUP
+    last_row = tl.minimum(row_block * BLOCK_M + BLOCK_M, seqlen_q * GROUP) - 1
+    first_position = seqlen_k - seqlen_q + row_block * BLOCK_M // GROUP
     last_position = seqlen_k - seqlen_q + last_row // GROUP
     first_seen = region_begin(first_position, seqlen_k, 0, 0, MODEL)
     num_keys = tl.where(exists, tl.maximum(last_position + 1 - first_seen, 0), 0)
@@ -486,7 +490,7 @@ def decode_kernel(
     if BLOCKS.splits:
         if splits > 1:
             _store_split(
-                target, scratch, num_counters, item, num_items, split, splits, block, num_rows,
+                target, scratch, num_counters, item, num_items, split, splits, row_block, num_rows,
                 row, valid, row_max, row_sum, acc, MODEL, BLOCKS,
             )  # fmt: skip
         else:

@@ -8,7 +8,9 @@ The kernel runs in both directions. Forward, it writes a copy of a row x for eac
 copy_c = scale * R_c @ x, where R_c rotates to the positions of map c. Backward, it reads gradients
 of all copies, and writes their sum, each rotated back: dx = sum over c of scale * R_c.T @ dcopy_c.
 
-Names: T is TOKENS, P is PAIRS: pairs of dims, rounded up to a power of two.
+Names: T is TOKENS, P is TILE.pairs: pairs of dims, rounded up to a power of two. load_parts loads
+rows as their pairs' first dims, second dims, and the dims after the pairs; store_parts stores
+these. of_pairs loads one number for each pair, (1, P).
 """
 
 from __future__ import annotations
@@ -261,16 +263,16 @@ class Rotation(NamedTuple):
     """A launch, and the numbers of copies of q and k."""
 
     launch: Launch
-    q_copies: int
-    k_copies: int
+    num_q_copies: int
+    num_k_copies: int
 
 
 def rotate(
     rotation: Rotation, q: Tensor, k: Tensor, call: AttentionCall
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return rotated copies of q and of k, None if there are none."""
-    q_copies = _empty_copies(q, rotation.q_copies, q.dtype)
-    k_copies = _empty_copies(k, rotation.k_copies, k.dtype)
+    q_copies = _empty_copies(q, rotation.num_q_copies, q.dtype)
+    k_copies = _empty_copies(k, rotation.num_k_copies, k.dtype)
     _launch(rotation, q, k, q_copies, k_copies, call)
     return q_copies, k_copies
 
@@ -280,8 +282,8 @@ def gradients_of_copies(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Allocate what `rotate_back` reads: float32 gradients of the copies of every region."""
     return (
-        _empty_copies(q, rotation.q_copies, torch.float32),
-        _empty_copies(k, rotation.k_copies, torch.float32),
+        _empty_copies(q, rotation.num_q_copies, torch.float32),
+        _empty_copies(k, rotation.num_k_copies, torch.float32),
     )
 
 

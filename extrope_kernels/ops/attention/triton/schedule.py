@@ -52,25 +52,39 @@ def grid_of(q: Tensor, cache: KVCache, call: AttentionCall, block_m: int, block_
     row_blocks, most_keys = triton.cdiv(rows, block_m), cache.capacity
     if call.sliding_window is not None:
         most_keys = min(most_keys, call.sliding_window + seqlen_q - 1)
-    splits = most_keys // LEAST_KEYS  # most splits of a sequence
-    least = triton.cdiv(LEAST_KEYS, block_n)
+    most_splits = most_keys // LEAST_KEYS  # of a sequence
+    least_blocks = triton.cdiv(LEAST_KEYS, block_n)
     if call.cu_seqlens is None:
-        items = batch + _more_items(q, heads_k * row_blocks, batch * splits)
-        return Grid(items, row_blocks, rows, row_blocks, splits > 1, least)
-    # The last block of each sequence, and of the padding, may have only one row. But there are no
-    # more blocks than if every token had its own.
-    blocks = min(row_blocks + batch + 1, seqlen_q * triton.cdiv(group, block_m))
-    items = blocks + _more_items(q, heads_k, blocks * splits)
-    return Grid(items, 1, block_m, items, True, least)
+        return Grid(
+            num_items=batch + _more_items(q, heads_k * row_blocks, batch * most_splits),
+            row_blocks=row_blocks,
+            item_rows=rows,
+            counters=row_blocks,
+            splits=most_splits > 1,
+            least_blocks=least_blocks,
+        )
+    # The last block of each sequence, and of the tokens after the last boundary, may have only one
+    # row. But there are no more blocks than if every token had its own.
+    all_row_blocks = min(row_blocks + batch + 1, seqlen_q * triton.cdiv(group, block_m))
+    num_items = all_row_blocks + _more_items(q, heads_k, all_row_blocks * most_splits)
+    return Grid(
+        num_items=num_items,
+        row_blocks=1,
+        item_rows=block_m,
+        counters=num_items,
+        splits=True,
+        least_blocks=least_blocks,
+    )
 
 
 def _more_items(q: Tensor, programs: int, useful: int) -> int:
-    """Return the number of items beyond the first of each sequence.
+    """Return the number of items beyond the first of each sequence, or of each block of rows.
 
     programs: programs of an item. useful: the most splits that there can be.
     """
     wanted = triton.cdiv(WAVES * processors_of(q), max(programs, 1))
     more = min(wanted, useful, MOST_SPLITS)
+    # With one, a split would be as long as all sequences together, and so split nothing.
     return more if more > 1 else 0
 
 
