@@ -23,7 +23,7 @@ region_begin(i, regions) is the end of its keys. device.py defines it, with a pi
 
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
 of D0 and D1 dims, a row of v, out or dout in tiles of DV0 and DV1: see Blocks in device.py. If D1
-is 0, the second tile is never used.
+is 0, the second tile is never used. MODEL is a ModelConstants of device.py.
 
 load_tile(row_0, stride, rows, ROWS, DIMS, HEAD_DIM, MASK_ROWS) loads a (ROWS, DIMS) tile from the
 pointer row_0 on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows.
@@ -320,15 +320,15 @@ def _queries_end(
 
     shift: the own key of row 0.
     """
-    end = key  # own keys from here on: rows before `key` do not see it
+    end = key  # an own key, as all numbers here: rows before `key` do not see it
     if len(MODEL.starts) > REGION:
         # The first position whose block of granularity begins past this sees the key no more.
         # Floor division: Triton's rounds toward zero if the dividend is negative.
         ahead = tl.maximum(key + key_0_pos - MODEL.starts[REGION], -MODEL.granularity)
-        last = (ahead + MODEL.granularity) // MODEL.granularity * MODEL.granularity - key_0_pos
+        past = (ahead + MODEL.granularity) // MODEL.granularity * MODEL.granularity - key_0_pos
         if MODEL.window > 0:
-            last = tl.minimum(last, key + MODEL.window)
-        end = tl.maximum(end, last)
+            past = tl.minimum(past, key + MODEL.window)
+        end = tl.maximum(end, past)
     return tl.minimum(tl.maximum(end, tl.maximum(shift, 0)), seqlen_q + shift) - shift
 
 
@@ -340,7 +340,7 @@ def _add_dkv(
     lse, delta,  # pointers to row 0 of the sequence and head
     begin, end,  # the rows that see any of the keys in this region
     num_before, num_full, num_masked,  # blocks of rows from `begin` on; num_before of num_masked
-    key_begin, key_end,  # (N,): rows [key_begin[j], key_end[j]) see key j; read if MASKED
+    query_begin, query_end,  # (N,): rows [query_begin[j], query_end[j]) see key j; read if MASKED
     MASKED: tl.constexpr,  # add the masked blocks, before and after the full ones; else the full
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -379,8 +379,8 @@ def _add_dkv(
         logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
         weights = tl.exp2(logits * MODEL.logit_unit - lses[None, :])
         if MASKED:
-            number = (start + row)[None, :]
-            seen = (number >= key_begin[:, None]) & (number < key_end[:, None])
+            query = (start + row)[None, :]  # (1, M): rows of the sequence
+            seen = (query >= query_begin[:, None]) & (query < query_end[:, None])
             weights = tl.where(seen, weights, 0.0)
 
         # dv += weights.T @ dout
@@ -515,12 +515,12 @@ def dkv_kernel(
         if D1 > 0:
             k1 = load_tile(k_row + D0, k_row_stride, rows, BLOCK_N, D1, HEAD_DIM - D0, True)
 
-        # Rows [key_begin[j], key_end[j]) of the sequence see key j, and both rise with j. So rows
-        # [begin, end) see some key of the block, and rows [every_begin, every_end) see all of them.
-        # Blocks of M rows from `begin` on: num_before masked ones, num_full, then masked ones up to
-        # `end`, num_masked in all.
-        key_begin = _queries_end(key, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)  # (N,)
-        key_end = _queries_end(key, this.seqlen_q, shift, key_0_pos, r, MODEL)
+        # Rows [query_begin[j], query_end[j]) of the sequence see key j, and both rise with j. So
+        # rows [begin, end) see some key of the block, and rows [every_begin, every_end) all of
+        # them. Blocks of M rows from `begin` on: num_before masked ones, num_full, then masked ones
+        # up to `end`, num_masked in all.
+        query_begin = _queries_end(key, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)  # (N,)
+        query_end = _queries_end(key, this.seqlen_q, shift, key_0_pos, r, MODEL)
         begin = _queries_end(first, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)
         every_begin = _queries_end(last, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)
         every_end = _queries_end(first, this.seqlen_q, shift, key_0_pos, r, MODEL)
@@ -542,7 +542,7 @@ def dkv_kernel(
                 dk0, dk1, dv0, dv1 = _add_dkv(
                     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_row, REGIONS * HEADS_Q * HEAD_DIM,
                     dout_row, dout_stride_seq, lse + lse_index, delta + lse_index,
-                    begin, end, num_before, num_full, num_masked, key_begin, key_end,
+                    begin, end, num_before, num_full, num_masked, query_begin, query_end,
                     full == 0, MODEL, BLOCKS,
                 )  # fmt: skip
 
@@ -592,19 +592,19 @@ def backward(
     launches = launch_for(_build_launches, (q, k, v, out, dout), call)
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
-    starts = (call.cu_seqlens, call.q_start, call.k_start)
+    places = (call.cu_seqlens, call.q_start, call.k_start)
     with torch.cuda.device_of(q):
         q_rotated, k_rotated = rotate(launches.rotate, q, k, call)
         dq_rotated, dk_rotated = gradients_of_copies(launches.rotate_back, q, k)
         by_queries, by_keys = launches.by_queries, launches.by_keys
         if by_queries.grid[0] > 0:
             dq_kernel[by_queries.grid](
-                q_rotated, k, v, k_rotated, out, dout, lse, dlse, delta, dq_rotated, *starts,
+                q_rotated, k, v, k_rotated, out, dout, lse, dlse, delta, dq_rotated, *places,
                 *by_queries.sizes, **by_queries.options,
             )  # fmt: skip
         if by_keys.grid[0] > 0:
             dkv_kernel[by_keys.grid](
-                q_rotated, k, v, k_rotated, dout, lse, delta, dk_rotated, dv, *starts,
+                q_rotated, k, v, k_rotated, dout, lse, delta, dk_rotated, dv, *places,
                 *by_keys.sizes, **by_keys.options,
             )  # fmt: skip
         rotate_back(launches.rotate_back, dq, dk, dq_rotated, dk_rotated, call)
@@ -614,8 +614,9 @@ def backward(
 def _build_launches(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, call: AttentionCall
 ) -> Launches:
-    middle = []
+    by_queries_and_keys = []
     start_strides = (sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1))
+    # By kernel: the tensor whose blocks its programs take, and those whose strides it is given.
     for name, blocks_of, strided in (("dq", q, (k, v, out, dout)), ("dkv", k, (k, v, dout))):
         config = configs.config_of(name, q, v)
         model, blocks = constants_of(config, q, k, v, call, dout, out)
@@ -626,11 +627,13 @@ def _build_launches(
             *strides, *start_strides, *sequences_of(call), blocks_of_head, q.shape[-3], k.shape[-3],
         )  # fmt: skip
         options = {"MODEL": model, "BLOCKS": blocks, **config.options}
-        middle.append(Launch((programs,), sizes, options))
+        by_queries_and_keys.append(Launch((programs,), sizes, options))
     # Gradients do not exist yet: contiguous tensors without memory tell their shapes and strides.
     dq, dk = (
         torch.empty(x.shape, dtype=call.results_dtype(x.dtype), device="meta") for x in (q, k)
     )
     return Launches(
-        build_rotation(q, k, call, "both"), *middle, build_rotation(dq, dk, call, "gradients")
+        build_rotation(q, k, call, "both"),
+        *by_queries_and_keys,
+        build_rotation(dq, dk, call, "gradients"),
     )

@@ -7,10 +7,18 @@ positions, it rotates them while it loads them.
 Programs that share a sequence take splits of its keys (schedule.py). The last of them to finish
 merges their results.
 
-A row is a token and one of the `group` heads of q that share a head of k. Positions count from the
-sequence's first key: its key j has position j. Shapes in comments: M is BLOCK_M, rows; N is
-BLOCK_N, keys; P is pairs of dims that rotate, R the dims after them, V the dims of v, each rounded
-up to a power of two. Logits have base 2: they are multiplied by log2(e).
+The mask: in region r, a query at position p sees the keys from region_begin(p, r) to
+region_begin(p, r + 1), and region_begin(p, regions) is p + 1, the end of its keys. device.py
+defines it, with a picture. Positions count from the sequence's first key: its key j has position j.
+
+Names: a row is a token and one of the `group` heads of q that share a head of k. M is BLOCK_M,
+rows; N is BLOCK_N, keys. P is pairs of dims that rotate, R the dims after them, V the dims of v,
+each rounded up to a power of two. Logits have base 2: they are multiplied by log2(e).
+
+load_parts(row_ptr, valid, MODEL) loads rows in three parts: the first dims of their pairs, the
+second dims, and the dims after the pairs; 0 for rows that are not valid and past the last dim.
+of_pairs(ptr, MODEL) loads one number for each pair, (1, P). widened_codes(bits, LIKE, MODEL.codes)
+makes numbers of type LIKE of the bits of fp8, without their scale.
 """
 
 from __future__ import annotations
@@ -24,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ....scores import UNROTATED
-from ....scores.base import FIRST_KEY
 from ..._shared.dtypes import FP8, as_bits
 from ..._shared.layouts import cached_by_layout, layout_key
+from ..._shared.maps import columns_of
 from ..._shared.triton.fp8 import kind_of_cache, widened_codes
 from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
 from ..._shared.triton.pairs import load_parts, of_pairs
@@ -38,24 +46,25 @@ from ..call import AttentionCall, KVCache, lse_shape
 from . import configs
 from .device import (
     FARTHEST,
+    LEAST_DIMS,
     Launch,
     add_sink,
-    capped,
-    first_key,
+    cos_sin_of_map,
     ln_2,
     log2_e,
     log_n_scale,
-    map_cos_sin,
     map_of,
-    no_logit,
-    nth_cos_sin,
+    nth_map,
+    region_begin,
     rope_heads_of,
     sequence_stride,
+    softcap,
+    stored_map,
+    strides_in_groups,
     with_contiguous_rows,
 )
 from .schedule import Lengths, grid_of, keys_of, queries_of, work_of_item
 
-LEAST_DIMS = 16  # least dims, and rows, of a product
 COUNTERS = 4  # counters come in fours, so that the partial results after them are aligned
 MERGED = 4096  # numbers that a program merges at a time: 16 to 32 registers per thread
 
@@ -68,27 +77,27 @@ class ModelConstants(NamedTuple):
     head_dim_v: int
     dims_v: int  # head_dim_v, rounded up to a power of two
     half: int  # pairs of dims that rotate
-    rope_heads: tuple[int, int]  # see `rope_heads_of`
+    freq_heads: int  # heads of k with frequencies of their own; 1: all share
+    map_heads: int  # heads of k with maps of pairs of their own; 1: all share
     pairs: int  # half, rounded up to a power of two
     rest: int  # dims after the rotated ones
     rest_dims: int  # rest, rounded up to a power of two; 1 if none
-    interleaved: bool
+    interleaved: bool  # a pair's two dims are neighbours; else dims i and half + i
     starts: tuple[int, ...]  # start of each region, counted from the query's block
     granularity: int
     window: int  # most keys that a query sees, or 0: all
-    from_first_key: bool  # region 0 has no lower end
-    q_maps: tuple[tuple, ...]  # one per region: see `map_of`
+    from_key_0: bool  # region 0 begins at key 0 for every query
+    q_maps: tuple[tuple, ...]  # one per region, see `map_of`
     k_maps: tuple[tuple, ...]
     rotates_keys: tuple[bool, ...]  # by region: True if it sees keys at other positions than stored
-    stored: tuple | None  # the map of keys in the cache; None: raw
-    q_scale: float  # softmax_scale * log2(e)
-    attention_factor_squared: float  # of q and k: queries carry both
+    softmax_scale_log2: float  # softmax_scale * log2(e)
+    softcap_log2: float  # softcap * log2(e), or 0: none
+    attention_factor_sq: float  # multiplies queries, for both sides
     per_log_n: float  # 1 / ln(log_n), or 0: none
-    softcap: float  # times log2(e), or 0: none
-    paged: bool
-    padded: bool
+    paged: bool  # block_table names the pages of a sequence
+    padded: bool  # leftpad is given
     packed: bool  # the queries of all sequences follow one another
-    codes: int  # how to read a cache in fp8, or 0: see _shared/triton/fp8.py
+    codes: int  # how to read a cache in fp8: see `kind_of_cache`; 0: it is not in fp8
     widen: bool  # widen operands to float32 for products: the interpreter has no bfloat16
 
 
@@ -140,47 +149,48 @@ def _store_rows(target, row, valid, row_max, row_sum, acc, MODEL: tl.constexpr):
     empty = row_sum == 0.0  # no keys, and no sink
     row_sum = tl.where(empty, 1.0, row_sum)
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * ln_2())
-    at = (target.batch * heads_q + head_q) * target.num_tokens + token
-    tl.store(target.lse + at, lse, mask=valid)
+    lse_ptr = target.lse + (target.batch * heads_q + head_q) * target.num_tokens + token
+    tl.store(lse_ptr, lse, mask=valid)
+    out_index = (target.batch * target.num_tokens + token) * heads_q + head_q  # (M,)
     dim = tl.arange(0, MODEL.dims_v)
-    at = ((target.batch * target.num_tokens + token) * heads_q + head_q) * MODEL.head_dim_v
     mask = valid[:, None] & (dim < MODEL.head_dim_v)[None, :]
     out = (acc / row_sum[:, None]).to(target.out.dtype.element_ty)  # (M, V)
-    tl.store(target.out + at[:, None] + dim[None, :], out, mask=mask)
+    out_row = target.out + out_index * MODEL.head_dim_v
+    tl.store(out_row[:, None] + dim[None, :], out, mask=mask)
 
 
 @triton.jit
 def _merge_splits(
-    target, partial_out, partial_lse, first, stride, splits, block, num_rows,
+    target, partial_out, partial_lse, first_partial, split_stride, splits, row_block, num_rows,
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of a block of rows, always in their order, and store the result.
 
     partial_out: (partials, head_dim_v) float32, normalised; partial_lse: (partials,) float32 of
-    base 2. Row i of the first split is number first + i, that of the next split `stride` on.
+    base 2, -inf without keys. Row i of split s is partial first_partial + s * split_stride + i.
     """
     ROWS: tl.constexpr = BLOCKS.merge_rows  # as many as a block can have, at most BLOCK_M
     SPLITS: tl.constexpr = BLOCKS.merge_splits  # at a time
     DIMS_V: tl.constexpr = MODEL.dims_v
-    row = block * BLOCKS.block_m + tl.arange(0, ROWS)  # (ROWS,)
+    row = row_block * BLOCKS.block_m + tl.arange(0, ROWS)  # (ROWS,)
     dim = tl.arange(0, DIMS_V)
-    row_max = tl.full((ROWS,), no_logit(), tl.float32)
+    # Below any logit, but finite: exp2(-inf - -1e30) is 0, not NaN. A split's NaN goes on.
+    row_max = tl.full((ROWS,), -1e30, tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIMS_V), tl.float32)
     for first_split in tl.range(0, splits, SPLITS, num_stages=1):
         split = first_split + tl.arange(0, SPLITS)
         valid = (split < splits)[:, None] & (row < num_rows)[None, :]  # (SPLITS, ROWS)
-        at = first + split.to(tl.int64)[:, None] * stride + row[None, :]
+        partial = first_partial + split.to(tl.int64)[:, None] * split_stride + row[None, :]
         # Past L1 (.cg): other processors wrote these numbers.
-        lse = tl.load(partial_lse + at, mask=valid, other=no_logit(), cache_modifier=".cg")
+        lse_ptr = partial_lse + partial  # (SPLITS, ROWS)
+        lse = tl.load(lse_ptr, mask=valid, other=float("-inf"), cache_modifier=".cg")
         mask = valid[:, :, None] & (dim < MODEL.head_dim_v)[None, None, :]
-        at = partial_out + at[:, :, None] * MODEL.head_dim_v + dim[None, None, :]
-        out = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")  # (SPLITS, ROWS, V)
+        out_ptr = partial_out + partial[:, :, None] * MODEL.head_dim_v + dim[None, None, :]
+        out = tl.load(out_ptr, mask=mask, other=0.0, cache_modifier=".cg")  # (SPLITS, ROWS, V)
         new_max = tl.maximum(row_max, tl.max(lse, 0))
-        # Splits without keys hold zeros with no_logit(): their weights are 0 even if none has keys.
-        # A split's NaN goes on.
-        weights = tl.where(lse != no_logit(), tl.exp2(lse - new_max[None, :]), 0.0)
-        rescale = tl.exp2(row_max - new_max)
+        weights = tl.exp2(lse - new_max[None, :])  # (SPLITS, ROWS)
+        rescale = tl.exp2(row_max - new_max)  # (ROWS,)
         acc = acc * rescale[:, None] + tl.sum(out * weights[:, :, None], 0)
         row_sum = row_sum * rescale + tl.sum(weights, 0)
         row_max = new_max
@@ -189,49 +199,50 @@ def _merge_splits(
 
 @triton.jit
 def _store_split(
-    target, scratch, num_counters, item, num_items, split, splits, block, num_rows, row, valid,
+    target, scratch, num_counters, item, num_items, split, splits, row_block, num_rows, row, valid,
     row_max, row_sum, acc, MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Store a block of rows, seen by one split of its keys; the last split to come merges all.
 
-    Partial results are float32: partial_out (item, head of k, row of the item, head_dim_v), which
-    is normalised, and partial_lse without the last dim, of base 2, no_logit() without keys. An item
-    has the rows of all tokens or, packed, those of its block. Before them in scratch there is an
-    int32 counter for every block of rows and head of k.
+    scratch: num_counters int32 counters, one for each block of rows and head of k; then partial
+    results, float32: partial_out (item, head of k, row of the item, head_dim_v), and partial_lse
+    without the last dim, see `_merge_splits`. An item has the rows of all tokens of its sequence;
+    packed, those of its block. row, valid, row_max, row_sum: (M,); acc: (M, V).
     """
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     head, heads_k = target.head, target.heads_k
-    first_item = item - split  # that of the first split
+    first_item = item - split  # that of the first split: the items of a block follow one another
     if MODEL.packed:
-        item_rows, first_row = BLOCK_M, block * BLOCK_M
+        item_rows, first_row = BLOCK_M, row_block * BLOCK_M
         counter = tl.cast(head, tl.int64) * num_items + first_item
     else:
         item_rows, first_row = target.num_tokens * MODEL.group, 0
-        counter = (target.batch * heads_k + head) * tl.cdiv(num_rows, BLOCK_M) + block
+        counter = (target.batch * heads_k + head) * tl.cdiv(num_rows, BLOCK_M) + row_block
     # Counters come in fours: so the compiler knows that partial_out is aligned.
     partial_out = scratch + tl.cast(num_counters // 4, tl.int64) * 4
-    size = tl.cast(num_items, tl.int64) * heads_k * item_rows * MODEL.head_dim_v
-    partial_lse = partial_out + size
-    first = (tl.cast(first_item, tl.int64) * heads_k + head) * item_rows - first_row
-    stride = heads_k * item_rows  # from one split to the next
+    partials = tl.cast(num_items, tl.int64) * heads_k * item_rows
+    partial_lse = partial_out + partials * MODEL.head_dim_v
+    first_partial = (tl.cast(first_item, tl.int64) * heads_k + head) * item_rows - first_row
+    split_stride = heads_k * item_rows  # from an item to the next
 
-    at = first + tl.cast(split, tl.int64) * stride + row  # (M,)
+    partial = first_partial + tl.cast(split, tl.int64) * split_stride + row  # (M,)
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    lse = tl.where(empty, no_logit(), row_max + tl.log2(row_sum))
-    tl.store(partial_lse + at, lse, mask=valid)
+    lse = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum))
+    tl.store(partial_lse + partial, lse, mask=valid)
     dim = tl.arange(0, MODEL.dims_v)
     mask = valid[:, None] & (dim < MODEL.head_dim_v)[None, :]
-    at = partial_out + at[:, None] * MODEL.head_dim_v + dim[None, :]
-    tl.store(at, acc / row_sum[:, None], mask=mask)  # (M, V)
+    out_ptr = partial_out + partial[:, None] * MODEL.head_dim_v + dim[None, :]
+    tl.store(out_ptr, acc / row_sum[:, None], mask=mask)  # (M, V)
     # All threads must store before one of them counts, which other processors see.
     tl.debug_barrier()
     counters = scratch.to(tl.pointer_type(tl.int32), bitcast=True)
     done = tl.atomic_add(counters + counter, 1, sem="acq_rel", scope="gpu")
     if done == splits - 1:
         _merge_splits(
-            target, partial_out, partial_lse, first, stride, splits, block, num_rows, MODEL, BLOCKS
-        )
+            target, partial_out, partial_lse, first_partial, split_stride, splits, row_block,
+            num_rows, MODEL, BLOCKS,
+        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------
@@ -242,29 +253,24 @@ def _store_split(
 def _add_region(
     row_max, row_sum, acc,  # (M,), (M,), (M, V) float32: the online softmax of the keys so far
     q0, q1, q_rest,  # (M, P), (M, P), (M, R): rotated and scaled, in the type of products
-    k_head, v_head,  # pointers to the head in slot 0 of block 0
-    k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,  # in groups of ALIGN elements
-    sequence, pages, page_size,  # a block is a page, its number in pages; or the sequence
+    k_head, v_head,  # pointers to dim 0 of the head in slot 0 of block 0
+    k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,  # divided by BLOCKS.align
+    sequence, pages, page_size,  # a block is the sequence; paged, pages[slot // page_size]
     pad,  # the slot of key 0
-    key_begin, key_end,  # the keys of this region and split that any row sees
-    row_begin, row_end,  # (M,): row i sees [row_begin[i], row_end[i]) of them
-    freq, minus_decay, maps, k_scale,
-    REGION: tl.constexpr, MODEL: tl.constexpr, BLOCKS: tl.constexpr,
+    begin, end,  # the keys of this region and split that any of the rows sees
+    row_begin, row_end,  # (M,): row i sees keys [row_begin[i], row_end[i])
+    freq, k_decay, pair_maps, pair, head,  # what rotates keys: see `cos_sin_of_map`
+    k_scale,  # of this head; read if MODEL.codes
+    REGION: tl.constexpr, STORED: tl.constexpr, MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Add a region's keys to the online softmax; return row_max, row_sum and acc.
-
-    row_max is finite from the start on (no_logit), so exp2 never sees inf - inf.
-    """
+    """Add a region's keys to the online softmax; return row_max, row_sum and acc."""
     BLOCK_N: tl.constexpr = BLOCKS.block_n
-    ALIGN: tl.constexpr = BLOCKS.align
     ROTATES: tl.constexpr = MODEL.rotates_keys[REGION]
-    K_MAP: tl.constexpr = MODEL.k_maps[REGION]
-    STORED: tl.constexpr = MODEL.stored
     OPERAND: tl.constexpr = q0.dtype
     dim_v = tl.arange(0, MODEL.dims_v)
-    for first in tl.range(key_begin, key_end, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)  # (N,)
-        valid = key < key_end
+    for start in tl.range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)  # (N,)
+        valid = key < end
         slot = pad + key  # int32: in 64 bits, a GPU calls a function for every division
         if MODEL.paged:
             block = tl.load(pages + slot // page_size, mask=valid, other=0).to(tl.int64)
@@ -273,9 +279,9 @@ def _add_region(
             block = sequence
 
         # logits = q @ k.T: (M, N)
-        at = block * k_stride_block + slot.to(tl.int64) * k_stride_slot
-        k_rows = k_head + at * ALIGN  # (N,)
-        k0, k1, k_rest = load_parts(k_rows, valid, MODEL)  # (N, P), (N, P), (N, R); 0 if not valid
+        k_offset = block * k_stride_block + slot.to(tl.int64) * k_stride_slot
+        k_row = k_head + k_offset * BLOCKS.align  # (N,)
+        k0, k1, k_rest = load_parts(k_row, valid, MODEL)  # (N, P), (N, P), (N, R); 0 if not valid
         if MODEL.codes:
             LIKE: tl.constexpr = tl.float32 if ROTATES else OPERAND
             k0 = widened_codes(k0, LIKE, MODEL.codes)
@@ -283,7 +289,10 @@ def _add_region(
             if MODEL.rest > 0:
                 k_rest = widened_codes(k_rest, LIKE, MODEL.codes)
         if ROTATES:  # from their stored positions to those that this region sees
-            cos, sin = map_cos_sin(key, freq, minus_decay, maps, K_MAP, STORED, MODEL)
+            cos, sin = cos_sin_of_map(
+                key, freq, k_decay, pair_maps, pair, head, nth_map(MODEL.k_maps, REGION), STORED,
+                MODEL.half, MODEL.map_heads,
+            )  # fmt: skip
             k0, k1 = k0.to(tl.float32), k1.to(tl.float32)
             k0, k1 = k0 * cos - k1 * sin, k1 * cos + k0 * sin
         k0, k1 = k0.to(OPERAND), k1.to(OPERAND)  # before any product: float32 takes more registers
@@ -293,27 +302,27 @@ def _add_region(
             logits = tl.dot(q_rest, tl.trans(k_rest.to(OPERAND)), logits, input_precision="ieee")
         if MODEL.codes:  # not into q: float16 lacks small numbers
             logits *= k_scale
-        if MODEL.softcap > 0:
-            logits = capped(logits, MODEL.softcap)
+        if MODEL.softcap_log2 > 0:  # `softcap` returns tanh
+            logits = MODEL.softcap_log2 * softcap(logits, 1.0, MODEL.softcap_log2)
 
         # weights = exp2(logits - new_max): (M, N)
         seen = valid[None, :]
         if BLOCKS.several_tokens:  # rows of one token all see the same keys
             seen = seen & (key[None, :] < row_end[:, None])
-            if not (REGION == 0 and MODEL.from_first_key):
+            if not (REGION == 0 and MODEL.from_key_0):
                 seen = seen & (key[None, :] >= row_begin[:, None])
         logits = tl.where(seen, logits, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        new_max = tl.maximum(row_max, tl.max(logits, 1))  # (M,)
         weights = tl.exp2(logits - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
+        rescale = tl.exp2(row_max - new_max)  # (M,)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
 
-        # acc += weights @ v: (M, V)
-        at = block * v_stride_block + slot.to(tl.int64) * v_stride_slot
-        v_rows = v_head + at * ALIGN  # (N,)
+        # acc = acc * rescale + weights @ v
+        v_offset = block * v_stride_block + slot.to(tl.int64) * v_stride_slot
+        v_row = v_head + v_offset * BLOCKS.align  # (N,)
         mask = valid[:, None] & (dim_v < MODEL.head_dim_v)[None, :]
-        v = tl.load(v_rows[:, None] + dim_v[None, :], mask=mask, other=0.0)  # (N, V)
+        v = tl.load(v_row[:, None] + dim_v[None, :], mask=mask, other=0.0)  # (N, V)
         if MODEL.codes:
             v = widened_codes(v, OPERAND, MODEL.codes)
         v = v.to(OPERAND)
@@ -332,24 +341,27 @@ def _add_region(
 def decode_kernel(
     q, k_cache, v_cache,  # (batch, num_tokens, heads_q, head_dim); (blocks, slots, heads_k, ...)
     out, lse,  # see OutputTarget
-    scratch,  # int32 (num_counters,), all 0; then partial_out and partial_lse: see _store_split
-    inv_freq, log_decay,  # (sequences or 1, heads_k or 1, half); (half,) float32 or None
-    pair_maps,  # (rows, 2: divisor and offset, heads_k or 1, half) float64, or None
-    query_scale, sinks,  # (batch, num_tokens) float32 or None; see OutputTarget
+    scratch,  # counters, all 0, then partial results: see _store_split; None if there are no splits
+    inv_freq, log_decay,  # (sequences or 1, freq_heads, half) float; (half,) or None: xPos
+    pair_maps,  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
+    query_scale, sinks,  # (batch or 1, num_tokens) float32 or None; see OutputTarget
     k_scale, v_scale,  # (heads_k,) float32 of a cache in fp8, or None
     seqlens, leftpad, cu_seqlens,  # see Lengths
-    block_table,  # (sequences, pages of a sequence), or None
-    q_stride_batch, q_stride_seq, q_stride_head,
+    block_table,  # (sequences, pages of a sequence) int32, or None
+    q_stride_batch, q_stride_seq, q_stride_head,  # divided by BLOCKS.align
     k_stride_block, k_stride_slot, k_stride_head,
     v_stride_block, v_stride_slot, v_stride_head,
     table_stride, freq_stride, query_scale_stride,  # between sequences; 0: all share it
-    page_size, capacity, batch, num_tokens, appended,  # see Lengths
-    num_items, least_blocks, num_counters,
+    page_size,  # slots of a page
+    capacity, batch, num_tokens, appended,  # see Lengths
+    num_items, least_blocks, num_counters,  # see `work_of_item` and `_store_split`
+    STORED: tl.constexpr,  # the map by which keys in the cache come rotated; None: raw
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Attend. Axis 0: items of the schedule, then blocks of rows; axis 1: heads of k.
 
-    Strides count elements. Packed, q is one batch of all tokens, and `batch` counts sequences.
+    A block of a cache is a sequence, or with block_table a page. Packed, q is one batch of all
+    tokens, and `batch` counts sequences.
     """
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     BLOCK_N: tl.constexpr = BLOCKS.block_n
@@ -357,19 +369,12 @@ def decode_kernel(
     GROUP: tl.constexpr = MODEL.group
     DIMS_V: tl.constexpr = MODEL.dims_v
     REGIONS: tl.constexpr = len(MODEL.starts)
-    Q_MAPS: tl.constexpr = MODEL.q_maps
-    OPERAND: tl.constexpr = tl.float32 if MODEL.widen else q.dtype.element_ty
-    # Count in groups of ALIGN elements, which divide all strides. Times ALIGN at the end, the
-    # compiler knows that rows are aligned, and moves 16 bytes at a time.
-    q_stride_batch, q_stride_seq = q_stride_batch // ALIGN, q_stride_seq // ALIGN
-    q_stride_head = q_stride_head // ALIGN
-    k_stride_block, k_stride_slot = k_stride_block // ALIGN, k_stride_slot // ALIGN
-    v_stride_block, v_stride_slot = v_stride_block // ALIGN, v_stride_slot // ALIGN
-    k_stride_head, v_stride_head = k_stride_head // ALIGN, v_stride_head // ALIGN
+    OPERAND: tl.constexpr = tl.float32 if MODEL.widen else q.dtype.element_ty  # of products
 
-    # This program's sequence, split of its keys, and block of rows.
-    head = tl.program_id(1)
-    item, block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
+    # This program's sequence, split of its keys, and block of rows. An item of the schedule is a
+    # split, 0 to splits - 1, of a sequence; without splits, item i is sequence i.
+    head = tl.program_id(1)  # of k
+    item, row_block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
     lengths = Lengths(seqlens, leftpad, cu_seqlens, batch, num_tokens, appended, capacity)
     sequence, split, splits = item, 0, 1
     if BLOCKS.splits:
@@ -377,64 +382,68 @@ def decode_kernel(
             item, num_items, least_blocks, lengths, MODEL, BLOCKS
         )
     if MODEL.packed:  # split counts those of all blocks of rows
-        block, split = split // splits, split % splits
-    exists = sequence < batch  # else the program has nothing to do, or rows that see no key
+        row_block, split = split // splits, split % splits
+    # Else the program has nothing to do, or packed tokens after the last boundary: they see no key.
+    exists = sequence < batch
     first_token, seqlen_q = queries_of(sequence, lengths, MODEL)
     pad, seqlen_k = keys_of(sequence, seqlen_q, lengths, MODEL)
     q_batch = tl.cast(0 if MODEL.packed else sequence, tl.int64)
 
-    # Rows (M,). Queries are the last tokens of their sequence.
+    # Rows (M,). Queries are the last tokens of their sequence, so the last one has the last key's
+    # position. Rows after num_rows are computed, but not stored.
     num_rows = seqlen_q * GROUP
     if not MODEL.packed:
         num_rows = tl.where(exists, num_rows, 0)
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < num_rows
-    token = row // GROUP
+    token = row // GROUP  # of the sequence
     position = seqlen_k - seqlen_q + token
     head_q = head * GROUP + row % GROUP
 
-    # Keys [key_begin, key_end): this split of those that any row sees. first_key(p, .., 0, r, ..)
-    # is the first key that a query at position p sees in region r, and for r = REGIONS the end of
-    # its keys, p + 1. It rises with p, and with r.
-    last_row = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q * GROUP) - 1
-    first_position = seqlen_k - seqlen_q + block * BLOCK_M // GROUP
+    # Keys [key_begin, key_end): this split of those that any row sees. A split is whole blocks of N
+    # keys. region_begin rises with the position, so the first row sees the earliest key.
+    last_row = tl.minimum(row_block * BLOCK_M + BLOCK_M, seqlen_q * GROUP) - 1
+    first_position = seqlen_k - seqlen_q + row_block * BLOCK_M // GROUP
     last_position = seqlen_k - seqlen_q + last_row // GROUP
-    first_seen = first_key(first_position, seqlen_k, 0, 0, MODEL)
+    first_seen = region_begin(first_position, seqlen_k, 0, 0, MODEL)
     num_keys = tl.where(exists, tl.maximum(last_position + 1 - first_seen, 0), 0)
     split_keys = tl.cdiv(tl.cdiv(num_keys, splits), BLOCK_N) * BLOCK_N
     key_begin = first_seen + split * split_keys
     key_end = tl.minimum(key_begin + split_keys, first_seen + num_keys)
 
-    # What rotates, for this head and sequence: (1, P). The amplitude of keys decays where that of
-    # queries grows. maps: what map_cos_sin needs of pairs with maps of their own.
-    if MODEL.rope_heads[0] > 1:
+    # Frequencies of this head and sequence, or of the last one if it does not exist: (1, P).
+    if MODEL.freq_heads > 1:
         inv_freq += head * MODEL.half
     freq_sequence = tl.minimum(sequence, batch - 1).to(tl.int64)
     freq = of_pairs(inv_freq + freq_sequence * freq_stride, MODEL)
-    maps = (pair_maps, tl.arange(0, MODEL.pairs), head)
-    decay = None
-    minus_decay = None
+    pair = tl.arange(0, MODEL.pairs)
+    # By xPos, query i and key j have amplitudes exp(i * decay) and exp(-j * decay).
+    q_decay = None
+    k_decay = None
     if log_decay is not None:
-        decay = of_pairs(log_decay, MODEL).to(tl.float64)
-        minus_decay = -decay
+        q_decay = of_pairs(log_decay, MODEL).to(tl.float64)  # (1, P)
+        k_decay = -q_decay
 
     # What all regions share: pointers, and the factor of each row's logits, (M, 1) of base 2.
-    at = q_batch * q_stride_batch + (first_token + token).to(tl.int64) * q_stride_seq
-    q_rows = q + (at + head_q.to(tl.int64) * q_stride_head) * ALIGN  # (M,)
+    # Strides come divided by ALIGN: the product at the end shows the compiler that it may load 16
+    # bytes at a time.
+    q_offset = q_batch * q_stride_batch + (first_token + token).to(tl.int64) * q_stride_seq
+    q_row = q + (q_offset + head_q.to(tl.int64) * q_stride_head) * ALIGN  # (M,)
     k_head = k_cache + tl.cast(head, tl.int64) * k_stride_head * ALIGN
     v_head = v_cache + tl.cast(head, tl.int64) * v_stride_head * ALIGN
     pages = None
     if MODEL.paged:
         pages = block_table + tl.cast(sequence, tl.int64) * table_stride
-    scale = log_n_scale(position, MODEL.per_log_n) * MODEL.q_scale
+    scale = log_n_scale(position, MODEL.per_log_n) * MODEL.softmax_scale_log2
     if query_scale is not None:
-        at = q_batch * query_scale_stride + (first_token + token)
-        scale *= tl.load(query_scale + at, mask=valid, other=1.0)[:, None]
+        query_scale += q_batch * query_scale_stride
+        scale *= tl.load(query_scale + (first_token + token), mask=valid, other=1.0)[:, None]
     scale_of_k = None
     if MODEL.codes:
         scale_of_k = tl.load(k_scale + head)
 
-    row_max = tl.full((BLOCK_M,), no_logit(), tl.float32)
+    # Below any logit, but finite: a row that has seen no key has exp2(-inf - -1e30) = 0, not NaN.
+    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIMS_V), tl.float32)
     # Regions cut the keys of a row in their order, far keys first. Here near keys come first: their
@@ -443,29 +452,33 @@ def decode_kernel(
         if r + 1 < REGIONS:
             # Without it, q would be loaded once, and hold registers through all regions.
             tl.debug_barrier()
-        # q, rotated to the positions of Q_MAPS[r]. (M, P) or, if all rows share one, (1, P).
-        cos, sin = nth_cos_sin(position, freq, decay, maps, r, Q_MAPS, None, MODEL)
-        factor = MODEL.attention_factor_squared * scale
+        # q, rotated to the positions of the region's map. cos, sin: (M, P), or (1, P) if all rows
+        # share one position. Keys have no attention factor: queries carry it for both.
+        cos, sin = cos_sin_of_map(
+            position, freq, q_decay, pair_maps, pair, head, nth_map(MODEL.q_maps, r), None,
+            MODEL.half, MODEL.map_heads,
+        )  # fmt: skip
+        factor = MODEL.attention_factor_sq * scale
         cos *= factor
         sin *= factor
-        q0, q1, q_rest = load_parts(q_rows, valid, MODEL)  # (M, P), (M, P), (M, R)
+        q0, q1, q_rest = load_parts(q_row, valid, MODEL)  # (M, P), (M, P), (M, R)
         q0, q1 = q0.to(tl.float32), q1.to(tl.float32)
         q0, q1 = q0 * cos - q1 * sin, q1 * cos + q0 * sin
         q_rest = q_rest.to(tl.float32) * scale
         # Row i sees the keys [row_begin[i], row_end[i]) of the region. Both rise with the row: so
         # [begin, end) holds those of all rows. A region begins where the one before it ends.
-        row_begin = first_key(position, seqlen_k, 0, r, MODEL)
-        row_end = first_key(position, seqlen_k, 0, r + 1, MODEL)
+        row_begin = region_begin(position, seqlen_k, 0, r, MODEL)  # (M,)
+        row_end = region_begin(position, seqlen_k, 0, r + 1, MODEL)
         begin, end = key_begin, key_end
         if r > 0:
-            begin = tl.maximum(begin, first_key(first_position, seqlen_k, 0, r, MODEL))
+            begin = tl.maximum(begin, region_begin(first_position, seqlen_k, 0, r, MODEL))
         if r + 1 < REGIONS:
-            end = tl.minimum(end, first_key(last_position, seqlen_k, 0, r + 1, MODEL))
+            end = tl.minimum(end, region_begin(last_position, seqlen_k, 0, r + 1, MODEL))
         row_max, row_sum, acc = _add_region(
             row_max, row_sum, acc, q0.to(OPERAND), q1.to(OPERAND), q_rest.to(OPERAND),
             k_head, v_head, k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
             tl.cast(sequence, tl.int64), pages, page_size, pad, begin, end, row_begin, row_end,
-            freq, minus_decay, maps, scale_of_k, r, MODEL, BLOCKS,
+            freq, k_decay, pair_maps, pair, head, scale_of_k, r, STORED, MODEL, BLOCKS,
         )  # fmt: skip
     if MODEL.codes:
         acc *= tl.load(v_scale + head)
@@ -477,7 +490,7 @@ def decode_kernel(
     if BLOCKS.splits:
         if splits > 1:
             _store_split(
-                target, scratch, num_counters, item, num_items, split, splits, block, num_rows,
+                target, scratch, num_counters, item, num_items, split, splits, row_block, num_rows,
                 row, valid, row_max, row_sum, acc, MODEL, BLOCKS,
             )  # fmt: skip
         else:
@@ -497,7 +510,7 @@ class Launches(NamedTuple):
     attend: Launch
     rotates_keys: bool  # the first launch rotates the keys that it writes
     num_counters: int  # numbers at the head of scratch that must be 0
-    scratch: int  # float32 numbers, with the counters; 0 if no programs share a sequence
+    scratch_size: int  # float32 numbers, with the counters; 0 if no programs share a sequence
 
 
 def decode(
@@ -512,11 +525,11 @@ def decode(
     call = with_contiguous_rows(call)
     layouts = layout_key(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
     key = (layouts, call.fixed, cache.appended)
-    append, attend, rotates_keys, num_counters, room = cached_by_layout(
+    append, attend, rotates_keys, num_counters, scratch_size = cached_by_layout(
         _build_launches, key, q, k, v, cache, call
     )
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
-    scratch = q.new_empty(room, dtype=torch.float32) if room else None
+    scratch = q.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
     with torch.cuda.device_of(q):
         if append is not None:
             heads = (None, k, None, v, k_cache, v_cache)
@@ -545,22 +558,22 @@ def _build_launches(
         q = q[None]
     batch, num_tokens = q.shape[:2]
     heads_k = cache.k.shape[2]
-    setting = _config(q, cache, call)
-    grid = grid_of(q, cache, call, setting.block_m, setting.block_n)
-    model, blocks = constants_of(q, cache, call, setting, grid.splits and q.numel() > 0)
-    num_counters = scratch = 0
+    config = _config(q, cache, call)
+    grid = grid_of(q, cache, call, config.block_m, config.block_n)
+    model, blocks = constants_of(q, cache, call, config, grid.splits and q.numel() > 0)
+    num_counters = scratch_size = 0
     if blocks.splits:
         num_counters = triton.cdiv(batch * heads_k * grid.counters, COUNTERS) * COUNTERS
         partials = grid.num_items * heads_k * grid.item_rows
-        scratch = num_counters + partials * (model.head_dim_v + 1)
-    stages = setting.stages
+        scratch_size = num_counters + partials * (model.head_dim_v + 1)
+    stages = config.stages
     if model.paged:  # a page's number needs as many stages before its keys as keys before their use
         stages = 2 * stages - 1
     appended = cache.appended if call.cu_seqlens is None else int(k is not None)
     numbers = {
-        **_strides("q_stride", "batch seq head", q),
-        **_strides("k_stride", "block slot head", cache.k),
-        **_strides("v_stride", "block slot head", cache.v),
+        **_strides("q_stride", "batch seq head", q, blocks.align),
+        **_strides("k_stride", "block slot head", cache.k, blocks.align),
+        **_strides("v_stride", "block slot head", cache.v, blocks.align),
         "table_stride": 0 if cache.block_table is None else cache.block_table.stride(0),
         "freq_stride": sequence_stride(call.inv_freq, 2),
         "query_scale_stride": sequence_stride(call.query_scale, 2),
@@ -573,7 +586,8 @@ def _build_launches(
         "least_blocks": grid.least_blocks,
         "num_counters": num_counters,
     }
-    constants = {"MODEL": model, "BLOCKS": blocks, **setting._replace(stages=stages).options}
+    constants = {"STORED": stored_map(call), "MODEL": model, "BLOCKS": blocks}
+    constants |= config._replace(stages=stages).options
     attend = Launch((grid.num_items * grid.row_blocks, heads_k), (), {**numbers, **constants})
     append, rotates_keys = None, call.stored != UNROTATED
     if k is not None:
@@ -585,11 +599,11 @@ def _build_launches(
             cu_seqlens=call.cu_seqlens, cache_leftpad=cache.leftpad,
             log_decay=call.log_decay if rotates_keys else None,
             k_scale=cache.scales.k, v_scale=cache.scales.v,
-            stored=call.stored.numbers() if rotates_keys else (),
+            **(columns_of([call.stored]) if rotates_keys else {}),
             interleaved=call.interleaved,
         )  # fmt: skip
         append = build_append(new, call.pair_maps, num_counters)
-    return Launches(append, attend, rotates_keys, num_counters, scratch)
+    return Launches(append, attend, rotates_keys, num_counters, scratch_size)
 
 
 def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:
@@ -599,24 +613,26 @@ def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:
         tokens = triton.cdiv(tokens, max(len(cache.seqlens), 1))
     rows = tokens * q.shape[2] // cache.k.shape[2]
     suffix = "_fp8" if cache.k.dtype == FP8 else ""
-    setting = configs.config_of("one_token" + suffix, q, cache.v)
-    return setting if rows <= setting.block_m else configs.config_of("chunk" + suffix, q, cache.v)
+    config = configs.config_of("one_token" + suffix, q, cache.v)
+    return config if rows <= config.block_m else configs.config_of("chunk" + suffix, q, cache.v)
 
 
 def constants_of(
-    q: Tensor, cache: KVCache, call: AttentionCall, setting: configs.Config, splits: bool
+    q: Tensor, cache: KVCache, call: AttentionCall, config: configs.Config, splits: bool
 ) -> tuple[ModelConstants, Blocks]:
     """Return the second launch's constants; q: (batch, seqlen_q, heads_q, head_dim)."""
     head_dim, head_dim_v, half = cache.k.shape[3], cache.v.shape[3], call.inv_freq.shape[-1]
     regions, window, group = call.regions, call.sliding_window, q.shape[2] // cache.k.shape[2]
     packed, rest = call.cu_seqlens is not None, head_dim - 2 * half
+    freq_heads, map_heads = rope_heads_of(call)
     model = ModelConstants(
         group=group,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         dims_v=_power_of_two(head_dim_v),
         half=half,
-        rope_heads=rope_heads_of(call),
+        freq_heads=freq_heads,
+        map_heads=map_heads,
         pairs=_power_of_two(half),
         rest=rest,
         rest_dims=_power_of_two(rest) if rest else 1,
@@ -624,15 +640,14 @@ def constants_of(
         starts=tuple(max(-FARTHEST, min(start, FARTHEST)) for start in call.starts),
         granularity=min(call.granularity, FARTHEST),
         window=0 if window is None else min(window, FARTHEST),
-        from_first_key=call.starts[0] == FIRST_KEY and window is None,
+        from_key_0=window is None and call.starts[0] <= -FARTHEST,
         q_maps=tuple(map_of(region.q_map) for region in regions),
         k_maps=tuple(map_of(region.k_map) for region in regions),
         rotates_keys=tuple(region.k_map != call.stored for region in regions),
-        stored=None if call.stored == UNROTATED else map_of(call.stored),
-        q_scale=call.scale(head_dim) * log2_e(),
-        attention_factor_squared=float(call.attention_factor) ** 2,
+        softmax_scale_log2=call.scale(head_dim) * log2_e(),
+        softcap_log2=call.softcap * log2_e(),
+        attention_factor_sq=float(call.attention_factor) ** 2,
         per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
-        softcap=call.softcap * log2_e(),
         paged=cache.block_table is not None,
         padded=cache.leftpad is not None,
         packed=packed,
@@ -641,12 +656,12 @@ def constants_of(
     )
     several = q.shape[1] > 1 or packed
     # Another number of tokens compiles nothing again; another number of heads may.
-    rows = setting.block_m if several else min(setting.block_m, triton.next_power_of_2(group))
+    rows = config.block_m if several else min(config.block_m, triton.next_power_of_2(group))
     # Elements, up to 16 bytes, that divide all strides.
     strides = (n for x in (q, cache.k, cache.v) for n in strides_of(x)[:3])
     return model, Blocks(
-        block_m=setting.block_m,
-        block_n=setting.block_n,
+        block_m=config.block_m,
+        block_n=config.block_n,
         align=math.gcd(VECTOR_BYTES // min(q.itemsize, cache.k.itemsize), *strides),
         several_tokens=several,
         splits=splits,
@@ -655,9 +670,9 @@ def constants_of(
     )
 
 
-def _strides(name: str, dims: str, x: Tensor) -> dict[str, int]:
-    """Return the first three strides as arguments: {name}_{dim}."""
-    return {f"{name}_{dim}": n for dim, n in zip(dims.split(), strides_of(x))}
+def _strides(name: str, dims: str, x: Tensor, align: int) -> dict[str, int]:
+    """Return the first three strides, divided by `align`, as arguments {name}_{dim}."""
+    return {f"{name}_{dim}": n for dim, n in zip(dims.split(), strides_in_groups(x, align))}
 
 
 def _power_of_two(n: int) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....scores import Region
+from ....scores import UNROTATED, Region
 from ....scores.base import PairRow, PlainMap
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.angles import cos_sin, fixed_angle
@@ -329,6 +329,11 @@ def map_of(position_map: PlainMap) -> tuple:
     )
 
 
+def stored_map(call: AttentionCall) -> MapConstants | None:
+    """Return the map by which keys already come rotated, or None: they are raw."""
+    return None if call.stored == UNROTATED else MapConstants(*map_of(call.stored))
+
+
 @triton.constexpr_function
 def nth_map(maps, n):
     """Return the n-th of plain tuples from `map_of`, with names."""
@@ -616,61 +621,3 @@ def rope_heads_of(call: AttentionCall) -> tuple[int, int]:
     """Return how many heads of k have their own frequencies and maps of pairs; 1: all share."""
     of_freq = call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1
     return of_freq, 1 if call.pair_maps is None else call.pair_maps.shape[-2]
-
-
-# -------------------------------------------------------------------------------------------------
-# Names that decode.py still uses
-
-
-@triton.constexpr_function
-def no_logit():
-    """Return a number below any logit; it is finite, so empty rows need no care before the end."""
-    return -1e30
-
-
-@triton.jit
-def first_key(position, seqlen_k, origin, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Call region_begin."""
-    return region_begin(position, seqlen_k, origin, REGION, TILE)
-
-
-@triton.jit
-def freqs_of(inv_freq, head, TILE: tl.constexpr):
-    """Return a pointer to the frequencies of a head of k."""
-    if TILE.rope_heads[0] > 1:
-        inv_freq += head * TILE.half
-    return inv_freq
-
-
-@triton.constexpr_function
-def _named(position_map):
-    return None if position_map is None else MapConstants(*position_map)
-
-
-@triton.jit
-def map_cos_sin(
-    position, freq, decay, maps, MAP: tl.constexpr, ORIGIN: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """Call cos_sin_of_map with plain tuples from `map_of`."""
-    pair_maps, pair, head = maps
-    TO: tl.constexpr = _named(MAP)
-    FROM: tl.constexpr = _named(ORIGIN)
-    return cos_sin_of_map(
-        position, freq, decay, pair_maps, pair, head, TO, FROM, TILE.half, TILE.rope_heads[1]
-    )
-
-
-@triton.jit
-def nth_cos_sin(
-    position, freq, decay, maps, N: tl.constexpr, MAPS: tl.constexpr, ORIGIN: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Call map_cos_sin with the N-th of MAPS: before 3.8, Triton passes a tuple's item by name."""
-    MAP: tl.constexpr = MAPS[N]
-    return map_cos_sin(position, freq, decay, maps, MAP, ORIGIN, TILE)
-
-
-@triton.jit
-def capped(logits, softcap):
-    """Return softcap * tanh(logits / softcap); both are natural, or both of base 2."""
-    return softcap * tanh(logits * (1.0 / softcap))

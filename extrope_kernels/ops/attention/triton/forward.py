@@ -15,7 +15,7 @@ region_begin(i, regions) is the end of its keys. device.py defines it, with a pi
 
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
 of D0 and D1 dims, a row of v or out in tiles of DV0 and DV1: see Blocks in device.py. If D1 is 0,
-the second tile is never used.
+the second tile is never used. MODEL is a ModelConstants of device.py.
 
 load_tile(row_0, stride, rows, ROWS, DIMS, HEAD_DIM, MASK_ROWS) loads a (ROWS, DIMS) tile from the
 pointer row_0 on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows.
@@ -93,8 +93,8 @@ def _rotate_tile(
 ):  # fmt: skip
     """Load dims FIRST to FIRST + DIMS of ROWS rows and rotate them: (ROWS, DIMS) float32."""
     HALF: tl.constexpr = MODEL.half
-    REST: tl.constexpr = MODEL.head_dim - FIRST
-    x = load_tile(q_row + FIRST, q_stride_seq, rows, ROWS, DIMS, REST, True).to(tl.float32)
+    DIMS_LEFT: tl.constexpr = MODEL.head_dim - FIRST  # of a row, from FIRST on
+    x = load_tile(q_row + FIRST, q_stride_seq, rows, ROWS, DIMS, DIMS_LEFT, True).to(tl.float32)
     if MODEL.interleaved:  # dims 2 i and 2 i + 1 are pair i
         pair = FIRST // 2 + tl.arange(0, DIMS // 2)
         cos, sin = _query_cos_sin(
@@ -116,7 +116,7 @@ def _rotate_tile(
             pair, q_pos, scale, inv_freq, log_decay, pair_maps, head_k, MAP, MODEL
         )
         row = tl.arange(0, ROWS)[:, None]
-        mask = row < rows if DIMS <= REST else (row < rows) & (dim < MODEL.head_dim)[None, :]
+        mask = row < rows if DIMS <= DIMS_LEFT else (row < rows) & (dim < MODEL.head_dim)[None, :]
         other_ptr = q_row + (row * tl.cast(q_stride_seq, tl.int32) + other_dim[None, :])
         other = tl.load(other_ptr, mask=mask, other=0.0).to(tl.float32)  # (ROWS, DIMS)
         rotated = x * cos + tl.where(is_second[None, :], other, -other) * sin
@@ -135,7 +135,7 @@ def _rotate_queries(
     """
     D0: tl.constexpr = BLOCKS.d0
     D1: tl.constexpr = BLOCKS.d1
-    scale = log_n_scale(q_pos, MODEL.per_log_n)  # (ROWS, 1)
+    scale = log_n_scale(q_pos, MODEL.per_log_n)  # (ROWS, 1): max(1, ln(q_pos + 1) / ln(log_n))
     if query_scale is not None:
         row = tl.arange(0, ROWS)
         scale *= tl.load(query_scale + row, mask=row < rows, other=0.0)[:, None]

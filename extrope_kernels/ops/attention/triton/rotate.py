@@ -8,7 +8,9 @@ The kernel runs in both directions. Forward, it writes a copy of a row x for eac
 copy_c = scale * R_c @ x, where R_c rotates to the positions of map c. Backward, it reads gradients
 of all copies, and writes their sum, each rotated back: dx = sum over c of scale * R_c.T @ dcopy_c.
 
-Names: T is TOKENS, P is PAIRS: pairs of dims, rounded up to a power of two.
+Names: T is TOKENS, P is TILE.pairs: pairs of dims, rounded up to a power of two. load_parts loads
+rows as their pairs' first dims, second dims, and the dims after the pairs; store_parts stores
+these. of_pairs loads one number for each pair, (1, P).
 """
 
 from __future__ import annotations
@@ -22,14 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....scores import UNROTATED, PositionMap
+from ....scores.base import PlainMap
 from ..._shared.triton.launch import VECTOR_BYTES
 from ..._shared.triton.pairs import load_parts, of_pairs, store_parts, widened
 from ..._shared.triton.tokens import sequence_of
 from ..call import AttentionCall
 from .device import (
     Launch,
-    MapConstants,
     alignment_of,
     cos_sin_of_map,
     key_maps,
@@ -40,6 +41,7 @@ from .device import (
     rope_heads_of,
     sequence_stride,
     sequences_of,
+    stored_map,
     strides_in_groups,
 )
 
@@ -261,16 +263,16 @@ class Rotation(NamedTuple):
     """A launch, and the numbers of copies of q and k."""
 
     launch: Launch
-    q_copies: int
-    k_copies: int
+    num_q_copies: int
+    num_k_copies: int
 
 
 def rotate(
     rotation: Rotation, q: Tensor, k: Tensor, call: AttentionCall
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return rotated copies of q and of k, None if there are none."""
-    q_copies = _empty_copies(q, rotation.q_copies, q.dtype)
-    k_copies = _empty_copies(k, rotation.k_copies, k.dtype)
+    q_copies = _empty_copies(q, rotation.num_q_copies, q.dtype)
+    k_copies = _empty_copies(k, rotation.num_k_copies, k.dtype)
     _launch(rotation, q, k, q_copies, k_copies, call)
     return q_copies, k_copies
 
@@ -280,8 +282,8 @@ def gradients_of_copies(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Allocate what `rotate_back` reads: float32 gradients of the copies of every region."""
     return (
-        _empty_copies(q, rotation.q_copies, torch.float32),
-        _empty_copies(k, rotation.k_copies, torch.float32),
+        _empty_copies(q, rotation.num_q_copies, torch.float32),
+        _empty_copies(k, rotation.num_k_copies, torch.float32),
     )
 
 
@@ -351,7 +353,7 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
     )  # fmt: skip
     options = {
         "BACKWARD": wanted == "gradients",
-        "STORED": None if call.stored == UNROTATED else MapConstants(*map_of(call.stored)),
+        "STORED": stored_map(call),
         "TILE": tile,
         "num_warps": THREADS // 32,
         "enable_fp_fusion": True,
@@ -363,8 +365,8 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
 def _tile(
     q: Tensor,
     k: Tensor,
-    q_maps: Sequence[PositionMap],
-    k_maps: Sequence[PositionMap],
+    q_maps: Sequence[PlainMap],
+    k_maps: Sequence[PlainMap],
     call: AttentionCall,
 ) -> RotateTile:
     half = call.inv_freq.shape[-1]

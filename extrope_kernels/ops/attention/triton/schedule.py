@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..._shared.triton.launch import processors_of
 from ..call import AttentionCall, KVCache
-from .device import first_key
+from .device import region_begin
 
 # -------------------------------------------------------------------------------------------------
 # On the host: how many items
@@ -52,25 +52,39 @@ def grid_of(q: Tensor, cache: KVCache, call: AttentionCall, block_m: int, block_
     row_blocks, most_keys = triton.cdiv(rows, block_m), cache.capacity
     if call.sliding_window is not None:
         most_keys = min(most_keys, call.sliding_window + seqlen_q - 1)
-    splits = most_keys // LEAST_KEYS  # most splits of a sequence
-    least = triton.cdiv(LEAST_KEYS, block_n)
+    most_splits = most_keys // LEAST_KEYS  # of a sequence
+    least_blocks = triton.cdiv(LEAST_KEYS, block_n)
     if call.cu_seqlens is None:
-        items = batch + _more_items(q, heads_k * row_blocks, batch * splits)
-        return Grid(items, row_blocks, rows, row_blocks, splits > 1, least)
-    # The last block of each sequence, and of the padding, may have only one row. But there are no
-    # more blocks than if every token had its own.
-    blocks = min(row_blocks + batch + 1, seqlen_q * triton.cdiv(group, block_m))
-    items = blocks + _more_items(q, heads_k, blocks * splits)
-    return Grid(items, 1, block_m, items, True, least)
+        return Grid(
+            num_items=batch + _more_items(q, heads_k * row_blocks, batch * most_splits),
+            row_blocks=row_blocks,
+            item_rows=rows,
+            counters=row_blocks,
+            splits=most_splits > 1,
+            least_blocks=least_blocks,
+        )
+    # The last block of each sequence, and of the tokens after the last boundary, may have only one
+    # row. But there are no more blocks than if every token had its own.
+    all_row_blocks = min(row_blocks + batch + 1, seqlen_q * triton.cdiv(group, block_m))
+    num_items = all_row_blocks + _more_items(q, heads_k, all_row_blocks * most_splits)
+    return Grid(
+        num_items=num_items,
+        row_blocks=1,
+        item_rows=block_m,
+        counters=num_items,
+        splits=True,
+        least_blocks=least_blocks,
+    )
 
 
 def _more_items(q: Tensor, programs: int, useful: int) -> int:
-    """Return the number of items beyond the first of each sequence.
+    """Return the number of items beyond the first of each sequence, or of each block of rows.
 
     programs: programs of an item. useful: the most splits that there can be.
     """
     wanted = triton.cdiv(WAVES * processors_of(q), max(programs, 1))
     more = min(wanted, useful, MOST_SPLITS)
+    # With one, a split would be as long as all sequences together, and so split nothing.
     return more if more > 1 else 0
 
 
@@ -133,19 +147,19 @@ def keys_of(sequence, seqlen_q, lengths, MODEL: tl.constexpr):
 def _work_of(sequence, lengths, MODEL: tl.constexpr, BLOCKS: tl.constexpr):
     """Return (blocks of rows, blocks of keys that they see) of these sequences, (S,) each.
 
-    Blocks of rows are 1 unless packed: an item then has a program for each.
+    Unless packed, the number of blocks of rows is 1: an item then has a program for each of them.
     """
     _, seqlen_q = queries_of(sequence, lengths, MODEL)
     _, keys = keys_of(sequence, seqlen_q, lengths, MODEL)
-    if not MODEL.from_first_key:
-        # The first query sees the earliest keys: queries are the last tokens of their sequence.
-        keys -= first_key(keys - seqlen_q, keys, 0, 0, MODEL)
-    blocks = tl.cdiv(tl.maximum(keys, 0), BLOCKS.block_n)
-    blocks = tl.where(sequence < lengths.batch, blocks, 0)
+    if not MODEL.from_key_0:
+        # The first query, at position keys - seqlen_q, sees the earliest keys.
+        keys -= region_begin(keys - seqlen_q, keys, 0, 0, MODEL)
+    key_blocks = tl.cdiv(tl.maximum(keys, 0), BLOCKS.block_n)
+    key_blocks = tl.where(sequence < lengths.batch, key_blocks, 0)
     row_blocks = 1
     if MODEL.packed:
         row_blocks = tl.cdiv(seqlen_q * MODEL.group, BLOCKS.block_m)
-    return row_blocks, blocks
+    return row_blocks, key_blocks
 
 
 @triton.jit
@@ -154,24 +168,25 @@ def _split_size(num_items, lengths, MODEL: tl.constexpr, BLOCKS: tl.constexpr):
     SEQUENCES: tl.constexpr = 128  # S, at a time
     MARGIN: tl.constexpr = 1.0001  # above the error of a float32 sum
     MOST: tl.constexpr = 1e9  # blocks of keys, more than any cache has
-    # cdiv(n, size) < n / size + 1. So all splits fit if the sum of n / size is at most the number
-    # of items beyond one for each sequence, or for each block of rows.
+    # A sequence with n blocks of keys takes cdiv(n, size) < n / size + 1 splits. So all splits fit
+    # if the sum of n / size is at most the number of items beyond one for each sequence, or for
+    # each block of rows.
     if MODEL.packed:
         # Rows times keys in float32: 32 bits overflow, and in 64 a GPU calls a function to divide.
-        total, all_row_blocks = 0.0, 0
+        work, all_row_blocks = 0.0, 0
         for first in tl.range(0, lengths.batch + 1, SEQUENCES):
             sequence = first + tl.arange(0, SEQUENCES)
-            row_blocks, blocks = _work_of(sequence, lengths, MODEL, BLOCKS)
+            row_blocks, key_blocks = _work_of(sequence, lengths, MODEL, BLOCKS)
             all_row_blocks += tl.sum(row_blocks)
-            total += tl.sum(row_blocks.to(tl.float32) * blocks.to(tl.float32))
-        size = total * MARGIN / tl.maximum(num_items - all_row_blocks, 1).to(tl.float32)
+            work += tl.sum(row_blocks.to(tl.float32) * key_blocks.to(tl.float32))
+        size = work * MARGIN / tl.maximum(num_items - all_row_blocks, 1).to(tl.float32)
         size = tl.minimum(size, MOST).to(tl.int32) + 1
     else:
-        total = 0
+        all_key_blocks = 0
         for first in tl.range(0, lengths.batch, SEQUENCES):
-            _, blocks = _work_of(first + tl.arange(0, SEQUENCES), lengths, MODEL, BLOCKS)
-            total += tl.sum(blocks)
-        size = tl.cdiv(total, tl.maximum(num_items - lengths.batch, 1))
+            _, key_blocks = _work_of(first + tl.arange(0, SEQUENCES), lengths, MODEL, BLOCKS)
+            all_key_blocks += tl.sum(key_blocks)
+        size = tl.cdiv(all_key_blocks, tl.maximum(num_items - lengths.batch, 1))
     return size
 
 
@@ -193,17 +208,18 @@ def work_of_item(
     sequences = lengths.batch
     if MODEL.packed:
         sequences = lengths.batch + 1  # the tokens after the last boundary
-    sequence = 0  # those whose items all come before this one
+    sequence = 0  # counts the sequences whose items all come before this one
     first_item = 0  # of that sequence
     counted = 0  # items of the sequences before `first`
     for first in tl.range(0, sequences, SEQUENCES):
         nth = first + tl.arange(0, SEQUENCES)  # (S,)
-        row_blocks, blocks = _work_of(nth, lengths, MODEL, BLOCKS)
-        items = tl.maximum(tl.cdiv(blocks, size), 1) * row_blocks
+        row_blocks, key_blocks = _work_of(nth, lengths, MODEL, BLOCKS)
+        items = tl.maximum(tl.cdiv(key_blocks, size), 1) * row_blocks
         items = tl.where(nth < sequences, items, 0)
+        # All items of these sequences come before this one.
         passed = (counted + tl.cumsum(items, 0) <= item) & (nth < sequences)
         sequence += tl.sum(passed.to(tl.int32))
         first_item += tl.sum(tl.where(passed, items, 0))
         counted += tl.sum(items)
-    _, blocks = _work_of(sequence, lengths, MODEL, BLOCKS)
-    return sequence, item - first_item, tl.maximum(tl.cdiv(blocks, size), 1)
+    _, key_blocks = _work_of(sequence, lengths, MODEL, BLOCKS)
+    return sequence, item - first_item, tl.maximum(tl.cdiv(key_blocks, size), 1)
