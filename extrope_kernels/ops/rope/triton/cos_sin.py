@@ -17,6 +17,7 @@ from .device import (
     launch,
     program_heads,
     program_tokens,
+    stride_names,
 )
 
 NUMBERS = (
@@ -44,23 +45,20 @@ def _rotate_heads(
         store_parts(out_ptr + out_at, parts, valid, TILE)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=(*NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
 def cos_sin_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr,  # (batch, seqlen, heads, head_dim); k may be None
     cos_ptr, sin_ptr,  # (batch or 1, seqlen, half)
-    strides,  # of q, k, q_out, k_out: unpacked below
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
     cos_stride_batch, cos_stride_seq, sin_stride_batch, sin_stride_seq,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Rotate: axis 0 is tiles of tokens, axis 1 shares of the heads."""
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    (  # in elements
-        q_stride_batch, q_stride_seq, q_stride_head,
-        k_stride_batch, k_stride_seq, k_stride_head,
-        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
-    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     pair = tl.arange(0, TILE.pairs)
     mask = valid[:, None] & (pair < TILE.half)[None, :]

@@ -44,6 +44,7 @@ from .device import (
     program_heads,
     program_tokens,
     sincos,
+    stride_names,
 )
 
 # A backward's limit: without one, ptxas spills to fit one more block.
@@ -142,11 +143,14 @@ def norm_rotate(
         store_parts(out_ptr + out_at, parts, out_valid, TILE)  # rounds once
 
 
-@triton.jit(do_not_specialize=CALL_NUMBERS)
+@triton.jit(do_not_specialize=(*CALL_NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
 def norm_rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    strides,  # of q, k, q_out, k_out: unpacked below
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -159,12 +163,6 @@ def norm_rotate_kernel(
     None. q_out and k_out may be q and k; with TOGETHER a program then has all heads, since it reads
     them before it overwrites one.
     """
-    (  # in elements
-        q_stride_batch, q_stride_seq, q_stride_head,
-        k_stride_batch, k_stride_seq, k_stride_head,
-        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
-    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
     sequence, position = load_positions(
@@ -295,12 +293,19 @@ def _norm_rotate_backward(
         _store_dweight(dweight_ptr, dw_a, dw_b, dw_rest, TILE)
 
 
-@triton.jit(do_not_specialize=CALL_NUMBERS)
+@triton.jit(
+    do_not_specialize=(*CALL_NUMBERS, *stride_names("dq_out", "dk_out", "dq", "dk", "q", "k"))
+)
 def norm_rotate_backward_kernel(
     dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr,
     q_dweight_ptr, k_dweight_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    strides,  # of dq_out, dk_out, dq, dk, q, k: unpacked below
+    dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,
+    dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
+    dq_stride_batch, dq_stride_seq, dq_stride_head,
+    dk_stride_batch, dk_stride_seq, dk_stride_head,
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -312,14 +317,6 @@ def norm_rotate_backward_kernel(
     A program has all heads of its tokens. dq_out, dk_out: gradients of the forward's outputs; dq,
     dk: of its inputs q and k. q_dweight, k_dweight: see _norm_rotate_backward; None without weight.
     """
-    (  # in elements
-        dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,
-        dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
-        dq_stride_batch, dq_stride_seq, dq_stride_head,
-        dk_stride_batch, dk_stride_seq, dk_stride_head,
-        q_stride_batch, q_stride_seq, q_stride_head,
-        k_stride_batch, k_stride_seq, k_stride_head,
-    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
     sequence, position = load_positions(
@@ -459,24 +456,3 @@ def _build_launch(
         EPS=float(eps),
         **({"maxnreg": ALL_REGISTERS} if limited else {}),
     )
-
-
-# -------------------------------------------------------------------------------------------------
-# UNTIL THE MERGE: for append.py alone, see the end of device.py
-
-
-@triton.jit
-def norm_rotate_heads(
-    x, weight, out, tokens, to, angles, codes_scale,
-    HEADS: tl.constexpr, SIGN: tl.constexpr, TOGETHER: tl.constexpr, ROTATES: tl.constexpr,
-    EPS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Call norm_rotate on tensors of heads as tuples. SIGN: 1 for q, -1 for k."""
-    norm_rotate(
-        x[0], (tokens[0] * x[1] + tokens[1] * x[2]) * TILE.align, x[3] * TILE.align, tokens[2],
-        weight,
-        out[0], (to[0] * out[1] + to[1] * out[2]) * TILE.align, out[3] * TILE.align, to[2],
-        codes_scale, angles[0], angles[1], angles[2],
-        decayed(angles[5], angles[3], angles[4], SIGN * TILE.decay_sign, TILE),
-        HEADS, TOGETHER, ROTATES, EPS, TILE,
-    )  # fmt: skip

@@ -33,6 +33,7 @@ from .device import (
     program_heads,
     program_tokens,
     sincos,
+    stride_names,
 )
 
 # If every head has its own frequencies, a limit that no kernel reaches: without one, ptxas spills
@@ -72,11 +73,21 @@ def _rotate_head(
     return angle_grad
 
 
-@triton.jit(do_not_specialize=CALL_NUMBERS)
+@triton.jit(
+    do_not_specialize=(
+        *CALL_NUMBERS,
+        *stride_names("q", "k", "q_out", "k_out", "q_saved", "k_saved"),
+    )
+)
 def rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_saved_ptr, k_saved_ptr, angle_grad_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    strides,  # of q, k, q_out, k_out, q_saved, k_saved: unpacked below
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+    q_saved_stride_batch, q_saved_stride_seq, q_saved_stride_head,
+    k_saved_stride_batch, k_saved_stride_seq, k_saved_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -99,14 +110,6 @@ def rotate_kernel(
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
     PAIRS: tl.constexpr = TILE.pairs  # half, rounded up to a power of two
     HALF: tl.constexpr = TILE.half
-    (  # in elements
-        q_stride_batch, q_stride_seq, q_stride_head,
-        k_stride_batch, k_stride_seq, k_stride_head,
-        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
-        q_saved_stride_batch, q_saved_stride_seq, q_saved_stride_head,
-        k_saved_stride_batch, k_saved_stride_seq, k_saved_stride_head,
-    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
 
     # The rows of head 0 in elements from the start: (TOKENS,) int64.
