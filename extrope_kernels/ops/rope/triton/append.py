@@ -137,6 +137,8 @@ def rope_append_kernel(
 ):  # fmt: skip
     """Norm, rotate and write: axis 0 is tiles of tokens, axis 1 shares of the heads.
 
+    Strides of q, k, ..., v_cache count groups of TILE.align elements.
+
     q, k, q_out, v: (batch, seqlen, heads, head_dim); q and q_out may be None.
     k_cache, v_cache: (blocks, slots, heads, head_dim). A block is a page of page_size slots, or
         without block_table and slot_mapping a sequence.
@@ -213,9 +215,9 @@ def rope_append_kernel(
     first, last = program_heads(TILE.heads_k)
     for head in range(first, last):
         head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-        # ALIGN divides all strides: if not told, the compiler loads element by element.
-        v_at = tl.multiple_of(v_row + head * v_stride_head, ALIGN)
-        v_cache_at = tl.multiple_of(v_cache_row + head * v_cache_stride_head, ALIGN)
+        # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
+        v_at = (v_row + head * v_stride_head) * ALIGN
+        v_cache_at = (v_cache_row + head * v_cache_stride_head) * ALIGN
         rows, to = v_ptr + v_at, v_cache_ptr + v_cache_at
         if v_scale_ptr is not None:
             v_scale = tl.load(v_scale_ptr + head)

@@ -47,7 +47,7 @@ class Tile(NamedTuple):
     pairs: int  # half, rounded up to a power of two
     rest: int  # dims after the rotated ones, as far as they are copied
     rest_dims: int  # rest, rounded up to a power of two; 1 if none
-    align: int  # elements, at most 16 bytes, that divide all strides of q, k, ...
+    align: int  # elements of a group, in which strides count: at most 16 bytes, see `build_launch`
     heads_q: int
     heads_k: int
     wide: bool  # float64 throughout, instead of float32 after the angles
@@ -228,6 +228,10 @@ def build_launch(
     nothing to do. The launch's numbers are the strides of batch, seq and head of each tensor (0 for
     None), count = batch * seqlen, seqlen, and `numbers`.
 
+    Strides count groups of as many elements as divide them all, Tile.align. A kernel multiplies by
+    it last: that shows the compiler that rows begin at such multiples, so it loads 16 bytes at a
+    time, and saves registers.
+
     constants, numbers: as from `launch_constants`.
     one_program: a program takes all heads.
     small_tiles: a program may take few tokens.
@@ -251,12 +255,13 @@ def build_launch(
     tiles = triton.cdiv(count, tokens)
     shares = min(most_shares, max(1, TARGET_WARPS // (warps * tiles)))
     per_tensor = ((0, 0, 0) if x is None else strides_of(x)[:3] for x in tensors)
-    strides = tuple(itertools.chain(*per_tensor))
+    strides = tuple(itertools.chain(*per_tensor))  # in elements
     align = math.gcd(VECTOR_BYTES // x.itemsize, *strides)
     sizes = (tokens, pairs, rest, next_power_of_2(max(rest, 1)), align, heads_q, heads_k)
     options["TILE"] = Tile(*sizes, wide=x.dtype == torch.float64, **constants)
     options |= {"num_warps": warps, "enable_fp_fusion": True}
-    return Launch((tiles, shares), (*strides, count, seqlen, *numbers), options)
+    groups = [stride // align for stride in strides]
+    return Launch((tiles, shares), (*groups, count, seqlen, *numbers), options)
 
 
 def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:

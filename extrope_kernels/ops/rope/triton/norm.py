@@ -94,7 +94,7 @@ def norm_rotate(
 ):  # fmt: skip
     """Norm and rotate this program's share of the heads of x into out.
 
-    x_row, out_row: (TOKENS,) int64, where the rows of head 0 begin, in elements.
+    x_row, out_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of ALIGN elements.
     weight_ptr: (head_dim,), or (HEADS * head_dim,) if TOGETHER; None: no norm.
     codes_scale_ptr: (HEADS,) if out is a cache in fp8, else None.
     sequence, position, amplitude: as from load_positions and `decayed`, used if ROTATES.
@@ -109,8 +109,8 @@ def norm_rotate(
         squares = tl.zeros((TOKENS, 1), WIDE)
         for head in range(0, HEADS):
             head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-            # ALIGN divides all strides: if not told, the compiler loads element by element.
-            x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+            # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
+            x_at = (x_row + head * x_stride_head) * ALIGN
             a, b, rest = load_head(x_ptr + x_at, valid, TILE)
             squares += _sum_dims(a * a, b * b, rest * rest, TILE)
         rstd = 1.0 / tl.sqrt(squares / (HEADS * HEAD_DIM) + eps)
@@ -123,7 +123,7 @@ def norm_rotate(
         head = tl.cast(head, tl.int64)
         if ROTATES and TILE.per_head:
             cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
-        x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+        x_at = (x_row + head * x_stride_head) * ALIGN
         a, b, rest = load_head(x_ptr + x_at, valid, TILE)
         if weight_ptr is not None:
             if TOGETHER:
@@ -139,7 +139,7 @@ def norm_rotate(
             codes_scale = tl.load(codes_scale_ptr + head)
             dtype: tl.constexpr = x_ptr.dtype.element_ty
             parts = parts_of_codes(parts, codes_scale, dtype, TILE)
-        out_at = tl.multiple_of(out_row + head * out_stride_head, ALIGN)
+        out_at = (out_row + head * out_stride_head) * ALIGN
         store_parts(out_ptr + out_at, parts, out_valid, TILE)  # rounds once
 
 
@@ -158,6 +158,8 @@ def norm_rotate_kernel(
     Q_TOGETHER: tl.constexpr, K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate q and k: axis 0 is tiles of tokens, axis 1 shares of the heads.
+
+    Strides of q, k, ... count groups of TILE.align elements.
 
     The weights of q and k, and what rotates them, are as in norm_rotate and rotate_kernel. k may be
     None. q_out and k_out may be q and k; with TOGETHER a program then has all heads, since it reads
@@ -208,7 +210,8 @@ def _norm_rotate_backward(
 ):  # fmt: skip
     """Write the gradients of all heads of x, and this program's part of its weight's.
 
-    dy_row, x_row, dx_row: (TOKENS,) int64, where the rows of head 0 begin, in elements.
+    dy_row, x_row, dx_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of ALIGN
+        elements.
     dweight_ptr: (programs, dims of the weight), to be summed over the programs.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
@@ -233,9 +236,9 @@ def _norm_rotate_backward(
             if TILE.per_head:
                 cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
-            # ALIGN divides all strides: if not told, the compiler loads element by element.
-            dy_at = tl.multiple_of(dy_row + head * dy_stride_head, ALIGN)
-            x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+            # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
+            dy_at = (dy_row + head * dy_stride_head) * ALIGN
+            x_at = (x_row + head * x_stride_head) * ALIGN
             dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
             x_a, x_b, x_rest = load_head(x_ptr + x_at, valid, TILE)
             g_a, g_b = dy_a * cos - dy_b * sin, dy_b * cos + dy_a * sin  # R^T: sin is minus R's
@@ -256,9 +259,9 @@ def _norm_rotate_backward(
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
         elif TILE.rest > 0:
             w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
-        dy_at = tl.multiple_of(dy_row + head * dy_stride_head, ALIGN)
-        x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
-        dx_at = tl.multiple_of(dx_row + head * dx_stride_head, ALIGN)
+        dy_at = (dy_row + head * dy_stride_head) * ALIGN
+        x_at = (x_row + head * x_stride_head) * ALIGN
+        dx_at = (dx_row + head * dx_stride_head) * ALIGN
 
         # g = R^T dy, u = g * weight
         dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
@@ -313,6 +316,8 @@ def norm_rotate_backward_kernel(
     Q_TOGETHER: tl.constexpr, K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Turn gradients of the outputs into those of q and k: axis 0 is tiles of tokens.
+
+    Strides of q, k, ... count groups of TILE.align elements.
 
     A program has all heads of its tokens. dq_out, dk_out: gradients of the forward's outputs; dq,
     dk: of its inputs q and k. q_dweight, k_dweight: see _norm_rotate_backward; None without weight.
