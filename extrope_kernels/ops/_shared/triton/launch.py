@@ -1,18 +1,15 @@
-"""Facts needed for launches: the chip, and the strides and alignment of rows."""
+"""Facts needed for launches: the chip, and the strides of rows."""
 
 from __future__ import annotations
 
 import functools
-import math
 import os
-from collections.abc import Iterable
 
 import torch
 import triton
 from torch import Tensor
 
 VECTOR_BYTES = 16
-DIVISOR = 16  # Triton compiles separate kernels for numbers that it divides
 INTERPRETED = triton.knobs.runtime.interpret
 # Multiprocessors, if there is no device to ask: A100, H100, B200 and similar chips.
 _PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -21,18 +18,6 @@ _PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 def strides_of(x: Tensor) -> tuple[int, ...]:
     """Return strides of x, 0 along dimensions of size 1: torch does not define those."""
     return tuple(0 if size == 1 else n for size, n in zip(x.shape, x.stride(), strict=True))
-
-
-def alignment(itemsize: int, strides: Iterable[int], of_tokens: Iterable[int]) -> int:
-    """Return how many elements, at most 16 bytes, divide these strides: kernels count in groups.
-
-    of_tokens: strides from one token to the next. If possible DIVISOR divides these in groups, and
-    so the strides of sequences of any length.
-    """
-    most, of_tokens = math.gcd(VECTOR_BYTES // itemsize, *strides), tuple(of_tokens)
-    steady = (n for n in (most, most // 2, most // 4, most // 8)
-              if n and all(stride % (n * DIVISOR) == 0 for stride in of_tokens))  # fmt: skip
-    return next(steady, most)
 
 
 def chip_of(x: Tensor) -> int | str | None:

@@ -1,14 +1,7 @@
-"""Device functions: pointers to the dims of tokens, and the sequences of tokens."""
+"""A device function that finds the sequences of packed tokens."""
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def rows(base, batch, seq, head, batch_stride, seq_stride, head_stride, TILE: tl.constexpr):
-    """Return pointers to dim 0 of (batch, seq, head); the factor align tells the alignment."""
-    offset = batch * tl.cast(batch_stride, tl.int64) + seq * tl.cast(seq_stride, tl.int64)
-    return base + (offset + tl.cast(head, tl.int64) * head_stride) * TILE.align
 
 
 @triton.jit

@@ -536,7 +536,7 @@ def decode(
             slots = Slots(cache.seqlens, cache.block_table, None, cache.leftpad, *cache.scales)
             positions = cache.seqlens if rotates_keys else None
             rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay)
-            others = (None, None, slots, rope, call.pair_maps, scratch)
+            others = (None, None, *slots, *rope, call.pair_maps, scratch)
             launch(rope_append_kernel, append, heads, *others)
         elif scratch is not None:
             scratch[:num_counters].zero_()

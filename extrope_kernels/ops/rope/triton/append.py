@@ -24,29 +24,33 @@ from ..._shared.triton.pairs import copy_rows
 from ..append_checks import Append, check, check_values
 from ..rotation import Rotation, resolve
 from .device import (
-    POSITION_NUMBERS,
+    CALL_NUMBERS,
     Launch,
     Rope,
-    head_rows,
+    build_launch,
+    decayed,
     launch,
     launch_constants,
+    load_positions,
     program_heads,
     program_tokens,
-    settle,
-    token_positions,
+    stride_names,
 )
-from .norm import norm_rotate_heads
+from .norm import norm_rotate
 
+# These change from call to call too.
 CACHE_NUMBERS = (
-    *("slot_stride_batch", "slot_stride_seq", "table_stride", "pages", "page_size", "capacity"),
-    "num_counters",
+    *("k_cache_stride_block", "k_cache_stride_slot", "k_cache_stride_head"),
+    *("v_cache_stride_block", "v_cache_stride_slot", "v_cache_stride_head"),
+    *("slot_mapping_stride_batch", "slot_mapping_stride_seq", "block_table_stride"),
+    *("num_blocks", "page_size", "capacity", "num_counters"),
 )
 
 
 class Slots(NamedTuple):
     """The tensors that give new tokens their slots, and fp8 scales; None if not given."""
 
-    seqlens: Tensor | None  # (sequences,): slots in use, left padding included
+    cache_seqlens: Tensor | None  # (sequences,): slots in use, left padding included
     block_table: Tensor | None  # (sequences, pages of a sequence)
     slot_mapping: Tensor | None  # (batch, seqlen): page * page_size + slot, or -1
     leftpad: Tensor | None  # (sequences,): the slot of position 0
@@ -76,7 +80,7 @@ def _number(x):
 
 @triton.jit
 def _stored_positions(
-    position, pair_maps, MAP: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr
+    position, pair_maps_ptr, MAP: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Map positions (TOKENS, 1) to those at which keys are stored: (TOKENS, 1 or PAIRS) float64.
 
@@ -89,11 +93,12 @@ def _stored_positions(
     if STEP.by_pair:
         OFFSETS: tl.constexpr = STEP.map_heads * TILE.half  # they follow the divisors of all heads
         pair = tl.arange(0, TILE.pairs)
-        at = pair_maps + STEP.map_row * 2 * OFFSETS + pair
+        divisor_ptrs = pair_maps_ptr + STEP.map_row * 2 * OFFSETS + pair
         if STEP.map_heads > 1:
-            at += tl.program_id(1) * TILE.half  # a program then has one head
-        divisor = tl.load(at, mask=pair < TILE.half, other=1.0)[None, :]  # (1, PAIRS)
-        offset = tl.load(at + OFFSETS, mask=pair < TILE.half, other=0.0)[None, :]
+            divisor_ptrs += tl.program_id(1) * TILE.half  # a program then has one head
+        mask = pair < TILE.half
+        divisor = tl.load(divisor_ptrs, mask=mask, other=1.0)[None, :]  # (1, PAIRS)
+        offset = tl.load(divisor_ptrs + OFFSETS, mask=mask, other=0.0)[None, :]
         position = position / divisor  # (TOKENS, PAIRS)
         if MAP.floor:
             position = tl.floor(position)
@@ -107,89 +112,118 @@ def _stored_positions(
     return position
 
 
-@triton.jit(do_not_specialize=(*POSITION_NUMBERS, *CACHE_NUMBERS))
+@triton.jit(
+    do_not_specialize=(*CALL_NUMBERS, *CACHE_NUMBERS, *stride_names("q", "k", "q_out", "v"))
+)
 def rope_append_kernel(
-    heads, q_weight, k_weight, slots, rope, pair_maps, counters,
-    count, seqlen, position_axis, position_batch, position_seq, num_sequences, search_steps,
+    q_ptr, k_ptr, q_out_ptr, v_ptr, k_cache_ptr, v_cache_ptr, q_weight_ptr, k_weight_ptr,
+    cache_seqlens_ptr, block_table_ptr, slot_mapping_ptr, leftpad_ptr, k_scale_ptr, v_scale_ptr,
+    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr,
+    pair_maps_ptr, counters_ptr,
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    v_stride_batch, v_stride_seq, v_stride_head,
+    k_cache_stride_block, k_cache_stride_slot, k_cache_stride_head,
+    v_cache_stride_block, v_cache_stride_slot, v_cache_stride_head,
+    count, seqlen,  # tokens: count = batch * seqlen
+    positions_stride_axis, positions_stride_batch, positions_stride_seq,
+    num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
     decay_origin: tl.float64, amplitude: tl.float64,
-    slot_stride_batch, slot_stride_seq, table_stride, pages, page_size, capacity, num_counters,
+    slot_mapping_stride_batch, slot_mapping_stride_seq, block_table_stride,
+    num_blocks, page_size, capacity,  # of the caches; slots of a block, and of a sequence
+    num_counters,
     STEP: tl.constexpr, STORED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Norm, rotate and write: axis 0 is tiles of tokens, axis 1 shares of the heads.
 
-    heads: q, k, q_out, v, k_cache and v_cache, each a pointer to (batch, seqlen, heads, head_dim)
-    and three strides; without q both q and q_out are None. The caches are (blocks, slots, heads,
-    head_dim): a block is a page of page_size slots, or without block_table a sequence.
-    slots: a Slots; rope: a Rope. STORED: the PositionMap by which a score method stores keys, or
-    None; pair_maps: as in `_stored_positions`.
-    counters: None, or float32 memory whose first num_counters numbers become 0. The launch that
-    attends counts there; this one comes before it anyway.
+    Strides of q, k, ..., v_cache count groups of TILE.align elements.
+
+    q, k, q_out, v: (batch, seqlen, heads, head_dim); q and q_out may be None.
+    k_cache, v_cache: (blocks, slots, heads, head_dim). A block is a page of page_size slots, or
+        without block_table and slot_mapping a sequence.
+    q_weight, k_weight: as in norm_rotate.
+    cache_seqlens, ..., v_scale: see Slots. inv_freq, ..., axes: see rotate_kernel.
+    STORED: the PositionMap by which a score method stores keys, or None; pair_maps: as in
+        _stored_positions.
+    counters: float32, of which num_counters become 0, or None. The launch that attends counts
+        there; this one comes before it anyway.
     """
-    q, k, q_out, v, k_cache, v_cache = heads
-    if counters is not None:
+    ALIGN: tl.constexpr = TILE.align
+    if counters_ptr is not None:
         programs = tl.num_programs(0) * tl.num_programs(1)
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         for n in tl.range(program, num_counters, programs):
-            tl.store(counters + n, 0.0)
+            tl.store(counters_ptr + n, 0.0)
 
-    # Positions. batch, seq, valid, sequence: (TOKENS,); position: (TOKENS, 1 or PAIRS) float64.
-    tokens = program_tokens(count, seqlen, TILE)
-    batch, seq, valid = tokens
-    sequence, position = token_positions(
-        tokens, rope, 0, position_axis, position_batch, position_seq, num_sequences, search_steps,
-        TILE,
+    # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
+    batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
+    sequence, position = load_positions(
+        batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, 0, positions_stride_axis,
+        positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
     )  # fmt: skip
-    if TILE.positions_are_offsets and slots.leftpad is not None:
-        pad = tl.load(slots.leftpad + sequence, mask=valid, other=0)
+    if TILE.positions_are_offsets and leftpad_ptr is not None:
+        pad = tl.load(leftpad_ptr + sequence, mask=valid, other=0)
         position -= pad.to(tl.float64)[:, None]
     if STORED is not None:
-        position = _stored_positions(position, pair_maps, STORED, STEP, TILE)
+        position = _stored_positions(position, pair_maps_ptr, STORED, STEP, TILE)
 
-    # Slots, each in a block of the caches. Tokens without one are not written.
-    if slots.slot_mapping is not None:
-        at = slots.slot_mapping + batch * slot_stride_batch + seq * slot_stride_seq
-        slot = tl.load(at, mask=valid, other=-1).to(tl.int64)
+    # Slots, each in a block of the caches: (TOKENS,). Tokens without one are not written.
+    if slot_mapping_ptr is not None:
+        at = batch * slot_mapping_stride_batch + seq * slot_mapping_stride_seq
+        slot = tl.load(slot_mapping_ptr + at, mask=valid, other=-1).to(tl.int64)
         block = slot // page_size
-        written = valid & (slot >= 0) & (block < pages)
+        written = valid & (slot >= 0) & (block < num_blocks)
         slot = slot % page_size
     else:
         slot = seq
         written = valid
-        if rope.cu_seqlens is not None:  # tokens after the last boundary belong to no sequence
-            begin = tl.load(rope.cu_seqlens + sequence)
-            written = written & (seq >= begin) & (seq < tl.load(rope.cu_seqlens + sequence + 1))
+        if cu_seqlens_ptr is not None:  # tokens after the last boundary belong to no sequence
+            begin = tl.load(cu_seqlens_ptr + sequence)
+            written = written & (seq >= begin) & (seq < tl.load(cu_seqlens_ptr + sequence + 1))
             slot = seq - begin
-        slot += tl.load(slots.seqlens + sequence, mask=written, other=-1)
+        slot += tl.load(cache_seqlens_ptr + sequence, mask=written, other=-1)
         written = written & (slot >= 0) & (slot < capacity)
         block = sequence.to(tl.int64)
-        if slots.block_table is not None:
+        if block_table_ptr is not None:
             slot = slot.to(tl.int32)  # in 64 bits, a GPU calls a function for every division
-            page = slots.block_table + sequence * table_stride + slot // page_size
-            block = tl.load(page, mask=written, other=-1).to(tl.int64)
-            written = written & (block >= 0) & (block < pages)
+            page_ptr = block_table_ptr + sequence * block_table_stride + slot // page_size
+            block = tl.load(page_ptr, mask=written, other=-1).to(tl.int64)
+            written = written & (block >= 0) & (block < num_blocks)
             slot = slot % page_size
-    places = (block, slot.to(tl.int64), written)  # like tokens, but in the caches
+    slot = slot.to(tl.int64)
 
     # q, keys, then values: what rotates first, since values need no more of its registers.
-    far = position - decay_origin
-    angles = (rope.inv_freq, sequence, position, far, rope.log_decay, amplitude)
-    if q is not None:
-        norm_rotate_heads(
-            q, q_weight, q_out, tokens, tokens, angles, None, TILE.heads_q, 1.0, STEP.q_together,
-            STEP.rotates_q, STEP.eps, TILE,
+    distance = position - decay_origin
+    if q_ptr is not None:
+        norm_rotate(
+            q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head, valid, q_weight_ptr,
+            q_out_ptr, batch * q_out_stride_batch + seq * q_out_stride_seq, q_out_stride_head,
+            valid, None, inv_freq_ptr, sequence, position,
+            decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE),
+            TILE.heads_q, STEP.q_together, STEP.rotates_q, STEP.eps, TILE,
         )  # fmt: skip
-    norm_rotate_heads(
-        k, k_weight, k_cache, tokens, places, angles, slots.k_scale, TILE.heads_k, -1.0,
-        STEP.k_together, STEP.rotates_k, STEP.eps, TILE,
+    norm_rotate(
+        k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head, valid, k_weight_ptr,
+        k_cache_ptr, block * k_cache_stride_block + slot * k_cache_stride_slot, k_cache_stride_head,
+        written, k_scale_ptr, inv_freq_ptr, sequence, position,
+        decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE),
+        TILE.heads_k, STEP.k_together, STEP.rotates_k, STEP.eps, TILE,
     )  # fmt: skip
-    first_head, end_head = program_heads(TILE.heads_k)
-    for head in range(first_head, end_head):
-        at, to = head_rows(v, tokens, head, TILE), head_rows(v_cache, places, head, TILE)
-        if slots.v_scale is not None:
-            scale = tl.load(slots.v_scale + head)
-            quantize_rows(at, to, scale, written, STEP.head_dim_v, STEP.dims_v)
+    v_row = batch * v_stride_batch + seq * v_stride_seq
+    v_cache_row = block * v_cache_stride_block + slot * v_cache_stride_slot
+    first, last = program_heads(TILE.heads_k)
+    for head in range(first, last):
+        head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
+        # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
+        v_at = (v_row + head * v_stride_head) * ALIGN
+        v_cache_at = (v_cache_row + head * v_cache_stride_head) * ALIGN
+        rows, to = v_ptr + v_at, v_cache_ptr + v_cache_at
+        if v_scale_ptr is not None:
+            v_scale = tl.load(v_scale_ptr + head)
+            quantize_rows(rows, to, v_scale, written, STEP.head_dim_v, STEP.dims_v)
         else:
-            copy_rows(at, to, written, STEP.head_dim_v, STEP.dims_v)
+            copy_rows(rows, to, written, STEP.head_dim_v, STEP.dims_v)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -213,7 +247,7 @@ def build_append(
     out = None if call.q is None else torch.empty_like(call.q)
     heads = (call.q, call.k, out, call.v)
     q, k, out, v = (x[None] if call.packed and x is not None else x for x in heads)
-    by, numbers = launch_constants(_rotation(call, k))
+    constants, numbers = launch_constants(_rotation(call, k))
     mapping, table, stored = call.slot_mapping, call.block_table, call.map
     by_pair = stored is not None and stored.row is not None
     weights = (call.q_norm_weight, call.k_norm_weight)
@@ -237,8 +271,9 @@ def build_append(
         call.capacity,
         num_counters,
     )
-    heads = (q, k, out, v, call.k_cache, call.v_cache)
-    found = settle(heads, by, numbers, STEP=step, STORED=None if stored == SAME else stored)
+    tensors = (q, k, out, v, call.k_cache, call.v_cache)
+    stored = None if stored == SAME else stored
+    found = build_launch(tensors, constants, numbers, STEP=step, STORED=stored)
     if step.map_heads > 1 and found is not None:
         found = found._replace(grid=(found.grid[0], step.map_heads))
     return found
@@ -287,7 +322,7 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
         slots = Slots(seqlens, block_table, slot_mapping, leftpad, k_scale, v_scale)
         behind = seqlens if positions is None else positions
         rope = Rope(inv_freq, None if inv_freq is None else behind, cu_seqlens, log_decay, axes)
-        others = (q_weight, k_weight, slots, rope, None, None)
+        others = (q_weight, k_weight, *slots, *rope, None, None)
         launch(rope_append_kernel, prepared, heads, *others)
     return out
 

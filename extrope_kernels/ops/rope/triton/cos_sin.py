@@ -17,6 +17,7 @@ from .device import (
     launch,
     program_heads,
     program_tokens,
+    stride_names,
 )
 
 NUMBERS = (
@@ -30,37 +31,40 @@ def _rotate_heads(
     x_ptr, x_row, x_stride_head, out_ptr, out_row, out_stride_head, valid, cos, sin,
     HEADS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate this program's share of the heads; x_row, out_row: (TOKENS,), of head 0."""
+    """Rotate this program's share of the heads.
+
+    x_row, out_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of ALIGN elements.
+    """
     ALIGN: tl.constexpr = TILE.align
     first, last = program_heads(HEADS)
     for head in range(first, last):
         head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-        # ALIGN divides all strides: if not told, the compiler would load element by element.
-        x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
-        out_at = tl.multiple_of(out_row + head * out_stride_head, ALIGN)
+        # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
+        x_at = (x_row + head * x_stride_head) * ALIGN
+        out_at = (out_row + head * out_stride_head) * ALIGN
         a, b, rest = load_parts(x_ptr + x_at, valid, TILE)  # (TOKENS, PAIRS) twice
         a, b = a.to(cos.dtype), b.to(cos.dtype)
         parts = (a * cos - b * sin, b * cos + a * sin, rest)
         store_parts(out_ptr + out_at, parts, valid, TILE)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=(*NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
 def cos_sin_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr,  # (batch, seqlen, heads, head_dim); k may be None
     cos_ptr, sin_ptr,  # (batch or 1, seqlen, half)
-    strides,  # of q, k, q_out, k_out: unpacked below
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
     cos_stride_batch, cos_stride_seq, sin_stride_batch, sin_stride_seq,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate: axis 0 is tiles of tokens, axis 1 shares of the heads."""
+    """Rotate: axis 0 is tiles of tokens, axis 1 shares of the heads.
+
+    Strides of q, k, ... count groups of TILE.align elements, those of cos and sin elements.
+    """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    (  # in elements
-        q_stride_batch, q_stride_seq, q_stride_head,
-        k_stride_batch, k_stride_seq, k_stride_head,
-        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
-    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     pair = tl.arange(0, TILE.pairs)
     mask = valid[:, None] & (pair < TILE.half)[None, :]

@@ -20,7 +20,7 @@ from ..._shared.triton.exp import exp
 from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
 from ..._shared.triton.pairs import load_parts
 from ..._shared.triton.sincos import add_quarters, cos_sin_polynomials, cos_sin_polynomials_wide
-from ..._shared.triton.tokens import rows, sequence_of
+from ..._shared.triton.tokens import sequence_of
 from ..rotation import Rotation
 
 # Below this many tokens a program takes as few as possible: latency counts, not bandwidth.
@@ -28,11 +28,16 @@ FEW_TOKENS = 512
 # Heads are spread over programs until about this many warps run. 32 bytes per thread then keep
 # 30 KB of loads in flight on each multiprocessor of an H100; more would only repeat the sincos.
 TARGET_WARPS = 4096
-# These integers change from call to call: kernels do not specialise on them.
+# These integers change from call to call: kernels do not specialise on them, nor on strides.
 CALL_NUMBERS = (
     *("offset", "count", "seqlen", "num_sequences", "search_steps"),
     *("positions_stride_axis", "positions_stride_batch", "positions_stride_seq"),
 )
+
+
+def stride_names(*tensors: str) -> list[str]:
+    """Return the names of strides: q_stride_batch, q_stride_seq, q_stride_head, ..."""
+    return [f"{x}_stride_{dim}" for x in tensors for dim in ("batch", "seq", "head")]
 
 
 class Tile(NamedTuple):
@@ -42,7 +47,7 @@ class Tile(NamedTuple):
     pairs: int  # half, rounded up to a power of two
     rest: int  # dims after the rotated ones, as far as they are copied
     rest_dims: int  # rest, rounded up to a power of two; 1 if none
-    align: int  # elements, at most 16 bytes, that divide all strides of q, k, ...
+    align: int  # elements of a group, in which strides count: at most 16 bytes, see `build_launch`
     heads_q: int
     heads_k: int
     wide: bool  # float64 throughout, instead of float32 after the angles
@@ -192,17 +197,13 @@ class Launch(NamedTuple):
     """A launch, worked out once per layout of a call's tensors."""
 
     grid: tuple[int, ...]
-    numbers: tuple[Any, ...]  # the last arguments that are not constexpr, see `build_launch`
+    numbers: tuple[int | float, ...]  # the last arguments that are not constexpr
     options: dict[str, Any]  # constexprs, and Triton's own options
-    strides: tuple[tuple[int, ...], ...] | None = None  # see `settle`
 
 
 def launch(kernel: Any, prepared: Launch, tensors: Sequence[Tensor | None], *others: Any) -> None:
     """Launch on the tensors' GPU; tensors: as given to `build_launch`."""
     some = tensors[1] if tensors[0] is None else tensors[0]
-    if prepared.strides is not None:
-        pairs = zip(tensors, prepared.strides)
-        tensors = [tuple([x if x is None else (x, *n) for x, n in pairs])]
     if not some.is_cuda or some.get_device() == torch.cuda.current_device():
         kernel[prepared.grid](*tensors, *others, *prepared.numbers, **prepared.options)
     else:
@@ -224,8 +225,12 @@ def build_launch(
     """Work out the launch on q, k and other (batch, seqlen, heads, head_dim) tensors or None.
 
     Tiles and grids take few different values, so little is compiled. Returns None if there is
-    nothing to do. The launch's numbers: all tensors' strides of batch, seq, head (0 for None), in
-    a tuple, which takes Triton less time than arguments; count = batch * seqlen; seqlen; numbers.
+    nothing to do. The launch's numbers are the strides of batch, seq and head of each tensor (0 for
+    None), count = batch * seqlen, seqlen, and `numbers`.
+
+    Strides count groups of as many elements as divide them all, Tile.align. A kernel multiplies by
+    it last: that shows the compiler that rows begin at such multiples, so it loads 16 bytes at a
+    time, and saves registers.
 
     constants, numbers: as from `launch_constants`.
     one_program: a program takes all heads.
@@ -250,12 +255,13 @@ def build_launch(
     tiles = triton.cdiv(count, tokens)
     shares = min(most_shares, max(1, TARGET_WARPS // (warps * tiles)))
     per_tensor = ((0, 0, 0) if x is None else strides_of(x)[:3] for x in tensors)
-    strides = tuple(itertools.chain(*per_tensor))
+    strides = tuple(itertools.chain(*per_tensor))  # in elements
     align = math.gcd(VECTOR_BYTES // x.itemsize, *strides)
     sizes = (tokens, pairs, rest, next_power_of_2(max(rest, 1)), align, heads_q, heads_k)
     options["TILE"] = Tile(*sizes, wide=x.dtype == torch.float64, **constants)
     options |= {"num_warps": warps, "enable_fp_fusion": True}
-    return Launch((tiles, shares), (strides, count, seqlen, *numbers), options)
+    groups = [stride // align for stride in strides]
+    return Launch((tiles, shares), (*groups, count, seqlen, *numbers), options)
 
 
 def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:
@@ -291,47 +297,3 @@ def as_inputs(tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> lis
 def empty_outputs(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Allocate outputs like q and k."""
     return torch.empty_like(q), None if k is None else torch.empty_like(k)
-
-
-# -------------------------------------------------------------------------------------------------
-# UNTIL THE MERGE: for append.py alone, whose tensors of heads are tuples of the pointer and its
-# strides in groups of TILE.align elements. Goes with Launch.strides and its two lines in `launch`.
-
-POSITION_NUMBERS = (
-    *("count", "seqlen", "position_axis", "position_batch", "position_seq", "num_sequences"),
-    "search_steps",
-)
-
-
-@triton.jit
-def token_positions(
-    tokens, rope, offset, position_axis, position_batch, position_seq, num_sequences, search_steps,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Call load_positions."""
-    return load_positions(
-        tokens[0], tokens[1], tokens[2], rope.positions, rope.cu_seqlens, rope.axes, offset,
-        position_axis, position_batch, position_seq, num_sequences, search_steps, TILE,
-    )  # fmt: skip
-
-
-@triton.jit
-def head_rows(x, tokens, head, TILE: tl.constexpr):
-    """Return (TOKENS,) pointers to dim 0 of a head."""
-    return rows(x[0], tokens[0], tokens[1], head, x[1], x[2], x[3], TILE)
-
-
-def settle(
-    tensors: Sequence[Tensor | None],
-    by: dict[str, Any],
-    numbers: tuple[int | float, ...],
-    **options: Any,
-) -> Launch | None:
-    """Build a launch with its strides in Launch.strides."""
-    prepared = build_launch(tensors, by, numbers, **options)
-    if prepared is None:
-        return None
-    flat, *rest = prepared.numbers
-    groups = [n // prepared.options["TILE"].align for n in flat]
-    strides = tuple(tuple(groups[i : i + 3]) for i in range(0, len(groups), 3))
-    return prepared._replace(strides=strides, numbers=tuple(rest))

@@ -44,6 +44,7 @@ from .device import (
     program_heads,
     program_tokens,
     sincos,
+    stride_names,
 )
 
 # A backward's limit: without one, ptxas spills to fit one more block.
@@ -93,7 +94,7 @@ def norm_rotate(
 ):  # fmt: skip
     """Norm and rotate this program's share of the heads of x into out.
 
-    x_row, out_row: (TOKENS,) int64, where the rows of head 0 begin, in elements.
+    x_row, out_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of ALIGN elements.
     weight_ptr: (head_dim,), or (HEADS * head_dim,) if TOGETHER; None: no norm.
     codes_scale_ptr: (HEADS,) if out is a cache in fp8, else None.
     sequence, position, amplitude: as from load_positions and `decayed`, used if ROTATES.
@@ -108,8 +109,8 @@ def norm_rotate(
         squares = tl.zeros((TOKENS, 1), WIDE)
         for head in range(0, HEADS):
             head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-            # ALIGN divides all strides: if not told, the compiler loads element by element.
-            x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+            # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
+            x_at = (x_row + head * x_stride_head) * ALIGN
             a, b, rest = load_head(x_ptr + x_at, valid, TILE)
             squares += _sum_dims(a * a, b * b, rest * rest, TILE)
         rstd = 1.0 / tl.sqrt(squares / (HEADS * HEAD_DIM) + eps)
@@ -122,7 +123,7 @@ def norm_rotate(
         head = tl.cast(head, tl.int64)
         if ROTATES and TILE.per_head:
             cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
-        x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+        x_at = (x_row + head * x_stride_head) * ALIGN
         a, b, rest = load_head(x_ptr + x_at, valid, TILE)
         if weight_ptr is not None:
             if TOGETHER:
@@ -138,15 +139,18 @@ def norm_rotate(
             codes_scale = tl.load(codes_scale_ptr + head)
             dtype: tl.constexpr = x_ptr.dtype.element_ty
             parts = parts_of_codes(parts, codes_scale, dtype, TILE)
-        out_at = tl.multiple_of(out_row + head * out_stride_head, ALIGN)
+        out_at = (out_row + head * out_stride_head) * ALIGN
         store_parts(out_ptr + out_at, parts, out_valid, TILE)  # rounds once
 
 
-@triton.jit(do_not_specialize=CALL_NUMBERS)
+@triton.jit(do_not_specialize=(*CALL_NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
 def norm_rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    strides,  # of q, k, q_out, k_out: unpacked below
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -155,16 +159,12 @@ def norm_rotate_kernel(
 ):  # fmt: skip
     """Norm and rotate q and k: axis 0 is tiles of tokens, axis 1 shares of the heads.
 
+    Strides of q, k, ... count groups of TILE.align elements.
+
     The weights of q and k, and what rotates them, are as in norm_rotate and rotate_kernel. k may be
     None. q_out and k_out may be q and k; with TOGETHER a program then has all heads, since it reads
     them before it overwrites one.
     """
-    (  # in elements
-        q_stride_batch, q_stride_seq, q_stride_head,
-        k_stride_batch, k_stride_seq, k_stride_head,
-        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
-    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
     sequence, position = load_positions(
@@ -210,7 +210,8 @@ def _norm_rotate_backward(
 ):  # fmt: skip
     """Write the gradients of all heads of x, and this program's part of its weight's.
 
-    dy_row, x_row, dx_row: (TOKENS,) int64, where the rows of head 0 begin, in elements.
+    dy_row, x_row, dx_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of ALIGN
+        elements.
     dweight_ptr: (programs, dims of the weight), to be summed over the programs.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
@@ -235,9 +236,9 @@ def _norm_rotate_backward(
             if TILE.per_head:
                 cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
-            # ALIGN divides all strides: if not told, the compiler loads element by element.
-            dy_at = tl.multiple_of(dy_row + head * dy_stride_head, ALIGN)
-            x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
+            # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
+            dy_at = (dy_row + head * dy_stride_head) * ALIGN
+            x_at = (x_row + head * x_stride_head) * ALIGN
             dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
             x_a, x_b, x_rest = load_head(x_ptr + x_at, valid, TILE)
             g_a, g_b = dy_a * cos - dy_b * sin, dy_b * cos + dy_a * sin  # R^T: sin is minus R's
@@ -258,9 +259,9 @@ def _norm_rotate_backward(
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
         elif TILE.rest > 0:
             w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
-        dy_at = tl.multiple_of(dy_row + head * dy_stride_head, ALIGN)
-        x_at = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
-        dx_at = tl.multiple_of(dx_row + head * dx_stride_head, ALIGN)
+        dy_at = (dy_row + head * dy_stride_head) * ALIGN
+        x_at = (x_row + head * x_stride_head) * ALIGN
+        dx_at = (dx_row + head * dx_stride_head) * ALIGN
 
         # g = R^T dy, u = g * weight
         dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
@@ -295,12 +296,19 @@ def _norm_rotate_backward(
         _store_dweight(dweight_ptr, dw_a, dw_b, dw_rest, TILE)
 
 
-@triton.jit(do_not_specialize=CALL_NUMBERS)
+@triton.jit(
+    do_not_specialize=(*CALL_NUMBERS, *stride_names("dq_out", "dk_out", "dq", "dk", "q", "k"))
+)
 def norm_rotate_backward_kernel(
     dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr,
     q_dweight_ptr, k_dweight_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    strides,  # of dq_out, dk_out, dq, dk, q, k: unpacked below
+    dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,
+    dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
+    dq_stride_batch, dq_stride_seq, dq_stride_head,
+    dk_stride_batch, dk_stride_seq, dk_stride_head,
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -309,17 +317,11 @@ def norm_rotate_backward_kernel(
 ):  # fmt: skip
     """Turn gradients of the outputs into those of q and k: axis 0 is tiles of tokens.
 
+    Strides of q, k, ... count groups of TILE.align elements.
+
     A program has all heads of its tokens. dq_out, dk_out: gradients of the forward's outputs; dq,
     dk: of its inputs q and k. q_dweight, k_dweight: see _norm_rotate_backward; None without weight.
     """
-    (  # in elements
-        dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,
-        dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
-        dq_stride_batch, dq_stride_seq, dq_stride_head,
-        dk_stride_batch, dk_stride_seq, dk_stride_head,
-        q_stride_batch, q_stride_seq, q_stride_head,
-        k_stride_batch, k_stride_seq, k_stride_head,
-    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
     sequence, position = load_positions(
@@ -459,24 +461,3 @@ def _build_launch(
         EPS=float(eps),
         **({"maxnreg": ALL_REGISTERS} if limited else {}),
     )
-
-
-# -------------------------------------------------------------------------------------------------
-# UNTIL THE MERGE: for append.py alone, see the end of device.py
-
-
-@triton.jit
-def norm_rotate_heads(
-    x, weight, out, tokens, to, angles, codes_scale,
-    HEADS: tl.constexpr, SIGN: tl.constexpr, TOGETHER: tl.constexpr, ROTATES: tl.constexpr,
-    EPS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Call norm_rotate on tensors of heads as tuples. SIGN: 1 for q, -1 for k."""
-    norm_rotate(
-        x[0], (tokens[0] * x[1] + tokens[1] * x[2]) * TILE.align, x[3] * TILE.align, tokens[2],
-        weight,
-        out[0], (to[0] * out[1] + to[1] * out[2]) * TILE.align, out[3] * TILE.align, to[2],
-        codes_scale, angles[0], angles[1], angles[2],
-        decayed(angles[5], angles[3], angles[4], SIGN * TILE.decay_sign, TILE),
-        HEADS, TOGETHER, ROTATES, EPS, TILE,
-    )  # fmt: skip

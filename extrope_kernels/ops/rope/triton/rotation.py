@@ -33,6 +33,7 @@ from .device import (
     program_heads,
     program_tokens,
     sincos,
+    stride_names,
 )
 
 # If every head has its own frequencies, a limit that no kernel reaches: without one, ptxas spills
@@ -47,36 +48,46 @@ def _rotate_head(
 ):  # fmt: skip
     """Rotate one head of a tile of tokens; return angle_grad plus the head's share of it.
 
-    x_row, out_row, saved_row: (TOKENS,) int64, where the rows of head 0 begin, in elements.
+    x_row, out_row, saved_row: (TOKENS,) int64, where the rows of head 0 begin, in groups.
     saved_ptr: the forward's input if x is the gradient of its output, else None: no share.
     cos, sin: (TOKENS, PAIRS), times the amplitude.
     """
     ALIGN: tl.constexpr = TILE.align
     WIDE: tl.constexpr = angle_grad.dtype
     head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-    # ALIGN divides all strides: if not told, the compiler would load element by element.
-    x_row = tl.multiple_of(x_row + head * x_stride_head, ALIGN)
-    out_row = tl.multiple_of(out_row + head * out_stride_head, ALIGN)
+    # Times ALIGN, from groups to elements: it shows the compiler that 16 bytes may load at a time.
+    x_at = (x_row + head * x_stride_head) * ALIGN
+    out_at = (out_row + head * out_stride_head) * ALIGN
     # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, rest_dims).
-    x_a, x_b, rest = load_parts(x_ptr + x_row, valid, TILE)
+    x_a, x_b, rest = load_parts(x_ptr + x_at, valid, TILE)
     x_a, x_b = x_a.to(WIDE), x_b.to(WIDE)
     out_a = x_a * cos - x_b * sin
     out_b = x_b * cos + x_a * sin
-    store_parts(out_ptr + out_row, (out_a, out_b, rest), valid, TILE)  # rounds once
+    store_parts(out_ptr + out_at, (out_a, out_b, rest), valid, TILE)  # rounds once
     if saved_ptr is not None:
         # The forward y = R(t) s has dL/dt = <dy, R J s> = <R^T dy, J s>, where J (a, b) = (-b, a),
         # a quarter turn, commutes with R. R^T dy is out: a cross product of each pair is left.
-        saved_row = tl.multiple_of(saved_row + head * saved_stride_head, ALIGN)
-        s_a, s_b, _ = load_parts(saved_ptr + saved_row, valid, TILE)
+        saved_at = (saved_row + head * saved_stride_head) * ALIGN
+        s_a, s_b, _ = load_parts(saved_ptr + saved_at, valid, TILE)
         angle_grad += s_a.to(WIDE) * out_b - s_b.to(WIDE) * out_a
     return angle_grad
 
 
-@triton.jit(do_not_specialize=CALL_NUMBERS)
+@triton.jit(
+    do_not_specialize=(
+        *CALL_NUMBERS,
+        *stride_names("q", "k", "q_out", "k_out", "q_saved", "k_saved"),
+    )
+)
 def rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_saved_ptr, k_saved_ptr, angle_grad_ptr,
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    strides,  # of q, k, q_out, k_out, q_saved, k_saved: unpacked below
+    q_stride_batch, q_stride_seq, q_stride_head,
+    k_stride_batch, k_stride_seq, k_stride_head,
+    q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
+    k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
+    q_saved_stride_batch, q_saved_stride_seq, q_saved_stride_head,
+    k_saved_stride_batch, k_saved_stride_seq, k_saved_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
@@ -84,8 +95,8 @@ def rotate_kernel(
 ):  # fmt: skip
     """Rotate pairs of dims of q and k by position * inv_freq, and multiply them by amplitude.
 
-    Axis 0 of the grid is tiles of tokens, axis 1 shares of the heads. Strides count elements. All
-    pointers but q, q_out and inv_freq may be None.
+    Axis 0 of the grid is tiles of tokens, axis 1 shares of the heads. Strides of q, k,
+    ... count groups of TILE.align elements. All pointers but q, q_out and inv_freq may be None.
 
     q, k: (batch, seqlen, heads, head_dim), of which 2 * half dims rotate.
     q_out, k_out: like q and k, or q and k themselves.
@@ -99,17 +110,9 @@ def rotate_kernel(
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
     PAIRS: tl.constexpr = TILE.pairs  # half, rounded up to a power of two
     HALF: tl.constexpr = TILE.half
-    (  # in elements
-        q_stride_batch, q_stride_seq, q_stride_head,
-        k_stride_batch, k_stride_seq, k_stride_head,
-        q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
-        k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
-        q_saved_stride_batch, q_saved_stride_seq, q_saved_stride_head,
-        k_saved_stride_batch, k_saved_stride_seq, k_saved_stride_head,
-    ) = strides  # fmt: skip
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
 
-    # The rows of head 0 in elements from the start: (TOKENS,) int64.
+    # The rows of head 0, in groups of TILE.align elements from the start: (TOKENS,) int64.
     q_row = batch * q_stride_batch + seq * q_stride_seq
     q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
     q_saved_row = batch * q_saved_stride_batch + seq * q_saved_stride_seq
