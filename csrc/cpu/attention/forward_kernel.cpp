@@ -3,22 +3,26 @@
 //
 // A call of attention_tile computes a tile of queries: some tokens of a sequence in all q heads
 // that share a head of k. A row is one token in one q head; rows are in the order token (slow), q
-// head (fast). The tile reads keys and values in blocks. In slices of kQueryLanes rows, a row in
-// each lane of kQueryVectors vectors, it does for each block, with online softmax:
+// head (fast). The tile reads keys and values in blocks, each once. In slices of kQueryLanes rows,
+// a row in each lane of kQueryVectors = 3 vectors of kFloats floats, it does for each block, with
+// online softmax:
 //
 //   S = K Q^T                    (keys, rows)   logits to base 2
 //   P = exp2(S - row_max)        (keys, rows)
 //   O = O * rescale + V^T P      (head_dim of v, rows)
 //
+// Products keep their sums in registers: kKeyRows keys (4 or 8) of one slice at a time. kKeyRows
+// keys of a block are a part.
+//
 // In region r a row sees the keys [start(r), start(r + 1)), with queries and keys rotated for r.
-// Later rows have later starts. So a slice sees a block, in parts of kKeyRows keys, as
+// Starts never fall from one row to the next. So a slice sees a block, in whole parts, as
 //
 //          begin         full_begin      full_end        end
 //   | unseen |   merged      |    full       |   merged   | unseen |
 //
 // In a region's full parts every row sees every key: S is one product without a mask. Merged parts
 // get a product from each region that some row sees there, and every row keeps its region's: see
-// merge_region(). Without a score method there is one region, and merging is the causal mask.
+// merge_region(). With a single region, merging is the mask: causal, and of a sliding window.
 
 #include "cpu/attention/blocks.h"
 #include "cpu/attention/kernels.h"
@@ -27,20 +31,24 @@
 namespace extrope {
 namespace {
 
-constexpr int64_t kBlockM = 768, kBlockN = 128;  // the most rows of a tile, and keys of a block
-static_assert(8 % kKeyRows == 0, "V^T P takes kKeyRows dims at once of a head_dim that 8 divides");
+// Caps on a tile's rows (a token's q heads may be more) and a block's keys.
+constexpr int64_t kBlockM = 768, kBlockN = 128;
+static_assert(kBlockN % kKeyRows == 0, "a block is whole parts");
+static_assert(8 % kKeyRows == 0, "V^T P computes kKeyRows dims at once; 8 divides each head_dim");
 
 // row_max starts here. It is finite, so that row_max - row_max is 0 for rows without keys too, and
 // exp2(-inf - row_max) is exactly 0.
 constexpr float kLowest = -1e30f;
 
-// The sums of a product: kKeyRows keys (or dims of v) of kQueryLanes rows, in registers.
+// The sums of a product, in registers: at[key or dim of v][vector of rows], of one slice.
 using SliceSums = Sums<kKeyRows, kQueryVectors>;
 
-// The tile's scratch memory: arrays of floats, cut from one piece. `slices` cover the tile's rows.
+// The tile's scratch memory: arrays of floats, cut from one piece. `rows` are the tile's, with the
+// padding of its last slice.
 struct Scratch {
-  Scratch(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
-    const int64_t rows = rows_of(p, plan);
+  // From nullptr, take() only counts: space.used() is the number of floats.
+  Scratch(const AttentionParams& p, const TilePlan& plan, float* memory) : space(memory) {
+    const int64_t rows = rows_of(p, plan);  // of a whole tile; the last one may have fewer
     q = space.take(p.regions.count * rows * p.head_dim);
     out = space.take(rows * p.v.head_dim);
     keys = space.take(plan.block_n * greater(p.regions.count * p.head_dim, p.v.head_dim));
@@ -52,14 +60,16 @@ struct Scratch {
     out_scale = space.take(rows);
   }
   Workspace space;
-  float* q;       // (regions, slices, head_dim, kQueryLanes), rotated, times q_scale
-  float* out;     // (slices, head_dim of v, kQueryLanes): O before its division
-  float* keys;    // (regions, block_n, head_dim), rotated; before that the block's values
-  float* values;  // (head_dim of v / kKeyRows, keys of the block, kKeyRows)
-  float* logits;  // (block_n, kQueryLanes): S of one slice, then P
-  float *row_max, *row_sum;  // (rows,), to base 2
+  float* q;          // (regions, slices, head_dim, kQueryLanes), rotated, then times q_scale
+  float* out;        // (slices, head_dim of v, kQueryLanes): O before its division
+  float* keys;       // (regions, block_n, head_dim), rotated
+  float* values;     // (head_dim of v / kKeyRows, key_block.padded, kKeyRows)
+  float* logits;     // (block_n, kQueryLanes): S of one slice, then P
+  float* row_max;    // (rows,): largest S so far, to base 2
+  float* row_sum;    // (rows,): sum of P
   float* q_scale;    // (rows,): the logits' factor, with log2(e) or 1 / softcap; 0 in padding
-  float* out_scale;  // (rows,): v_scale / row_sum
+  float* out_scale;  // (rows,): v_scale / row_sum with the sink; 0 for a row without keys; not set
+                     // in padding
 };
 
 // A slice's queries and a block's keys in one region.
@@ -68,19 +78,20 @@ struct RegionView {
   const float* keys;  // (block_n, head_dim)
   int64_t head_dim;
   int64_t first_key;  // the block's first key, in the sequence
-  float softcap;      // to base 2
+  float softcap;      // to base 2: times log2(e)
 };
 
-// Keeps the logits of keys that a row sees in this region. The others become those of earlier
-// regions, in `logits`, or -inf if this is the first region to write these keys.
-EXTROPE_INLINE void merge_region(SliceSums& sums, const RowKeys& seen, int64_t key,
+// Keeps the logits of keys that a row sees in this region: `bounds` has each row's begin and end.
+// The others become those of earlier regions, in `logits`, or -inf if this is the first region to
+// write these keys.
+EXTROPE_INLINE void merge_region(SliceSums& sums, const RowKeys& bounds, int64_t key,
                                  bool is_first_region, const float* logits) {
 #pragma GCC unroll 16
   for (int i = 0; i < kKeyRows; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
     for (int j = 0; j < kQueryVectors; ++j) {
-      const ints sees = (here >= seen.begin[j]) & (here < seen.end[j]);
+      const ints sees = (here >= bounds.begin[j]) & (here < bounds.end[j]);
       floats rest = floats{} - __builtin_inff();
       if (!is_first_region) rest = load<floats>(logits + i * kQueryLanes + j * kFloats);
       sums.at[i][j] = sees ? sums.at[i][j] : rest;
@@ -89,24 +100,26 @@ EXTROPE_INLINE void merge_region(SliceSums& sums, const RowKeys& seen, int64_t k
 }
 
 // S = K Q^T for the block's keys [begin, end), all in merged parts or all in full ones; raises
-// row_max. Earlier regions have written the keys before `written`.
+// new_max. Earlier regions have written the keys before `written`. Full parts do not read `bounds`.
 template <bool Merged, bool Capped>
 EXTROPE_INLINE void multiply_parts(const Scratch& w, const RegionView& view, int64_t begin,
-                                   int64_t end, const RowKeys& seen, int64_t written,
-                                   floats (&row_max)[kQueryVectors]) {
+                                   int64_t end, const RowKeys& bounds, int64_t written,
+                                   floats (&new_max)[kQueryVectors]) {
   for (int64_t key = begin; key < end; key += kKeyRows) {
     SliceSums sums{};
     float* logits = w.logits + key * kQueryLanes;  // (kKeyRows, kQueryLanes)
-    // sums[key][row] += keys[key][d] * q[d][row], over d
+    // sums[key][row] += keys[key][d] * q[d][row], over d. keys[key][d] is a step of head_dim from
+    // the next key, 1 from the next d.
     multiply_add(sums, view.keys + key * view.head_dim, view.head_dim, 1, view.q, kQueryLanes,
                  view.head_dim);
+    // sums = softcap * tanh(sums)
 #pragma GCC unroll 16
     for (int i = 0; Capped && i < kKeyRows; ++i) apply_softcap(sums.at[i], view.softcap);
-    if constexpr (Merged) merge_region(sums, seen, view.first_key + key, key >= written, logits);
+    if constexpr (Merged) merge_region(sums, bounds, view.first_key + key, key >= written, logits);
 #pragma GCC unroll 16
     for (int i = 0; i < kKeyRows; ++i) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kQueryVectors; ++j) row_max[j] = larger(row_max[j], sums.at[i][j]);
+      for (int j = 0; j < kQueryVectors; ++j) new_max[j] = larger(new_max[j], sums.at[i][j]);
     }
     store_sums(sums, logits, kQueryLanes);
   }
@@ -116,33 +129,34 @@ EXTROPE_INLINE void multiply_parts(const Scratch& w, const RegionView& view, int
 template <bool Capped>
 void multiply_region(const TileQueries& queries, const Scratch& w, const RegionView& view,
                      int64_t slice, int64_t region, const SliceParts& parts, int64_t written,
-                     floats (&row_max)[kQueryVectors]) {
-  RowKeys seen;
-  if (parts.has_merged()) seen = row_keys(queries, slice, region);
+                     floats (&new_max)[kQueryVectors]) {
+  RowKeys bounds;  // not set if no part is merged: then nothing reads it
+  if (parts.has_merged()) bounds = row_keys(queries, slice, region);
   const int64_t merged[2][2] = {{parts.begin, parts.full_begin}, {parts.full_end, parts.end}};
   for (const auto& [begin, end] : merged) {
-    multiply_parts<true, Capped>(w, view, begin, end, seen, written, row_max);
+    multiply_parts<true, Capped>(w, view, begin, end, bounds, written, new_max);
   }
-  multiply_parts<false, Capped>(w, view, parts.full_begin, parts.full_end, seen, written, row_max);
+  multiply_parts<false, Capped>(w, view, parts.full_begin, parts.full_end, bounds, written,
+                                new_max);
 }
 
-// P = exp2(S - row_max) for the block's keys [begin, end). Updates the slice's row_max and row_sum;
+// P = exp2(S - new_max) for the block's keys [begin, end). Updates the slice's row_max and row_sum;
 // returns the rescale factors of its earlier sums.
 EXTROPE_INLINE void softmax_slice(const Scratch& w, int64_t slice, int64_t begin, int64_t end,
-                                  const floats (&row_max)[kQueryVectors],
+                                  const floats (&new_max)[kQueryVectors],
                                   floats (&rescale)[kQueryVectors]) {
   floats sum[kQueryVectors];
   for (int j = 0; j < kQueryVectors; ++j) {
     const int64_t row = slice * kQueryLanes + j * kFloats;
-    rescale[j] = exp2_vector(load<floats>(w.row_max + row) - row_max[j]);
+    rescale[j] = exp2_vector(load<floats>(w.row_max + row) - new_max[j]);
     sum[j] = load<floats>(w.row_sum + row) * rescale[j];
-    store(w.row_max + row, row_max[j]);
+    store(w.row_max + row, new_max[j]);
   }
   for (int64_t key = begin; key < end; ++key) {
     float* logits = w.logits + key * kQueryLanes;  // (kQueryLanes,)
 #pragma GCC unroll 16
     for (int j = 0; j < kQueryVectors; ++j) {
-      const floats probability = exp2_vector(load<floats>(logits + j * kFloats) - row_max[j]);
+      const floats probability = exp2_vector(load<floats>(logits + j * kFloats) - new_max[j]);
       store(logits + j * kFloats, probability);
       sum[j] += probability;
     }
@@ -156,28 +170,29 @@ EXTROPE_INLINE void softmax_slice(const Scratch& w, int64_t slice, int64_t begin
 template <bool Capped>
 void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratch& w, int64_t slice,
                   const KeyBlock& key_block) {
-  const RegionParts parts(queries, slice, key_block);
-  if (parts.begin >= parts.end) return;
+  const RegionParts block_parts(queries, slice, key_block);  // of each region, and of all
+  if (block_parts.begin >= block_parts.end) return;          // no row sees a key of the block
   const AttentionParams& p = queries.p;
-  floats row_max[kQueryVectors], rescale[kQueryVectors];
+  floats new_max[kQueryVectors], rescale[kQueryVectors];
   for (int j = 0; j < kQueryVectors; ++j) {
-    row_max[j] = load<floats>(w.row_max + slice * kQueryLanes + j * kFloats);
+    new_max[j] = load<floats>(w.row_max + slice * kQueryLanes + j * kFloats);
   }
 
-  // S = K Q^T, region by region. Regions rise with the keys, so each writes up to its last part.
+  // S = K Q^T, region by region. Regions leave no gap: parts of two are adjacent, or share merged
+  // ones. So all of [block_parts.begin, written) is written, and written never falls.
   for (int64_t r = 0, written = 0; r < p.regions.count; ++r) {
-    if (parts.of[r].begin >= parts.of[r].end) continue;
+    if (block_parts.of[r].begin >= block_parts.of[r].end) continue;
     const RegionView view{.q = w.q + (r * queries.slices + slice) * p.head_dim * kQueryLanes,
                           .keys = w.keys + r * plan.block_n * p.head_dim,
                           .head_dim = p.head_dim,
                           .first_key = key_block.first,
                           .softcap = p.softcap * kLog2E};
-    multiply_region<Capped>(queries, w, view, slice, r, parts.of[r], written, row_max);
-    written = parts.of[r].end;
+    multiply_region<Capped>(queries, w, view, slice, r, block_parts.of[r], written, new_max);
+    written = block_parts.of[r].end;
   }
 
-  // P = exp2(S - row_max)
-  softmax_slice(w, slice, parts.begin, parts.end, row_max, rescale);
+  // P = exp2(S - new_max)
+  softmax_slice(w, slice, block_parts.begin, block_parts.end, new_max, rescale);
 
   // O = O * rescale + V^T P
   for (int64_t d = 0; d < p.v.head_dim; d += kKeyRows) {
@@ -189,42 +204,49 @@ void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratc
 #pragma GCC unroll 16
       for (int j = 0; j < kQueryVectors; ++j) sums.at[i][j] *= rescale[j];
     }
-    // sums[d][row] += values[key][d] * P[key][row], over keys
-    multiply_add(sums, w.values + d * key_block.padded + parts.begin * kKeyRows, 1, kKeyRows,
-                 w.logits + parts.begin * kQueryLanes, kQueryLanes, parts.end - parts.begin);
+    // sums[d][row] += values[key][d] * P[key][row], over keys. values[key][d] is a step of kKeyRows
+    // from the next key, 1 from the next d.
+    multiply_add(sums, w.values + d * key_block.padded + block_parts.begin * kKeyRows, 1, kKeyRows,
+                 w.logits + block_parts.begin * kQueryLanes, kQueryLanes,
+                 block_parts.end - block_parts.begin);
     store_sums(sums, out, kQueryLanes);
   }
 }
 
-// Writes lse, and out = O * out_scale, of type Out.
+// Ends the softmax, where sinks join: writes lse, and out = O * out_scale, of type Out.
 template <typename Out>
 void finish(const TileQueries& queries, const Scratch& w) {
-  finish_softmax(queries, w.row_max, w.row_sum, w.out_scale);
+  finish_softmax(queries, w.row_max, w.row_sum, w.out_scale);  // sets lse and w.out_scale
   const AttentionTensor& out = queries.p.out;
-  RowBuffer rows;  // (kFloats, head_dim of v)
+  RowBuffer buffer;  // (kFloats, more than kMaxHeadDim): unpack_rows writes whole vectors
   for (int64_t first = 0; first < queries.count; first += kFloats) {
-    unpack_rows(w.out, first, out.head_dim, w.out_scale, rows);
+    unpack_rows(w.out, first, out.head_dim, w.out_scale, buffer);
+    // Row first + i is `token` of the sequence in q head `head`; padding is not visited.
     queries.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
-      narrow_row(rows[i], out.head_dim,
+      narrow_row(buffer[i], out.head_dim,
                  static_cast<Out*>(out.data) + queries.offset(out, token, head));
     });
   }
 }
 
 // Packs a block's values, and its keys rotated for each region: a region's keys lie where they are
-// in the block, and the rest of its part of w.keys is not read.
+// in the block, and the rest of its part of w.keys is not read. A rotated row is rounded to its
+// type, like a rotated tensor; rows up to key_block.padded are zero.
 template <typename T>
 void pack_block(const TileQueries& queries, const TilePlan& plan, const Scratch& w,
                 const TileKeys& seen, const KeyBlock& key_block) {
   const AttentionParams& p = queries.p;
   // The type is T, or e4m3 in a quantized cache: k_scale is in q_scale, v_scale in out_scale.
+  // w.keys holds the values until pack_columns has read them.
   with_element_type<T>(
       p.v, [&](auto type) { pack_rows<decltype(type)>(queries, p.v, {}, key_block, w.keys); });
   pack_columns<kKeyRows>(w.keys, p.v.head_dim, key_block.padded, w.values);
   for (int64_t r = 0; r < p.regions.count; ++r) {
-    pack_region(seen, r, key_block, [&](const KeyBlock& keys, int64_t offset) {
+    // Of the block, the tile sees only region_block in region r, from the block's key `offset` on.
+    pack_region(seen, r, key_block, [&](const KeyBlock& region_block, int64_t offset) {
+      // k[r] is the same k in all regions, or a copy rotated ahead, which has no k_cos_sin.
       with_element_type<T>(p.k[r], [&](auto type) {
-        pack_rows<decltype(type)>(queries, p.k[r], p.k_cos_sin[r], keys,
+        pack_rows<decltype(type)>(queries, p.k[r], p.k_cos_sin[r], region_block,
                                   w.keys + (r * plan.block_n + offset) * p.head_dim);
       });
     });
@@ -234,28 +256,32 @@ void pack_block(const TileQueries& queries, const TilePlan& plan, const Scratch&
 template <typename T, bool Capped>
 void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
   const AttentionParams& p = queries.p;
-  const int64_t padded_rows = queries.slices * kQueryLanes;
+  const int64_t padded_rows = queries.slices * kQueryLanes;  // queries.count are not padding
   // With a softcap, S is in units of it until apply_softcap(), which brings log2(e).
   const float unit = Capped ? 1.0f / p.softcap : kLog2E;
   std::memset(w.out, 0, padded_rows * p.v.head_dim * sizeof(float));
   std::memset(w.row_sum, 0, padded_rows * sizeof(float));
   for (int64_t row = 0; row < padded_rows; ++row) {
     w.row_max[row] = kLowest;
+    // logit_scale() is softmax_scale times log_n's factor, query_scale and k_scale.
     w.q_scale[row] = row < queries.count ? queries.logit_scale(row) * unit : 0.0f;
   }
-  const TileKeys seen(queries);
+  const TileKeys seen(queries);  // the keys that some row of the tile sees
   for (int64_t r = 0; r < p.regions.count; ++r) {
     if (!seen.sees(r)) continue;
     pack_slices<T>(queries, p.q, p.q_cos_sin[r], w.q_scale, w.q + r * padded_rows * p.head_dim);
   }
   for (int64_t first = seen.begin; first < seen.end; first += plan.block_n) {
+    // `count` keys from `first` on, packed as `padded` rows: whole parts.
     const KeyBlock key_block = seen.key_block(first, plan.block_n);
     pack_block<T>(queries, plan, w, seen, key_block);
     for (int64_t slice = 0; slice < queries.slices; ++slice) {
+      // Every slice prefetches its share of the next block.
       prefetch_block<T>(queries, seen, first + plan.block_n, plan.block_n, slice);
       attend_slice<Capped>(queries, plan, w, slice, key_block);
     }
   }
+  // The type is T, or float if p.float32_out.
   with_out_type<T>(p, [&](auto type) { finish<decltype(type)>(queries, w); });
 }
 
@@ -269,6 +295,7 @@ void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w)
 
 TilePlan EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA)(const AttentionParams& p) {
   TilePlan plan{};
+  // At least one; fewer than fit in kBlockM rows if tiles would be too few for the threads.
   plan.tokens = tokens_per_tile(p, kBlockM);
   plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kKeyRows));
   plan.workspace = Scratch(p, plan, nullptr).space.used();

@@ -1,10 +1,11 @@
 // Attention of a few query tokens over a key/value cache on the CPU. Compiled once per instruction
 // set, with EXTROPE_ISA as its name.
 //
-// The keys of a block of queries are cut into splits. For each split, decode_splits computes
-// partial sums in one pass over the cache; merge_splits adds those of a row's splits up. A row is
-// one token in one q head. Under each head of k, rows are in the order token (slow), q head (fast).
-// BlockM of them at a time meet kBlockN keys of one head, with online softmax:
+// The keys of a block of queries (tokens of one sequence, in all q heads) are cut into splits. For
+// each split, decode_splits computes partial sums in one pass over the cache; merge_splits adds
+// those of a row's splits up. A row is one token in one q head. Under each head of k, rows are in
+// the order token (slow), q head (fast). BlockM of them at a time meet kBlockN = 32 keys of one
+// head, with online softmax:
 //
 //   S = K Q^T               (kBlockN, BlockM)   logits to base 2
 //   P = exp2(S - row_max)   (kBlockN, BlockM)
@@ -13,7 +14,9 @@
 // S is key-major: a vector holds all BlockM rows of some keys. So the softmax needs no
 // transposition, and the sums over values read P in order. Keys and values are read where they lie
 // in the cache, without a copy; only keys of a region that rotates them on are rotated into a
-// buffer.
+// buffer. load_dims reads rows in the cheapest form: bf16 with dims in the order of 32-bit words,
+// e4m3 divided by its unit. Queries were converted to match; write_partial and merge_row undo it
+// for O.
 
 #include <algorithm>
 #include <cmath>
@@ -34,7 +37,11 @@ constexpr float kLowest = -1e30f;
 
 // -------------------------------------------------------------------------------------------------
 // BlockM rows against a block of keys and values of one head. BlockM is 1, 2 or 4, so that it
-// divides a vector; the first `Valid` rows are queries, the others are padding.
+// divides a vector; the first Valid rows are computed: all queries, and padding if only one is left
+// of four. head_dim is a multiple of kFloats, or bind.cpp takes narrower kernels.
+//
+// Element: of the rows read, Cached (the cache's type), or float if they rotate on. RowPointers
+// have a row for each key: row(n).
 
 // The keys of one product: enough to keep at least kFloats sums in flight.
 template <int BlockM>
@@ -42,10 +49,10 @@ constexpr int kKeysAtOnce = kFloats / BlockM > 2 ? kFloats / BlockM : 2;
 
 // sums[key][row] += q[row][d] * keys[first_key + key][d], lane by lane, for `Vectors` vectors of
 // dims from d on. q is (BlockM, q_stride).
-template <int BlockM, int Valid, int Keys, int Vectors, typename T>
-EXTROPE_INLINE void add_products(const float* q, int64_t q_stride, RowPointers<T> keys,
+template <int BlockM, int Valid, int Keys, int Vectors, typename Element>
+EXTROPE_INLINE void add_products(const float* q, int64_t q_stride, RowPointers<Element> keys,
                                  int64_t first_key, int64_t d, floats (&sums)[Keys * BlockM]) {
-  floats y[Valid][Vectors];
+  floats y[Valid][Vectors];  // queries; x is a key
 #pragma GCC unroll 4
   for (int r = 0; r < Valid; ++r) load_wide(q + r * q_stride + d, y[r]);
 #pragma GCC unroll 16
@@ -60,23 +67,23 @@ EXTROPE_INLINE void add_products(const float* q, int64_t q_stride, RowPointers<T
   }
 }
 
-// S = K Q^T: logits[key][row] for `count` keys, a multiple of kKeysAtOnce. q is padded with zeros
-// to whole vectors.
-template <int BlockM, int Valid, typename T, typename Cached>
-void multiply_keys(const float* q, int64_t q_stride, RowPointers<T> keys, int64_t count,
+// S = K Q^T: logits[key][row] for `count` keys, a multiple of kKeysAtOnce.
+template <int BlockM, int Valid, typename Element, typename Cached>
+void multiply_keys(const float* q, int64_t q_stride, RowPointers<Element> keys, int64_t count,
                    int64_t head_dim, Prefetch<Cached>& prefetch, float* logits) {
   Prefetch<Cached> meanwhile = prefetch;  // a local, to stay in registers
   constexpr int kKeys = kKeysAtOnce<BlockM>;
   for (int64_t key = 0; key < count; key += kKeys) {
     floats sums[kKeys * BlockM] = {};  // each over a part of the dims in each lane
     int64_t d = 0;
-    for (; d + kTogether<T> * kFloats <= head_dim; d += kTogether<T> * kFloats) {
-      add_products<BlockM, Valid, kKeys, kTogether<T>>(q, q_stride, keys, key, d, sums);
+    // Some elements are read two vectors at once: kTogether is 2 for them, else 1.
+    for (; d + kTogether<Element> * kFloats <= head_dim; d += kTogether<Element> * kFloats) {
+      add_products<BlockM, Valid, kKeys, kTogether<Element>>(q, q_stride, keys, key, d, sums);
     }
     for (; d < head_dim; d += kFloats) {
       add_products<BlockM, Valid, kKeys, 1>(q, q_stride, keys, key, d, sums);
     }
-    sum_lanes<kKeys * BlockM>(sums, logits + key * BlockM);
+    sum_lanes<kKeys * BlockM>(sums, logits + key * BlockM);  // of each of `sums`, one float
     meanwhile.fetch_at_logits(key, kKeys);
   }
   prefetch = meanwhile;
@@ -94,9 +101,10 @@ template <int BlockM>
 floats softmax_block(float* logits, int64_t size, Softmax& softmax) {
   floats row_max = softmax.row_max;
   for (int64_t i = 0; i < size; i += kFloats) row_max = larger(load<floats>(logits + i), row_max);
-  // The largest of a row's lanes, which are BlockM apart.
+  // The largest of a row's lanes, which are BlockM apart. across<n> exchanges lanes n apart; 0
+  // stands for an n that this vector is too short for, in a branch not taken.
   if constexpr (BlockM <= 1) row_max = larger(row_max, across<1>(row_max));
-  if constexpr (BlockM <= 2 && kFloats > 2) row_max = larger(row_max, across<2>(row_max));
+  if constexpr (BlockM <= 2) row_max = larger(row_max, across<2>(row_max));
   if constexpr (kFloats > 4) row_max = larger(row_max, across<kFloats == 4 ? 0 : 4>(row_max));
   if constexpr (kFloats > 8) row_max = larger(row_max, across<kFloats <= 8 ? 0 : 8>(row_max));
   floats sum{};
@@ -112,11 +120,11 @@ floats softmax_block(float* logits, int64_t size, Softmax& softmax) {
 }
 
 // O = O * rescale + P^T V for `count` keys, in `Columns` vectors of dims from d on. `out` is
-// (BlockM, out_stride).
-template <int BlockM, int Valid, int Columns, typename T>
-inline void add_columns(const float* probabilities, RowPointers<T> values, int64_t count, int64_t d,
-                        const floats& rescale, Prefetch<T> prefetch, float* out,
-                        int64_t out_stride) {
+// (BlockM, head_dim_v). Row r's rescale is in lane r.
+template <int BlockM, int Valid, int Columns, typename Cached>
+inline void add_columns(const float* probabilities, RowPointers<Cached> values, int64_t count,
+                        int64_t d, const floats& rescale, Prefetch<Cached> prefetch, float* out,
+                        int64_t head_dim_v) {
   floats acc[Valid * Columns] = {};  // sums of this block: fewer roundings than over all keys
   for (int64_t key = 0; key < count; ++key) {
     floats x[Columns];
@@ -134,27 +142,29 @@ inline void add_columns(const float* probabilities, RowPointers<T> values, int64
   for (int r = 0; r < Valid; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) {
-      float* to = out + r * out_stride + d + c * kFloats;
+      float* to = out + r * head_dim_v + d + c * kFloats;
       store(to, load<floats>(to) * rescale[r] + acc[r * Columns + c]);
     }
   }
 }
 
-template <int BlockM, int Valid, typename T>
-void add_values(const float* probabilities, RowPointers<T> values, int64_t count,
-                int64_t head_dim_v, const floats& rescale, Prefetch<T> prefetch, float* out,
-                int64_t out_stride) {
-  // Eight sums at once hide the latency of their additions.
+// O = O * rescale + P^T V for `count` keys, in all dims.
+template <int BlockM, int Valid, typename Cached>
+void add_values(const float* probabilities, RowPointers<Cached> values, int64_t count,
+                int64_t head_dim_v, const floats& rescale, Prefetch<Cached> prefetch, float* out) {
+  // Eight sums at once (BlockM * kColumns) hide the latency of their additions. Vectors of 16
+  // floats have registers for the 16 of BlockM 4, which load each value half as often.
   constexpr int kColumns = kFloats == 16 ? (BlockM == 1 ? 8 : 4) : 8 / BlockM;
   int64_t d = 0;
   const auto add = [&](auto columns) __attribute__((always_inline)) {
     add_columns<BlockM, Valid, decltype(columns)::value>(probabilities, values, count, d, rescale,
-                                                         prefetch, out, out_stride);
-    prefetch = {};  // once for all columns
+                                                         prefetch, out, head_dim_v);
+    prefetch = {};  // now none: the first columns prefetched for all
     d += decltype(columns)::value * kFloats;
   };
   while (d + kColumns * kFloats <= head_dim_v) add(std::integral_constant<int, kColumns>{});
-  while (d + kTogether<T> * kFloats <= head_dim_v) add(std::integral_constant<int, kTogether<T>>{});
+  constexpr int kAtOnce = kTogether<Cached>;
+  while (d + kAtOnce * kFloats <= head_dim_v) add(std::integral_constant<int, kAtOnce>{});
   while (d < head_dim_v) add(std::integral_constant<int, 1>{});
 }
 
@@ -170,7 +180,6 @@ class Worker {
         head_dim_(p.cache.head_dim),
         head_dim_v_(p.cache.head_dim_v),
         softcap_(static_cast<float>(p.softcap * kLog2E)),
-        out_stride_(round_up(head_dim_v_, kFloats)),
         queries_(p) {}
 
   // Consecutive splits of the same queries load these once.
@@ -180,12 +189,13 @@ class Worker {
     const int64_t first = queries_.first_position(), last = queries_.last_position();
     const int64_t begin = block->first_key + split.index * block->split_size;
     const int64_t end = std::min(begin + block->split_size, last + 1);
-    queries_.rotate(begin, end);
+    queries_.rotate(begin, end);  // for each region that has some of these keys, if not done yet
     const int64_t rows = p_.cache.heads * queries_.padded_rows();
-    out_.assign(rows * out_stride_, 0.0f);
+    out_.assign(rows * head_dim_v_, 0.0f);
     softmax_.assign(rows / queries_.block_m(), {floats{} + kLowest, floats{}});
     // Cuts at the beginnings of regions for the first or the last row: between two such edges the
-    // set of regions that rows see does not change.
+    // set of regions that rows see does not change. start(count) is the first key after a row's
+    // own; all starts are 0 before position 0.
     for (int64_t next, key = begin; key < end; key = next) {
       next = end;
       for (int64_t r = 0; r <= p_.regions.count; ++r) {
@@ -212,8 +222,8 @@ class Worker {
     Prefetch<Cached> prefetch;          // of later rows
     const RowPointers<float>* rotated;  // (regions,): keys of regions that rotate them on
     int64_t first_key;                  // counted from position 0
-    int64_t count;                      // keys; up to `padded` the last one repeats
-    int64_t padded;
+    int64_t count;   // keys; from there up to padded come later keys, or the last one again
+    int64_t padded;  // a multiple of kKeysAtOnce
   };
 
   // Positions rise with the rows: the first and the last one decide.
@@ -223,6 +233,7 @@ class Worker {
     int64_t lowest = 0, highest = regions.count - 1;
     while (lowest < highest && regions.start(lowest + 1, last) <= begin) ++lowest;
     while (highest > lowest && regions.start(highest, first) >= end) --highest;
+    // The last row's keys begin last. The first row's end first, with its own at `first`.
     const bool masked = lowest < highest || begin < regions.start(0, last) || end > first + 1;
     return {lowest, highest, masked};
   }
@@ -237,7 +248,7 @@ class Worker {
       std::copy_n(next_values_, kBlockN, value_rows_);
       find_next(key + count);  // past the end of these keys too
       for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
-        queries_.rotate_with_keys(r, key, count);
+        queries_.start_keys(r, key, count);
       }
       // All heads of a block in sequence: they usually are neighbours in memory.
       for (head_ = 0; head_ < p_.cache.heads; ++head_) {
@@ -251,11 +262,14 @@ class Worker {
   // Attends from all rows of a head to `count` keys.
   template <int BlockM>
   void attend_head(int64_t first_key, int64_t count, const Seen& seen) {
+    // Padded rows stay inside key_rows_ and logits_.
+    static_assert(kBlockN % kKeysAtOnce<BlockM> == 0);
     const RowPointers<Cached> keys{key_rows_, head_ * p_.cache.k.head};
     const RowPointers<Cached> values{value_rows_, head_ * p_.cache.v.head};
-    RowPointers<float> rotated[kMaxRegions];
+    RowPointers<float> rotated[kMaxRegions];  // set only for regions that rotate keys on
     for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
-      if (KeyRotation* rotation = queries_.keys(r)) rotated[r] = rotation->rotate(keys, head_);
+      KeyRotation* rotation = queries_.key_rotation(r);
+      if (rotation) rotated[r] = rotation->rotate(keys, head_);  // kBlockN rows: the last repeats
     }
     const KeyBlock block{.keys = keys,
                          .values = values,
@@ -265,6 +279,7 @@ class Worker {
                          .count = count,
                          .padded = round_up(count, kKeysAtOnce<BlockM>)};
     for (int64_t row = 0; row < queries_.padded_rows(); row += BlockM) {
+      // If one row of four is left, the next one, padding, is computed as well.
       if (const int64_t left = queries_.rows() - row; left <= 2) {
         attend_rows<BlockM, std::min(BlockM, 2)>(block, row, seen);
       } else if (left == 3) {
@@ -275,11 +290,13 @@ class Worker {
     }
   }
 
-  // Attends from BlockM rows, from `row` of the head on: `Valid` of them are queries.
+  // Attends from BlockM rows, from `row` of the head on, and computes the first Valid: all queries,
+  // and padding if only one is left of four.
   template <int BlockM, int Valid>
   void attend_rows(const KeyBlock& block, int64_t row, const Seen& seen) {
     const int64_t all_row = head_ * queries_.padded_rows() + row;  // counted through all heads
     const int64_t q_stride = queries_.stride(), size = block.padded * BlockM;
+    // The head's first rows prefetch, beside the products of their first region and their values.
     Prefetch<Cached> none, prefetch = row == 0 ? block.prefetch : none;
 
     // S = K Q^T, region by region; each row takes a later region's logits from its start on.
@@ -288,8 +305,8 @@ class Worker {
       Prefetch<Cached>& meanwhile = is_first_region ? prefetch : none;
       const float* q = queries_.row(r, head_, row);
       float* logits = is_first_region ? logits_ : region_logits_;
-      if (queries_.keys(r)) {
-        multiply_keys<BlockM, Valid>(q, q_stride, block.rotated[r], block.padded, q_stride,
+      if (queries_.key_rotation(r)) {
+        multiply_keys<BlockM, Valid>(q, q_stride, block.rotated[r], block.padded, head_dim_,
                                      meanwhile, logits);
       } else {
         multiply_keys<BlockM, Valid>(q, q_stride, block.keys, block.padded, head_dim_, meanwhile,
@@ -297,23 +314,26 @@ class Worker {
       }
       if (!is_first_region) take_region<BlockM>(r, row, block);
     }
+    // With a softcap, S = softcap_ * tanh(S): queries were scaled by 1 / softcap, not by log2(e).
     for (int64_t i = 0; softcap_ > 0 && i < size; i += kFloats) {
       floats logits[1] = {load<floats>(logits_ + i)};
       apply_softcap(logits, softcap_);
       store(logits_ + i, logits[0]);
     }
     if (seen.masked) mask<BlockM>(row, block);
-    std::fill(logits_ + block.count * BlockM, logits_ + size, -INFINITY);  // repeated keys
+    // rows after the block's keys
+    std::fill(logits_ + block.count * BlockM, logits_ + size, -INFINITY);
 
     // P = exp2(S - row_max)
     const floats rescale = softmax_block<BlockM>(logits_, size, softmax_[all_row / BlockM]);
 
     // O = O * rescale + P^T V
     add_values<BlockM, Valid>(logits_, block.values, block.count, head_dim_v_, rescale, prefetch,
-                              &out_[all_row * out_stride_], out_stride_);
+                              &out_[all_row * head_dim_v_]);
   }
 
-  // Replaces earlier regions' logits by region r's, from each row's start of that region on.
+  // Replaces earlier regions' logits by region r's, from each row's start of that region on. The
+  // positions of padding run past the last token; nothing reads its logits.
   template <int BlockM>
   void take_region(int64_t r, int64_t row, const KeyBlock& block) {
     for (int64_t i = 0; i < BlockM; ++i) {
@@ -337,17 +357,20 @@ class Worker {
     }
   }
 
-  // Writes (heads of k, rows, head_dim_v + 2): O, row_max and row_sum.
+  // Writes (heads of k, rows, head_dim_v + 2): O, row_max and row_sum. split.queries->partial is
+  // the row of p_.partial where the first split of these queries begins.
   void write_partial(const Split& split) {
     const int64_t rows = queries_.rows(), block_m = queries_.block_m();
-    const int64_t width = head_dim_v_ + 2, all = p_.cache.heads * rows;
-    float* partial = p_.partial + (split.queries->partial + split.index * all) * width;
-    for (int64_t r = 0; r < all; ++r, partial += width) {
+    const int64_t width = head_dim_v_ + 2, all_rows = p_.cache.heads * rows;
+    float* partial = p_.partial + (split.queries->partial + split.index * all_rows) * width;
+    for (int64_t r = 0; r < all_rows; ++r, partial += width) {
+      // Padding is left out.
       const int64_t row = r / rows * queries_.padded_rows() + r % rows, lane = row % block_m;
       const Softmax& softmax = softmax_[row / block_m];
       float row_sum = 0;
       for (int64_t n = lane; n < kFloats; n += block_m) row_sum += softmax.row_sum[n];
-      std::copy_n(&out_[row * out_stride_], head_dim_v_, partial);
+      std::copy_n(&out_[row * head_dim_v_], head_dim_v_, partial);
+      // Only bf16 is read in pairs, which leaves its dims in the order of words.
       if constexpr (kReadInPairs<Cached>) order_by_dims(partial, head_dim_v_);
       partial[head_dim_v_] = softmax.row_max[lane];
       partial[head_dim_v_ + 1] = row_sum;
@@ -357,7 +380,8 @@ class Worker {
   // ----------------------------------------------------------------------------------------------
   // The next block of keys, and its prefetches
 
-  // Finds the block from `key` on, if any.
+  // Finds the rows of kBlockN keys from `key` on, if any; after the last key that rows see, the
+  // last row repeats.
   void find_next(int64_t key) {
     const int64_t end = queries_.last_position() + 1;
     next_in_a_run_ = false;
@@ -369,19 +393,24 @@ class Worker {
   }
 
   // Returns true if a block's rows are contiguous, per head or for all heads of a key together.
+  // Only prefetches depend on it: the end rows suffice. Strides of a plane: `head` from one head to
+  // the next, `slot` from one key to the next.
   bool in_a_run(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
     const bool all_heads = plane.head == head_dim;
     const int64_t row = all_heads ? p_.cache.heads * head_dim : head_dim;
     return plane.slot == row && rows[kBlockN - 1] - rows[0] == (kBlockN - 1) * row;
   }
 
-  // Returns the beginning of this head's share of such a run.
+  // Returns where this head's part of the run begins: its own rows, or with all heads together an
+  // equal share of them.
   const char* share_of(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
     const bool all_heads = plane.head == head_dim;
     const Cached* first = rows[0] + head_ * (all_heads ? kBlockN * head_dim : plane.head);
     return reinterpret_cast<const char*>(first);
   }
 
+  // Returns what this head prefetches: its own values, the next head's keys, and (far_) its part of
+  // the next block, if that is in a run.
   Prefetch<Cached> prefetch(const RowPointers<Cached>& values) const {
     const KVCache& cache = p_.cache;
     const bool last_head = head_ + 1 == cache.heads;
@@ -394,8 +423,8 @@ class Worker {
       later.far_keys = share_of(next_keys_, cache.k, head_dim_);
       later.far_values = share_of(next_values_, cache.v, head_dim_v_);
       later.far_key_bytes = later.key_bytes;
-      later.with_sum = later.value_bytes / 2 / kLineBytes * kLineBytes;
-      later.far_value_bytes = later.value_bytes - later.with_sum;
+      later.far_value_bytes_at_sum = later.value_bytes / 2 / kLineBytes * kLineBytes;
+      later.far_value_bytes_at_logits = later.value_bytes - later.far_value_bytes_at_sum;
     }
     return later;
   }
@@ -403,10 +432,9 @@ class Worker {
   const DecodeParams& p_;
   const int64_t head_dim_, head_dim_v_;  // of queries and keys, of values
   const float softcap_;                  // log2(e) included; 0: none
-  const int64_t out_stride_;             // head_dim_v, padded to whole vectors
   Queries<T, Cached> queries_;
   int64_t head_ = 0;         // the current head of k
-  Buffer<float> out_;        // (heads of k, padded rows, out_stride_): O
+  Buffer<float> out_;        // (heads of k, padded rows, head_dim_v_): O
   Buffer<Softmax> softmax_;  // (heads of k, padded rows / BlockM)
   // (kBlockN, BlockM): S and then P, and S in a later region
   alignas(64) float logits_[kBlockN * kMaxBlockM], region_logits_[kBlockN * kMaxBlockM];
@@ -423,28 +451,30 @@ template <typename T>
 void merge_row(const DecodeParams& p, const QueryBlock& queries, int64_t row, float* sums) {
   const int64_t dim = p.cache.head_dim_v, width = dim + 2;
   const int64_t group = p.heads_q / p.cache.heads;  // q heads per head of k
-  const int64_t tokens = queries.last_token - queries.first_token, count = tokens * p.heads_q;
-  const float* first = p.partial + (queries.partial + row) * width;
+  const int64_t tokens = queries.last_token - queries.first_token, rows = tokens * p.heads_q;
+  const float* first_partial = p.partial + (queries.partial + row) * width;
   // Rows are in the order head of k, token, q head of the group.
+  // `token` of packed sequences counts through all of them, in batch 0.
   const int64_t token = queries.first_token + row / group % tokens;
   const int64_t head = row / (tokens * group) * group + row % group;
   float row_max = kLowest, row_sum = 0;
   for (int64_t n = 0; n < queries.num_splits; ++n) {
-    row_max = std::max(row_max, first[n * count * width + dim]);
+    row_max = std::max(row_max, first_partial[n * rows * width + dim]);
   }
   std::fill_n(sums, dim, 0.0f);
   for (int64_t n = 0; n < queries.num_splits; ++n) {
-    const float* split = first + n * count * width;
-    const float rescale = std::exp2(split[dim] - row_max);
-    row_sum += rescale * split[dim + 1];
-    for (int64_t d = 0; d < dim; ++d) sums[d] += rescale * split[d];
+    const float* partial = first_partial + n * rows * width;
+    const float rescale = std::exp2(partial[dim] - row_max);
+    row_sum += rescale * partial[dim + 1];
+    for (int64_t d = 0; d < dim; ++d) sums[d] += rescale * partial[d];
   }
   constexpr double kLn2 = 0.69314718055994531;
   float scale = row_sum == 0 ? 0.0f : 1.0f / row_sum;
   float& lse = p.lse[(queries.batch * p.heads_q + head) * p.seqlen_q + token];
   lse =
       row_sum == 0 ? -INFINITY : static_cast<float>((row_max + std::log2(double{row_sum})) * kLn2);
-  if (p.sinks.data) join_sink(p.sinks.of(head), scale, lse);
+  if (p.sinks.data) join_sink(p.sinks.of(head), scale, lse);  // changes both
+  // Values were read divided by the unit of e4m3.
   if (p.cache.is_e4m3()) scale *= p.cache.v_scale[head / group] * kUnitE4m3;
   T* out = static_cast<T*>(p.out) + ((queries.batch * p.seqlen_q + token) * p.heads_q + head) * dim;
   for (int64_t d = 0; d < dim; ++d) narrow(sums[d] * scale, out[d]);
@@ -472,7 +502,7 @@ void with_type(DType dtype, Run run) {
   }
 }
 
-// Calls run(x, y) with values of the element types of queries and of the cache.
+// Calls run(x, y) with values of the element types of queries, cache.dtype, and of the cache.
 template <typename Run>
 void with_types(const KVCache& cache, Run run) {
   with_type(cache.dtype, [&](auto type) {

@@ -50,7 +50,7 @@ class Queries {
   }
 
   // Returns the rotation of region r's keys; nullptr if stored keys need none.
-  KeyRotation* keys(int64_t r) { return regions_[r].keys ? &*regions_[r].keys : nullptr; }
+  KeyRotation* key_rotation(int64_t r) { return regions_[r].keys ? &*regions_[r].keys : nullptr; }
 
   // Loads the queries of a block.
   void start(const QueryBlock* block) {
@@ -77,11 +77,12 @@ class Queries {
     }
   }
 
-  // Rotates queries for a block of `count` keys from j on, if region r's keys rotate on.
-  void rotate_with_keys(int64_t r, int64_t j, int64_t count) {
-    KeyRotation* rotation = keys(r);
+  // If r's keys rotate on: prepares their angles, and rotates the queries again, both from key's
+  // angle on. If pairs have their own maps, the queries stay.
+  void start_keys(int64_t r, int64_t key, int64_t count) {
+    KeyRotation* rotation = key_rotation(r);
     if (!rotation) return;
-    const double origin = rotation->start_block(inv_freq_, j, count);
+    const double origin = rotation->start_block(inv_freq_, key, count);
     if (!rotation->is_of_pairs()) rotate_to(r, origin);
   }
 

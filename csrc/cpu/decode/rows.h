@@ -94,21 +94,21 @@ struct Prefetch {
   const char *far_keys = nullptr, *far_values = nullptr;
   int64_t key_bytes = 0, value_bytes = 0;  // per row
   // Bytes of a far row: of a key and a value beside the logits, of a value beside the sums.
-  int64_t far_key_bytes = 0, far_value_bytes = 0, with_sum = 0;
+  int64_t far_key_bytes = 0, far_value_bytes_at_logits = 0, far_value_bytes_at_sum = 0;
 
   // Prefetches during the logits of `count` keys from j on.
   EXTROPE_INLINE void fetch_at_logits(int64_t j, int count) {
     if (!values.at) return;
     for (int k = 0; k < count; ++k) fetch<1>(values.bytes(j + k), value_bytes);
     far_keys = fetch<2>(far_keys, count * far_key_bytes);
-    far_values = fetch<2>(far_values, count * far_value_bytes);
+    far_values = fetch<2>(far_values, count * far_value_bytes_at_logits);
   }
 
   // Prefetches during the sum over value j.
   EXTROPE_INLINE void fetch_at_value(int64_t j) {
     if (!values.at) return;
     fetch<1>(next_keys.bytes(j), key_bytes);
-    far_values = fetch<2>(far_values, with_sum);
+    far_values = fetch<2>(far_values, far_value_bytes_at_sum);
   }
 };
 
