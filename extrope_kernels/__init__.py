@@ -11,6 +11,7 @@
 pairs of tokens see. The ops are `torch.ops.extrope.*`. On a command line: `extrope --help`.
 """
 
+import importlib
 from typing import Any
 
 from . import methods, positions, scores
@@ -32,9 +33,7 @@ __version__ = "0.3.0"
 def __getattr__(name: str) -> Any:
     """Load `extend` on first use: it imports transformers."""
     if name == "extend":
-        from .integrations.transformers import extend
-
-        return extend
+        return importlib.import_module(f"{__name__}.integrations.transformers").extend
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -37,11 +37,12 @@ _OUR_NAMES = {"default": "rope", "linear": "pi", "dynamic": "dynamic_ntk"}
 class Length:
     """Lengths in tokens.
 
-    trained: by the key named origin. reach: the length that the configuration is made for, by
-    reach_origin.
+    trained: by the key named origin. unscaled: before any scaling. reach: the length that the
+    configuration is made for, by reach_origin.
     """
 
     trained: int
+    unscaled: int
     origin: str
     reach: int
     reach_origin: str
@@ -119,7 +120,7 @@ class Facts:
     def reach(self) -> int:
         """The tokens that the model is made for, without scalings that are ignored."""
         fails = any(each.transformers == IGNORED for each in self.rotations) or self.ignored
-        return self.length.trained if fails else self.length.reach
+        return self.length.unscaled if fails else self.length.reach
 
 
 # A kind of layers: its name, if it rotates, and the number of last tokens that it sees.
@@ -186,10 +187,11 @@ def read_length(source: Source) -> Length:
         nested = [entry, *entry.values()] if isinstance(entry, Mapping) else []
         places += [(f"{name} in {key}", each.get(name)) for each in nested if hasattr(each, "get")]
     origin, trained = next(((key, value) for key, value in places if value), (None, reach))
+    unscaled = trained
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(each for each in parameters.values() if isinstance(each, Mapping))]
     if reach is not None and any(trained_in(config, each, 0) for each in kinds):
-        origin, trained = None, reach  # the scaling is part of the training
+        origin, unscaled, trained = None, trained, reach  # the scaling is part of the training
     longest = "max_position_embeddings"
     for key, value in ((origin or longest, trained), (longest, reach)):
         if type(value) is not int or value < 1:
@@ -204,8 +206,8 @@ def read_length(source: Source) -> Length:
         origin = f"{source.gguf}.{ending}"
     scaled = trained * (parameters.get("factor") or 1)
     if parameters.get("rope_type") == "yarn" and scaled > reach:
-        return Length(trained, origin, int(scaled), "the factor of its YaRN")
-    return Length(trained, origin, max(trained, reach), "max_position_embeddings")
+        return Length(trained, unscaled, origin, int(scaled), "the factor of its YaRN")
+    return Length(trained, unscaled, origin, max(trained, reach), "max_position_embeddings")
 
 
 def try_out(model: PreTrainedModel) -> Trial:

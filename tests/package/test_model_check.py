@@ -145,16 +145,18 @@ def test_a_plain_model(check):
 
 @pytest.mark.parametrize(
     ("scaling", "method", "trained", "reach"),
-    [(LLAMA3, "llama3", 1024, 4096), (YARN, "yarn", 4096, 16384)],
+    [(LLAMA3, "llama3", 4096, 4096), (YARN, "yarn", 4096, 16384)],
 )
 def test_scaling_that_is_applied(check, scaling, method, trained, reach):
+    """llama3's is part of the training, YaRN's came after it."""
     facts, text = check(LLAMA | {"rope_scaling": scaling})
     (rotation,) = facts["rotations"]
     assert (rotation["method"], rotation["factor"]) == (method, 4.0)
     assert rotation["attention_factor"] == (0.1 * math.log(4) + 1 if method == "yarn" else 1.0)
     assert rotation["transformers"] == "as stated"
     assert (facts["length"]["trained"], facts["reach"]) == (trained, reach)
-    assert f"{trained:,} tokens (original_max_position_embeddings in rope_scaling)" in text
+    origin = {"yarn": "original_max_position_embeddings in rope_scaling"}
+    assert f"{trained:,} tokens ({origin.get(method, 'max_position_embeddings')})" in text
 
 
 def test_keys_that_transformers_ignores(check):
@@ -211,7 +213,7 @@ def test_colour_on_a_terminal_alone(tmp_path, monkeypatch):
 
 
 def test_two_kinds_of_rotation(check):
-    facts, text = check(GEMMA3, "--length", "16384")
+    facts, _ = check(GEMMA3, "--length", "16384")
     sliding, full = facts["rotations"]
     assert (sliding["kind"], sliding["layers"], sliding["window"]) == ("sliding_attention", 6, 512)
     assert (sliding["method"], sliding["base"]) == ("rope", 1e4)
@@ -221,10 +223,14 @@ def test_two_kinds_of_rotation(check):
     cache = facts["cache"]
     assert (cache["bytes_per_token"], cache["windowed"]) == (each, [[512, 6 * each]])
     assert cache["bytes_at_length"] == each * (16384 + 6 * 512)
-    assert "LMDeploy cannot be told" in text and "llama.cpp cannot be told" in text
-    parameters = facts["advice"]["rope_parameters"]
-    assert parameters["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
-    assert parameters["full_attention"]["rope_type"] == "yarn"
+    turns = 512 * methods.rope(64).inv_freq.double() / (2 * math.pi)
+    assert sliding["unfinished"] == int((turns < 1).sum())
+    trained = methods.pi(64, factor=8.0, base=1e6).inv_freq.double()
+    assert full["unfinished"] == int((8192 * trained / (2 * math.pi) < 1).sum())
+    assert facts["advice"]["rope_parameters"] == {}
+    for engine in ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp"):
+        left_out = "left out: no rope_parameters scale the linear that the model was trained with"
+        assert facts["advice"]["lines"][engine].startswith(left_out)
 
 
 def test_layers_without_a_rotation(check):
@@ -334,7 +340,9 @@ def test_layers_with_windows_alone(check):
     assert "to try first nothing: no layer that rotates sees past its window" in text
 
 
-@pytest.mark.parametrize("scaling", [{}, {"rope_scaling": LLAMA3}])
+@pytest.mark.parametrize(
+    "scaling", [{}, {"rope_scaling": YARN | {"original_max_position_embeddings": 1024}}]
+)
 def test_the_lines_do_what_they_say(check, tmp_path, scaling):
     facts, text = check(LLAMA | scaling, "--length", "8192")
     trained = facts["length"]["trained"]
