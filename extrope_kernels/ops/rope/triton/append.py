@@ -244,7 +244,7 @@ def build_append(
             "rope_append: Triton's kernel needs a head_dim of at least 2, and of v at least 1, "
             f"got {call.k.shape[-1]} and {call.v.shape[-1]}"
         )
-    out = None if call.q is None else torch.empty_like(call.q)
+    out = None if call.q is None else torch.empty_like(call.q)  # for its strides
     heads = (call.q, call.k, out, call.v)
     q, k, out, v = (x[None] if call.packed and x is not None else x for x in heads)
     constants, numbers = launch_constants(_rotation(call, k))
@@ -273,10 +273,10 @@ def build_append(
     )
     tensors = (q, k, out, v, call.k_cache, call.v_cache)
     stored = None if stored == SAME else stored
-    found = build_launch(tensors, constants, numbers, STEP=step, STORED=stored)
-    if step.map_heads > 1 and found is not None:
-        found = found._replace(grid=(found.grid[0], step.map_heads))
-    return found
+    prepared = build_launch(tensors, constants, numbers, STEP=step, STORED=stored)
+    if step.map_heads > 1 and prepared is not None:  # a program for each head
+        prepared = prepared._replace(grid=(prepared.grid[0], step.map_heads))
+    return prepared
 
 
 def _rotation(call: Append, k: Tensor) -> Rotation:
