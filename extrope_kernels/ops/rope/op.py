@@ -133,6 +133,7 @@ def _register_gradients(library: torch.library.Library, suffix: str) -> None:
     """Give `rope_fwd{suffix}` and `rope_bwd{suffix}` their derivatives and batching rules."""
     fwd = getattr(ops, f"rope_fwd{suffix}").default
     bwd = getattr(ops, f"rope_bwd{suffix}").default
+    bwd_names = [x.name for x in bwd._schema.arguments if not x.kwarg_only]
 
     def fwd_backward(ctx, grad_q, grad_k):
         q, k, *rope_args = ctx.saved_tensors
@@ -161,7 +162,8 @@ def _register_gradients(library: torch.library.Library, suffix: str) -> None:
         u = [contiguous_rows(x) for x in u]
         g_bar = fwd(u[0], u[1] if ctx.has_k else None, *rope_args, **ctx.options)
         d_freq = None
-        if ctx.needs_input_grad[2 + 4]:
+        needs = dict(zip(bwd_names, ctx.needs_input_grad[2:]))
+        if needs["inv_freq"]:
             d_freq = _frequency_grad(
                 _angle_grad(u, grads, layout, rope_args), grad_q, grad_k, rope_args, ctx.options
             )

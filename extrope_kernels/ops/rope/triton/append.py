@@ -244,7 +244,7 @@ def build_append(
             "rope_append: Triton's kernel needs a head_dim of at least 2, and of v at least 1, "
             f"got {call.k.shape[-1]} and {call.v.shape[-1]}"
         )
-    out = None if call.q is None else torch.empty_like(call.q)
+    out = None if call.q is None else torch.empty_like(call.q)  # for its strides
     heads = (call.q, call.k, out, call.v)
     q, k, out, v = (x[None] if call.packed and x is not None else x for x in heads)
     constants, numbers = launch_constants(_rotation(call, k))
@@ -273,10 +273,10 @@ def build_append(
     )
     tensors = (q, k, out, v, call.k_cache, call.v_cache)
     stored = None if stored == SAME else stored
-    found = build_launch(tensors, constants, numbers, STEP=step, STORED=stored)
-    if step.map_heads > 1 and found is not None:
-        found = found._replace(grid=(found.grid[0], step.map_heads))
-    return found
+    prepared = build_launch(tensors, constants, numbers, STEP=step, STORED=stored)
+    if step.map_heads > 1 and prepared is not None:  # a program for each head
+        prepared = prepared._replace(grid=(prepared.grid[0], step.map_heads))
+    return prepared
 
 
 def _rotation(call: Append, k: Tensor) -> Rotation:
@@ -305,26 +305,32 @@ def _rotation(call: Append, k: Tensor) -> Rotation:
 
 def rope_append(*tensors: Tensor | None, **options) -> Tensor:
     """Compute `torch.ops.extrope.rope_append`."""
-    (
-        q, k, v, k_cache, v_cache, q_weight, k_weight, inv_freq, seqlens, block_table, slot_mapping,
-        cu_seqlens, leftpad, positions, log_decay, axes, k_scale, v_scale,
-    ) = (*tensors, *[None] * 10)[:18]  # fmt: skip
     numbers = (tuple(x) if isinstance(x, list) else x for x in options.values())
     key = (*options, *numbers, layout_key(*tensors))
     prepared = cached_by_layout(_build_launch, key, tensors, options)
+    call = Append(*tensors, **options)
     if INTERPRETED:  # reading values costs nothing then
-        check_values("rope_append", Append(*tensors, **options))
-    out = k.new_empty(0) if q is None else torch.empty_like(q)
+        check_values("rope_append", call)
+    q_out = None if call.q is None else torch.empty_like(call.q)
     if prepared is not None:
-        if k_scale is not None:
+        k_cache, v_cache = call.k_cache, call.v_cache
+        if call.k_scale is not None:
             k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
-        heads = (q, k, None if q is None else out, v, k_cache, v_cache)
-        slots = Slots(seqlens, block_table, slot_mapping, leftpad, k_scale, v_scale)
-        behind = seqlens if positions is None else positions
-        rope = Rope(inv_freq, None if inv_freq is None else behind, cu_seqlens, log_decay, axes)
-        others = (q_weight, k_weight, *slots, *rope, None, None)
-        launch(rope_append_kernel, prepared, heads, *others)
-    return out
+        positions = None
+        if call.inv_freq is not None:  # else nothing rotates
+            positions = call.cache_seqlens if call.positions is None else call.positions
+        slots = Slots(
+            call.cache_seqlens,
+            call.block_table,
+            call.slot_mapping,
+            call.cache_leftpad,
+            *call.scales,
+        )
+        rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay, call.axes)
+        heads = (call.q, call.k, q_out, call.v, k_cache, v_cache)
+        weights = (call.q_norm_weight, call.k_norm_weight)
+        launch(rope_append_kernel, prepared, heads, *weights, *slots, *rope, None, None)
+    return call.k.new_empty(0) if q_out is None else q_out
 
 
 def _build_launch(tensors: tuple[Tensor | None, ...], options: dict) -> Launch | None:

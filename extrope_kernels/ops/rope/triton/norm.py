@@ -177,7 +177,7 @@ def norm_rotate_kernel(
         q_out_ptr, batch * q_out_stride_batch + seq * q_out_stride_seq, q_out_stride_head, valid,
         None, inv_freq_ptr, sequence, position,
         decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE),
-        TILE.heads_q, Q_TOGETHER, True, EPS, TILE,
+        TILE.heads_q, TOGETHER=Q_TOGETHER, ROTATES=True, EPS=EPS, TILE=TILE,
     )  # fmt: skip
     if k_ptr is not None:
         norm_rotate(
@@ -185,7 +185,7 @@ def norm_rotate_kernel(
             k_out_ptr, batch * k_out_stride_batch + seq * k_out_stride_seq, k_out_stride_head,
             valid, None, inv_freq_ptr, sequence, position,
             decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE),
-            TILE.heads_k, K_TOGETHER, True, EPS, TILE,
+            TILE.heads_k, TOGETHER=K_TOGETHER, ROTATES=True, EPS=EPS, TILE=TILE,
         )  # fmt: skip
 
 
@@ -346,7 +346,7 @@ def norm_rotate_backward_kernel(
             dq_out_ptr, dq_out_row, dq_out_stride_head, valid, None,
             dq_ptr, dq_row, dq_stride_head, valid, None,
             inv_freq_ptr, sequence, position, q_amplitude,
-            TILE.heads_q, False, True, EPS, TILE,
+            TILE.heads_q, TOGETHER=False, ROTATES=True, EPS=EPS, TILE=TILE,
         )  # fmt: skip
 
     if dk_out_ptr is not None:
@@ -366,7 +366,7 @@ def norm_rotate_backward_kernel(
                 dk_out_ptr, dk_out_row, dk_out_stride_head, valid, None,
                 dk_ptr, dk_row, dk_stride_head, valid, None,
                 inv_freq_ptr, sequence, position, k_amplitude,
-                TILE.heads_k, False, True, EPS, TILE,
+                TILE.heads_k, TOGETHER=False, ROTATES=True, EPS=EPS, TILE=TILE,
             )  # fmt: skip
 
 

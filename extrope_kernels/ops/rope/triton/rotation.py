@@ -48,14 +48,15 @@ def _rotate_head(
 ):  # fmt: skip
     """Rotate one head of a tile of tokens; return angle_grad plus the head's share of it.
 
-    x_row, out_row, saved_row: (TOKENS,) int64, where the rows of head 0 begin, in groups.
+    x_row, out_row, saved_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of
+        ALIGN elements.
     saved_ptr: the forward's input if x is the gradient of its output, else None: no share.
     cos, sin: (TOKENS, PAIRS), times the amplitude.
     """
     ALIGN: tl.constexpr = TILE.align
     WIDE: tl.constexpr = angle_grad.dtype
     head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-    # Times ALIGN, from groups to elements: it shows the compiler that 16 bytes may load at a time.
+    # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
     x_at = (x_row + head * x_stride_head) * ALIGN
     out_at = (out_row + head * out_stride_head) * ALIGN
     # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, rest_dims).
@@ -95,8 +96,8 @@ def rotate_kernel(
 ):  # fmt: skip
     """Rotate pairs of dims of q and k by position * inv_freq, and multiply them by amplitude.
 
-    Axis 0 of the grid is tiles of tokens, axis 1 shares of the heads. Strides of q, k,
-    ... count groups of TILE.align elements. All pointers but q, q_out and inv_freq may be None.
+    Axis 0 of the grid is tiles of tokens, axis 1 shares of the heads. Strides of q, k, ... count
+    groups of TILE.align elements. All pointers but q, q_out and inv_freq may be None.
 
     q, k: (batch, seqlen, heads, head_dim), of which 2 * half dims rotate.
     q_out, k_out: like q and k, or q and k themselves.
@@ -129,7 +130,7 @@ def rotate_kernel(
     mask = valid[:, None] & (pair < HALF)[None, :]
     freq_ptrs = inv_freq_ptr + (sequence * TILE.inv_freq_stride_sequence)[:, None] + pair[None, :]
 
-    no_grad = tl.zeros((TOKENS, PAIRS), tl.float64 if TILE.wide else tl.float32)
+    zeros = tl.zeros((TOKENS, PAIRS), tl.float64 if TILE.wide else tl.float32)
     first, last = program_heads(TILE.heads_q)
 
     if TILE.per_head:
@@ -148,7 +149,7 @@ def rotate_kernel(
             angle_grad = _rotate_head(
                 q_ptr, q_row, q_stride_head, q_out_ptr, q_out_row, q_out_stride_head,
                 q_saved_ptr, q_saved_row, q_saved_stride_head,
-                head, valid, cos * q_amplitude, sin * q_amplitude, no_grad, TILE,
+                head, valid, cos * q_amplitude, sin * q_amplitude, zeros, TILE,
             )  # fmt: skip
             if k_ptr is not None:
                 k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
@@ -168,7 +169,7 @@ def rotate_kernel(
             sin = -sin  # minus the angle: a backward, or an inverse call
         q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
         q_cos, q_sin = cos * q_amplitude, sin * q_amplitude
-        angle_grad = no_grad
+        angle_grad = zeros
         for head in range(first, last):
             angle_grad = _rotate_head(
                 q_ptr, q_row, q_stride_head, q_out_ptr, q_out_row, q_out_stride_head,
@@ -249,12 +250,13 @@ def _run(
 ) -> Tensor | None:
     """Rotate q and k of tensors, (q, k, their outputs, their saved inputs).
 
+    adjoint: q and k are gradients, and rotate by minus the angle.
     Returns the gradient of the angles if inputs were saved.
     """
     q, k, out, _, *saved = tensors
     key = (adjoint, out is q, layout_key(q, k, *saved, *rope), *options.items())
-    prepared, angles = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
-    angle_grad = None if saved[0] is None else q.new_empty(angles, dtype=accumulator(q.dtype))
+    prepared, shape = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
+    angle_grad = None if saved[0] is None else q.new_empty(shape, dtype=accumulator(q.dtype))
     if prepared is not None:
         launch(rotate_kernel, prepared, tensors, angle_grad, *rope, offset)
     elif angle_grad is not None:
