@@ -90,8 +90,9 @@ def _add_dq(
         # Full blocks lie between the masked ones, which step over them.
         block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
         start = begin + block * BLOCK_N
-        # A full block lies inside the sequence, so it is loaded without a mask of rows. A masked
-        # one before it may reach past `end`: `row_end` then hides keys that were loaded as 0.
+        # A full block lies inside [begin, end), so it is loaded without a mask of rows. If none
+        # fits, the last of num_before may reach past `end`: `row_end` hides keys loaded as 0. A
+        # rotated copy may be infinite outside of its region, so no key past `end` is loaded.
         rows = end - start
         k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
         v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
@@ -322,13 +323,15 @@ def _queries_end(
     """
     end = key  # an own key, as all numbers here: rows before `key` do not see it
     if len(MODEL.starts) > REGION:
-        # The first position whose block of granularity begins past this sees the key no more.
-        # Floor division: Triton's rounds toward zero if the dividend is negative.
-        ahead = tl.maximum(key + key_0_pos - MODEL.starts[REGION], -MODEL.granularity)
-        past = (ahead + MODEL.granularity) // MODEL.granularity * MODEL.granularity - key_0_pos
-        if MODEL.window > 0:
-            past = tl.minimum(past, key + MODEL.window)
-        end = tl.maximum(end, past)
+        # A key is seen from blocks of granularity that begin at `reach` at most: their queries end
+        # where the next block begins. Floor division: Triton's rounds toward zero if the dividend
+        # is negative.
+        reach = tl.maximum(key + key_0_pos - MODEL.starts[REGION], -MODEL.granularity)
+        block_end = (reach + MODEL.granularity) // MODEL.granularity * MODEL.granularity - key_0_pos
+        if MODEL.window > 0:  # the sliding window
+            block_end = tl.minimum(block_end, key + MODEL.window)
+        end = tl.maximum(end, block_end)
+    # Rows with a negative own key see no key. They count in every end, so they cancel.
     return tl.minimum(tl.maximum(end, tl.maximum(shift, 0)), seqlen_q + shift) - shift
 
 
@@ -538,7 +541,7 @@ def dkv_kernel(
                 + tl.cast(head_q, tl.int64) * dout_stride_head
             )
             lse_index = (batch * HEADS_Q + head_q) * seqlen_q + this.first_row
-            for full in tl.static_range(2):  # the masked blocks, then the full ones
+            for full in tl.static_range(2):  # 0: the masked blocks, 1: the full
                 dk0, dk1, dv0, dv1 = _add_dkv(
                     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_row, REGIONS * HEADS_Q * HEAD_DIM,
                     dout_row, dout_stride_seq, lse + lse_index, delta + lse_index,
@@ -585,7 +588,7 @@ def backward(
     """Return the gradients of raw q and k, and of v, in their dtypes or float32; four launches.
 
     dout: like out, contiguous in the last dimension. dlse: like lse, or None. The other arguments
-    are those of `forward`.
+    are those of `forward`. The gradient of sinks needs no kernel: op.py has it.
     """
     call, lse = with_contiguous_rows(call), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()

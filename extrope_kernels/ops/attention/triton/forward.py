@@ -1,7 +1,9 @@
 """Attention over regions of keys, forward: raw q, k and v to out and the log-sum-exp.
 
+k is raw too, or comes rotated by one map already (`call.stored`), as from a cache.
+
 Every region rotates queries and keys to its own positions. A query then sees a key at the
-difference of the two: in ReRoPE, near keys at their distance and all far keys at the window. For
+difference of the two: in ReRoPE, near keys at their distance and all far keys at its window. For
 one block of queries the kernel goes through the regions, far keys first. It rotates its queries to
 the region's positions and runs over the region's keys like flash-attention. The next region goes on
 with the same row_max, row_sum and acc. So near and far keys share one softmax, and regions differ
@@ -79,7 +81,7 @@ def _query_cos_sin(
         decay = tl.load(log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
     cos, sin = cos_sin_of_map(
         q_pos, freq, decay, pair_maps, pair, head_k, MAP, None, HALF, MODEL.map_heads
-    )
+    )  # None: queries come rotated by no map
     # Keys are rotated without the attention factor: the query carries it for both.
     factor = tl.where(rotates, MODEL.attention_factor_sq, 1.0)[None, :] * scale
     return cos * factor, sin * factor
@@ -106,7 +108,7 @@ def _rotate_tile(
         dim = FIRST + tl.arange(0, DIMS)
         is_second = (dim >= HALF) & (dim < 2 * HALF)
         pair = tl.where(is_second, dim - HALF, dim)
-        pair = tl.where(dim < 2 * HALF, pair, HALF)  # past the rotated dims: no pair
+        pair = tl.where(dim < 2 * HALF, pair, HALF)  # no pair: cosine 1, sine 0
         other_dim = tl.where(is_second, dim - HALF, tl.where(dim < HALF, dim + HALF, dim))
         if HALF % 8 == 0:
             # The borders at HALF and 2 HALF, where other_dim jumps, are multiples of 8. So it runs
@@ -190,8 +192,9 @@ def _attend_keys(
         # Full blocks lie between the masked ones, which step over them.
         block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
         start = begin + block * BLOCK_N
-        # A full block lies inside the sequence, so it is loaded without a mask of rows. A masked
-        # one before it may reach past `end`: `row_end` then hides keys that were loaded as 0.
+        # A full block lies inside [begin, end), so it is loaded without a mask of rows. If none
+        # fits, the last of num_before may reach past `end`: `row_end` hides keys loaded as 0. A
+        # rotated copy may be infinite outside of its region, so no key past `end` is loaded.
         rows = end - start
         k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
         v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
@@ -410,7 +413,7 @@ def forward_kernel(
         every_end = region_begin(first_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
         end = region_begin(last_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
         num_before, num_full, num_masked = count_blocks(begin, every_begin, every_end, end, BLOCK_N)
-        for full in tl.static_range(2):  # the masked blocks, then the full ones; the order is free
+        for full in tl.static_range(2):  # 0: the masked blocks, 1: the full; the order is free
             acc0, acc1, row_max, row_sum = _attend_keys(
                 acc0, acc1, row_max, row_sum, q0, q1, k_row, k_row_stride, v_row, v_stride_seq,
                 begin, end, num_before, num_full, num_masked, row_begin, row_end,
@@ -458,9 +461,9 @@ class Launches(NamedTuple):
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attend by one softmax over the keys of every region, in two launches.
 
-    q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
-    (total, heads, head_dim) with call.cu_seqlens. v: like k, with any head_dim. All are contiguous
-    in the last dimension.
+    q: raw, (batch, seqlen_q, heads_q, head_dim). k: rotated by call.stored, or raw, (batch,
+    seqlen_k, heads_k, head_dim). With call.cu_seqlens both are (total, heads, head_dim). v: like k,
+    with any head_dim. All are contiguous in the last dimension.
 
     Returns out, like q with v's head_dim, and the natural log of the sum of exponentials, float32
     (batch, heads_q, seqlen_q) or (heads_q, total).

@@ -1,4 +1,7 @@
-"""Rotate raw keys and queries once to the positions of every region, and gradients back.
+"""Rotate queries and keys once to the positions of their maps, and gradients back.
+
+Queries come raw, and keys raw or rotated by a map already (STORED). Keys have a copy for each map
+that regions differ in, gradients one for each region.
 
 A program has a few tokens of q or of k, and a share of their heads. It computes the tokens'
 positions, cosines and sines once. Rotated copies are contiguous: (batch, seqlen, copies, heads,
@@ -104,6 +107,7 @@ def _cos_sin_of_copies(
         )  # fmt: skip
         if BACKWARD and decay is not None:
             # Outside of a region the amplitude may overflow. Gradients are 0 there: not NaN.
+            # Forward such a copy may be infinite: attention loads keys that some row sees, only.
             cos = tl.where(tl.abs(cos) < float("inf"), cos, 0.0)
             sin = tl.where(tl.abs(sin) < float("inf"), sin, 0.0)
         cos_sin = cos_sin + ((cos * factor, sin * factor),)  # noqa: RUF005
@@ -160,7 +164,7 @@ def _rotate_tokens(
     # Pointers to dim 0 of head 0. The factor `align` shows the compiler that rows begin at
     # multiples of it, so that it moves 16 bytes at a time.
     row_offset = batch * tl.cast(stride_batch, tl.int64) + token * tl.cast(stride_seq, tl.int64)
-    copy_index = (batch * seqlen + token) * COPIES  # (T,) int64: batch is
+    copy_index = (batch * seqlen + token) * COPIES  # (T,) int64, as batch is
     share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
     for head in range(begin, tl.minimum(begin + share, HEADS)):
@@ -216,7 +220,7 @@ def rotate_kernel(
     freq_stride, scale_stride, q_start_stride, k_start_stride,  # between sequences; 0: they share
     num_sequences, search_steps,  # packed sequences, and steps of a binary search for one
     shift,  # from a query's index to its position, if not packed
-    q_tiles, first_k_tile, tiles,  # tiles of TOKENS tokens: of q, not rotated of k, of both
+    q_tiles, first_k_tile, tiles,  # tiles of q; first tiles of k to skip; those in the grid
     seqlen_q, seqlen_k,  # the totals if packed
     BACKWARD: tl.constexpr,  # the copies hold float32 gradients, and q and k get their sums
     STORED: tl.constexpr,  # the map by which keys already come rotated; None: raw
@@ -323,8 +327,8 @@ def _launch(
 def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
     """Build the launch.
 
-    wanted: "keys", those that differ from the given ones; "both", all queries and these keys;
-    "gradients", from all copies: then q and k are the gradients.
+    wanted: "keys", one copy for each map but that of the given keys; "both", queries of every
+    region too; "gradients", from one copy for each region: then q and k are the gradients.
     """
     regions, unseen = regions_of(k, call), 0
     q_maps = () if wanted == "keys" else tuple(region.q_map for region in regions)
@@ -333,7 +337,8 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
         k_maps = [region.k_map for region in regions]
     placed = (call.cu_seqlens, call.q_start, call.k_start) != (None, None, None)
     if wanted == "keys" and call.sliding_window is not None and not placed:
-        # The number of first keys that lie before every query's window.
+        # The number of first keys that lie before every query's window. The forward never loads
+        # these; the gradients of keys load every key.
         unseen = min(max(0, k.shape[-3] - q.shape[-3] + 1 - call.sliding_window), k.shape[-3])
     tile = _tile(q, k, q_maps, k_maps, call)
     seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
