@@ -37,10 +37,10 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("rope", "triton"): ("rotate_kernel",),
     ("rope by cos and sin", "triton"): ("cos_sin_kernel",),
     ("norm and rope", "triton"): ("norm_rotate_kernel",),
+    ("norm and rope, backward", "triton"): ("norm_rotate_backward_kernel",),
     ("norm, rope and append", "triton"): ("rope_append_kernel",),
     ("rerope", "triton"): ("rotate_kernel", "forward_kernel", "dq_kernel", "dkv_kernel"),
     ("rerope with a cache", "triton"): ("decode_kernel",),
-    (APPEND, "triton"): ("append_kernel",),
     ("merge", "triton"): ("merge_kernel",),
     ("rope", "cuda"): ("rope_kernel",),
 }
