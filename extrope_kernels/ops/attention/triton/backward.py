@@ -90,9 +90,10 @@ def _add_dq(
         # Full blocks lie between the masked ones, which step over them.
         block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
         start = begin + block * BLOCK_N
-        # A full block lies inside [begin, end), so it is loaded without a mask of rows. If none
-        # fits, the last of num_before may reach past `end`: `row_end` hides keys loaded as 0. A
-        # rotated copy may be infinite outside of its region, so no key past `end` is loaded.
+        # A full block lies inside [begin, end), so it is loaded without a mask of rows. If
+        # num_full is 0, the last of num_before may reach past `end`: `row_end` hides keys loaded as
+        # 0. No key outside [begin, end) is loaded: a rotated copy may be infinite outside of its
+        # region.
         rows = end - start
         k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
         v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq

@@ -16,7 +16,8 @@ rows; N is BLOCK_N, keys. P is pairs of dims that rotate, R the dims after them,
 each rounded up to a power of two. Logits have base 2: they are multiplied by log2(e).
 
 load_parts(row_ptr, valid, MODEL) loads rows in three parts: the first dims of their pairs, the
-second dims, and the dims after the pairs; 0 for rows that are not valid and past the last dim.
+second dims, and the dims after the pairs; 0 for rows that are not valid and past the last dim. If
+no dims come after the pairs, the third part is the first again, and never used.
 of_pairs(ptr, MODEL) loads one number for each pair, (1, P). widened_codes(bits, LIKE, MODEL.codes)
 makes numbers of type LIKE of the bits of fp8, without their scale.
 """
@@ -83,7 +84,8 @@ class ModelConstants(NamedTuple):
     rest: int  # dims after the rotated ones
     rest_dims: int  # rest, rounded up to a power of two; 1 if none
     interleaved: bool  # a pair's two dims are neighbours; else dims i and half + i
-    starts: tuple[int, ...]  # start of each region, counted from the query's block
+    starts: tuple[int, ...]  # of each region, from the first position of the query's block of
+    # `granularity` on
     granularity: int
     window: int  # most keys that a query sees, or 0: all
     from_key_0: bool  # region 0 begins at key 0 for every query
@@ -381,7 +383,7 @@ def decode_kernel(
         sequence, split, splits = work_of_item(
             item, num_items, least_blocks, lengths, MODEL, BLOCKS
         )
-    if MODEL.packed:  # split counts those of all blocks of rows
+    if MODEL.packed:  # items always have splits then, and split counts those of all blocks of rows
         row_block, split = split // splits, split % splits
     # Else the program has nothing to do, or packed tokens after the last boundary: they see no key.
     exists = sequence < batch
@@ -508,7 +510,7 @@ class Launches(NamedTuple):
 
     append: AppendLaunch | None  # None: there is nothing to write
     attend: Launch
-    rotates_keys: bool  # the first launch rotates the keys that it writes
+    append_rotates: bool  # the first launch rotates the keys that it writes
     num_counters: int  # numbers at the head of scratch that must be 0
     scratch_size: int  # float32 numbers, with the counters; 0 if no programs share a sequence
 
@@ -525,7 +527,7 @@ def decode(
     call = with_contiguous_rows(call)
     layouts = layout_key(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
     key = (layouts, call.fixed, cache.appended)
-    append, attend, rotates_keys, num_counters, scratch_size = cached_by_layout(
+    append, attend, append_rotates, num_counters, scratch_size = cached_by_layout(
         _build_launches, key, q, k, v, cache, call
     )
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
@@ -534,11 +536,11 @@ def decode(
         if append is not None:
             heads = (None, k, None, v, k_cache, v_cache)
             slots = Slots(cache.seqlens, cache.block_table, None, cache.leftpad, *cache.scales)
-            positions = cache.seqlens if rotates_keys else None
+            positions = cache.seqlens if append_rotates else None
             rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay)
             others = (None, None, *slots, *rope, call.pair_maps, scratch)
             launch(rope_append_kernel, append, heads, *others)
-        elif scratch is not None:
+        elif scratch is not None:  # no first launch sets the counters to 0
             scratch[:num_counters].zero_()
         if q.numel() > 0:
             decode_kernel[attend.grid](
@@ -569,6 +571,7 @@ def _build_launches(
     stages = config.stages
     if model.paged:  # a page's number needs as many stages before its keys as keys before their use
         stages = 2 * stages - 1
+    # Keys that this call adds to a sequence; packed: with each of its queries, 0 or 1.
     appended = cache.appended if call.cu_seqlens is None else int(k is not None)
     numbers = {
         **_strides("q_stride", "batch seq head", q, blocks.align),
@@ -589,21 +592,21 @@ def _build_launches(
     constants = {"STORED": stored_map(call), "MODEL": model, "BLOCKS": blocks}
     constants |= config._replace(stages=stages).options
     attend = Launch((grid.num_items * grid.row_blocks, heads_k), (), {**numbers, **constants})
-    append, rotates_keys = None, call.stored != UNROTATED
+    append, append_rotates = None, call.stored != UNROTATED
     if k is not None:
         new = Append(
             q=None, k=k, v=v, k_cache=cache.k, v_cache=cache.v,
             q_norm_weight=None, k_norm_weight=None,
-            inv_freq=call.inv_freq if rotates_keys else None,
+            inv_freq=call.inv_freq if append_rotates else None,
             cache_seqlens=cache.seqlens, block_table=cache.block_table,
             cu_seqlens=call.cu_seqlens, cache_leftpad=cache.leftpad,
-            log_decay=call.log_decay if rotates_keys else None,
+            log_decay=call.log_decay if append_rotates else None,
             k_scale=cache.scales.k, v_scale=cache.scales.v,
-            **(columns_of([call.stored]) if rotates_keys else {}),
+            **(columns_of([call.stored]) if append_rotates else {}),
             interleaved=call.interleaved,
         )  # fmt: skip
         append = build_append(new, call.pair_maps, num_counters)
-    return Launches(append, attend, rotates_keys, num_counters, scratch_size)
+    return Launches(append, attend, append_rotates, num_counters, scratch_size)
 
 
 def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:

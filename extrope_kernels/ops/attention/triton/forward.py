@@ -192,9 +192,10 @@ def _attend_keys(
         # Full blocks lie between the masked ones, which step over them.
         block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
         start = begin + block * BLOCK_N
-        # A full block lies inside [begin, end), so it is loaded without a mask of rows. If none
-        # fits, the last of num_before may reach past `end`: `row_end` hides keys loaded as 0. A
-        # rotated copy may be infinite outside of its region, so no key past `end` is loaded.
+        # A full block lies inside [begin, end), so it is loaded without a mask of rows. If
+        # num_full is 0, the last of num_before may reach past `end`: `row_end` hides keys loaded as
+        # 0. No key outside [begin, end) is loaded: a rotated copy may be infinite outside of its
+        # region, and is not written before all windows.
         rows = end - start
         k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
         v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
@@ -268,7 +269,10 @@ def forward_kernel(
     seqlen_q, seqlen_k,  # the totals if packed
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Attend for a block of queries. Axis 0: blocks, longest first, then heads, then the batch."""
+    """Attend for a block of queries.
+
+    Axis 0: blocks of queries, a head's longest first; then heads, then the batch.
+    """
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     BLOCK_N: tl.constexpr = BLOCKS.block_n
     CHUNK_M: tl.constexpr = BLOCKS.chunk_m  # divides BLOCK_M
@@ -485,6 +489,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
 
 
 def _build_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launches:
+    """Build both launches; sizes are the kernel's integers from q_stride_batch to seqlen_k."""
     config = configs.config_of("forward", q, v)
     model, blocks = constants_of(config, q, k, v, call)
     programs, blocks_of_head = programs_of(q, config.block_m, call)

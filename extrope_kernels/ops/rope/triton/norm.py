@@ -10,7 +10,8 @@ Backward, with g = R^T dy, u = g * weight and n = x * rstd:
     dx = rstd * (u - n * mean(n * u))        dweight = sum over tokens (and heads) of g * n
 
 A row is in three parts: `a` and `b`, both dims of its pairs, (TOKENS, PAIRS), and `rest`, the dims
-that do not rotate, (TOKENS, REST); 0 past the row's dims.
+that do not rotate, (TOKENS, REST); 0 past the row's dims. Without such dims (TILE.rest 0), `rest`
+is a copy of `a`, to be left out of sums and stores.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE: tl.
     freq = tl.load(freq_ptrs + head * TILE.inv_freq_stride_head, mask=mask, other=0.0)
     cos, sin = sincos(position * freq.to(tl.float64), TILE)
     if TILE.conjugate:
-        sin = -sin  # minus the angle: a backward, or an inverse call
+        sin = -sin  # a backward or an inverse call, but not the backward of an inverse
     return cos * amplitude, sin * amplitude
 
 
@@ -96,7 +97,8 @@ def norm_rotate(
 
     x_row, out_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of ALIGN elements.
     weight_ptr: (head_dim,), or (HEADS * head_dim,) if TOGETHER; None: no norm.
-    codes_scale_ptr: (HEADS,) if out is a cache in fp8, else None.
+    codes_scale_ptr: (HEADS,) if out is a cache in fp8, else None. append.py writes caches so; then
+        not every valid row is written (out_valid).
     sequence, position, amplitude: as from load_positions and `decayed`, used if ROTATES.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
@@ -140,7 +142,7 @@ def norm_rotate(
             dtype: tl.constexpr = x_ptr.dtype.element_ty
             parts = parts_of_codes(parts, codes_scale, dtype, TILE)
         out_at = (out_row + head * out_stride_head) * ALIGN
-        store_parts(out_ptr + out_at, parts, out_valid, TILE)  # rounds once
+        store_parts(out_ptr + out_at, parts, out_valid, TILE)  # rounds once; codes as they are
 
 
 @triton.jit(do_not_specialize=(*CALL_NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
@@ -422,7 +424,7 @@ def _launch_for(
     offset: int = 0,
     **options,
 ) -> tuple[Launch | None, int]:
-    """Return the launch, None if there is nothing to rotate, and the offset of all positions.
+    """Return the launch, None if the tensors are empty, and the offset of all positions.
 
     tensors: q and k, their outputs, and in a backward the forward's inputs.
     """
@@ -437,7 +439,7 @@ def _build_launch(
     rope: Rope,
     options: dict,
 ) -> Launch | None:
-    """Check the call, then build its launch; None if there is nothing to rotate."""
+    """Check the call, then build its launch; None if the tensors are empty."""
     (q, k, *others), options = tensors, dict(options)
     eps, backward = options.pop("norm_eps", 1e-6), len(others) > 2
     inputs, rotation = resolve(q, k, *rope, adjoint=backward, **options)
@@ -446,7 +448,8 @@ def _build_launch(
     if in_place:
         refuse_expanded(q, k)
     together = [w is not None and w.shape[0] != q.shape[-1] for w in weights]
-    # A backward with as many tokens would spill if dims pass, except float32 in halves.
+    # With as many tokens in a tile as the forward's, a backward would spill where dims pass from
+    # thread to thread, that is except for float32 in halves.
     spills = backward and (rotation.interleaved or q.itemsize == 2)
     limited = backward and isinstance(chip_of(q), int)  # AMD's compiler knows no such limit
     return build_launch(
@@ -455,6 +458,7 @@ def _build_launch(
         # The mean square of all heads is read before any of them is overwritten: by one program.
         one_program=backward or (in_place and any(together)),
         small_tiles=not backward,
+        copies_rest=True,  # kernels count head_dim by the rest
         pairs_in_registers=next_power_of_2(q.shape[-1]) // 2 if spills else 0,
         Q_TOGETHER=together[0],
         K_TOGETHER=together[1],

@@ -2,7 +2,8 @@
 
 A program has a tile of tokens and a share of the heads. It finds its tokens' positions, computes
 their cosines and sines, and rotates one head after the other by them. The backward rotates the
-gradients by minus the angle; if it is given the forward's inputs, it derives the angles too.
+gradients by minus the forward's angle; if it is given the forward's inputs, it derives the angles
+too.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def _rotate_head(
     # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
     x_at = (x_row + head * x_stride_head) * ALIGN
     out_at = (out_row + head * out_stride_head) * ALIGN
-    # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, rest_dims).
+    # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, rest_dims),
+    # which are copied as they are. Without any (TILE.rest 0), `rest` stands for none.
     x_a, x_b, rest = load_parts(x_ptr + x_at, valid, TILE)
     x_a, x_b = x_a.to(WIDE), x_b.to(WIDE)
     out_a = x_a * cos - x_b * sin
@@ -67,7 +69,8 @@ def _rotate_head(
     store_parts(out_ptr + out_at, (out_a, out_b, rest), valid, TILE)  # rounds once
     if saved_ptr is not None:
         # The forward y = R(t) s has dL/dt = <dy, R J s> = <R^T dy, J s>, where J (a, b) = (-b, a),
-        # a quarter turn, commutes with R. R^T dy is out: a cross product of each pair is left.
+        # a rotation by a right angle, commutes with R. R^T dy is out: a cross product of each pair
+        # is left. For an inverse call the caller changes the gradient's sign.
         saved_at = (saved_row + head * saved_stride_head) * ALIGN
         s_a, s_b, _ = load_parts(saved_ptr + saved_at, valid, TILE)
         angle_grad += s_a.to(WIDE) * out_b - s_b.to(WIDE) * out_a
@@ -118,7 +121,8 @@ def rotate_kernel(
     q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
     q_saved_row = batch * q_saved_stride_batch + seq * q_saved_stride_seq
 
-    # Positions: sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64.
+    # Positions: sequence (TOKENS,), the batch if not packed; position (TOKENS, 1), or with axes
+    # (TOKENS, PAIRS); float64.
     sequence, position = load_positions(
         batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, offset, positions_stride_axis,
         positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
@@ -144,7 +148,7 @@ def rotate_kernel(
             freq = tl.load(freq_ptrs + head * TILE.inv_freq_stride_head, mask=mask, other=0.0)
             cos, sin = sincos(position * freq.to(tl.float64), TILE)  # (TOKENS, PAIRS)
             if TILE.conjugate:
-                sin = -sin  # minus the angle: a backward, or an inverse call
+                sin = -sin  # a backward or an inverse call, but not the backward of an inverse
             q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
             angle_grad = _rotate_head(
                 q_ptr, q_row, q_stride_head, q_out_ptr, q_out_row, q_out_stride_head,
@@ -159,14 +163,14 @@ def rotate_kernel(
                     head, valid, cos * k_amplitude, sin * k_amplitude, angle_grad, TILE,
                 )  # fmt: skip
             if angle_grad_ptr is not None:
-                row = ((batch * seqlen + seq) * TILE.heads_q + head) * HALF
-                tl.store(angle_grad_ptr + row[:, None] + pair[None, :], angle_grad, mask=mask)
+                grad_at = ((batch * seqlen + seq) * TILE.heads_q + head) * HALF
+                tl.store(angle_grad_ptr + grad_at[:, None] + pair[None, :], angle_grad, mask=mask)
     else:
         # All heads share frequencies: cosines and sines once, then the heads of q, and those of k.
         freq = tl.load(freq_ptrs, mask=mask, other=0.0)
         cos, sin = sincos(position * freq.to(tl.float64), TILE)  # (TOKENS, PAIRS)
         if TILE.conjugate:
-            sin = -sin  # minus the angle: a backward, or an inverse call
+            sin = -sin  # a backward or an inverse call, but not the backward of an inverse
         q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
         q_cos, q_sin = cos * q_amplitude, sin * q_amplitude
         angle_grad = zeros
@@ -190,20 +194,21 @@ def rotate_kernel(
                     head, valid, k_cos, k_sin, angle_grad, TILE,
                 )  # fmt: skip
         if angle_grad_ptr is not None:  # summed over all heads: one program has them all
-            row = (batch * seqlen + seq) * HALF
-            tl.store(angle_grad_ptr + row[:, None] + pair[None, :], angle_grad, mask=mask)
+            grad_at = (batch * seqlen + seq) * HALF
+            tl.store(angle_grad_ptr + grad_at[:, None] + pair[None, :], angle_grad, mask=mask)
 
 
 def build_rotation_launch(
     tensors: Sequence[Tensor | None], in_place: bool, rotation: Rotation
 ) -> Launch | None:
-    """Work out the launch on q, k, their outputs and saved inputs; None if nothing rotates.
+    """Work out the launch on q, k, their outputs and saved inputs; None if they are empty.
 
     With saved inputs it writes the gradient of the angles too.
     """
     # Sums over the heads stay in one program: no atomics, the same bits in every run.
-    sums_heads = tensors[4] is not None and not rotation.per_head
-    # AMD's compiler knows no such limit.
+    *_, q_saved, _ = tensors
+    sums_heads = q_saved is not None and not rotation.per_head
+    # An int is a chip of NVIDIA's: AMD's compiler knows no such limit.
     limited = rotation.per_head and isinstance(chip_of(tensors[0]), int)
     return build_launch(
         tensors,
@@ -273,9 +278,9 @@ def _build_launch(
     in_place = others[0] is q
     if in_place:
         refuse_expanded(q, k)
-    pairs = ((q, k), others[:2], others[2:])
+    by_role = ((q, k), others[:2], others[2:])  # inputs, outputs, saved inputs
     prepared = build_rotation_launch(
-        [x for xs in pairs for x in as_inputs(xs, inputs)], in_place, rotation
+        [x for xs in by_role for x in as_inputs(xs, inputs)], in_place, rotation
     )
     batch, seqlen, heads, _ = inputs[0].shape
     return prepared, (batch, seqlen, heads if rotation.per_head else 1, rotation.rotary_dim // 2)
