@@ -153,6 +153,11 @@ def bind_method(
         raise TypeError(f"{op}: {_RESONANCE} must be True or False, got {rounded!r}")
     over = parameters.get("over")
     if isinstance(over, Mapping):  # as JSON has it
+        if set(over) != {"inv_freq", "attention_factor"}:
+            raise ValueError(
+                f"{op}: over must be a RopeFreqs, or its inv_freq and attention_factor by name, "
+                f"got {', '.join(over) or 'none'}"
+            )
         inv_freq = torch.tensor(over["inv_freq"], dtype=torch.float32, device="cpu")
         parameters["over"] = RopeFreqs(inv_freq, float(over["attention_factor"]))
     bound = partial(METHODS[method], **parameters)
