@@ -16,6 +16,7 @@ import torch
 from ..evaluation.models import PACKAGES
 from ..evaluation.options import method_params
 from ..evaluation.search.candidates import Candidate
+from ..integrations._shared.choice import choose_method
 from ..integrations._shared.parameters import score_values_in, trained_in
 from ..integrations.vllm.engine import make_engine
 from ..scores import SCORES
@@ -23,10 +24,6 @@ from .facts import Facts
 from .source import Source
 
 PAGE = "docs/guide/choose.md"
-# Rows of that page, of SmolLM2-135M: the loss of ReRoPE with half the training length over YaRN's,
-# by the multiple of the training length that is read, and the recall of each at twice.
-OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
-RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
 _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
 _BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
 # Why no configuration of such a model yields YaRN's frequencies, by its rope_type.
@@ -86,20 +83,18 @@ def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
 def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple[Candidate, str]:
     """Return the method to try first, and why."""
     trained, reach = facts.length.trained, facts.reach
-    if facts.scores.layers is None:
-        why = f"score methods do not go, see above; more than its factor for far details ({PAGE})"
-        return yarn, why
     chunks = source.stated.get("dual_chunk_attention_config")
-    if isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks):
-        why = "as it was trained; its dual_chunk_attention_config has the parameters"
-        return Candidate("dual_chunk", {}), why
-    times = 2 if length <= 2 * reach else 4
-    why = (
-        f"exact within its window, half of {reach:,} tokens; on SmolLM2-135M at {times} times its "
-        f"length {OVER_YARN[times]} nats over YaRN, recall at twice {RECALL['rerope']} against "
-        f"{RECALL['yarn']} ({PAGE})"
+    chosen = choose_method(
+        length,
+        trained,
+        reach,
+        refused="see above" if facts.scores.layers is None else None,
+        chunks=isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks),
     )
-    return _candidate("rerope", length, reach, trained), why
+    if chosen.method == "yarn":
+        why = f"{chosen.reason}; more than its factor for far details ({PAGE})"
+        return yarn, why
+    return Candidate(chosen.method, dict(chosen.parameters)), f"{chosen.reason} ({PAGE})"
 
 
 def _candidate(method: str, length: int, reach: int, trained: int) -> Candidate:

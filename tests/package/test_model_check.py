@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from extrope_kernels import cli, methods
+from extrope_kernels.integrations._shared import choice
 from extrope_kernels.integrations.vllm.settings import read_settings
 from extrope_kernels.model_check import advice, models, vllm
 
@@ -393,10 +394,10 @@ def test_numbers_are_those_of_the_page():
     )
     for table, times in ((twice, 2), (four, 4)):
         row = next(each for each in table.splitlines() if "`rerope` | window=4096 |" in each)
-        assert f"| {advice.OVER_YARN[times]} |" in row
+        assert f"| {choice.OVER_YARN[times]} |" in row
     for method, parameters in (("rerope", "window=4096"), ("yarn", "factor=2")):
         row = next(x for x in twice.splitlines() if f"`{method}` | {parameters} |" in x)
-        assert row.endswith(f"| {advice.RECALL[method]} |")
+        assert row.endswith(f"| {choice.RECALL[method]} |")
 
 
 def gguf_file(path, scaling):

@@ -1,0 +1,50 @@
+"""The method for a length, where the user names none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Rows of docs/guide/choose.md, of SmolLM2-135M: the loss of ReRoPE with half the trained length as
+# its window over YaRN's, by the multiple of that length that is read, and the recall of each at
+# twice.
+OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
+RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its parameters, and the reason in one line."""
+
+    method: str
+    parameters: Mapping[str, Any]
+    reason: str
+
+
+def choose_method(
+    length: int, trained: int, reach: int, *, refused: str | None = None, chunks: bool = False
+) -> Choice:
+    """Choose the method that measured best for `length` tokens (docs/guide/choose.md).
+
+    trained: tokens of the training, before a scaling that a new factor replaces
+        (`methods.trained_length`).
+    reach: tokens that the model reaches as it is, with the scaling of its configuration.
+    refused: why no score method can serve the model, in a few words; None if one can.
+    chunks: True if its configuration has the chunks that it was trained with (Qwen2.5-1M).
+    """
+    if length <= reach:
+        factor = max(1.0, length / trained)
+        reason = f"{length:,} tokens are within the {reach:,} that the model reaches as it is"
+        return Choice("yarn", {"factor": factor}, reason)
+    if refused is not None:
+        return Choice("yarn", {"factor": length / trained}, f"no score method: {refused}")
+    if chunks:
+        return Choice("dual_chunk", {}, "as it was trained, by its dual_chunk_attention_config")
+    times = 2 if length <= 2 * reach else 4
+    reason = (
+        f"exact within its window, half of {reach:,} tokens; on SmolLM2-135M at {times} times its "
+        f"length {OVER_YARN[times]} nats over YaRN, recall at twice {RECALL['rerope']} against "
+        f"{RECALL['yarn']}"
+    )
+    return Choice("rerope", {"window": max(1, reach // 2)}, reason)
