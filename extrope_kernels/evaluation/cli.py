@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="loss", help="default: loss")
-    add("--methods", type=names, required=True, help="comma-separated: rope,pi,yarn,...,rerope")
+    add("--methods", type=names, required=True, help="comma-separated: rope,yarn,...,rerope,auto")
     add("--lengths", type=numbers, required=True, help="numbers of tokens: 8192,16384")
     add("--text", action="append", help=TEXT)
     add(

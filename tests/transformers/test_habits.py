@@ -49,8 +49,8 @@ def test_rope_theta_is_base_here():
 def test_a_handle_says_what_is_in_place():
     model = build("llama")
     with extend(model, "yarn", factor=4.0) as below:
-        assert repr(below) == "<extended by yarn factor=4.0, reaches 128 tokens>"
+        assert repr(below) == "yarn factor=4.0, reaches 128 tokens"
         with extend(model, "rerope", window=16) as handle:
             assert repr(handle) == (
-                "<extended by rerope window=16 over yarn factor=4.0, reaches any length>"
+                "rerope window=16 over yarn factor=4.0, 2 layers, reaches any length"
             )
