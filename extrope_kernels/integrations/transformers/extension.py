@@ -18,7 +18,7 @@ from .interface import register_interface
 from .length import choose, factor_for
 from .model import generation_config_owner, reprefix_error, shortened, unsupported
 from .patch.frequencies import frequency_patches
-from .patch.generate import forget_pages, generation_patches
+from .patch.generate import forget_pages, generation_patches, length_patches
 from .patch.hooks import ON_OWNER, Applied, Patches, RegionGuard, route_forward_through_hooks
 from .patch.norms import norm_patches
 from .patch.rotation import RotaryForward, unwrap_apply, wrap_apply
@@ -217,6 +217,9 @@ def _extend(
             extension.add(norm_patches(rotary_modules))
         if cache is not None and not is_score:
             extension = _with_raw_keys(model, extension)
+        length = extension.length
+        if length is not None and parameters.get("factor", 1) > 1:
+            extension.add(length_patches(model, owners[0], applied, length))
     except BaseException:
         extension.restore()
         raise

@@ -94,7 +94,7 @@ def score_patches(
     ]
     hooks = ScoreHooks(owner, rotaries, probe)
     patches = Patches(
-        [(each.module, "forward", each) for each in rotaries],
+        [override for each in rotaries for override in each.overrides()],
         [(owner, hooks.before_forward, hooks.after_forward)],
         list(probe.far),
     )
