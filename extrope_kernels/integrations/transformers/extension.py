@@ -19,7 +19,14 @@ from .length import choose, factor_for
 from .model import generation_config_owner, reprefix_error, shortened, unsupported
 from .patch.frequencies import frequency_patches
 from .patch.generate import forget_pages, generation_patches, length_patches
-from .patch.hooks import ON_OWNER, Applied, Patches, RegionGuard, route_forward_through_hooks
+from .patch.hooks import (
+    ON_OWNER,
+    Applied,
+    Patches,
+    ReferenceGuard,
+    RegionGuard,
+    route_forward_through_hooks,
+)
 from .patch.norms import norm_patches
 from .patch.rotation import RotaryForward, unwrap_apply, wrap_apply
 from .patch.score_forward import ScoreRotaryForward
@@ -30,6 +37,7 @@ from .probe.rotary import RotaryModule, find_rotary_modules, owners_of
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy
     from ...distributed.layout import Balance, Mesh
+    from .saved import Saved
 
 
 @torch.inference_mode(False)  # its tensors would have no part in a later backward
@@ -200,6 +208,7 @@ def _extend(
         if hasattr(each, "save_pretrained"):
             saving = partial(_save_plain, each, model, applied)
             patches.overrides.append((each, "save_pretrained", saving))
+    patches.hooks[:0] = [(owner, ReferenceGuard().before_forward, None) for owner in owners[:1]]
     if mesh is None:
         guard = RegionGuard(method)
         patches.hooks[:0] = [(each.owner, guard.before_forward, None) for each in rotary_modules]
@@ -217,7 +226,7 @@ def _extend(
             extension.add(norm_patches(rotary_modules))
         if cache is not None and not is_score:
             extension = _with_raw_keys(model, extension)
-        length = extension.length
+        length = None if by_length else extension.length
         if length is not None and parameters.get("factor", 1) > 1:
             extension.add(length_patches(model, owners[0], applied, length))
     except BaseException:
@@ -257,18 +266,23 @@ def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
     """
     from .saved import read
 
+    return _extend_by_all(model, read(folder))
+
+
+def _extend_by_all(model: nn.Module, extensions: Sequence[Saved] | Sequence[Applied]) -> Extension:
+    """Extend a model by one after the other; the last one's handle restores all."""
     handle: Extension | None = None
     try:
-        for saved in read(folder):
-            where = {"layers": saved.layers, "cache": saved.cache}
-            following = extend(model, saved.method, **where, **saved.parameters)
+        for each in extensions:
+            where = {"layers": each.layers, "cache": each.cache}
+            following = extend(model, each.method, **where, **each.parameters)
             following.first.before, handle = handle, following
     except BaseException:
         if handle is not None:
             handle.restore()
         raise
     if handle is None:
-        raise ValueError(f"extend_from_saved: folder must hold an extension, got {folder}")
+        raise ValueError("extend_from_saved: folder must hold an extension, got none")
     return handle
 
 
@@ -361,6 +375,15 @@ class Extension:
         from .saved import describe
 
         return describe(self.model, self.applied).length
+
+    def extend(self, model: nn.Module) -> Extension:
+        """Extend another model by all extensions of this one, such as a trainer's reference model.
+
+        model: as for `extend`.
+
+        Returns its own handle; a mesh is left out. Raises as `extend`.
+        """
+        return _extend_by_all(model, self.applied.all())
 
     @property
     def first(self) -> Extension:
