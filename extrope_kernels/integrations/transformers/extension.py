@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,8 +24,8 @@ from .patch.hooks import (
     ON_OWNER,
     Applied,
     Patches,
-    ReferenceGuard,
     RegionGuard,
+    TrainingGuard,
     route_forward_through_hooks,
 )
 from .patch.norms import norm_patches
@@ -208,7 +209,7 @@ def _extend(
         if hasattr(each, "save_pretrained"):
             saving = partial(_save_plain, each, model, applied)
             patches.overrides.append((each, "save_pretrained", saving))
-    patches.hooks[:0] = [(owner, ReferenceGuard().before_forward, None) for owner in owners[:1]]
+    patches.hooks[:0] = [(owner, TrainingGuard().before_forward, None) for owner in owners[:1]]
     if mesh is None:
         guard = RegionGuard(method)
         patches.hooks[:0] = [(each.owner, guard.before_forward, None) for each in rotary_modules]
@@ -216,6 +217,11 @@ def _extend(
         share(model, owners, shared, patches)
     if has_hooks:
         route_forward_through_hooks(owners, patches)
+
+    if "peft" in sys.modules:
+        from .saved import save_beside_adapters
+
+        save_beside_adapters()
 
     # In place, and tried out.
     extension = Extension(model, patches, applied)

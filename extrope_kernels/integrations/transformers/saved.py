@@ -8,10 +8,12 @@ are only in extrope.json, for `extend_from_saved`.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,6 +153,30 @@ def save_plain(
         "what extend returned writes a config that other programs read",
         stacklevel=3,
     )
+
+
+def save_beside_adapters() -> None:
+    """Let PEFT write the extensions of a model beside adapters that are added to it later.
+
+    A PeftModel that is extended itself has its own `save_pretrained` (`save_plain`). It is the
+    class's method, for all models, and stays: it does nothing for those that are not extended.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or hasattr(peft.PeftModel.save_pretrained, "original"):
+        return
+    original = peft.PeftModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, *args, **options):
+        result = original(self, save_directory, *args, **options)
+        extended = (vars(each).get(ON_OWNER) for each in self.modules())
+        applied = next((each for each in extended if each is not None), None)
+        if applied is not None and options.get("is_main_process", True):
+            _write([describe(self, each) for each in applied.all()], save_directory)
+        return result
+
+    save_pretrained.original = original
+    peft.PeftModel.save_pretrained = save_pretrained
 
 
 def save(
