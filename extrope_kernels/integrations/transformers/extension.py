@@ -78,9 +78,11 @@ def extend(
 
     A method with a `seq_len` is frozen per request, so that cached keys stay valid: in `generate`
     for the prompt and max_new_tokens together, in a forward with an empty cache for its own tokens,
-    or the largest of its position_ids. A `seq_len` among the parameters fixes it for good. With
-    cache="raw" nothing is frozen: every forward rotates all keys by the frequencies for its own
-    longest row, up to the trained length the plain model's.
+    or the largest of its position_ids. Rows of a batch have their own lengths, by attention_mask or
+    position_ids; where `apply_rope_qk` cannot rotate each by its own frequencies (amplitudes that
+    follow the length, packed rows, raw keys, a score method), lengths that differ raise ValueError.
+    A `seq_len` among the parameters fixes it for good. With cache="raw" nothing is frozen: every
+    forward rotates all keys anew, up to the trained length by the plain model's frequencies.
 
     A score method (`scores.SCORES`) keeps the frequencies of the model, or of an extension before
     it, and changes the relative position that a pair sees; `log_n` scales queries too. Positions
