@@ -16,7 +16,7 @@ from torch import nn
 from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
 from .._shared.parameters import PARAMETERS
 from .interface import register_interface
-from .length import choose, factor_for
+from .length import choose, factor_for, why_no_images
 from .model import generation_config_owner, reprefix_error, shortened, unsupported
 from .patch.frequencies import frequency_patches
 from .patch.generate import forget_pages, generation_patches, length_patches
@@ -103,7 +103,7 @@ def extend(
         tower, which is left alone. docs/models.md lists them.
     method: a name of `PARAMETERS`. If None, one is chosen for `length`: ReRoPE with half the
         trained length as its window, the chunks of a dual_chunk_attention_config, or YaRN for
-        models that no score method serves, or whose images have several positions a token.
+        models that no score method serves, or whose images none takes.
     length: tokens to reach. With a method that has a factor it stands in place of the factor, which
         becomes length / trained length. A warning says if the trained length has them already.
     layers: "full" extends the layers that see all keys. For a frequency method that is so if
@@ -199,6 +199,8 @@ def _extend(
     if is_score:
         request = read_score(rotary_modules, method, parameters, cache)
         patches = score_patches(model, rotary_modules, method, request, layers)
+        if reason := why_no_images(model, rotary_modules):
+            warnings.warn(f"extend: {method} takes text without images: {reason}", stacklevel=4)
     else:
         patches = frequency_patches(rotary_modules, method, parameters, cache)
     has_hooks = bool(patches.hooks) or mesh is not None
