@@ -294,6 +294,23 @@ def test_refuses_models(name, settings, given, reason):
         extend(model, **given)
 
 
+@pytest.mark.parametrize("name", ["ModernBert", "EuroBert", "NomicBert", "JinaEmbeddingsV3"])
+def test_encoders_take_frequency_methods(name):
+    model = _build(f"{name}ForMaskedLM")
+    plain = logits_of(model)
+    with extend(model, "rope", layers="all"):
+        _assert_close(logits_of(model), plain)
+    with extend(model, length=4 * tiny_models.TRAINED) as handle:
+        assert handle.method == "yarn" and "is not causal" in handle.reason
+        assert error(logits_of(model), plain) > 0.1
+    assert torch.equal(logits_of(model), plain)
+
+
+@torch.no_grad()
+def logits_of(encoder):
+    return encoder(input_ids=IDS).logits
+
+
 def test_dropout_of_a_module_is_refused_as_that_of_a_number_is():
     model = _build("GPTNeoXJapaneseForCausalLM").train()
     with pytest.raises(

@@ -84,6 +84,9 @@ def extend(
     A `seq_len` among the parameters fixes it for good. With cache="raw" nothing is frozen: every
     forward rotates all keys anew, up to the trained length by the plain model's frequencies.
 
+    The attention of other layers stays PyTorch's. After `model.set_attn_implementation("extrope")`
+    this package computes it too, faster on a CPU.
+
     A score method (`scores.SCORES`) keeps the frequencies of the model, or of an extension before
     it, and changes the relative position that a pair sees; `log_n` scales queries too. Positions
     count from a row's first token: padded batches (on the left to generate) and packed rows (by
