@@ -50,7 +50,7 @@ def read(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
 
 @torch.no_grad()
 def loss(model: PreTrainedModel, cache: DynamicCache, ids: Tensor) -> float:
-    """The mean loss of ids[:, 1:], in nats, after what the cache holds."""
+    """Return the mean loss of ids[:, 1:], in nats, after what the cache holds."""
     logits = model(ids[:, :-1], past_key_values=cache).logits
     return torch.nn.functional.cross_entropy(logits[0].float(), ids[0, 1:]).item()
 
