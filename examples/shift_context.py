@@ -81,7 +81,8 @@ def main() -> None:
     anew = read(model, remaining[:, :-1])
     moved = read(model, before[:, :-1])
     shift(moved, dropped, freqs)
-    same = torch.allclose(moved.layers[0].keys, anew.layers[0].keys, atol=1e-4)
+    ours, theirs = moved.layers[0].keys, anew.layers[0].keys
+    same = (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()  # tables round the angles
     print("keys of the first layer:", "as read anew" if same else "others")
     print(f"shifted, rotated again: {loss(model, moved, after):.4f} nats", flush=True)
     with extend(model, "rope", cache="raw"):
