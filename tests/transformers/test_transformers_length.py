@@ -111,6 +111,7 @@ def test_a_named_method_gets_its_factor():
             r"length must go without a method, .* got rerope; give its own parameters \(window=",
         ),
         ({"method": "dynamic_ntk", "length": 99}, ValueError, "got dynamic_ntk"),
+        ({"method": "Yarn", "length": 99}, ValueError, "did you mean 'yarn'"),
         (
             {"method": "yarn", "length": 99, "factor": 2.0},
             ValueError,

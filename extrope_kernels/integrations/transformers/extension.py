@@ -132,7 +132,7 @@ def extend(
     """
     options = {"cache": cache, "mesh": mesh, "strategy": strategy, "balance": balance}
     if method is not None:
-        if length is not None:
+        if length is not None and method in PARAMETERS:
             parameters |= {"factor": factor_for(model, method, length, layers, parameters)}
         return _extend(model, method, parameters, layers, **options)
     choice, layers = choose(model, length, layers, parameters)

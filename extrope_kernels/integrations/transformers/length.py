@@ -73,7 +73,7 @@ def factor_for(
     names = inspect.signature(METHODS[method]).parameters if method in METHODS else {}
     factor = names.get("factor")
     if factor is None or factor.default is not factor.empty or "seq_len" in names:
-        example = next((f"{name}=" for name in PARAMETERS.get(method, ()) if name != "dim"), "none")
+        example = next(f"{name}=" for name in PARAMETERS[method] if name != "dim")
         raise ValueError(
             "extend: length must go without a method, or with one whose factor is the length over "
             f"the trained one (yarn), got {method}; give its own parameters ({example} ...)"
