@@ -25,16 +25,6 @@ _QUOTED = re.compile(r"'[^']*'|\"(?:\\\\.|[^\"\\\\])*\"")
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options to a parser."""
-    add = parser.add_argument
-    add(
-        "model", metavar="MODEL", help="folder, .gguf, config.json, smollm2, or name in hub's cache"
-    )
-    add("--length", type=int, help="tokens to read: a method to try first, and lines to copy")
-    add("--json", action="store_true", help="the same facts as JSON")
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code: 2 if the model cannot be read."""
     try:

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from extrope_kernels import cli, methods
+import extrope_cli as cli
+from extrope_kernels import methods
 from extrope_kernels.integrations._shared import choice
 from extrope_kernels.integrations.vllm.settings import read_settings
 from extrope_kernels.model_check import advice, models, vllm
