@@ -47,6 +47,12 @@ def check(name, qkv, permutations, **options):
     assert_within_budget(name, out, same, exact(*qkv, permutations, **options))
 
 
+def test_rows_are_means_of_values_unless_asked_for_sums():
+    (q, k, v), permutations = make()
+    out = permuteformer_attention(q, k, torch.ones_like(v), permutations=permutations)
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("named", ["reference", None])
 def test_authors_values(named, normalize):
