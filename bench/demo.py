@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from extrope_kernels.cli import main as command
+from extrope_cli import main as command
 from extrope_kernels.evaluation.models import SMOLLM2, converted_folder
 
 OUT = Path(__file__).parents[1] / "build" / "demo"

@@ -8,7 +8,7 @@ import re
 import demo
 import pytest
 
-from extrope_kernels import cli
+import extrope_cli as cli
 
 
 @pytest.fixture
