@@ -136,7 +136,7 @@ def _check(parser: Parser) -> None:
 def _eval(parser: Parser) -> None:
     add = parser.add_argument
     add("--task", choices=("loss", "recall"), default="loss", help="default: loss")
-    add("--methods", type=names, required=True, help="comma-separated: rope,pi,yarn,...,rerope")
+    add("--methods", type=names, required=True, help="comma-separated: rope,yarn,...,rerope,auto")
     add("--lengths", type=lengths, required=True, help="numbers of tokens: 8192,16384 or 8k,16k")
     add("--text", action="append", help=_TEXT)
     add(

@@ -51,7 +51,8 @@ def evaluate(
     model: a transformers folder, a .gguf file, "smollm2", "gemma3-270m"; or a loaded model, which
         stays unchanged.
     methods: names of methods, or a dict from name to parameters. Missing parameters are chosen by
-        length and training length, the same as by the command.
+        length and training length, the same as by the command. "auto" is the method that `extend`
+        chooses for a length.
     lengths: lengths of texts, in tokens.
     task: "loss": the mean next-token loss by position, in nats; or "recall": how much less a
         passage costs the second time, in nats a token, by the distance in tokens.
@@ -113,11 +114,15 @@ def _planned(
     """Return the rows to measure; raises UsageError if a method does not suit the model."""
     trained, unscaled = training_length(model), unscaled_length(model)
     rows = []
-    for method, given in methods.items():
+    for name, given in methods.items():
         for length in lengths:
-            params = options.method_params(method, length, trained, unscaled, given)
-            if why := options.refusal(model, method, params):
-                raise UsageError(why)
+            if name == options.AUTO:
+                method, params = options.chosen(model, length)
+            else:
+                method = name
+                params = options.method_params(method, length, trained, unscaled, given)
+                if why := options.refusal(model, method, params):
+                    raise UsageError(why)
             rows.append({"method": method, "length": length, "params": params})
     return rows
 
@@ -132,12 +137,12 @@ def _measure(
 ) -> None:
     """Measure the rows that are missing, and show and draw each."""
     missing = sum(rows.known(row) is None for row in planned)
-    into = f" into {rows.path}" if rows.path else ""
-    print(f"measuring {missing} of {len(planned)} rows{into}", file=sys.stderr, flush=True)
     wide = max(12, *(len(row["method"]) for row in planned))
     widths = [max(_WIDTH, len(head)) for head in task.heads]
     trials, seed = rows.results["trials"], rows.results["seed"]
-    ticks = len(decoder_layers(model)) * len(read) * trials
+    layers, each = len(decoder_layers(model)), len(read) * trials
+    into = f" into {rows.path}" if rows.path else ""
+    print(f"{missing * each} texts to read{into}", file=sys.stderr, flush=True)
 
     def line(method: str, length: str, cells: Sequence[str]) -> str:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
@@ -146,14 +151,18 @@ def _measure(
     def measure(display: report.Display, method: str, length: int, params: Any) -> dict[str, Any]:
         places = [(text, index) for text in read for index in range(trials)]
         pieces = [text.piece(length, index, seed, task.more) for text, index in places]
+        found = []
         with extend(model, method, **params):
-            display.begin(f"{method} {length}", ticks)
-            return task.measure(model, pieces)
+            for number, piece in enumerate(pieces, 1):
+                name = f"reading text {number} of {each} by {method}, {length:,} tokens"
+                display.begin(name, layers)
+                found.append(task.read(model, piece))
+        return task.row(found)
 
-    with report.Display(table, missing) as display, after_each_layer(model, display.tick):
+    with report.Display(table, missing * each) as display, after_each_layer(model, display.tick):
         display.line(line("method", "tokens", task.heads))
-        for each in planned:
-            row = rows.known(each) or rows.add(each, partial(measure, display, **each))
+        for plan in planned:
+            row = rows.known(plan) or rows.add(plan, partial(measure, display, **plan))
             if rows.path and plots.available():
                 plots.plot(rows.results, rows.path.with_suffix(".png"))
             display.line(line(row["method"], str(row["length"]), task.cells(row)))

@@ -203,6 +203,11 @@ def test_a_terminal_sees_the_count_of_steps(monkeypatch, tmp_path):
     _build.run_ninja(*build)
     assert terminal.getvalue() == "\r[1/3]\r[2/3]\r[3/3]\n"
     assert (tmp_path / "build.log").read_text().count(" -c ") == 2
+    monkeypatch.setattr(_build, "_TELL_EVERY", -1.0)
+    terminal.isatty = lambda: False
+    terminal.truncate(0)
+    _build.run_ninja(*build[:1], "other.so", *build[2:])
+    assert terminal.getvalue().endswith("[1/1] steps of the build\n")
 
 
 @needs_compiler

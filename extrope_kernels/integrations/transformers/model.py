@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 # A module, the name of an attribute, and the value that hides the class's own.
 Override = tuple[nn.Module, str, Any]
+# The reason why a model has no layers to extend; its longest distances are all trained.
+BOUNDED = "all its layers that rotate have a sliding window or chunks"
 
 
 def generation_config_owner(model: nn.Module) -> nn.Module:
