@@ -84,11 +84,14 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
     """Return the method to try first, and why."""
     trained, reach = facts.length.trained, facts.reach
     chunks = source.stated.get("dual_chunk_attention_config")
+    refused = "see below" if facts.scores.layers is None else None
+    if source.whole is not source.config and _axes(facts):  # as in `extend(model, length=)`
+        refused = "tokens of images have several positions"
     chosen = choose_method(
         length,
         trained,
         reach,
-        refused="see below" if facts.scores.layers is None else None,
+        refused=refused,
         chunks=isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks),
     )
     if chosen.method == "yarn":
@@ -98,9 +101,13 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
     return first, f"{chosen.reason} ({PAGE}){_of_images(facts)}"
 
 
+def _axes(facts: Facts) -> bool:
+    return any(each.sections for each in facts.rotations)
+
+
 def _of_images(facts: Facts) -> str:
     """Return what is known of YaRN for tokens with several positions (mRoPE)."""
-    if not any(each.sections for each in facts.rotations):
+    if not _axes(facts):
         return ""
     return (
         "; with images or video YaRN's factor is to be smaller: Qwen advises 2 to 3 where text "
