@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16")
+AUTO = "auto"  # the method that `extend` chooses for a length
 
 
 def method_params(
@@ -99,6 +101,17 @@ def refusal(model: PreTrainedModel, method: str, params: Mapping[str, Any]) -> s
     return None
 
 
+def chosen(model: PreTrainedModel, length: int) -> tuple[str, dict[str, Any]]:
+    """Return the method that `extend` chooses for a length, with its parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lengths within the training are read for comparison
+        try:
+            with extend(model, length=length) as handle:
+                return handle.method, dict(handle.applied.parameters)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
 def check_methods(
     methods: str | Iterable[str] | Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
@@ -108,13 +121,13 @@ def check_methods(
     named = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
     if not named:
         raise UsageError("--methods must list at least one")
-    if unknown := [name for name in named if name not in PARAMETERS]:
-        listed = ", ".join(PARAMETERS)
+    if unknown := [name for name in named if name not in (*PARAMETERS, AUTO)]:
+        listed = ", ".join((*PARAMETERS, AUTO))
         raise UsageError(f"--methods: unknown {', '.join(unknown)}; choose from {listed}")
     for method, given in named.items():
-        known = [key for key in PARAMETERS[method] if key != "dim"]
+        known = [key for key in PARAMETERS.get(method, ()) if key != "dim"]
         if wrong := [name for name in given if name not in known]:
-            listed = ", ".join(known)
+            listed = ", ".join(known) or "none"
             raise UsageError(f"--param: {method} has no {wrong[0]}; it has {listed}")
     return {
         method: {name: plain(value) for name, value in given.items()}

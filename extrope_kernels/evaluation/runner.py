@@ -51,7 +51,8 @@ def evaluate(
     model: a transformers folder, a .gguf file, "smollm2", "gemma3-270m"; or a loaded model, which
         stays unchanged.
     methods: names of methods, or a dict from name to parameters. Missing parameters are chosen by
-        length and training length, the same as by the command.
+        length and training length, the same as by the command. "auto" is the method that `extend`
+        chooses for a length.
     lengths: lengths of texts, in tokens.
     task: "loss": the mean next-token loss by position, in nats; or "recall": how much less a
         passage costs the second time, in nats a token, by the distance in tokens.
@@ -113,11 +114,15 @@ def _planned(
     """Return the rows to measure; raises UsageError if a method does not suit the model."""
     trained, unscaled = training_length(model), unscaled_length(model)
     rows = []
-    for method, given in methods.items():
+    for name, given in methods.items():
         for length in lengths:
-            params = options.method_params(method, length, trained, unscaled, given)
-            if why := options.refusal(model, method, params):
-                raise UsageError(why)
+            if name == options.AUTO:
+                method, params = options.chosen(model, length)
+            else:
+                method = name
+                params = options.method_params(method, length, trained, unscaled, given)
+                if why := options.refusal(model, method, params):
+                    raise UsageError(why)
             rows.append({"method": method, "length": length, "params": params})
     return rows
 

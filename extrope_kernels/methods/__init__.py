@@ -9,6 +9,7 @@ bit between CPU families. `RopeFreqs.to` moves them to a device.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 # "as" exports them to type checkers, which cannot read __all__ from the table.
 from .abf import abf as abf
@@ -67,3 +68,12 @@ WRAPPERS: dict[str, Callable[..., RopeFreqs]] = {
 
 __all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", "trained", "trained_length"]
 __all__ += [*WRAPPERS, *METHODS]
+
+if not TYPE_CHECKING:  # to type checkers every name would exist
+
+    def __getattr__(name: str) -> None:
+        """Say where a score method is."""
+        from .. import scores  # late: each axis stands alone
+
+        where = f": it is in {scores.__name__}" if name in scores.SCORES else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")

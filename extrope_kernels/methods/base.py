@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from .._checks import check_device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RopeFreqs:
-    """Speed of rotation of each pair of dims, and its amplitude.
+    """Speed of rotation of each pair of dims, and its amplitude. Equal by value.
 
     inv_freq: (rotary_dim/2,) float32: radians per position of each pair; (batch, rotary_dim/2) when
         a method was given one `seq_len` per sequence; (batch or 1, heads, rotary_dim/2) where heads
@@ -37,6 +38,29 @@ class RopeFreqs:
     decay_origin: float = 0.0
     steepest_decay: float = 0.0
 
+    def __repr__(self) -> str:
+        *sets, pairs = self.inv_freq.shape
+        told = [" x ".join(map(str, (*sets, f"{pairs} pairs")))]
+        with suppress(RuntimeError):  # in a trace there are no values
+            lengths = (2 * math.pi / self.inv_freq.detach().double()).abs()
+            low, high = (x.item() for x in lengths.aminmax())
+            told.append(f"wavelengths {low:.3g} to {high:.3g}")
+        told.append(f"attention_factor {self.attention_factor:.4g}")
+        told += [name for name in ("log_decay", "axes") if getattr(self, name) is not None]
+        return f"RopeFreqs({', '.join(told)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RopeFreqs):
+            return NotImplemented
+        numbers = [(each.attention_factor, each.decay_origin) for each in (self, other)]
+        names = ("inv_freq", "log_decay", "axes")
+        return numbers[0] == numbers[1] and all(
+            _same(getattr(self, name), getattr(other, name)) for name in names
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.inv_freq.shape, self.attention_factor))
+
     def for_keys(self) -> RopeFreqs:
         """Return the frequencies for keys that `apply_rope` rotates alone: the decay negated."""
         return self if self.log_decay is None else replace(self, log_decay=-self.log_decay)
@@ -47,6 +71,12 @@ class RopeFreqs:
         log_decay = None if self.log_decay is None else self.log_decay.to(device)
         axes = None if self.axes is None else self.axes.to(device)
         return replace(self, inv_freq=self.inv_freq.to(device), log_decay=log_decay, axes=axes)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or torch.equal(a, b.to(a.device))
 
 
 def exponents(dim: int, device: torch.device | str = "cpu") -> Tensor:

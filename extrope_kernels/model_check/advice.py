@@ -88,13 +88,24 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
         length,
         trained,
         reach,
-        refused="see above" if facts.scores.layers is None else None,
+        refused="see below" if facts.scores.layers is None else None,
         chunks=isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks),
     )
     if chosen.method == "yarn":
         why = f"{chosen.reason}; more than its factor for far details ({PAGE})"
-        return yarn, why
-    return Candidate(chosen.method, dict(chosen.parameters)), f"{chosen.reason} ({PAGE})"
+        return yarn, why + _of_images(facts)
+    first = Candidate(chosen.method, dict(chosen.parameters))
+    return first, f"{chosen.reason} ({PAGE}){_of_images(facts)}"
+
+
+def _of_images(facts: Facts) -> str:
+    """Return what is known of YaRN for tokens with several positions (mRoPE)."""
+    if not any(each.sections for each in facts.rotations):
+        return ""
+    return (
+        "; with images or video YaRN's factor is to be smaller: Qwen advises 2 to 3 where text "
+        "takes 4"
+    )
 
 
 def _candidate(method: str, length: int, reach: int, trained: int) -> Candidate:

@@ -6,6 +6,7 @@ new method is one file here. `query_scale` has temperatures, factors of a query'
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 # "as" exports the names to type checkers, which cannot read __all__ from the table.
 from . import query_scale
@@ -44,3 +45,12 @@ __all__ = [
     "query_scale",
     *SCORES,
 ]
+
+if not TYPE_CHECKING:  # to type checkers every name would exist
+
+    def __getattr__(name: str) -> None:
+        """Say where a frequency method is."""
+        from .. import methods  # late: each axis stands alone
+
+        where = f": it is in {methods.__name__}" if name in methods.METHODS else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")

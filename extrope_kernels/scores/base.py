@@ -13,6 +13,7 @@ between pairs of dims, or between heads, is a `PairMap`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from numbers import Real
@@ -206,7 +207,7 @@ class Region(NamedTuple):
     k_map: PlainMap | PairMap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Score:
     """A score method with its parameters, in the form that kernels read.
 
@@ -215,17 +216,19 @@ class Score:
         that a query sees.
     granularity: block size in tokens; queries of one block share the regions' starts.
     stored: the map that rotates keys, once, before a cache stores them: that of the far regions.
+    given: the method's parameters by name, to show them; they change nothing.
     """
 
     name: str
     regions: tuple[Region, ...]
     granularity: int = 1
     stored: PlainMap | PairMap = UNROTATED
+    given: Mapping[str, Any] | None = field(default=None, compare=False)
     # Divisors and offsets of all PairMaps, (rows, 2, heads_k or 1, pairs) float64, or None.
-    pair_maps: Tensor | None = field(init=False, repr=False, compare=False)
-    _in_rows: Score | None = field(init=False, repr=False, compare=False)
-    _copies: dict[tuple[torch.device, bool], Tensor] = field(init=False, repr=False, compare=False)
-    _hash: int | None = field(init=False, repr=False, compare=False)
+    pair_maps: Tensor | None = field(init=False, compare=False)
+    _in_rows: Score | None = field(init=False, compare=False)
+    _copies: dict[tuple[torch.device, bool], Tensor] = field(init=False, compare=False)
+    _hash: int | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         for region in self.regions:
@@ -249,6 +252,12 @@ class Score:
         object.__setattr__(self, "_in_rows", in_rows)
         object.__setattr__(self, "_copies", {})
         object.__setattr__(self, "_hash", None)
+
+    def __repr__(self) -> str:
+        if self.given is None:
+            return f"Score({self.name!r}, {self.regions}, {self.granularity}, {self.stored})"
+        given = (f"{name}={_shown(value)}" for name, value in self.given.items())
+        return f"{self.name}({', '.join(given)})"
 
     def __hash__(self) -> int:
         found = self._hash
@@ -283,6 +292,10 @@ class Score:
     def plain(self) -> Score:
         """The same score in numbers only: each PairMap is a row of `pair_maps`."""
         return self._in_rows or self
+
+
+def _shown(value: Any) -> str:
+    return f"{tuple(value.shape)}" if isinstance(value, Tensor) else f"{value}"
 
 
 def _check_map(name: str, by: PlainMap | PairMap) -> None:

@@ -23,4 +23,5 @@ def blockwise_causal(block_size: int) -> Score:
     within = PositionMap(modulus=half)
     previous = PositionMap(modulus=half, offset=half)
     regions = (Region(-half, previous, within), Region(0, within, within))
-    return Score("blockwise_causal", regions, granularity=half, stored=within)
+    given = {"block_size": block_size}
+    return Score("blockwise_causal", regions, granularity=half, stored=within, given=given)

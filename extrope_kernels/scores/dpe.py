@@ -43,4 +43,6 @@ def dpe(window: int, group_sizes: Sequence[Any] | Tensor, pairs: int | None = No
         sizes = sizes.repeat_interleave(parts, -1)
     far_query = PairMap(sizes, window - (window / sizes).floor(), floor=True)
     far = Region(FIRST_KEY, far_query, PairMap(sizes, floor=True))
-    return Score("dpe", (far, Region(1 - window, SAME, SAME)), stored=far.k_map)
+    near = Region(1 - window, SAME, SAME)
+    given = {"window": window, "group_sizes": sizes}
+    return Score("dpe", (far, near), stored=far.k_map, given=given)

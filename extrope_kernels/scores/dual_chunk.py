@@ -34,4 +34,5 @@ def dual_chunk(chunk_size: int, local_window: int) -> Score:
         Region(-chunk, previous, within),
         Region(0, within, within),
     )
-    return Score("dual_chunk", regions, granularity=chunk, stored=within)
+    given = {"chunk_size": chunk_size, "local_window": local_window}
+    return Score("dual_chunk", regions, granularity=chunk, stored=within, given=given)

@@ -30,4 +30,6 @@ def far_frequencies(window: int, divisors: Sequence[Any] | Tensor) -> Score:
     window = check_int("far_frequencies", "window", window, at_least=1)
     d = check_of_pairs("far_frequencies", "divisors", divisors)
     far = Region(FIRST_KEY, PairMap(d, window - window / d), PairMap(d))
-    return Score("far_frequencies", (far, Region(1 - window, SAME, SAME)), stored=far.k_map)
+    near = Region(1 - window, SAME, SAME)
+    given = {"window": window, "divisors": d}
+    return Score("far_frequencies", (far, near), stored=far.k_map, given=given)

@@ -48,11 +48,13 @@ def check_factor(score: str, factor: float) -> float:
 def _rerope(name: str, window: int, factor: float) -> Score:
     window = check_int(name, "window", window, at_least=1)
     factor = check_factor(name, factor)
+    given = {"window": window} if factor == math.inf else {"window": window, "factor": factor}
     if factor == 1:
-        return Score(name, (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
+        return Score(name, (Region(FIRST_KEY, SAME, SAME),), stored=SAME, given=given)
     if factor == math.inf:  # torch.compile does not trace math.isinf
         far = Region(FIRST_KEY, constant(window), UNROTATED)
     else:
         far_query = PositionMap(divisor=factor, offset=window - window / factor)
         far = Region(FIRST_KEY, far_query, PositionMap(divisor=factor))
-    return Score(name, (far, Region(1 - window, SAME, SAME)), stored=far.k_map)
+    near = Region(1 - window, SAME, SAME)
+    return Score(name, (far, near), stored=far.k_map, given=given)

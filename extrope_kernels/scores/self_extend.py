@@ -24,8 +24,10 @@ def self_extend(window: int, factor: float) -> Score:
     group = int(factor)
     if window % group:
         raise ValueError(f"self_extend: window must be a multiple of factor {group}, got {window}")
+    given = {"window": window, "factor": group}
     if group == 1:
-        return Score("self_extend", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
+        return Score("self_extend", (Region(FIRST_KEY, SAME, SAME),), stored=SAME, given=given)
     far_query = PositionMap(divisor=group, floor=True, offset=window - window // group)
     far = Region(FIRST_KEY, far_query, PositionMap(divisor=group, floor=True))
-    return Score("self_extend", (far, Region(1 - window, SAME, SAME)), stored=far.k_map)
+    near = Region(1 - window, SAME, SAME)
+    return Score("self_extend", (far, near), stored=far.k_map, given=given)

@@ -22,4 +22,5 @@ def string(shift: int, window: int) -> Score:
     if window > shift:
         raise ValueError(f"string: window must be at most shift {shift}, got {window}")
     far = Region(FIRST_KEY, PositionMap(offset=window - shift), SAME)
-    return Score("string", (far, Region(1 - shift, SAME, SAME)), stored=SAME)
+    near = Region(1 - shift, SAME, SAME)
+    return Score("string", (far, near), stored=SAME, given={"shift": shift, "window": window})

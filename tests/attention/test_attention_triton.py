@@ -184,6 +184,11 @@ def test_packed_sequences(name, bounds):
     against_reference(MADE[name], tensors, frequencies(16), cu_seqlens=cu_seqlens, log_n=5.0)
 
 
+def test_heads_of_their_own_frequencies():
+    of_heads = frequencies(16).inv_freq * torch.tensor([[[1.0], [0.3]]], device=DEVICE)
+    against_reference(MADE["rerope"], make_qkv(1, 17, 17, 4, 2, 16), methods.RopeFreqs(of_heads))
+
+
 @pytest.mark.parametrize("heads", ((3, 1), (4, 2)), ids=str)
 def test_query_heads_share_keys(heads):
     both(MADE["rerope"], (17, 17), heads)

@@ -241,6 +241,8 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
         assert 1 <= splits <= max(-(-(keys + count) // blocks.block_n), 1)
         expected += [[sequence, part, splits] for part in range(rows * splits)]
     assert found[: len(expected)].tolist() == expected
+    if more and max(lengths) >= 1000:  # long enough for the items that are left
+        assert max(splits for *_, splits in expected) > 1
     assert (found[len(expected) :, 0] > len(lengths)).all()
 
 

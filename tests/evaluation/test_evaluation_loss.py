@@ -197,6 +197,16 @@ def test_factor_only_where_a_method_needs_one():
     assert method_params("pi", 128, 32, given={"factor": 3}) == {"factor": 3}
 
 
+def test_auto_is_the_method_that_extend_chooses(run, tmp_path):
+    assert run(methods="auto,rope", lengths="32,70") == 0
+    rows = [(row["method"], row["params"]) for row in results(tmp_path)["rows"]]
+    assert rows == [
+        ("yarn", {"factor": 1.0}),
+        ("rerope", {"window": TRAINED // 2}),
+        *[("rope", {})] * 2,
+    ]
+
+
 def test_defaults_of_score_methods_follow_the_training_length():
     assert method_params("rerope", 16384, 8192) == {"window": 4096}
     assert method_params("leaky_rerope", 16384, 8192) == {"window": 4096, "factor": 16.0}
@@ -252,7 +262,7 @@ def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys)
     check_image(tmp_path / "out" / "loss.png")
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
-    assert captured.err.splitlines()[-1].startswith("eval: interrupted")
+    assert captured.err.splitlines()[-1].startswith("eval: interrupted; finished rows are in ")
     # The same command goes on where it was, and shows what it had.
     assert run(methods="rope,pi,yarn") == 0
     assert len(calls) == 4

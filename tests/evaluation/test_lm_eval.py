@@ -137,6 +137,12 @@ def test_ruler_asks_for_the_samples_that_a_cell_lacks(model_path, task):
     assert torch.equal(model(ids).logits, plain)
 
 
+def test_length_alone_chooses_the_method(model_path):
+    lm = ours.ExtropeLM(model_path, length=4 * TRAINED, device="cpu")
+    (saved,) = vars(lm.model.model)["_extrope_extensions"].all()
+    assert (saved.method, saved.parameters) == ("rerope", {"window": TRAINED // 2})
+
+
 def test_options_of_extend(model_path):
     model = LlamaForCausalLM.from_pretrained(model_path).eval()
     lm = ours.ExtropeLM(model, method="yarn", factor=4.0, layers="all", cache="raw")
@@ -150,7 +156,8 @@ def test_options_of_extend(model_path):
     [
         ({"method": "yarm"}, "method must be one of rope, .* got 'yarm'"),
         ({"method": "yarn", "window": 8}, "parameters of yarn must be among .* got window"),
-        ({"factor": 2.0}, "factor needs a method"),
+        ({"factor": 2.0}, "factor needs a method, or length"),
+        ({"pretrained": "/nope"}, "/nope"),
         ({"method": "rerope", "window": 8, "layers": "some"}, "layers must be full or all"),
         ({"method": "rerope"}, "rerope needs window, which is missing"),
         ({"method": "rerope", "window": -1}, "rerope: window must be"),
@@ -160,7 +167,7 @@ def test_options_of_extend(model_path):
 )
 def test_mistakes(model_path, given, message):
     with pytest.raises(UsageError, match=message) as error:
-        ours.ExtropeLM(model_path, device="cpu", **given)
+        ours.ExtropeLM(**{"pretrained": model_path, "device": "cpu", **given})
     assert "\n" not in str(error.value)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from method_examples import DIM, EXAMPLES
 
-from extrope_kernels import RopeFreqs, methods
+from extrope_kernels import RopeFreqs, methods, scores
 from extrope_kernels.methods import METHODS
 
 FREQS = methods.rope(16)
@@ -155,3 +155,38 @@ def test_frequencies_that_cannot_be_wrapped():
         methods.ms_poe(methods.xpos(16), heads=2)
     with pytest.raises(ValueError, match="ms_poe: inv_freq must be the same for all heads"):
         methods.ms_poe(methods.ms_poe(FREQS, heads=2), heads=2)
+
+
+# -------------------------------------------------------------------------------------------------
+# RopeFreqs itself
+
+
+def test_frequencies_are_equal_by_value():
+    same = replaced(inv_freq=FREQS.inv_freq.clone())
+    assert same == FREQS and hash(same) == hash(FREQS) and len({same, FREQS}) == 1
+    for other in (
+        methods.rope(16, base=5e5),
+        methods.rope(32),
+        replaced(attention_factor=1.1),
+        methods.xpos(16),
+        replaced(axes=torch.zeros(8, dtype=torch.int32)),
+        "rope",
+    ):
+        assert other != FREQS
+
+
+def test_frequencies_print_in_a_line():
+    yarn = methods.yarn(64, factor=4.0, original_max_position_embeddings=4096)
+    shown = "RopeFreqs(32 pairs, wavelengths 6.28 to 1.88e+05, attention_factor 1.139)"
+    assert repr(yarn) == shown
+    assert repr(methods.ms_poe(FREQS, heads=4)).startswith("RopeFreqs(1 x 4 x 8 pairs, wavele")
+    assert repr(yarn.to("meta")) == "RopeFreqs(32 pairs, attention_factor 1.139)"
+
+
+def test_a_method_of_the_other_axis_is_answered_with_its_place():
+    with pytest.raises(AttributeError, match=r"'rerope': it is in extrope_kernels.scores"):
+        methods.rerope  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'yarn': it is in extrope_kernels.methods"):
+        scores.yarn  # noqa: B018
+    with pytest.raises(AttributeError, match=r"has no attribute 'yarm'$"):
+        methods.yarm  # noqa: B018

@@ -91,7 +91,7 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     (entry_points,) = [name for name in names if name.endswith("/entry_points.txt")]
-    scripts = "[console_scripts]\nextrope = extrope_kernels.__main__:run\n"
+    scripts = "[console_scripts]\nextrope = extrope_cli:run\n"
     assert scripts in zipfile.ZipFile(wheel).read(entry_points).decode()
     packaged = {name.split("/", 2)[2] for name in names if name.startswith("extrope_kernels/csrc")}
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
@@ -99,6 +99,7 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     assert not [name for name in names if name.endswith(".so")]
     package = ROOT / "extrope_kernels"
     modules = [*package.rglob("*.py"), *package.rglob("*.json"), package / "py.typed"]
+    modules.append(ROOT / "extrope_cli.py")
     missing = {path.relative_to(ROOT).as_posix() for path in modules} - set(names)
     assert not missing  # as of a folder without an __init__.py
 

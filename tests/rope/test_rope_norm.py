@@ -8,7 +8,8 @@ import pytest
 import torch
 from truncation import truncation
 
-from extrope_kernels import RopeFreqs, apply_rope_qk, methods
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels.ops.rope.norm import rope_norm_bwd, rope_norm_inplace
 from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
 
 EPS = 1e-6
@@ -132,6 +133,28 @@ def test_in_place(backend, sizes, interleaved, together):
     results = call([q, k, *weights], freqs, backend, interleaved=interleaved, inplace=True)
     assert results[0] is q and results[1] is k
     assert all(torch.equal(x, y) for x, y in zip(results, expected))
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_the_reference_writes_in_place_and_has_the_gradients_of_autograd(together):
+    """It is what runs without a library."""
+    q, k = make_qk(2, 5, 3, 2, head_dim=16, dtype=torch.float64)
+    weights = [x.double() for x in norm_weights(3, 2, 16, together)]
+    inv_freq = methods.rope(8).inv_freq.to(device())
+    leaves = [x.clone().requires_grad_() for x in (q, k, *weights)]
+    outs = []
+    for x, weight in zip(leaves[:2], leaves[2:]):
+        rows = x.flatten(-2) if together else x
+        normed = rows / (rows.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+        outs.append(apply_rope(normed.view(x.shape), RopeFreqs(inv_freq), backend="reference"))
+    douts = [torch.randn_like(x) for x in outs]
+    want = torch.autograd.grad(outs, leaves, douts)
+    got = rope_norm_bwd(*douts, q, k, *weights, inv_freq)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+    assert rope_norm_inplace(q, k, *weights, inv_freq) is None
+    for x, y in zip((q, k), outs):
+        torch.testing.assert_close(x, y.detach())
 
 
 @pytest.mark.parametrize("which", (0, 1))

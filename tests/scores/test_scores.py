@@ -26,6 +26,22 @@ def test_regions_give_the_definition(name, seqlen):
     torch.testing.assert_close(found, want, equal_nan=True, rtol=0, atol=1e-9)
 
 
+def test_a_score_prints_its_parameters():
+    shown = {
+        "rerope(window=128)": scores.rerope(window=128),
+        "leaky_rerope(window=8, factor=4.0)": scores.leaky_rerope(8, 4),
+        "self_extend(window=8, factor=2)": scores.self_extend(8, 2.0),
+        "dual_chunk(chunk_size=12, local_window=4)": scores.dual_chunk(12, 4),
+        "blockwise_causal(block_size=8)": scores.blockwise_causal(8),
+        "string(shift=9, window=3)": scores.string(9, 3),
+        "dpe(window=8, group_sizes=(4,))": scores.dpe(8, [1, 2, 4, 8]),
+        "far_frequencies(window=8, divisors=(2,))": scores.far_frequencies(8, [1.0, 2.0]),
+    }
+    assert [repr(score) for score in shown.values()] == list(shown)
+    own = Score("own", (Region(FIRST_KEY, PositionMap(), PositionMap()),))
+    assert repr(own).startswith("Score('own', (Region(start=")
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_far_keys_are_stored_as_they_are_seen(name):
     score = EXAMPLES[name].score

@@ -7,6 +7,7 @@ attention by definition for a score method, in float32 and, for what is exact, i
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -262,3 +263,36 @@ def test_losses_of_a_trainer(method, lora, tmp_path):
     ulp = torch.finfo(torch.float32).eps * want.abs().max()
     assert len(want) == 10 and want[-1] < want[0]
     assert (got - want).abs().max() <= 2 * (expected - want).abs().max() + ulp
+
+
+class Trainer:
+    """As TRL's: it loads its reference model from the folder of the model."""
+
+    def __init__(self, model, folder):
+        self.model = model
+        self.ref_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    def difference(self):
+        return error(self.model(IDS).logits.detach(), self.ref_model(IDS).logits.detach())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reference_model_that_is_plain_gets_a_warning(method, tmp_path):
+    model = build("llama").train()
+    model.save_pretrained(tmp_path)
+    with extend(model, method, **METHODS[method]) as handle:
+        trainer = Trainer(model, tmp_path)
+        with torch.no_grad():
+            trainer.difference()  # before the training
+        message = "ref_model of Trainer is the plain model, this one is extended: call handle.ext"
+        with pytest.warns(UserWarning, match=message):
+            assert trainer.difference() > 0.1
+    with extend(model, "yarn", factor=4.0), extend(model, method, **METHODS[method]) as handle:
+        trainer = Trainer(model, tmp_path)
+        other = handle.extend(trainer.ref_model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert trainer.difference() == 0
+        assert repr(other) == repr(handle)
+        other.restore()
+        assert trainer.difference() > 0.1

@@ -15,16 +15,17 @@ from .. import UsageError
 NAME = "extrope"
 # lm-eval cuts the beginning off prompts that are longer. Rotations are exact as far as this.
 _LONGEST = 2**24
-_OPTIONS = {"layers", "cache"}  # of `extend`, beside the method's parameters
+_OPTIONS = {"length", "layers", "cache"}  # of `extend`, beside the method's parameters
 
 
 class ExtropeLM(HFLM):
     """lm-eval's model of transformers, extended until `restore()`.
 
-    method: a name of `PARAMETERS`; the model as it is if None.
+    method: a name of `PARAMETERS`; if None, the one that `extend` chooses for `length`, or the
+        model as it is without one.
     max_length: as HFLM has it, but without a limit that a text would meet if None.
-    given: the method's parameters, `layers` and `cache` of `extend`, and HFLM's keywords, in any
-        order. What neither knows goes to transformers' `from_pretrained`, as with HFLM.
+    given: the method's parameters, `length`, `layers` and `cache` of `extend`, and HFLM's keywords,
+        in any order. What neither knows goes to transformers' `from_pretrained`, as with HFLM.
 
     Raises UsageError.
     """
@@ -49,7 +50,9 @@ class ExtropeLM(HFLM):
                 if f"'{name}'" in str(error):
                     raise UsageError(f"neither extend nor transformers takes {name}") from error
             raise
-        if method is None:
+        except OSError as error:  # no such folder
+            raise UsageError(str(error).strip().partition("\n")[0]) from error
+        if not parameters and method is None:
             return
         try:
             handle = extend(self.model, method, **parameters)
@@ -72,8 +75,8 @@ def _split(method: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], d
         raise UsageError(f"method must be one of {', '.join(PARAMETERS)}, got {method!r}")
     known = _OPTIONS.union(*PARAMETERS.values())
     parameters = {name: value for name, value in given.items() if name in known}
-    if method is None and parameters:
-        raise UsageError(f"{next(iter(parameters))} needs a method")
+    if method is None and parameters and "length" not in parameters:
+        raise UsageError(f"{next(iter(parameters))} needs a method, or length to have one chosen")
     try:
         if method is not None:
             own = {name: parameters[name] for name in parameters if name not in _OPTIONS}

@@ -118,6 +118,19 @@ def trained_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str
     return {_TRAINED: length} if dim == 0 else {_TRAINED: length, "over": trained(of_kind)}
 
 
+def lengths_in(config: Any, parameters: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return the tokens that a model was trained to, and those that it reaches as it is.
+
+    parameters: its rope_parameters, those of one kind of layers.
+    """
+    values = values_in(config, parameters, 0) | trained_in(config, parameters, 0)
+    trained = values.get(_TRAINED)
+    reach = values.get("max_position_embeddings", trained)
+    if trained is not None and parameters.get("rope_type") == "yarn" and parameters.get("factor"):
+        reach = max(reach, int(trained * parameters["factor"]))
+    return trained, reach
+
+
 def values_for(
     method: str, model: ModelValues, given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

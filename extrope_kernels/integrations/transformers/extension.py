@@ -15,10 +15,18 @@ from torch import nn
 from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
 from .._shared.parameters import PARAMETERS
 from .interface import register_interface
+from .length import choose, factor_for
 from .model import generation_config_owner, reprefix_error, shortened, unsupported
 from .patch.frequencies import frequency_patches
-from .patch.generate import forget_pages, generation_patches
-from .patch.hooks import ON_OWNER, Applied, Patches, RegionGuard, route_forward_through_hooks
+from .patch.generate import forget_pages, generation_patches, length_patches
+from .patch.hooks import (
+    ON_OWNER,
+    Applied,
+    Patches,
+    ReferenceGuard,
+    RegionGuard,
+    route_forward_through_hooks,
+)
 from .patch.norms import norm_patches
 from .patch.rotation import RotaryForward, unwrap_apply, wrap_apply
 from .patch.score_forward import ScoreRotaryForward
@@ -29,13 +37,15 @@ from .probe.rotary import RotaryModule, find_rotary_modules, owners_of
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy
     from ...distributed.layout import Balance, Mesh
+    from .saved import Saved
 
 
 @torch.inference_mode(False)  # its tensors would have no part in a later backward
 def extend(
     model: nn.Module,
-    method: str,
+    method: str | None = None,
     *,
+    length: int | None = None,
     layers: str = "full",
     cache: str | None = None,
     mesh: Mesh | None = None,
@@ -44,6 +54,9 @@ def extend(
     **parameters: Any,
 ) -> Extension:
     """Change the frequencies or the relative positions of a loaded model, in place.
+
+        handle = extend(model, length=65536)  # what measured best: print(handle) says what and why
+        handle = extend(model, "yarn", factor=4.0)
 
     **This runs the model on four tokens, several times**: for a score method, a mesh and raw
     keys, and where a model norms queries and keys. No list of models says how layers rotate and
@@ -85,7 +98,11 @@ def extend(
 
     model: any language model of transformers that rotates, with or without its head or a vision
         tower, which is left alone. docs/models.md lists them.
-    method: a name of `PARAMETERS`.
+    method: a name of `PARAMETERS`. If None, one is chosen for `length`: ReRoPE with half the
+        trained length as its window, the chunks of a dual_chunk_attention_config, or YaRN for
+        models that no score method serves, or whose images have several positions a token.
+    length: tokens to reach. With a method that has a factor it stands in place of the factor, which
+        becomes length / trained length. A warning says if the trained length has them already.
     layers: "full" extends the layers that see all keys. For a frequency method that is so if
         layers with a sliding window have their own rotation (Gemma 3); for a score method always,
         since distances in the others never exceed their window or chunk. "all" extends all layers
@@ -107,6 +124,36 @@ def extend(
     impossible parameter; TypeError for a parameter that the method does not have. The model is
     unchanged then.
     """
+    options = {"cache": cache, "mesh": mesh, "strategy": strategy, "balance": balance}
+    if method is not None:
+        if length is not None:
+            parameters |= {"factor": factor_for(model, method, length, layers, parameters)}
+        return _extend(model, method, parameters, layers, **options)
+    choice, layers = choose(model, length, layers, parameters)
+    try:
+        handle = _extend(model, choice.method, dict(choice.parameters), layers, **options)
+    except (ValueError, NotImplementedError) as error:
+        if choice.method not in SCORES:
+            raise
+        reason = shortened(error).removeprefix("extend: ").rpartition("architecture: ")[2]
+        choice, layers = choose(model, length, layers, parameters, reason)
+        handle = _extend(model, choice.method, dict(choice.parameters), layers, **options)
+    handle.reason = choice.reason
+    return handle
+
+
+def _extend(
+    model: nn.Module,
+    method: str,
+    parameters: dict[str, Any],
+    layers: str,
+    *,
+    cache: str | None,
+    mesh: Mesh | None,
+    strategy: Strategy,
+    balance: Balance,
+) -> Extension:
+    """Extend by a method whose parameters are all chosen."""
     rotary_modules = find_rotary_modules(model, layers)
     owners = owners_of(rotary_modules)
     if not isinstance(method, str):
@@ -142,7 +189,7 @@ def extend(
     if stretches and isinstance(factor, (int, float)) and 0 < factor < 1:
         warnings.warn(
             f"extend: factor {factor:g} of {method} is below 1: it shortens what a model reads",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     # What changes in the model.
@@ -161,6 +208,7 @@ def extend(
         if hasattr(each, "save_pretrained"):
             saving = partial(_save_plain, each, model, applied)
             patches.overrides.append((each, "save_pretrained", saving))
+    patches.hooks[:0] = [(owner, ReferenceGuard().before_forward, None) for owner in owners[:1]]
     if mesh is None:
         guard = RegionGuard(method)
         patches.hooks[:0] = [(each.owner, guard.before_forward, None) for each in rotary_modules]
@@ -178,6 +226,9 @@ def extend(
             extension.add(norm_patches(rotary_modules))
         if cache is not None and not is_score:
             extension = _with_raw_keys(model, extension)
+        length = None if by_length else extension.length
+        if length is not None and parameters.get("factor", 1) > 1:
+            extension.add(length_patches(model, owners[0], applied, length))
     except BaseException:
         extension.restore()
         raise
@@ -215,18 +266,23 @@ def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
     """
     from .saved import read
 
+    return _extend_by_all(model, read(folder))
+
+
+def _extend_by_all(model: nn.Module, extensions: Sequence[Saved] | Sequence[Applied]) -> Extension:
+    """Extend a model by one after the other; the last one's handle restores all."""
     handle: Extension | None = None
     try:
-        for saved in read(folder):
-            where = {"layers": saved.layers, "cache": saved.cache}
-            following = extend(model, saved.method, **where, **saved.parameters)
+        for each in extensions:
+            where = {"layers": each.layers, "cache": each.cache}
+            following = extend(model, each.method, **where, **each.parameters)
             following.first.before, handle = handle, following
     except BaseException:
         if handle is not None:
             handle.restore()
         raise
     if handle is None:
-        raise ValueError(f"extend_from_saved: folder must hold an extension, got {folder}")
+        raise ValueError("extend_from_saved: folder must hold an extension, got none")
     return handle
 
 
@@ -272,10 +328,17 @@ def _save_plain(
     save_plain(module, model, applied, *args, **options)
 
 
+def _brief(value: Any) -> str:
+    """Return a parameter's value for a line of text: lists and frequencies may be long."""
+    text = f"{value:.6g}" if isinstance(value, float) and not value.is_integer() else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 class Extension:
     """An extension in place: `restore()`, or the end of a `with` block, undoes it.
 
     before: the extension that `restore` undoes too, if there is one.
+    reason: why `extend` chose the method for a length; None if the user named it.
     """
 
     def __init__(self, model: nn.Module, patches: Patches, applied: Applied) -> None:
@@ -283,6 +346,8 @@ class Extension:
         self.method = applied.method
         self.applied = applied
         self.before: Extension | None = None
+        self.reason: str | None = None
+        self._layers = len(patches.layers)
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
         self.add(patches)
@@ -291,11 +356,13 @@ class Extension:
     def __repr__(self) -> str:
         told, applied = [], self.applied
         while applied is not None:
-            given = (f" {name}={value}" for name, value in applied.parameters.items())
+            given = (f" {name}={_brief(value)}" for name, value in applied.parameters.items())
             told.append(applied.method + "".join(given))
             applied = applied.before
+        layers = f", {self._layers} layers" if self._layers else ""
         reach = "any length" if self.length is None else f"{self.length:,} tokens"
-        return f"<extended by {' over '.join(told)}, reaches {reach}>"
+        reason = f": {self.reason}" if self.reason else ""
+        return f"{' over '.join(told)}{layers}, reaches {reach}{reason}"
 
     @property
     def length(self) -> int | None:
@@ -308,6 +375,15 @@ class Extension:
         from .saved import describe
 
         return describe(self.model, self.applied).length
+
+    def extend(self, model: nn.Module) -> Extension:
+        """Extend another model by all extensions of this one, such as a trainer's reference model.
+
+        model: as for `extend`.
+
+        Returns its own handle; a mesh is left out. Raises as `extend`.
+        """
+        return _extend_by_all(model, self.applied.all())
 
     @property
     def first(self) -> Extension:

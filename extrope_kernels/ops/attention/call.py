@@ -160,7 +160,7 @@ class AttentionCall(NamedTuple):
 
     def scale(self, head_dim: int) -> float:
         """Return the factor of all logits."""
-        return head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+        return head_dim**-0.5 if self.softmax_scale is None else float(self.softmax_scale)
 
 
 _NUM_TENSORS = AttentionCall._fields.index("score")

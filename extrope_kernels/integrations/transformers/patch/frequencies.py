@@ -59,7 +59,7 @@ def frequency_patches(
                     f"one table rotates its queries and keys, but {method} needs two",
                 )
         rotary = RotaryForward(rotary_module, ThreadFrequencies(freqs), method)
-        patches.overrides.append((rotary_module.module, "forward", rotary))
+        patches.overrides += rotary.overrides()
         patches.overrides += _softmax_scales(rotary_module, method, parameters)
         if takes_length:
             kind = LengthHooks if cache is None else EachLengthHooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..batch.paged import PagedBatch
 from ..model import Override, cache_of, generation_config_owner
+from .hooks import ON_OWNER, Applied, Patches
 from .state import Request, in_progress
 
 INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
@@ -106,6 +108,41 @@ def _generate_one_request(
         return type(model).generate(model, *args, **kwargs)
     finally:
         in_progress.request = outer
+
+
+def length_patches(model: nn.Module, owner: nn.Module, applied: Applied, length: int) -> Patches:
+    """Return the override of `generate` that warns of calls past an extension's length."""
+    generator = generation_config_owner(model)
+    if not hasattr(generator, "generate"):
+        return Patches()
+    previous = vars(generator).get("generate")
+    warned = partial(_generate_within, generator, previous, owner, applied, length)
+    return Patches([(generator, "generate", warned)])
+
+
+def _generate_within(
+    model: nn.Module,
+    previous: Callable[..., Any] | None,
+    owner: nn.Module,
+    applied: Applied,
+    length: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Replace `model.generate`: warn of a call that goes past `length`.
+
+    previous: an earlier replacement, if there is one. applied: the extension on `owner` that has
+    this length; one after it may reach further.
+    """
+    if vars(owner).get(ON_OWNER) is applied and _reach(model, *args, **kwargs) > length:
+        warnings.warn(  # without this call's length: Python shows one text once
+            f"extend: this generation may go past the {length:,} tokens that {applied.method} "
+            "reaches",
+            stacklevel=2,
+        )
+    if previous is not None:
+        return previous(*args, **kwargs)
+    return type(model).generate(model, *args, **kwargs)
 
 
 def _reach(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,39 @@ class ForwardThroughHooks:
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class ReferenceGuard:
+    """A guard that warns if a trainer compares an extended model with a plain reference model.
+
+    TRL's trainers load `ref_model` anew from the model's folder, so the losses of DPO and the
+    divergence of GRPO would be those of two different models. A trainer is known by its attribute,
+    on the way to the first forward in training.
+    """
+
+    def __init__(self) -> None:
+        self.looked = False
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Look at the callers, once: forward pre-hook of the owner."""
+        if torch.compiler.is_compiling() or self.looked:
+            return
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        self.looked, frame = True, inspect.currentframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            reference = getattr(caller, "__dict__", {}).get("ref_model")
+            if isinstance(reference, nn.Module) and not any(
+                ON_OWNER in vars(each) for each in reference.modules()
+            ):
+                warnings.warn(
+                    f"extend: ref_model of {type(caller).__name__} is the plain model, this one is "
+                    "extended: call handle.extend(trainer.ref_model) before train()",
+                    stacklevel=2,
+                )
+                return
+            frame = frame.f_back
 
 
 class RegionGuard:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .... import RopeFreqs, apply_rope, apply_rope_qk
-from ..model import exports_to_onnx
+from ..model import Override, exports_to_onnx
 from ..probe.rotary import APPLY, RotaryModule, Tables
 from .state import FreqsByKind, ThreadFrequencies
 
@@ -116,6 +116,10 @@ class RotaryForward:
         self.shared: Any = None
         self._tables: dict[str | None, Tables] = {}
 
+    def overrides(self) -> list[Override]:
+        """Return the attributes of the rotary embedding that it hides."""
+        return [(self.module, "forward", self), (self.module, "extra_repr", self.extra_repr)]
+
     @property
     def freqs(self) -> FreqsByKind:
         """The frequencies of this thread's forward."""
@@ -136,6 +140,11 @@ class RotaryForward:
             shape = tuple(position_ids.shape)
             raise ValueError(f"extend: position_ids must be (batch, seqlen), got {shape}")
         return made
+
+    def extra_repr(self) -> str:
+        """Replace the rotary embedding's `extra_repr`, which `print(model)` shows."""
+        kinds = (f"{kind or ''} {freqs}".strip() for kind, freqs in self.freqs.items())
+        return f"extended by {self.method}: {', '.join(kinds)}"
 
     def tables(
         self, layer_type: str | None, freqs: RopeFreqs, x: Tensor, position_ids: Tensor

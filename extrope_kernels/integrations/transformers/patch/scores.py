@@ -41,7 +41,7 @@ def read_score(
     """Return the score method in `extend`'s arguments; a model may add parameters of dual_chunk."""
     config = rotary_modules[0].module.config
     if method == "dual_chunk" and getattr(config, DUAL_CHUNKS, None):
-        warnings.warn(f"extend: {SPARSE}", stacklevel=4)
+        warnings.warn(f"extend: {SPARSE}", stacklevel=5)
         parameters = score_values_in(config, method) | dict(parameters)
     score, log_n = bind_score("extend", method, parameters)
     if cache is not None or not _stores(score, rotary_modules):
@@ -94,7 +94,7 @@ def score_patches(
     ]
     hooks = ScoreHooks(owner, rotaries, probe)
     patches = Patches(
-        [(each.module, "forward", each) for each in rotaries],
+        [override for each in rotaries for override in each.overrides()],
         [(owner, hooks.before_forward, hooks.after_forward)],
         list(probe.far),
     )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .... import RopeFreqs, apply_rope
 from ..._shared.parameters import is_bounded
 from ..batch.padded import no_mask
-from ..model import Override, shortened, unsupported
+from ..model import BOUNDED, Override, shortened, unsupported
 from .attention import (
     TOKENS,
     Call,
@@ -305,10 +305,7 @@ class LayerProbe:
         if not self.far:
             reason = "none of its layers rotates"
             if len(self.unrotated) < len(moved.seen):
-                reason = (
-                    "all its layers that rotate have a sliding window or chunks, "
-                    "so none sees distances past it"
-                )
+                reason = f"{BOUNDED}, so none sees distances past it"
             raise unsupported(owner, reason)
         self.needs_mask = self._needs_mask()
         self.others_mix = mixes(still.output, self._record(still=True, backwards=True).output)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .... import RopeFreqs, apply_rope_qk, methods
 from ..._shared.parameters import is_bounded
-from ..model import unsupported
+from ..model import BOUNDED, unsupported
 
 APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate
 _LAYERS = ("full", "all")
@@ -165,7 +165,7 @@ def _rotary_module(owner: nn.Module, rotary: nn.Module, layers: str) -> RotaryMo
         kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
         layer_types = [kind for kind in kinds if layers == "all" or not is_bounded(kind)]
         if not layer_types:
-            raise unsupported(owner, "all its layers that rotate have a sliding window or chunks")
+            raise unsupported(owner, BOUNDED)
     try:
         # Built anew: the buffers and the history of the model's own are not touched.
         with torch.device("cpu"):

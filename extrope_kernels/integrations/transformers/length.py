@@ -1,0 +1,122 @@
+"""The method and the factor for a length, where `extend` is told the length."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..._checks import check_length
+from ...methods import METHODS
+from .._shared.choice import Choice, choose_method
+from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in
+from .model import BOUNDED, generation_config_owner
+from .patch.hooks import ON_OWNER
+from .probe.rotary import RotaryModule, find_rotary_modules
+
+_TRAINED = "original_max_position_embeddings"
+
+
+def choose(
+    model: nn.Module,
+    length: int | None,
+    layers: str,
+    given: Mapping[str, Any],
+    refused: str | None = None,
+) -> tuple[Choice, str]:
+    """Choose a method for `length` tokens, and the layers that it extends.
+
+    given: parameters of the user; only the trained length may be among them.
+    refused: why the model was refused a score method, if it was.
+
+    Raises ValueError for an extended model, and one whose trained length is not known; TypeError
+    without a length and for other parameters.
+    """
+    if length is None:
+        raise TypeError("extend: method or length must be given, got neither")
+    if unknown := [name for name in given if name != _TRAINED]:
+        raise TypeError(f"extend: {unknown[0]} needs a method that has it, got none")
+    rotary_modules = find_rotary_modules(model, "all")
+    if (applied := vars(rotary_modules[0].owner).get(ON_OWNER)) is not None:
+        raise ValueError(
+            "extend: length alone must be for a model that is not extended, got one extended by "
+            f"{applied.method}; restore that one first, or name the method"
+        )
+    trained, reach = _lengths(rotary_modules, length, given)
+    config = rotary_modules[0].module.config
+    chunks = {"chunk_size", "local_window"} <= set(score_values_in(config, "dual_chunk"))
+    if chunks:  # transformers itself has none of them
+        reach = trained
+    if refused is None and images_have_axes(model, rotary_modules):
+        refused = "tokens of images have several positions"
+    kinds = [kind for each in rotary_modules for kind in each.layer_types]
+    if (refused or "").startswith(BOUNDED) or all(is_bounded(kind or "") for kind in kinds):
+        choice = Choice("yarn", {"factor": max(1.0, reach / trained)}, f"as it is: {BOUNDED}")
+        layers = "all"
+    else:
+        choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
+    if choice.method in METHODS:
+        choice = replace(choice, parameters={**given, **choice.parameters})
+    return choice, layers
+
+
+def factor_for(
+    model: nn.Module, method: str, length: int, layers: str, given: Mapping[str, Any]
+) -> float:
+    """Return the factor by which a frequency method reaches `length` tokens.
+
+    Raises ValueError if the method has no such factor, or `given` has it.
+    """
+    names = inspect.signature(METHODS[method]).parameters if method in METHODS else {}
+    factor = names.get("factor")
+    if factor is None or factor.default is not factor.empty or "seq_len" in names:
+        example = next((f"{name}=" for name in PARAMETERS.get(method, ()) if name != "dim"), "none")
+        raise ValueError(
+            "extend: length must go without a method, or with one whose factor is the length over "
+            f"the trained one (yarn), got {method}; give its own parameters ({example} ...)"
+        )
+    if "factor" in given:
+        raise ValueError(f"extend: factor or length must be given for {method}, got both")
+    rotary_modules = find_rotary_modules(model, layers)
+    trained, _ = _lengths(rotary_modules, length, given)
+    return max(1.0, length / trained)
+
+
+def _lengths(
+    rotary_modules: list[RotaryModule], length: int, given: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return the trained length and the one that the model reaches as it is; check `length`."""
+    check_length("extend", "length", length)
+    first = rotary_modules[0]
+    kind = next((each for each in first.layer_types if not is_bounded(each or "")), None)
+    kind = kind or first.layer_types[0]
+    trained, reach = lengths_in(first.module.config, first.parameters(kind))
+    if (told := given.get(_TRAINED)) is not None:
+        trained = reach = check_length("extend", _TRAINED, told)
+    if trained is None or reach is None:
+        raise ValueError(
+            f"extend: {_TRAINED} must be given with length for {type(first.owner).__name__}, "
+            "whose configuration has no trained length"
+        )
+    if length <= trained:
+        warnings.warn(
+            f"extend: the model was trained to {trained:,} tokens, which length {length:,} does "
+            "not exceed",
+            stacklevel=5,
+        )
+    return trained, reach
+
+
+def images_have_axes(model: nn.Module, rotary_modules: list[RotaryModule]) -> bool:
+    """Return True for a model that reads images, whose tokens have several positions (mRoPE)."""
+    whole = getattr(generation_config_owner(model), "config", None)
+    reads_images = whole is not None and whole.get_text_config(decoder=True) is not whole
+    return reads_images and any(
+        "mrope_section" in each.parameters(kind)
+        for each in rotary_modules
+        for kind in each.layer_types
+    )

@@ -1,0 +1,151 @@
+"""`extend` told a length: the method that it chooses, and the factor of a named one."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from hf_models import TRAINED, build, logits, tokens, transformers
+
+from extrope_kernels.integrations.transformers import extend, extend_from_saved
+
+ORIGINAL = "original_max_position_embeddings"
+CHUNKS = {"chunk_size": 16, "local_size": 4, ORIGINAL: 24}
+YARN_IN_FILE = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: TRAINED // 4}
+
+
+def chosen(model, length, **given):
+    """The method with its parameters, and the reason."""
+    with extend(model, length=length, **given) as handle:
+        return handle.method, handle.applied.parameters, handle.reason
+
+
+@pytest.mark.parametrize(
+    ("rope", "settings", "length", "method", "parameters", "reason"),
+    [
+        (None, {}, 100, "rerope", {"window": TRAINED // 2}, "exact within its window, half of 32"),
+        # A YaRN of the file reaches four times the length that its factor is counted from.
+        (YARN_IN_FILE, {}, 64, "rerope", {"window": TRAINED // 2}, "half of 32 tokens"),
+        (YARN_IN_FILE, {}, 16, "yarn", {"factor": 2.0}, "within the 32 that the model reaches"),
+    ],
+)
+def test_the_method_is_the_one_that_measured_best(
+    rope, settings, length, method, parameters, reason
+):
+    name, got, why = chosen(build("llama", rope, **settings), length)
+    assert (name, got) == (method, parameters) and reason in why
+
+
+def test_chunks_of_the_training_are_kept():
+    """transformers has none of them, so its model reaches no further than before them."""
+    model = build("qwen2", dual_chunk_attention_config=CHUNKS)
+    with pytest.warns(UserWarning, match="the sparse part"):
+        name, _, why = chosen(model, TRAINED)
+    assert name == "dual_chunk" and why.startswith("as it was trained")
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "reason"),
+    [
+        ("HunYuanDenseV1ForCausalLM", 4.0, "no score method: what HunYuanDenseV1Attention does"),
+        ("Qwen2VLForConditionalGeneration", 4.0, "tokens of images have several positions"),
+        ("Cohere2ForCausalLM", 1.0, "as it is: all its layers that rotate have a sliding window"),
+        ("BeamForCausalLM", 1.0, "as it is: all its layers that rotate have a sliding window"),
+    ],
+)
+def test_a_model_that_no_score_method_suits_gets_yarn(name, factor, reason):
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = tiny_models.build(name)
+    ids = tokens(1, 20).clamp(max=99)
+    plain = logits(model, ids)
+    with extend(model, length=4 * tiny_models.TRAINED) as handle:
+        assert (handle.method, handle.applied.parameters) == ("yarn", {"factor": factor})
+        assert reason in repr(handle)
+        if factor == 1:
+            torch.testing.assert_close(logits(model, ids), plain)
+    assert torch.equal(logits(model, ids), plain)
+
+
+def test_a_model_without_a_length_needs_it():
+    model = tiny_models.build("RecurrentGemmaForCausalLM")
+    with pytest.raises(ValueError, match=f"extend: {ORIGINAL} must be given with length for Recur"):
+        extend(model, length=100)
+    name, parameters, why = chosen(model, 100, **{ORIGINAL: 40})
+    assert (name, parameters) == ("yarn", {ORIGINAL: 40, "factor": 1.0}) and "as it is" in why
+
+
+def test_a_named_method_gets_its_factor():
+    model, ids = build("llama"), tokens(1, 50)
+    with extend(model, "yarn", factor=3.0):
+        want = logits(model, ids)
+    with extend(model, "yarn", length=3 * TRAINED) as handle:
+        assert torch.equal(logits(model, ids), want) and handle.length == 3 * TRAINED
+    model = build("llama", YARN_IN_FILE)
+    with extend(model, "yarn", length=64) as handle:
+        assert handle.applied.parameters == {"factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, TypeError, "extend: method or length must be given, got neither"),
+        ({"length": 0}, ValueError, "extend: length must be > 0, got 0"),
+        ({"length": 1.5}, ValueError, "extend: length must be a whole number of tokens, got 1.5"),
+        ({"length": 99, "window": 8}, TypeError, "extend: window needs a method that has it"),
+        (
+            {"method": "rerope", "length": 99},
+            ValueError,
+            r"length must go without a method, .* got rerope; give its own parameters \(window=",
+        ),
+        ({"method": "dynamic_ntk", "length": 99}, ValueError, "got dynamic_ntk"),
+        (
+            {"method": "yarn", "length": 99, "factor": 2.0},
+            ValueError,
+            "extend: factor or length must be given for yarn, got both",
+        ),
+    ],
+)
+def test_mistakes_are_answered_with_what_to_write(given, error, message):
+    with pytest.raises(error, match=message):
+        extend(build("llama"), **given)
+
+
+def test_an_extended_model_is_not_measured_again():
+    model = build("llama")
+    message = "got one extended by yarn; restore that one first, or name the method"
+    with extend(model, "yarn", factor=2.0), pytest.raises(ValueError, match=message):
+        extend(model, length=500)
+
+
+def test_a_length_of_the_training_gets_a_warning_at_the_callers_line():
+    message = "extend: the model was trained to 32 tokens, which length 32 does not exceed"
+    for method in (None, "yarn"):
+        with pytest.warns(UserWarning, match=message) as warned:
+            extend(build("llama"), method, length=TRAINED).restore()
+        assert warned[0].filename == __file__
+
+
+def test_a_chosen_method_is_saved_as_the_method(tmp_path):
+    model, ids = build("llama"), tokens(1, 50)
+    with extend(model, length=4 * TRAINED):
+        want = logits(model, ids)
+        with pytest.warns(UserWarning, match="by rerope"):
+            model.save_pretrained(tmp_path)
+    (saved,) = json.loads((tmp_path / "extrope.json").read_text())["extensions"]
+    assert (saved["method"], saved["parameters"]) == ("rerope", {"window": 16})
+    with extend_from_saved(model, tmp_path):
+        assert torch.equal(logits(model, ids), want)
+
+
+@pytest.mark.thorough  # most of its minutes go into building models
+def test_every_class_gets_a_choice_that_it_takes():
+    for name in tiny_models.rotary_classes():
+        try:
+            model = tiny_models.build(name)
+        except ImportError:  # a tower of another package
+            continue
+        known = hasattr(model.config.get_text_config(decoder=True), "max_position_embeddings")
+        given = {} if known else {ORIGINAL: tiny_models.TRAINED}
+        with extend(model, length=4 * tiny_models.TRAINED, **given) as handle:
+            assert handle.reason, name
