@@ -459,7 +459,10 @@ def method_table(results: Path, only: str = "") -> str:
         return table(["method", "what it does", "paper", "call"], lines)
     linked: dict[str, list[str]] = {}
     for row in rows:
-        linked.setdefault(AXES[row.axis], []).append(pictured(row, "docs/"))
+        name = pictured(row, "docs/")
+        if "](" not in name:
+            name = f"[{name}]({row.paper})"
+        linked.setdefault(AXES[row.axis], []).append(name)
     return table(["axis", "methods"], [[axis, ", ".join(links)] for axis, links in linked.items()])
 
 
