@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...integrations.transformers.probe.rotary import find_rotary_modules
 from ...integrations._shared.parameters import SAVED
+from ...integrations.transformers.probe.rotary import find_rotary_modules
 from ...scores import SCORES
 from .. import UsageError, models, options, plots, report
 from ..digests import model_digest
