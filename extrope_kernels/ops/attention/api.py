@@ -214,8 +214,8 @@ def rope_attention_with_kvcache(
     freqs, score: as for `rope_attention`; heads that differ are k's. All calls on one cache must
         have the same freqs and score.stored, unless it is raw. XPOS's log_decay is refused except
         for scores that store keys by blocks.
-    softmax_scale, log_n, query_scale, softcap, sinks, sliding_window, interleaved, rotary_offset,
-        return_lse: as for `rope_attention`.
+    softmax_scale, log_n, query_scale, softcap, sinks, sliding_window: as for `rope_attention`.
+    interleaved, rotary_offset, return_lse: as for `rope_attention`.
     stored: "raw" keeps keys unrotated; every call rotates all of them, by its own freqs. So
         frequencies may follow the length, and a key may be read at any position. None stores keys
         by score.stored.
