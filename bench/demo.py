@@ -14,6 +14,7 @@ from pathlib import Path
 
 OUT = Path(__file__).parents[1] / "build" / "demo"
 LENGTH = 16384  # tokens, twice the trained length
+NEW = 16  # tokens of an answer, which count
 NEEDLE = "The access code of the Green Lighthouse is 7481952."
 QUESTION = "What is the access code of the Green Lighthouse?"
 ANSWER = "The access code of the Green Lighthouse is"  # what the model goes on from
@@ -70,8 +71,9 @@ def find_needle() -> None:
     path = options.check_out(OUT) / "needle.json"
     rows = report.Rows(path, header, ("method", "params"))
 
+    after = ids.shape[1] - before
     print(f"\n1. A needle. {LENGTH:,} tokens of the Python reference, among them\n     {NEEDLE}")
-    print(f"   and {LENGTH - before:,} tokens later, at the end\n     {QUESTION}\n", flush=True)
+    print(f"   and {after:,} tokens later, at the end\n     {QUESTION}\n", flush=True)
     layers = len(models.decoder_layers(model))
     known = sum(rows.known({"method": m, "params": p}) is not None for m, p in METHODS.items())
     with (
@@ -108,7 +110,7 @@ def faster_dtype(device: str) -> str:
 
 
 def hide(tokenizer):
-    """Return the Python reference with the needle in it: (1, LENGTH) int64; its place."""
+    """Return the Python reference with the needle in it: (1, LENGTH - NEW) int64; its place."""
     import torch
 
     from extrope_kernels.evaluation import texts
@@ -118,7 +120,7 @@ def hide(tokenizer):
 
     start = tokens("Remember the access code in the following text.\n\n")
     needle, end = tokens(f"\n{NEEDLE}\n"), tokens(f"\n\nQuestion: {QUESTION}\nAnswer: {ANSWER}")
-    room = LENGTH - len(start) - len(needle) - len(end)
+    room = LENGTH - NEW - len(start) - len(needle) - len(end)
     text = texts.read_text(tokenizer, "pydocs").ids.tolist()
     at = int(0.35 * room)
     return torch.tensor([[*start, *text[:at], *needle, *text[at:room], *end]]), len(start) + at
@@ -131,7 +133,7 @@ def answer(model, tokenizer, ids) -> str:
     out = model.generate(
         ids.to(model.device),
         attention_mask=torch.ones_like(ids, device=model.device),
-        max_new_tokens=16,
+        max_new_tokens=NEW,
         do_sample=False,
     )
     text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

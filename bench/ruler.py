@@ -45,7 +45,7 @@ TASKS = (
 SHORTER = {name: 48 for name in TASKS if name.startswith("niah")}
 Method = tuple[str | None, dict[str, Any]]
 # None: the model as it is. One set of parameters for all lengths, of those that have good losses in
-# docs/guide/choose.md past each model's training length.
+# docs/guide/measured.md past each model's training length.
 METHODS: dict[str, tuple[Method, ...]] = {
     "smollm2": (
         (None, {}),

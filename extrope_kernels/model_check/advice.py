@@ -23,7 +23,7 @@ from ..scores import SCORES
 from .facts import Facts
 from .source import Source
 
-PAGE = "docs/guide/choose.md"
+PAGE = "docs/guide/measured.md"
 _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
 _BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
 # Why no configuration of such a model yields YaRN's frequencies, by its rope_type.

@@ -21,6 +21,7 @@ def tiny(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("pydoc_data.topics.topics", {"assert": "Assert statements. " * 99})
     monkeypatch.setattr(demo, "OUT", tmp_path)
     monkeypatch.setattr(demo, "LENGTH", 600)
+    monkeypatch.setitem(demo.METHODS, "yarn", {"factor": 20.0})  # or generate warns: it was 32
     monkeypatch.setattr(demo, "ruler_of_all", lambda: "RULER.")
     return tmp_path
 
@@ -37,7 +38,7 @@ def test_it_shows_answers_and_curves_and_reads_nothing_twice(tiny, monkeypatch, 
     assert demo.main() == 0
     told = capsys.readouterr()
     assert demo.NEEDLE in told.out and demo.QUESTION in told.out
-    for name in ("as it is", "yarn factor=2", "rerope window=4096"):
+    for name in ("as it is", "yarn factor=20", "rerope window=4096"):
         assert f"\n   {name:<20} " in told.out
     assert "4 texts to read" in told.err and "3 texts to read" in told.err
     check_image(tiny / "demo.png")
@@ -64,7 +65,7 @@ def test_an_interrupt_is_told_in_its_own_name(tiny, monkeypatch, capsys):
 def test_the_needle_stands_once_far_before_the_question(tokenizer):
     ids, before = demo.hide(tokenizer)
     letters = tokenizer.convert_ids_to_tokens(ids[0].tolist())
-    assert ids.shape == (1, demo.LENGTH) and demo.LENGTH - before > 8192
+    assert ids.shape == (1, demo.LENGTH - demo.NEW) and ids.shape[1] - before > 8192
     assert "".join(letters[before:]).startswith(f"\n{demo.NEEDLE}\n")
     assert "".join(letters).count(demo.NEEDLE) == 1 and "".join(letters).endswith(demo.ANSWER)
 
