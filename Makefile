@@ -11,10 +11,10 @@ OLDEST_TRITON := 3.6.0
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo test test-all bench gpu hub docs lint sanitize clean
+.PHONY: help demo demo-plan test test-all bench gpu hub docs lint sanitize mutants clean
 
 help:
-	@echo "make demo   a real language model past its training length: pictures of its loss and recall, in ten minutes"
+	@echo "make demo   a real model past its training length: a needle in two minutes, curves in ten"
 	@echo "make test   the test suite, ten minutes on two cores"
 	@echo "make test-all  what no change of one file can break, too: generated cases, every Triton, ARM, sanitizers"
 	@echo "make bench  the benchmarks"
@@ -23,10 +23,14 @@ help:
 	@echo "make docs   the documentation, into build/docs"
 	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make sanitize  the CPU kernels under the address, undefined-behaviour and thread sanitizers"
+	@echo "make mutants ROOM=rope COUNT=30  which changes of a room's sources its tests notice"
 	@echo "make clean  remove .venv and build"
 
-demo: $(VENV)/extra-demo $(VENV)/smollm2
+demo: demo-plan $(VENV)/extra-demo $(VENV)/smollm2
 	$(BIN)/python bench/demo.py
+
+demo-plan:
+	@$(PYTHON) bench/demo.py --plan
 
 test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info
@@ -59,6 +63,10 @@ lint: $(VENV)/linters
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+# Of Python and Triton: cosmic-ray changes ROOM's sources in COUNT places and runs its tests.
+mutants: $(VENV)/extra-test $(VENV)/extra-mutants $(VENV)/smollm2
+	$(BIN)/python tests/support/mutants.py $(ROOM) $(COUNT)
 
 # The C++ library is built once more for each of them, which takes minutes.
 sanitize: $(VENV)/extra-test

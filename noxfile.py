@@ -48,6 +48,7 @@ EXTRAS = (
 IN_PARALLEL = ("--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder")
 # Tests that need the checkout: its sources, its benchmarks, the libraries built from it.
 OF_THE_CHECKOUT = (
+    "evaluation/test_demo.py",
     "package/test_amx_emulated.py",
     "package/test_bench.py",
     "package/test_build.py",

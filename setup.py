@@ -80,6 +80,7 @@ class LibraryDistribution(Distribution):
 
 setup(
     packages=[*find_packages(include=["extrope_kernels*"]), "extrope_kernels.csrc"],
+    py_modules=["extrope_cli"],  # the command, which answers before torch is imported
     package_dir={"extrope_kernels.csrc": "csrc"},
     # By its name alone: otherwise setuptools would take the folders below csrc for packages.
     include_package_data=False,

@@ -1,76 +1,176 @@
-"""Show a real model past its training length in two pictures: python bench/demo.py, or make demo.
+"""Show a real model past its training length: make demo.
 
-SmolLM2-135M reads the Python reference at twice its training length: its loss by position and its
-recall by distance, per method, into build/demo. A second call goes on where the first was stopped.
+First a needle: a sentence in a text of twice the training length, and a question about it at the
+end, farther from it than the training length. Then the loss by position and the recall by distance,
+as a picture. A second call goes on where the first was stopped. `--plan` only says what will be
+done: any Python runs it.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 
-from tqdm import tqdm
-
-from extrope_kernels.cli import main as command
-from extrope_kernels.evaluation.models import SMOLLM2, converted_folder
-
 OUT = Path(__file__).parents[1] / "build" / "demo"
-LENGTH = 16384
-PARTS = {
-    "loss": ("rope", "pi", "ntk_aware", "yarn", "rerope"),
-    "recall": ("rope", "yarn", "rerope"),
-}
-SHOWS = {
-    "loss": "next-token loss by position",
-    "recall": "gain of a passage that was read before, by distance",
-}
-READINGS = sum(map(len, PARTS.values()))
+LENGTH = 16384  # tokens, twice the trained length
+NEW = 16  # tokens of an answer, which count
+NEEDLE = "The access code of the Green Lighthouse is 7481952."
+QUESTION = "What is the access code of the Green Lighthouse?"
+ANSWER = "The access code of the Green Lighthouse is"  # what the model goes on from
+METHODS = {"rope": {}, "yarn": {"factor": 2.0}, "rerope": {"window": 4096}}
+CURVES = {"loss": ("rope", "pi", "yarn", "rerope"), "recall": ("rope", "yarn", "rerope")}
+READINGS = sum(map(len, CURVES.values()))
+
+PLAN = f"""SmolLM2-135M, trained to 8,192 tokens, reads {LENGTH:,}: as it is, by YaRN, by ReRoPE.
+  1. A needle: a sentence is hidden in a long text. Who can repeat it? Two minutes on two cores.
+  2. Curves: how well the next token is predicted, and how much a passage helps that was read
+     before: {READINGS} texts, eight minutes. They leave {OUT / "demo.png"}.
+Before that, once: packages into .venv (1.1 GB with a torch for CPUs, more with one for CUDA), the
+model into ~/.cache/extrope_kernels (540 MB), and the C++ kernels are compiled (1 to 5 minutes).
+Ctrl-C keeps what is done, and make demo goes on from there.
+"""
 
 
 def main() -> int:
-    began = time.monotonic()
-    print(plan(), flush=True)
-    with redirect_stdout(io.StringIO()):  # the table comes with the other methods
-        code = read("loss", PARTS["loss"][:1])
-    if code == 0:
-        print(estimate(), flush=True)
-    for task, methods in PARTS.items():
-        code = code or read(task, methods)
-    if code == 0:
-        print(f"Done in {tqdm.format_interval(time.monotonic() - began)}. The pictures:")
-        print("\n".join(f"  {OUT / task}.png" for task in PARTS))
-    return code
+    if sys.argv[1:] == ["--plan"]:
+        print(PLAN, flush=True)
+        return 0
+    try:
+        return show()
+    except KeyboardInterrupt:
+        kept = f"{OUT} keeps what was done" if any(OUT.glob("*.json")) else "nothing was done yet"
+        print(f"\ndemo: interrupted; {kept}. make demo goes on from there.", file=sys.stderr)
+        return 130
 
 
-def plan() -> str:
-    """Say what the demo will do."""
-    lines = [
-        f"SmolLM2-135M, trained to 8,192 tokens, reads {LENGTH:,} of the Python reference: "
-        f"{READINGS} readings.",
-        *(f"  {OUT / task}.png: {SHOWS[task]}, by {', '.join(PARTS[task])}" for task in PARTS),
-        "The first reading shows how long one takes here. Ctrl-C keeps those that are done.",
-    ]
-    if not converted_folder(SMOLLM2).exists():
-        lines.append(f"The model stays in {converted_folder(SMOLLM2)}, 540 MB.")
-    return "\n".join(lines)
+def show() -> int:
+    """Show both parts and return the exit code. All imports are here: Ctrl-C may come in them."""
+    from extrope_kernels.evaluation import UsageError, models
+
+    models.stay_offline()
+    try:
+        find_needle()
+        draw_curves()
+    except UsageError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def estimate() -> str:
-    """Say how long the readings take, by the first one."""
-    rows = json.loads((OUT / "loss.json").read_text())["rows"]
-    seconds = next(row["seconds"] for row in rows if row["method"] == PARTS["loss"][0])
-    total = tqdm.format_interval(seconds * READINGS)
-    return f"A reading takes {seconds:.0f} s here, all {READINGS} about {total}."
+def find_needle() -> None:
+    """Ask for the needle under each method, and show the answers."""
+    from extrope_kernels import extend
+    from extrope_kernels.evaluation import models, options, report
+
+    files, device = models.prepared(models.SMOLLM2, None)
+    dtype = faster_dtype(device)
+    model, tokenizer = models.load_model(files, dtype, device), models.load_tokenizer(files)
+    ids, before = hide(tokenizer)
+    header = {"length": LENGTH, "before": before, "dtype": dtype, "needle": NEEDLE}
+    path = options.check_out(OUT) / "needle.json"
+    rows = report.Rows(path, header, ("method", "params"))
+
+    after = ids.shape[1] - before
+    print(f"\n1. A needle. {LENGTH:,} tokens of the Python reference, among them\n     {NEEDLE}")
+    print(f"   and {after:,} tokens later, at the end\n     {QUESTION}\n", flush=True)
+    layers = len(models.decoder_layers(model))
+    known = sum(rows.known({"method": m, "params": p}) is not None for m, p in METHODS.items())
+    with (
+        report.Display(sys.stdout, len(METHODS) - known) as display,
+        models.after_each_layer(model, display.tick),
+    ):
+        for method, params in METHODS.items():
+
+            def ask(method: str = method, params: dict = params) -> dict[str, str]:
+                display.begin(f"reading by {method}", layers)
+                with extend(model, method, **params):
+                    return {"answer": answer(model, tokenizer, ids)}
+
+            plan = {"method": method, "params": params}
+            row = rows.known(plan) or rows.add(plan, ask)
+            found = "found" if NEEDLE.split()[-1] in row["answer"] else "not found"
+            name = report.name_of("as it is" if method == "rope" else method, params)
+            display.line(f"   {name:<20} {row['seconds']:3.0f} s  {found:<10} {row['answer']!r}")
+    print(f"\n   That is one text. {ruler_of_all()}", flush=True)
 
 
-def read(task: str, methods: tuple[str, ...]) -> int:
-    """Measure what is missing, draw the picture, and return the exit code."""
-    what = ["--model", SMOLLM2, "--task", task, "--methods", ",".join(methods)]
-    return command(["eval", *what, "--lengths", str(LENGTH), "--trials", "1", "--out", str(OUT)])
+def faster_dtype(device: str) -> str:
+    """Return "bfloat16" where the device multiplies in it faster than in float32."""
+    import torch
+
+    seconds = {}
+    for dtype in ("float32", "bfloat16"):
+        matrix = torch.ones(1024, 1024, dtype=getattr(torch, dtype), device=device)
+        (matrix @ matrix).sum().item()  # the first one loads kernels
+        began = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        seconds[dtype] = time.perf_counter() - began
+    return min(seconds, key=seconds.__getitem__)
+
+
+def hide(tokenizer):
+    """Return the Python reference with the needle in it: (1, LENGTH - NEW) int64; its place."""
+    import torch
+
+    from extrope_kernels.evaluation import texts
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    start = tokens("Remember the access code in the following text.\n\n")
+    needle, end = tokens(f"\n{NEEDLE}\n"), tokens(f"\n\nQuestion: {QUESTION}\nAnswer: {ANSWER}")
+    room = LENGTH - NEW - len(start) - len(needle) - len(end)
+    text = texts.read_text(tokenizer, "pydocs").ids.tolist()
+    at = int(0.35 * room)
+    return torch.tensor([[*start, *text[:at], *needle, *text[at:room], *end]]), len(start) + at
+
+
+def answer(model, tokenizer, ids) -> str:
+    """Return the line with which the model goes on."""
+    import torch
+
+    out = model.generate(
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids, device=model.device),
+        max_new_tokens=NEW,
+        do_sample=False,
+    )
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text.strip().partition("\n")[0]
+
+
+def ruler_of_all() -> str:
+    """Return what RULER found over its texts of this length, from the kept results."""
+    import ruler
+    from harness import RESULTS
+
+    cells = {cell.key[3:]: cell for cell in ruler.read(RESULTS / "ruler" / "smollm2.csv")
+             if (cell.task, cell.length) == (ruler.TASKS[0], LENGTH)}  # fmt: skip
+    parts = []
+    for method, params in METHODS.items():
+        scores = cells[ruler.names(method, params)].scores
+        parts.append(f"{method} {sum(scores):.0f} of {len(scores)}")
+    return f"RULER asked for more, and found: {', '.join(parts)} (docs/guide/measured.md)."
+
+
+def draw_curves() -> None:
+    """Measure loss and recall under their methods, and draw both."""
+    import evaluations
+    import plots
+
+    from extrope_kernels.evaluation import evaluate, models
+
+    print(f"\n2. Curves, in nats a token, from {READINGS} readings of the Python reference.")
+    began, found = time.monotonic(), {}
+    for task, methods in CURVES.items():
+        print(f"\n   {task}, {len(methods)} readings:", flush=True)
+        measured = evaluate(
+            models.SMOLLM2, methods, LENGTH, task=task, trials=1, out=OUT, table=sys.stdout
+        )
+        found[task] = evaluations.compact(measured, {"loss": "demo", "recall": "gains"}[task])
+    plots.draw_demo(OUT / "demo.png", **found)
+    print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes: {OUT / 'demo.png'}")
 
 
 if __name__ == "__main__":

@@ -53,19 +53,26 @@ def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
 
     Raises ValueError if the file's rows are of other texts: rows are compared piece by piece.
     """
-    measured, path = json.loads(found.read_text()), results / FOLDER / f"{name}.json"
+    new, path = compact(json.loads(found.read_text()), kind), results / FOLDER / f"{name}.json"
     content = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    texts = measured["texts"]
+    texts = new["texts"]
     kept = content.get("texts", texts)
     if len(kept) != len(texts) or any(a.items() - b.items() for a, b in zip(kept, texts)):
         raise ValueError(f"{path} is of other texts than {found}: {kept}, not {texts}")
-    content |= {key: measured[key] for key in ABOUT if key in measured}
     rows = {_key(row): row for row in content["rows"]}
-    for row in measured["rows"]:
-        own = {"method": row["method"], "params": row["params"]}
-        own |= KEPT[kind](row, measured["training_length"])
-        rows[_key(own)] = rows.get(_key(own), {}) | own
-    write(path, {**content, "rows": list(rows.values())})
+    for row in new["rows"]:
+        rows[_key(row)] = rows.get(_key(row), {}) | row
+    write(path, {**content, **new, "rows": list(rows.values())})
+
+
+def compact(measured: Row, kind: str) -> Row:
+    """Return what `eval` measured, with the numbers of tables and plots alone."""
+    trained = measured["training_length"]
+    rows = [
+        {"method": row["method"], "params": row["params"], **KEPT[kind](row, trained)}
+        for row in measured["rows"]
+    ]
+    return {key: measured[key] for key in ABOUT if key in measured} | {"rows": rows}
 
 
 def _key(row: Row) -> str:

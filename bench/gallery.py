@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
-from tables import described, link
+from tables import api_link, described, link
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, methods, scores
@@ -72,7 +72,8 @@ PLAIN = Score("plain", (Region(FIRST_KEY, SAME, SAME),))
 BEFORE, AFTER, LIMIT, UNSEEN = "#8a949e", "#0b62a4", "#c8321f", "#e4e6e8"
 AXES = (AFTER, "#d98200", "#0a8754")
 NEAR_TO_FAR = colormaps["YlGnBu"].with_extremes(over=LIMIT)
-COLUMNS = 4
+COLUMNS = 3
+STRIP = ("rope", "yarn", "rerope")  # the three of README
 
 
 def example(kind: Mapping[str, Callable], examples: Mapping[str, dict], name: str) -> Any:
@@ -234,31 +235,51 @@ def draw_all() -> Figure:
     """Draw the picture of all methods."""
     frequencies, maps = frequency_examples(), {"plain RoPE": PLAIN} | score_examples()
     rows = [math.ceil(len(each) / COLUMNS) for each in (frequencies, maps)]
-    heights = [0.5 + 1.2 * rows[0], 0.5 + 1.65 * rows[1]]
-    figure = Figure(figsize=(6.4, sum(heights)), layout="constrained")
+    heights = [0.6 + 1.2 * rows[0], 0.6 + 1.65 * rows[1]]
+    figure = Figure(figsize=(5.2, sum(heights)), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     for axes, freqs in panels(upper, frequencies):
         draw_frequencies(axes, freqs)
         axes.tick_params(labelsize=7)
         axes.label_outer()
     upper.suptitle(
-        "Frequencies: in how many tokens each pair of dims rotates once,\n"
-        "grey as trained, blue with the method; red: the trained length",
+        "Frequencies: in how many tokens each pair rotates once,\n"
+        "grey as trained, blue with the method; red: trained length",
         fontsize=9,
     )
     for axes, score in panels(lower, maps):
-        seen = distances(score)
-        draw_map(axes, seen)
-        axes.set_ylabel("")
-        axes.tick_params(labelsize=7)
-        curve = axes.inset_axes((0.55, 0.55, 0.45, 0.45))
-        draw_curve(curve, seen)
-        curve.set(xticks=[], yticks=[])
+        draw_small(axes, score)
     lower.suptitle(
-        "Scores: the distance that a query (down) sees of a key (across), from\n"
+        "Scores: the distance that a query (down) sees of a key (across),\n"
         "near (yellow) to the trained length (blue), and farther (red)",
         fontsize=9,
     )
+    return figure
+
+
+def draw_small(axes: Axes, score: Score) -> None:
+    """Draw the map of a score method, and its curve in the corner."""
+    seen = distances(score)
+    draw_map(axes, seen)
+    axes.set_ylabel("")
+    axes.tick_params(labelsize=7)
+    curve = axes.inset_axes((0.55, 0.55, 0.45, 0.45))
+    draw_curve(curve, seen)
+    curve.set(xticks=[], yticks=[])
+
+
+def draw_strip() -> Figure:
+    """Draw three methods: what was trained, other frequencies, other distances."""
+    figure = Figure(figsize=(6, 2.5), layout="constrained")
+    rope, yarn, rerope = figure.subplots(1, 3)
+    draw_frequencies(rope, frequency_examples()["rope"])
+    draw_frequencies(yarn, frequency_examples()["yarn"])
+    draw_small(rerope, score_examples()["rerope"])
+    rope.set_ylabel("tokens a rotation")
+    rerope.set_ylabel("query", labelpad=-8)
+    for axes, name in zip((rope, yarn, rerope), STRIP, strict=True):
+        axes.set_title(name, fontsize=12, fontweight="bold")
+        axes.tick_params(labelsize=9)
     return figure
 
 
@@ -319,14 +340,15 @@ def entry(kind: str, registry: Mapping[str, Callable], examples: Mapping, name: 
     for key, value in examples[name].items():
         given.append(f"{key}=..." if isinstance(value, list) else f"{key}={value:g}")
     call = f"{kind}.{name}({', '.join(given)})"
-    return (
-        f"### `{name}`\n\n{what} ({link(paper)}).\n\n![{call}](gallery/{name}.png)\n\n`{call}`\n\n"
-    )
+    axis = {"methods": "frequencies", "scores": "scores"}[kind]
+    links = f"{link(paper)}, {api_link(axis, name)}"
+    return f"### `{name}`\n\n{what} ({links}).\n\n![{call}](gallery/{name}.png)\n\n`{call}`\n\n"
 
 
 if __name__ == "__main__":
     rcParams.update({"xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 8})
     save(draw_all(), DOCS / "methods.png", 220)
+    save(draw_strip(), DOCS / "strip.png", 160)
     for name, method in (frequency_examples() | score_examples()).items():
         save(draw_one(name, method), DOCS / "gallery" / f"{name}.png", 150)
     (DOCS / "gallery.md").write_text(page(), encoding="utf-8")

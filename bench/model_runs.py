@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import evaluations
 
+from extrope_cli import main as command
 from extrope_kernels import methods
-from extrope_kernels.cli import main as command
 
 BUILD = Path(__file__).parents[1] / "build" / "model_runs"
 TRAINED = 8192

@@ -18,7 +18,7 @@ from harness import RESULTS
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
+from matplotlib.patches import Patch
 
 from extrope_kernels.scores import SCORES
 
@@ -47,7 +47,7 @@ class Shown(NamedTuple):
 YARDSTICKS = ("clone", "copy_", "no window")  # not other ways to the same result
 ROPE, LONG, SHORT = "8192 x 32/8 x 128", "8192 x 8/2 x 128", "2048 x 8/2 x 64"
 CACHE = "1 on 32768 x 8/2 x 128"
-PLAIN = "plain attention, unrotated"
+PLAIN = "plain attention, no rotation"
 MACHINE = "amx"  # its folder of results: all bars and curves are of one processor
 SHOWN = (
     Shown("rotate q and k", "rope", "forward, half-split", "bfloat16", ROPE),
@@ -76,20 +76,26 @@ def against_the_best(shown: Shown, results: Path = RESULTS) -> tuple[float, str]
 
 
 def speed(path: Path, results: Path = RESULTS) -> None:
-    figure = Figure(figsize=(8.2, 3.2), layout="constrained")
+    """Draw a bar for each case; grey where the others compute less."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for place, shown in enumerate(SHOWN):
-        times, best = against_the_best(shown, results)
-        axes.barh(place, times, height=0.62, color="tab:gray" if shown.theirs else "tab:blue")
-        text = f" {times:.1f}: {best}{f' ({shown.theirs})' if shown.theirs else ''}"
-        axes.text(times, place, text, va="center", fontsize=8)
-    names = [f"{s.label}\n{s.dtype}, {s.shape}" for s in SHOWN]
-    axes.set_yticks(range(len(SHOWN)), names, fontsize=7)
+    colours = {False: "#0072B2", True: "#9a9a9a"}
+    found = [against_the_best(shown, results) for shown in SHOWN]
+    for place, (shown, (times, best)) in enumerate(zip(SHOWN, found, strict=True)):
+        axes.barh(place, times, height=0.62, color=colours[bool(shown.theirs)])
+        axes.text(times, place, f" {times:.1f} x {best}", va="center", fontsize=11)
+    axes.set_yticks(range(len(SHOWN)), [f"{s.label}\n{s.dtype}" for s in SHOWN], fontsize=11)
     axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlim(0, 2.1 * max(against_the_best(shown, results)[0] for shown in SHOWN))
-    axes.set_xlabel("times as fast as the fastest of the others", fontsize=8)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.text(1, -0.75, "1: as fast", ha="center", fontsize=10)
+    longest = max(times for times, _ in found)
+    axes.set_xlim(0, 1.75 * longest)  # room for the names
+    axes.set_xticks(range(int(longest) + 1))
+    axes.set_xlabel("times as fast as the fastest other", fontsize=12, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+    told = {"the same result": colours[False], f"it does less: {PLAIN}": colours[True]}
+    keys = [Patch(color=colour, label=label) for label, colour in told.items()]
+    figure.legend(handles=keys, frameon=False, fontsize=11, loc="outside lower left", ncols=2)
     save(figure, path)
 
 
@@ -125,34 +131,61 @@ def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
 # -------------------------------------------------------------------------------------------------
 # SmolLM2
 
-NEAR = 0.16  # nats from YaRN: as far as the second panel shows
+# Colour, marker, its size, and label of the methods of `make demo` and of README.
+LOOKS = {
+    "rope": ("#000000", "o", 6, "as it is"),
+    "pi": ("#D55E00", "^", 6, "PI"),
+    "yarn": ("#0072B2", "s", 9, "YaRN"),
+    "rerope": ("#009E73", "D", 5, "ReRoPE"),
+}
 
 
 def demo(path: Path, results: Path = RESULTS) -> None:
-    """Draw the loss by position, and beside it over YaRN's: the good methods are one line else."""
-    found = evaluations.read("demo", results)
-    yarn = next(row for row in found["rows"] if row["method"] == "yarn")
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    whole, near = figure.subplots(1, 2)
-    middles = [(n + 0.5) * found["bucket"] for n in range(len(yarn["losses"]))]
-    for row, marker in zip(found["rows"], cycle("osD^vPX")):
-        over = [loss - other for loss, other in zip(row["losses"], yarn["losses"], strict=True)]
-        look = {"marker": marker, "markersize": 4, "label": row["method"]}
-        whole.plot(middles, row["losses"], **look)
-        near.plot(middles, over, **look)
-    near.set_ylim(-NEAR, NEAR)
-    for axes, label in ((whole, "next-token loss (nats)"), (near, "the same over YaRN's")):
-        axes.axvspan(found["training_length"], found["bucket"] * len(middles), color="0.95")
-        axes.set(xlabel="position in the text; grey: past the training length", ylabel=label)
-        axes.xaxis.set_major_locator(MultipleLocator(2 * found["bucket"]))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlim(0, found["bucket"] * len(middles))
+    draw_demo(path, evaluations.read("demo", results), evaluations.read("recall", results))
+
+
+def draw_demo(path: Path, loss: dict, recall: dict) -> None:
+    """Draw loss by position, and below it recall by distance, of the methods in LOOKS."""
+    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    bucket, trained = loss["bucket"], loss["training_length"]
+    read = bucket * len(loss["rows"][0]["losses"])
+    for row in loss["rows"]:
+        if look := _look(row["method"]):
+            middles = [(n + 0.5) * bucket for n in range(len(row["losses"]))]
+            upper.plot(middles, row["losses"], **look)
+    for row in recall["rows"]:
+        gains, errors = zip(*row["gains"], strict=True)
+        lower.errorbar(recall["distances"], gains, errors, capsize=3, **_look(row["method"]))
+    upper.axvspan(trained, read, color="0.94", zorder=0)
+    upper.text(trained, 0.97, " past the training length", va="top", fontsize=11,
+               transform=upper.get_xaxis_transform())  # fmt: skip
+    upper.set(xlim=(0, read), xlabel="position in the text", ylabel="loss (nats a token)")
+    upper.set_title("How well the next token is predicted", loc="left", fontsize=12)
+    upper.set_xticks(range(0, read + 1, trained // 2))
+    upper.xaxis.set_major_formatter("{x:,.0f}")
+    lower.axhline(0, color="0.35", linewidth=0.8)
+    lower.set_xscale("log", base=2)
+    lower.set_xticks(recall["distances"], [f"{x:,}" for x in recall["distances"]])
+    lower.set(xlabel="tokens since the passage was read", ylabel="saved (nats a token)")
+    lower.set_title("What a passage that was read before saves", loc="left", fontsize=12)
+    for axes in (upper, lower):
         axes.grid(axis="y", color="0.88")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*whole.get_legend_handles_labels(), frameon=False, loc="outside right center")
+    keys = upper.get_legend_handles_labels()
+    figure.legend(*keys, frameon=False, fontsize=11, loc="outside lower center", ncols=len(LOOKS))
     save(figure, path)
 
 
+def _look(method: str, more: str = "") -> dict:
+    """Return how a method is drawn; nothing if it is not."""
+    if method not in LOOKS:
+        return {}
+    colour, marker, size, label = LOOKS[method]
+    return {"color": colour, "marker": marker, "markersize": size, "label": label + more}
+
+
+TRAINED = 8192  # tokens, of SmolLM2
 WORST = 0.35  # nats over YaRN; methods that cost more are left out
 MARKERS = dict(zip(SCORES, cycle("os^Dv*PX")))  # their points lie too close for names
 
@@ -193,32 +226,37 @@ def tradeoff(path: Path, results: Path = RESULTS) -> None:
 
 
 def ruler_shares(path: Path, results: Path = RESULTS) -> None:
-    """Draw the share of RULER's answers by length, with Wilson's interval of 95%."""
+    """Draw the share of RULER's needles by length, with Wilson's interval of 95%."""
     cells = [
         cell
         for cell in ruler.read(results / "ruler" / "smollm2.csv")
-        if cell.task == ruler.TASKS[0]
+        if cell.task == ruler.TASKS[0] and cell.length <= 2 * TRAINED
     ]
     lengths = sorted({cell.length for cell in cells})
-    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for place, each in enumerate(ruler.METHODS["smollm2"]):
-        own = [cell for cell in cells if cell.key[3:] == ruler.names(*each)]
-        if not own:
-            continue
-        beside = [lengths.index(cell.length) + 0.07 * (place - 4) for cell in own]
+    shown = [each for each in ruler.METHODS["smollm2"] if (each[0] or "rope") in LOOKS]
+    for place, each in enumerate(shown):
+        method, parameters = ruler.names(*each)
+        own = [cell for cell in cells if cell.key[3:] == (method, parameters)]
+        beside = [lengths.index(cell.length) + 0.05 * (place - 1.5) for cell in own]
         shares = [fmean(cell.scores) for cell in own]
         ends = [ruler.interval(cell) for cell in own]
         errors = [[share - low for share, (low, _) in zip(shares, ends)],
                   [high - share for share, (_, high) in zip(shares, ends)]]  # fmt: skip
-        label = ruler.label(*ruler.names(*each))
-        axes.errorbar(beside, shares, errors, label=label, marker="osD^v*PX<"[place], capsize=2)
+        dashed = "--" if parameters == "factor=4" else "-"
+        look = _look(method, f", {parameters}" if parameters else "")
+        axes.errorbar(beside, shares, errors, linestyle=dashed, capsize=3, **look)
+    axes.axvspan(lengths.index(TRAINED) + 0.2, len(lengths) - 0.5, color="0.94", zorder=0)
+    axes.text(lengths.index(TRAINED) + 0.22, 1.07, "past the training length", fontsize=11)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set(xlabel="tokens (trained on 8,192)", ylabel="needles found", ylim=(-0.05, 1.05))
+    axes.set(xlabel="tokens of the text", ylabel="needles found", ylim=(-0.05, 1.15))
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlim(-0.3, len(lengths) - 0.5)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    axes.legend(frameon=False, fontsize=11, loc="lower left")
     save(figure, path)
 
 

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -106,13 +105,11 @@ def stale(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
 
 
 def keep(root: Path, results: Path) -> None:
-    """Keep the results of `make demo`, with its plots, and of `search` in build/."""
-    docs, build = root / "docs", root / "build"
+    """Keep the results of `make demo` and of `search` in build/."""
+    build = root / "build"
     for task, name, kind in (("loss", "demo", "demo"), ("recall", "recall", "gains")):
         if (found := build / "demo" / f"{task}.json").exists():
             evaluations.keep(found, name, kind, results)
-            if name != "demo":  # plots.py draws that one
-                shutil.copyfile(found.with_suffix(".png"), docs / f"{name}.png")
     for found in sorted(build.glob("search*/search.json")):
         evaluations.keep_search(found, results)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -44,7 +45,7 @@ TASKS = (
 SHORTER = {name: 48 for name in TASKS if name.startswith("niah")}
 Method = tuple[str | None, dict[str, Any]]
 # None: the model as it is. One set of parameters for all lengths, of those that have good losses in
-# docs/guide/choose.md past each model's training length.
+# docs/guide/measured.md past each model's training length.
 METHODS: dict[str, tuple[Method, ...]] = {
     "smollm2": (
         (None, {}),
@@ -297,6 +298,8 @@ def main() -> int:
     add("--samples", type=int, default=50, help="of each cell (default 50)")
     add("--device", help="torch device; default: cuda where there is one, else cpu")
     given = parser.parse_args()
+    if importlib.util.find_spec("lm_eval") is None:
+        parser.error("lm-eval is not installed; run: pip install 'lm-eval[hf,ruler]'")
     if not 0 < given.samples <= FROZEN:
         parser.error(f"--samples must be from 1 to {FROZEN}, got {given.samples}")
     try:

@@ -418,6 +418,28 @@ def link(paper: str) -> str:
     return f"[{label}]({paper})"
 
 
+DOCS = Path(__file__).parents[1] / "docs"
+API = {  # the page of each axis
+    "frequencies": "methods",
+    "scores": "scores",
+    "permutations": "permuteformer",
+    "positions": "positions",
+}
+
+
+def api_link(axis: str, name: str) -> str:
+    """Return the link from a page of docs/ to a method in the API."""
+    page = f"api/{API[axis]}.md"
+    own = rf"^::: (\S+\.{name.removeprefix('positions.')})$"
+    return f"[API]({page}#{re.search(own, (DOCS / page).read_text(), re.MULTILINE)[1]})"
+
+
+def pictured(row: MethodRow, folder: str = "") -> str:
+    """Name a method, with a link to its picture in the gallery where it has one."""
+    known = (DOCS / "gallery" / f"{row.name}.png").exists()
+    return f"[`{row.name}`]({folder}gallery.md#{row.name})" if known else f"`{row.name}`"
+
+
 AXES = {
     "frequencies": "frequencies: how fast each pair of dims rotates",
     "scores": "scores: which relative position a query sees of a key",
@@ -432,11 +454,15 @@ def method_table(results: Path, only: str = "") -> str:
     if only == "measured":
         return _measurements(rows, results)
     if only == "papers":
-        lines = [[f"`{row.name}`", row.what, link(row.paper)] for row in rows]
-        return table(["method", "what it does", "paper"], lines)
+        lines = [[pictured(row), row.what, link(row.paper), api_link(row.axis, row.name)]
+                 for row in rows]  # fmt: skip
+        return table(["method", "what it does", "paper", "call"], lines)
     linked: dict[str, list[str]] = {}
     for row in rows:
-        linked.setdefault(AXES[row.axis], []).append(f"[`{row.name}`]({row.paper})")
+        name = pictured(row, "docs/")
+        if "](" not in name:
+            name = f"[{name}]({row.paper})"
+        linked.setdefault(AXES[row.axis], []).append(name)
     return table(["axis", "methods"], [[axis, ", ".join(links)] for axis, links in linked.items()])
 
 

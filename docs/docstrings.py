@@ -20,7 +20,7 @@ class Arguments(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """Return the docstring with its arguments as a list, and displayed formulas as code."""
+    """Return the docstring with its arguments as a list, and its errors in bold."""
     lines: list[str] = []
     inside = False
     for line in text.splitlines():
@@ -33,5 +33,5 @@ def as_markdown(text: str) -> str:
             inside = True
         else:
             inside = inside and line.startswith("    ")
-            lines.append(line)
+            lines.append(re.sub(r"^(Raises|Returns)\b", r"**\1**", line))
     return "\n".join(lines)

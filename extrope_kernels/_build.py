@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ CXX_FLAGS = (
 )
 # The kernels decide the speed; their bindings to torch compile faster with less optimisation.
 KERNEL, BINDING = "-O3", "-O1"
+_TELL_EVERY = 15.0  # seconds between lines of progress, where there is no terminal
 NVCC_FLAGS = (STANDARD, BINDING, "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 _BF16 = f"{_AVX512} -mavx512bf16"
@@ -284,12 +286,13 @@ def run_ninja(
     """Compile `objects`, each by a command that ends in its source, and link `library` from them.
 
     All paths are relative to `folder`. The file `log` gets ninja's output, a terminal its count of
-    steps. Raises BuildError with the line that says why it failed.
+    steps, any other stderr the count now and then. Raises BuildError with the line that says why it
+    failed.
     """
     command = [find_ninja(), "-v"]  # -v: the log holds whole commands
     (folder / "build.ninja").write_bytes(os.fsencode(_ninja_file(objects, library, link)))
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    printed = []
+    printed, told = [], time.monotonic()
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
@@ -306,8 +309,13 @@ def run_ninja(
             for line in process.stdout or ():
                 file.write(line)
                 printed.append(line.strip())
-                if terminal and (count := re.match(r"\[\d+/\d+\]", line)):
+                if sys.stderr is None or not (count := re.match(r"\[\d+/\d+\]", line)):
+                    continue
+                if terminal:
                     print(f"\r{count[0]}", end="", file=sys.stderr, flush=True)
+                elif time.monotonic() - told > _TELL_EVERY:
+                    told = time.monotonic()
+                    print(f"{count[0]} steps of the build", file=sys.stderr, flush=True)
         except BaseException:  # such as KeyboardInterrupt
             # Otherwise the compilers would go on, and write into the next build's files.
             process.terminate()

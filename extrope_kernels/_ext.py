@@ -10,6 +10,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from . import _build
 NAMESPACE = "extrope"
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
+_thread = threading.local()
 _reasons: dict[str, str | None] = {}
 _paths: dict[str, Path] = {}
 _watchers: dict[str, list[Callable[[str | None], None]]] = {}
@@ -62,6 +64,25 @@ def load(name: str, *, quiet: bool = False) -> str | None:
                 told = f"extrope_kernels has no {name} library here, {_INSTEAD[name]}: {why}"
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
         return _reasons[name]
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Leave libraries unloaded in a block: this thread's ops run as the reference where one lacks.
+
+    For trials on a few tokens, which are not worth the minutes of a build.
+    """
+    before = getattr(_thread, "deferred", False)
+    _thread.deferred = True
+    try:
+        yield
+    finally:
+        _thread.deferred = before
+
+
+def is_deferred(name: str) -> bool:
+    """Return True if the library `name` is not to be loaded now, and is not yet."""
+    return name not in _reasons and getattr(_thread, "deferred", False)
 
 
 def path(name: str) -> Path:

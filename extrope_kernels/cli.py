@@ -1,4 +1,4 @@
-"""The command line: info, check, eval, search, bench."""
+"""The commands `info` and `bench`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from . import __version__, _build, _ext
-from .evaluation import cli as evaluation
-from .evaluation.search import cli as search
-from .model_check import cli as check
 from .ops import attention, permuteformer, rope
 
 CPU_CAPABILITIES = (
@@ -26,80 +22,15 @@ CPU_CAPABILITIES = (
     "AMX",
     "NEON",
 )  # the numbers that extrope::cpu_capability returns
-_EXAMPLES = {
-    "info": ("info",),
-    "check": (
-        "check Qwen/Qwen3-0.6B",
-        "check path/to/model --length 65536",
-        "check config.json --length 65536 --json",
-    ),
-    "eval": (
-        "eval --model smollm2 --methods rope,yarn,rerope --lengths 16384 --out found",
-        "eval --model path/to/model --task recall --methods yarn,rerope --lengths 16384,32768 "
-        "--text book.txt --param yarn.beta_fast=16 --out found",
-    ),
-    "search": (
-        "search --model smollm2 --text pydocs --length 16384 --budget 60 --out found",
-        "search --model path/to/model --text a.txt --text b.txt --held-out c.txt --length 32768 "
-        "--dtype bfloat16 --out found",
-    ),
-    "bench": ("bench", "bench rope attention"),
-}
-_AFTER = {
-    "eval": "Ctrl-C keeps the finished rows; the same call goes on with the others.",
-    "search": "Ctrl-C keeps what was measured; the same call goes on behind it.",
-}
 OPS = {"rope": rope, "attention": attention, "permuteformer": permuteformer}
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all\n")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    args = make_parser().parse_args(argv)
-    try:
-        if args.command == "info":
-            print(info())
-            return 0
-        if args.command == "bench":
-            return run_benchmarks(args.names)
-        return {"eval": evaluation, "search": search, "check": check}[args.command].run(args)
-    except KeyboardInterrupt:
-        print(f"{args.command}: interrupted", file=sys.stderr)
-        return 130
-
-
-def make_parser() -> Parser:
-    """Return the parser of all commands, named as the command was called."""
-    script = "extrope"
-    prog = script if Path(sys.argv[0]).stem == script else "python -m extrope_kernels"
-    parser = Parser(prog=prog, description="Let a transformer read further than it was trained to.")
-    parser.add_argument("--version", action="version", version=f"extrope_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add(name: str, says: str) -> Parser:
-        examples = "\n".join(f"  {prog} {example}" for example in _EXAMPLES[name])
-        after = f"\n\n{_AFTER[name]}" if name in _AFTER else ""
-        return commands.add_parser(
-            name,
-            help=says,
-            description=f"{says[0].upper()}{says[1:]}.",
-            epilog=f"examples:\n{examples}{after}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    add("info", "show what is installed and which kernel runs where")
-    check.add_arguments(add("check", "show what a model's configuration really does"))
-    evaluation.add_arguments(add("eval", "measure a model past its training length, per method"))
-    search.add_arguments(add("search", "find what lets a model read a length best"))
-    bench = add("bench", "run the benchmarks of a checkout")
-    bench.add_argument("names", nargs="*", metavar="NAME", help="such as rope; default: all")
-    return parser
+def run(args: argparse.Namespace) -> int:
+    """Run `info` or `bench` and return the exit code."""
+    if args.command == "bench":
+        return run_benchmarks(args.names)
+    print(info())
+    return 0
 
 
 def info() -> str:
@@ -113,7 +44,7 @@ def info() -> str:
         reports = module.backends()
         lines += [(f"{op} backend {name}", report) for name, report in reports.items()]
         chosen = {f"{op} on {device}": name for device, name in _choices(reports).items()}
-        if op == "attention":
+        if op == "attention" and torch.cuda.is_available():
             chosen["attention on cuda"] = attention.selection()
         lines += chosen.items()
     width = max(len(label) for label, _ in lines)
@@ -154,7 +85,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return "not installed (optional)"
 
 
 def _compiler_version() -> str:

@@ -1,63 +1,30 @@
-"""The `eval` command: measures how well each method lets a model read past its training length."""
+"""The commands `eval` and `search`."""
 
 from __future__ import annotations
 
 import argparse
-import ast
-import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from . import UsageError, plots
 from .models import stay_offline
-from .options import DTYPES
-from .runner import TASKS, evaluate
-
-TEXT = "UTF-8 file, or pydocs: the Python reference; repeatable"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options to a parser."""
-    add = parser.add_argument
-    add("--task", choices=tuple(TASKS), default="loss", help="default: loss")
-    add("--methods", type=names, required=True, help="comma-separated: rope,yarn,...,rerope,auto")
-    add("--lengths", type=numbers, required=True, help="numbers of tokens: 8192,16384")
-    add("--text", action="append", help=TEXT)
-    add(
-        "--param",
-        type=_param,
-        action="append",
-        default=[],
-        metavar="METHOD.NAME=VALUE",
-        help="a parameter of one method, such as yarn.beta_fast=16; repeatable",
-    )
-    add("--bucket", type=int, default=2048, help="loss: tokens per bucket (default 2048)")
-    add("--trials", type=int, default=3, help="pieces of each text (default 3)")
-    add_common_arguments(parser, "folder for the JSON file and the plot")
-
-
-def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add the options that `eval` and `search` have in common; `out` is the help of one."""
-    add = parser.add_argument
-    add("--model", required=True, help="transformers folder, .gguf file, smollm2 or gemma3-270m")
-    add("--out", required=True, help=out)
-    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    add("--device", help="torch device; default: cuda where there is one, else cpu")
-    add("--seed", type=int, default=0, help="of where texts are cut (default 0)")
+from .runner import evaluate
+from .search.run import search
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    return run_command("eval", _run, args)
-
-
-def run_command(name: str, command: Callable[..., object], args: argparse.Namespace) -> int:
-    """Call a command with its options and return its exit code; print any error in one line."""
-    given = {option: value for option, value in vars(args).items() if option != "command"}
+    """Run `eval` or `search`; return 0, 2 for a mistake, 130 for Ctrl-C, each told in one line."""
+    given = dict(vars(args))
+    name = given.pop("command")
+    command: Callable[..., object] = {"eval": _eval, "search": search}[name]
     stay_offline()
     if not plots.available():
-        print(f"{name}: no plot will be drawn: matplotlib is not installed", file=sys.stderr)
+        print(
+            f"{name}: no plot will be drawn: matplotlib is not installed (pip install matplotlib)",
+            file=sys.stderr,
+        )
     try:
         command(**given)
     except UsageError as error:
@@ -67,15 +34,20 @@ def run_command(name: str, command: Callable[..., object], args: argparse.Namesp
         raise
     except OSError as error:  # such as a full disk
         why = " ".join(str(error).split())
-        print(f"{name}: {why}; what was measured before is in {args.out}", file=sys.stderr)
+        print(f"{name}: {why}{_kept(args.out)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; finished rows are in {args.out}", file=sys.stderr)
+        print(f"{name}: interrupted{_kept(args.out)}", file=sys.stderr)
         return 130
     return 0
 
 
-def _run(methods: list[str], param: list[tuple[str, str, Any]], **given: Any) -> None:
+def _kept(out: str) -> str:
+    """Return where the finished rows are, if there are any."""
+    return f"; finished rows are in {out}" if any(Path(out).glob("*.json")) else ""
+
+
+def _eval(methods: list[str], param: list[tuple[str, str, Any]], **given: Any) -> None:
     params: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for method, name, value in param:
         if method not in params:
@@ -85,25 +57,3 @@ def _run(methods: list[str], param: list[tuple[str, str, Any]], **given: Any) ->
     evaluate(methods=params, table=sys.stdout, **given)
     png = " and .png" if plots.available() else ""
     print(f"wrote {given['out']}/{given['task']}.json{png}", file=sys.stderr)
-
-
-def names(text: str) -> list[str]:
-    """Return what a text lists, each once."""
-    if not (parts := [part.strip() for part in text.split(",") if part.strip()]):
-        raise argparse.ArgumentTypeError("must list at least one value, separated by commas")
-    return list(dict.fromkeys(parts))
-
-
-def numbers(text: str) -> list[int]:
-    """Return the numbers that a text lists; argparse tells that a text is none."""
-    return [int(part) for part in names(text)]
-
-
-def _param(text: str) -> tuple[str, str, Any]:
-    if (found := re.fullmatch(r"(\w+)\.(\w+)=(.*)", text, re.DOTALL)) is None:
-        raise argparse.ArgumentTypeError(f"must read METHOD.NAME=VALUE, got {text}")
-    method, name, value = found.groups()
-    try:
-        return method, name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return method, name, value

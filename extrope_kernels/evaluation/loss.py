@@ -78,11 +78,15 @@ class LossTask:
         edges = bucket_edges(max(lengths), bucket)
         self.heads = [f"{start}-{stop}" for start, stop in edges]
 
-    def measure(self, model: PreTrainedModel, pieces: Sequence[Tensor]) -> dict[str, Any]:
-        """Return the numbers of a row, for the model in its present state."""
-        losses = torch.cat([token_losses(model, ids[None]) for ids in pieces])
+    def read(self, model: PreTrainedModel, piece: Tensor) -> Tensor:
+        """Return the losses of a piece, for the model in its present state: (seqlen - 1,)."""
+        return token_losses(model, piece[None])[0]
+
+    def row(self, read: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the numbers of a row, from what `read` returned of each piece."""
+        losses = torch.stack(list(read))
         return {
-            "tokens": sum(map(len, pieces)),
+            "tokens": losses.numel() + len(losses),  # the first token of a piece has no loss
             **_over_pieces(losses),
             "buckets": bucket_means(losses, self.settings["bucket"]),
         }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from .._ext import cache_dirs
+from .._ext import cache_dirs, load
 from ..integrations._shared.parameters import trained_in, values_in
 from ..integrations.transformers import register_interface
 from ..integrations.transformers.model import generation_config_owner
@@ -101,9 +101,10 @@ def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:
     files = find_model(name)
     require("transformers")
     quiet()
-    print(f"loading {name}", file=sys.stderr, flush=True)
     if chosen.startswith("cpu"):
+        load("cpu")  # the first time it is compiled: before progress is told, and the time it takes
         keep_freed_memory()
+    print(f"loading {name}", file=sys.stderr, flush=True)
     return files, chosen
 
 

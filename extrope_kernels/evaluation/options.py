@@ -53,7 +53,7 @@ def _score_params(method: str, length: int, trained: int, given: dict[str, Any])
     """Return default parameters of a score method for a text of `length` tokens.
 
     window: half the training length; on SmolLM2 it cost less than three quarters
-        (docs/guide/choose.md). factor: 16, as in Leaky ReRoPE's code
+        (docs/guide/measured.md). factor: 16, as in Leaky ReRoPE's code
         (https://github.com/bojone/rerope). chunk_size, local_window: 3/4 and 1/8 of the training
         length, as in ChunkLlama. block_size: the training length, as in LEX. string: a shift of a
         third of the training length, and a window of 128, or 1/16 of a shorter training length.

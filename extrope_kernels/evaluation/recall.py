@@ -104,18 +104,23 @@ class RecallTask:
         self.settings: dict[str, Any] = {"distances": wanted, "passage": passage}
         self.heads = [f"{distance:,}" for distance in wanted]
 
-    def measure(self, model: PreTrainedModel, pieces: Sequence[Tensor]) -> dict[str, Any]:
-        """Return the numbers of a row, for the model in its present state."""
-        length = len(pieces[0]) - self.more
+    def read(self, model: PreTrainedModel, piece: Tensor) -> Tensor:
+        """Return the losses of a piece, for the model in its present state: (seqlen - 1,)."""
+        length = len(piece) - self.more
+        found = repeats(length, *self.settings.values())
+        return loss.token_losses(model, repeated(piece, length, found)[None])[0]
+
+    def row(self, read: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the numbers of a row, from what `read` returned of each piece."""
+        length = len(read[0]) + 1
         found = repeats(length, *self.settings.values())
         by_distance: dict[int, list[float]] = {repeat.distance: [] for repeat in found}
-        for piece in pieces:
-            losses = loss.token_losses(model, repeated(piece, length, found)[None])[0]
+        for losses in read:
             for repeat, gain in zip(found, gains(losses, found), strict=True):
                 by_distance[repeat.distance].append(gain)
         means = [(*mean_and_error(costs), costs) for costs in by_distance.values()]
         return {
-            "tokens": length * len(pieces),
+            "tokens": length * len(read),
             "gains": [
                 {"distance": distance, "gain": mean, "error": error, "passages": costs}
                 for distance, (mean, error, costs) in zip(by_distance, means, strict=True)

@@ -17,15 +17,17 @@ from typing import Any, TextIO
 from .. import __version__
 from . import UsageError
 
-_TELL_EVERY = 30.0  # seconds between lines of progress
-_LINE = "{desc}: {percentage:.0f}% of all, {elapsed} so far, about {remaining} left"
-_BAR = "{desc}: {percentage:3.0f}% of all |{bar}| {elapsed}, about {remaining} left"
+_TELL_EVERY = 15.0  # seconds between lines of progress
+_LINE = "{desc}: {percentage:.0f}% of all, {elapsed} so far"
+_BAR = "{desc}: {percentage:3.0f}% of all |{bar}| {elapsed}"
+_LEFT = ", about {remaining} left"
 
 
 class Display:
     """A table whose lines come one by one; stderr tells how far all rows are, in a `with` block.
 
-    A terminal gets a bar, anything else a line now and then.
+    A terminal gets a bar, anything else a line now and then. It tells how long the rest takes from
+    the second part on: the first also loads and warms up.
 
     total: the end of all progress: a number of rows, or of seconds.
     """
@@ -60,13 +62,15 @@ class Display:
             print(text, file=self._stream, flush=True)
 
     def begin(self, name: str, ticks: int, until: float | None = None) -> None:
-        """Begin the next row; its ticks lead to `until`, one row further if None."""
+        """Begin the next part; its ticks lead to `until`, one row further if None."""
+        if self._until and not self._bar.bar_format.endswith(_LEFT):
+            self._bar.bar_format += _LEFT
         self._until = self._bar.n + 1 if until is None else until
         self._step = max(0.0, self._until - self._bar.n) / max(1, ticks)  # 0: layers not found
         self._bar.set_description_str(name, refresh=False)
 
     def tick(self) -> None:
-        """Count a tick of the current row; more than it has count for nothing."""
+        """Count a tick of the current part; more than it has count for nothing."""
         self._bar.update(min(self._step, max(0.0, self._until - self._bar.n)))
 
 

@@ -137,12 +137,12 @@ def _measure(
 ) -> None:
     """Measure the rows that are missing, and show and draw each."""
     missing = sum(rows.known(row) is None for row in planned)
-    into = f" into {rows.path}" if rows.path else ""
-    print(f"measuring {missing} of {len(planned)} rows{into}", file=sys.stderr, flush=True)
     wide = max(12, *(len(row["method"]) for row in planned))
     widths = [max(_WIDTH, len(head)) for head in task.heads]
     trials, seed = rows.results["trials"], rows.results["seed"]
-    ticks = len(decoder_layers(model)) * len(read) * trials
+    layers, each = len(decoder_layers(model)), len(read) * trials
+    into = f" into {rows.path}" if rows.path else ""
+    print(f"{missing * each} texts to read{into}", file=sys.stderr, flush=True)
 
     def line(method: str, length: str, cells: Sequence[str]) -> str:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
@@ -151,14 +151,18 @@ def _measure(
     def measure(display: report.Display, method: str, length: int, params: Any) -> dict[str, Any]:
         places = [(text, index) for text in read for index in range(trials)]
         pieces = [text.piece(length, index, seed, task.more) for text, index in places]
+        found = []
         with extend(model, method, **params):
-            display.begin(f"{method} {length}", ticks)
-            return task.measure(model, pieces)
+            for number, piece in enumerate(pieces, 1):
+                name = f"reading text {number} of {each} by {method}, {length:,} tokens"
+                display.begin(name, layers)
+                found.append(task.read(model, piece))
+        return task.row(found)
 
-    with report.Display(table, missing) as display, after_each_layer(model, display.tick):
+    with report.Display(table, missing * each) as display, after_each_layer(model, display.tick):
         display.line(line("method", "tokens", task.heads))
-        for each in planned:
-            row = rows.known(each) or rows.add(each, partial(measure, display, **each))
+        for plan in planned:
+            row = rows.known(plan) or rows.add(plan, partial(measure, display, **plan))
             if rows.path and plots.available():
                 plots.plot(rows.results, rows.path.with_suffix(".png"))
             display.line(line(row["method"], str(row["length"]), task.cells(row)))

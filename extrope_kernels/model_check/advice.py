@@ -23,7 +23,7 @@ from ..scores import SCORES
 from .facts import Facts
 from .source import Source
 
-PAGE = "docs/guide/choose.md"
+PAGE = "docs/guide/measured.md"
 _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
 _BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
 # Why no configuration of such a model yields YaRN's frequencies, by its rope_type.
@@ -84,17 +84,35 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
     """Return the method to try first, and why."""
     trained, reach = facts.length.trained, facts.reach
     chunks = source.stated.get("dual_chunk_attention_config")
+    refused = "see below" if facts.scores.layers is None else None
+    if source.whole is not source.config and _axes(facts):  # as in `extend(model, length=)`
+        refused = "tokens of images have several positions"
     chosen = choose_method(
         length,
         trained,
         reach,
-        refused="see above" if facts.scores.layers is None else None,
+        refused=refused,
         chunks=isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks),
     )
     if chosen.method == "yarn":
         why = f"{chosen.reason}; more than its factor for far details ({PAGE})"
-        return yarn, why
-    return Candidate(chosen.method, dict(chosen.parameters)), f"{chosen.reason} ({PAGE})"
+        return yarn, why + _of_images(facts)
+    first = Candidate(chosen.method, dict(chosen.parameters))
+    return first, f"{chosen.reason} ({PAGE}){_of_images(facts)}"
+
+
+def _axes(facts: Facts) -> bool:
+    return any(each.sections for each in facts.rotations)
+
+
+def _of_images(facts: Facts) -> str:
+    """Return what is known of YaRN for tokens with several positions (mRoPE)."""
+    if not _axes(facts):
+        return ""
+    return (
+        "; with images or video YaRN's factor is to be smaller: Qwen advises 2 to 3 where text "
+        "takes 4"
+    )
 
 
 def _candidate(method: str, length: int, reach: int, trained: int) -> Candidate:

@@ -25,16 +25,6 @@ _QUOTED = re.compile(r"'[^']*'|\"(?:\\\\.|[^\"\\\\])*\"")
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options to a parser."""
-    add = parser.add_argument
-    add(
-        "model", metavar="MODEL", help="folder, .gguf, config.json, smollm2, or name in hub's cache"
-    )
-    add("--length", type=int, help="tokens to read: a method to try first, and lines to copy")
-    add("--json", action="store_true", help="the same facts as JSON")
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code: 2 if the model cannot be read."""
     try:
@@ -100,8 +90,13 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _paragraphs(model: str, facts: Facts, advice: Advice | None) -> Iterator[tuple[str, str, bool]]:
-    """Yield (label, text, alarming)."""
-    heads = f"{facts.heads} heads of {facts.head_dim}, {facts.key_heads} of keys"
+    """Yield (label, text, alarming): the answer to --length first, lines to copy last."""
+    if advice is not None:
+        yield "to try first", f"{advice.first or 'nothing'}: {advice.why}", False
+    keys = f"{facts.key_heads} of keys"
+    if facts.latent is not None:
+        keys = f"keys and values from a latent of {facts.latent}"
+    heads = f"{facts.heads} heads of {facts.head_dim}, {keys}"
     yield "model", f"{model}: {facts.architecture}, {heads}", False
     length = facts.length
     yield "training length", f"{length.trained:,} tokens ({length.origin})", False
@@ -114,13 +109,22 @@ def _paragraphs(model: str, facts: Facts, advice: Advice | None) -> Iterator[tup
     yield from _engines(facts)
     yield "cache", _cache(facts, length.reach if advice is None else advice.length), False
     yield "score methods", _scores(facts), False
-    if advice is None:
-        return
-    yield "to try first", f"{advice.first or 'nothing'}: {advice.why}", False
+    if advice is not None:
+        yield from _lines(advice)
+
+
+def _lines(advice: Advice) -> Iterator[tuple[str, str, bool]]:
+    """Yield what to copy for each engine; engines with the same line share one."""
     if advice.rope_parameters:
-        yield "", f"ROPE='{json.dumps(advice.rope_parameters)}'", False
+        yield "YaRN", f"ROPE='{json.dumps(advice.rope_parameters)}'", False
+    engines: dict[str, list[str]] = {}
     for engine, line in advice.lines.items():
-        yield engine, line, False
+        engines.setdefault(line, []).append(engine)
+    for line, sharing in engines.items():
+        if len(sharing) == 1:
+            yield sharing[0], line, False
+        else:
+            yield "other engines", f"{', '.join(sharing)}: {line}", False
 
 
 def _rotation(each: Rotation, trained: int) -> str:
@@ -129,10 +133,13 @@ def _rotation(each: Rotation, trained: int) -> str:
     if each.method is None:
         return f"{layers}: no rotation"
     factor = "" if each.factor is None else f", factor {each.factor:g}"
+    axes = ""
+    if each.sections:
+        axes = f"; mRoPE, of {' + '.join(map(str, each.sections))} pairs by axis of positions"
     return (
         f"{layers}: {each.method}, base {each.base:g}{factor}, attention factor "
         f"{each.attention_factor:.5g}; {each.unfinished} of {each.pairs} pairs never finish a turn "
-        f"in {min(trained, each.window or trained):,} tokens"
+        f"in {min(trained, each.window or trained):,} tokens{axes}"
     )
 
 

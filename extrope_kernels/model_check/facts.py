@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import RopeFreqs, methods
+from .. import RopeFreqs, _ext, methods
 from ..evaluation import UsageError
 from ..integrations._shared.parameters import is_bounded, trained_in
 from ..integrations.transformers import extend
@@ -53,6 +53,7 @@ class Rotation:
     """The rotation of one kind of layers; only `layers` and `window` are set if they do not rotate.
 
     window: tokens that a layer sees, None for all.
+    sections: pairs of each axis of positions (mRoPE), None for one axis.
     method, base, factor, attention_factor: in force, as transformers builds the model.
     unfinished: number of rotating pairs that made less than a turn in the tokens that the layer
         saw in training.
@@ -68,6 +69,7 @@ class Rotation:
     attention_factor: float | None = None
     pairs: int | None = None
     unfinished: int | None = None
+    sections: tuple[int, ...] | None = None
     transformers: str | None = None
     vllm: str | None = None
 
@@ -100,12 +102,16 @@ class Scores:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that `check` knows of a model, for any length."""
+    """Everything that `check` knows of a model, for any length.
+
+    latent: dims of the latent that keys and values are made from, None if they are cached whole.
+    """
 
     architecture: str
     heads: int
     key_heads: int
     head_dim: int
+    latent: int | None
     length: Length
     rotations: tuple[Rotation, ...]
     ignored: tuple[str, ...]
@@ -123,7 +129,8 @@ class Facts:
         return self.length.unscaled if fails else self.length.reach
 
 
-# A kind of layers: its name, if it rotates, and the number of last tokens that it sees.
+# A kind of layers: its name, if it rotates, and the number of last tokens that it sees, None for
+# all that the model is made for.
 Kind = tuple[str, bool, "int | None"]
 
 
@@ -164,10 +171,11 @@ def _gather(source: Source, model: PreTrainedModel, sites: list[RotaryModule]) -
         config.num_attention_heads,
         _key_heads(config),
         head_dim(config),
+        getattr(config, "kv_lora_rank", None),
         length,
         tuple(_rotations(source, sites, trial, length.trained)),
         tuple(source.ignored(type(model))),
-        source.warnings,
+        (*source.warnings, *_short_yarn(config, length)),
         _cache(config, trial),
         trial.temperature,
         trial.scores,
@@ -210,6 +218,15 @@ def read_length(source: Source) -> Length:
     return Length(trained, unscaled, origin, max(trained, reach), "max_position_embeddings")
 
 
+def _short_yarn(config: PreTrainedConfig, length: Length) -> Iterator[str]:
+    """Yield a warning if the factor of a model's YaRN does not reach its longest length."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    factor = parameters.get("factor")
+    if parameters.get("rope_type") == "yarn" and factor and factor * length.trained < length.reach:
+        reached = f"{factor:g} x {length.trained:,} = {factor * length.trained:,.0f} tokens"
+        yield f"takes the factor of its YaRN, which reaches {reached}"
+
+
 def try_out(model: PreTrainedModel) -> Trial:
     """Run a small model of random weights with the same kinds of layers."""
     config, first = model.config, alike(model)
@@ -231,7 +248,7 @@ def _ask_for_scores(model: PreTrainedModel) -> Scores:
     reason = ""
     for layers in ("full", "all"):
         try:
-            with extend(model, "rerope", window=2, layers=layers):
+            with _ext.deferred(), extend(model, "rerope", window=2, layers=layers):
                 return Scores(layers, None)
         except (ValueError, NotImplementedError) as error:
             reason = reason or shortened(error).removeprefix("extend: ")
@@ -241,13 +258,15 @@ def _ask_for_scores(model: PreTrainedModel) -> Scores:
 def _kinds(small: PreTrainedModel) -> list[Kind | None]:
     sites = find_rotary_modules(small, "all")
     try:
-        found = LayerProbe(small, owners_of(sites)[0], sites, "all")
+        with _ext.deferred():
+            found = LayerProbe(small, owners_of(sites)[0], sites, "all")
     except ValueError:
         return _named_kinds(small.config)
     kinds: list[Kind | None] = [None] * small.config.num_hidden_layers
     for number, layer in enumerate([*found.far, *found.near]):
         heads = found.far.get(layer)
         window = (heads and (heads.sliding_window or heads.chunk_size)) or None
+        window = _within(small.config, window)
         name = kind_of(layer) or ("sliding_attention" if window else "full_attention")
         window = window or _window(small.config, name)
         kinds[getattr(layer, "layer_idx", number)] = name, layer not in found.unrotated, window
@@ -280,13 +299,22 @@ def _attends(kind: str) -> bool:
 def _window(config: PreTrainedConfig, kind: str) -> int | None:
     names = ("sliding_window", "attention_chunk_size", "attention_window_size")
     values = [value for name in names if (value := getattr(config, name, None))]
-    return values[0] if values and is_bounded(kind) else None
+    return _within(config, values[0]) if values and is_bounded(kind) else None
+
+
+def _within(config: PreTrainedConfig, window: int | None) -> int | None:
+    """Return a window, None if it is no shorter than the texts that the model is made for."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return window if window and longest and window < longest else None
 
 
 def _rotations(source: Source, sites: list[RotaryModule], trial: Trial, trained: int) -> Any:
     """Yield a `Rotation` for each kind of layers."""
     by_kind = {kind: site for site in sites for kind in site.layer_types}
-    counted = Counter(each for each in trial.kinds if each is not None)
+    names = getattr(source.config, "layer_types", None) or ["other"] * len(trial.kinds)
+    counted = Counter(
+        each or (name, False, None) for each, name in zip(trial.kinds, names, strict=False)
+    )
     for (kind, rotates, window), layers in counted.items():
         key = kind if kind in by_kind else None
         if not rotates or key not in by_kind:
@@ -329,9 +357,17 @@ def _rotation(
         built.attention_factor,
         rotating,
         int((turns < 1).sum()),
-        _compare(built, stated, plain),
+        tuple(parameters.get("mrope_section") or ()) or None,
+        _of_weights(fresh) or _compare(built, stated, plain),
         in_vllm,
     )
+
+
+def _of_weights(rotary: Any) -> str | None:
+    """Return a line for a rotary embedding whose frequencies are weights (Mistral Large 4)."""
+    if not (names := list(rotary._parameters)):
+        return None
+    return f"frequencies are weights ({', '.join(names)}): only `check(model)` can tell them"
 
 
 def _stated(source: Source, key: str | None, length: int | None = None) -> RopeFreqs | str:
@@ -352,12 +388,12 @@ def _compare(found: RopeFreqs | str, stated: RopeFreqs | str, plain: RopeFreqs) 
         if isinstance(each, str):
             return each
     assert isinstance(found, RopeFreqs) and isinstance(stated, RopeFreqs)
+    if found.inv_freq.shape != stated.inv_freq.shape:
+        return f"differs: {len(found.inv_freq)} pairs for {len(stated.inv_freq)}"
     if _close(found, stated):
         return AS_STATED
     if _close(found, plain):
         return IGNORED
-    if found.inv_freq.shape != stated.inv_freq.shape:
-        return f"differs: {len(found.inv_freq)} pairs for {len(stated.inv_freq)}"
     apart = ((found.inv_freq - stated.inv_freq).abs() / stated.inv_freq.clamp(min=1e-30)).max()
     factors = f"{found.attention_factor:.4g} for {stated.attention_factor:.4g}"
     return f"differs: frequencies by up to {apart:.2g}, attention factor {factors}"
@@ -385,7 +421,8 @@ def _cached(small: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[int,
         for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if held is not None and held.dim() == 4:  # latents serve all heads together
                 dims += (many if held.shape[1] == few else held.shape[1]) * held.shape[3]
-        found[number] = dims, getattr(layer, "sliding_window", None)
+        window = getattr(layer, "sliding_window", None)
+        found[number] = dims, _within(small.config, window)
     return found
 
 

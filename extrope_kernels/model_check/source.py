@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 import tempfile
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 _ABOUT_POSITIONS = re.compile(
     "rope|rotary|yarn|ntk|logn|log_n|dual_chunk|alibi|original_max_position|self_extend"
 )
-_WRONG = re.compile("Unrecognized keys|Missing required|must |does not match")
+_WRONG = re.compile("Unrecognized keys|Missing required|must ")
+# What to read for a model_type whose code is in its repositories alone.
+_INSTEAD = {
+    "kimi_k2": 'a copy with "model_type": "deepseek_v3" is read',
+    "minimax_text_01": "read the file of the same model for transformers' minimax (-hf)",
+    "chatglm": "read the file of the same model for transformers' glm (-hf)",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class Source:
         found = list(self.unread)
         if self.stated.get("rope_scaling") and self.stated.get("rope_parameters"):
             found.append("rope_parameters beside rope_scaling")
+        for key in ("rope_parameters", "rope_scaling"):
+            own = (None, self.stated.get(key), getattr(self.config, key, None))
+            if self.beside.get(key) not in own:
+                found.append(f"{key} beside the language model's part")
         for config, stated in ((self.config, self.stated), (self.whole, self.beside)):
             known = {*inspect.signature(type(config)).parameters, *config.attribute_map}
             # A trained length may have been moved there.
@@ -85,13 +96,16 @@ def read_source(name: str) -> Source:
             raise UsageError(f"{name}: cannot be read: {shortened(error)}") from error
     if getattr(source.config, "is_heterogeneous", False):  # Gemma 4: sizes by layer
         source.config.allow_global_per_layer_attribute_access = True
-    heard = [textwrap.shorten(each, 150) for each in warnings if _WRONG.search(each)]
+    heard = [textwrap.shorten(each, 300) for each in warnings if _WRONG.search(each)]
     return replace(source, warnings=tuple(dict.fromkeys(heard)))
 
 
 def _from_json(name: str, path: Path) -> Source:
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file() and not isinstance(held := json.loads(file.read_text()), dict):
+        raise UsageError(f"{name}: must hold a JSON object, got a {type(held).__name__}")
     try:
         written, _ = PreTrainedConfig.get_config_dict(name, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -103,6 +117,12 @@ def _from_json(name: str, path: Path) -> Source:
     kind = written.get("model_type")
     if not isinstance(kind, str):
         raise UsageError(f"{name}: must name a model_type, got {kind!r}")
+    if kind not in CONFIG_MAPPING and (kind in _INSTEAD or "auto_map" in written):
+        instead = f"; {_INSTEAD[kind]}" if kind in _INSTEAD else ""
+        raise UsageError(
+            f"{name}: model_type {kind!r} is none of transformers' own, and code in a repository "
+            f"never runs here{instead}"
+        )
     whole = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     config = whole.get_text_config(decoder=True)
     part = next((key for key in whole.sub_configs if getattr(whole, key, None) is config), None)

@@ -19,6 +19,7 @@ from attention_engines import (
 )
 from flash_attn_stubs import installed_source, signatures, stub_module, stub_modules
 
+from extrope_kernels.methods import rope
 from extrope_kernels.ops.attention import flash_attn, reference, rotation
 from extrope_kernels.ops.attention.flash_attn import engines
 from extrope_kernels.scores import FIRST_KEY, Region
@@ -61,6 +62,7 @@ SWITCHES = {
     "sliding_window of the near region": {"sliding_window": 2},
     "sliding_window of both": {"sliding_window": 5},
     "query_scale": {"query_scale": torch.linspace(0.5, 1.5, N)},
+    "rotary_offset": {"rotary_offset": 3, "inv_freq": rope(10).inv_freq},
 }
 
 
@@ -258,7 +260,7 @@ def test_missing_says_why_in_one_line(packages, monkeypatch):
     for name in packages:
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
     why = flash_attn.missing()
-    assert "\n" not in why and all(engine.name in why for engine in engines.ENGINES)
+    assert why == "; ".join(f"{each.name} is not installed (optional)" for each in engines.ENGINES)
 
     def broken(name):
         raise KeyError("made for another CUDA")  # a package may fail as it likes

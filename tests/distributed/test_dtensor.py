@@ -61,6 +61,7 @@ GIVEN = {
         {"axes": AXES},
     ),
     "one row of axes": ({"positions": torch.arange(24).view(3, 1, 8)}, {"axes": AXES}),
+    "frequencies of one row": ({}, {"inv_freq": of_sequences(1)}),
     "heads": ({}, {"inv_freq": of_sequences(4, 8)}),
     "heads of one": ({"positions": POSITIONS}, {"inv_freq": of_sequences(1, 8)}),
 }
@@ -221,16 +222,18 @@ def test_two_dimensions(ranks, placement):
     ranks.run(attends, (2, 2), placement=placement)
 
 
-def attends_by_what_is_given(mesh, placement):
-    """Numbers of sequences, of their tokens and of heads, and a gradient of lse."""
+def attends_by_what_is_given(mesh, placement, rows):
+    """Numbers of sequences, or one for all, of their tokens and of heads, and a gradient of lse."""
     q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
     lse_of = torch.linspace(-1, 1, 4 * 8 * 8).view(4, 8, 8)
     starts = torch.tensor([4, 0, 9, 2], dtype=torch.int32)
     options = {"query_scale": 1 + POSITIONS / 13, "q_start": starts + 3, "k_start": starts}
+    if rows == 1:
+        options["q_start"], options["k_start"] = starts[:1] + 3, starts[:1]
 
     def function(q, k, v, weight):
         out, lse = rope_attention(
-            q, k, v, RopeFreqs(of_sequences(4)), scores.rerope(3), return_lse=True,
+            q, k, v, RopeFreqs(of_sequences(rows)), scores.rerope(3), return_lse=True,
             sinks=torch.linspace(-1, 1, 8), **options,
         )  # fmt: skip
         return out + (lse * weight).transpose(1, 2).unsqueeze(-1), lse
@@ -241,10 +244,11 @@ def attends_by_what_is_given(mesh, placement):
     equals_plain(mesh, function, leaves, [q + 1, None], placements, kept=True)
 
 
+@pytest.mark.parametrize("rows", [4, 1])
 @pytest.mark.parametrize("placement", [[Shard(0)], [Shard(2)], [Shard(0), Shard(2)]], ids=str)
-def test_attends_by_what_is_given(ranks, placement):
+def test_attends_by_what_is_given(ranks, placement, rows):
     size = 4 if len(placement) == 1 else (2, 2)
-    ranks.run(attends_by_what_is_given, size, placement=placement)
+    ranks.run(attends_by_what_is_given, size, placement=placement, rows=rows)
 
 
 def heads_that_do_not_divide(mesh):

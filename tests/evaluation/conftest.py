@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from extrope_kernels.cli import main
+from extrope_cli import main
 from extrope_kernels.evaluation import plots
 
 # What the demo extra brings.

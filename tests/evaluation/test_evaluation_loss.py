@@ -262,7 +262,7 @@ def test_interrupted_run_keeps_finished_rows(run, tmp_path, monkeypatch, capsys)
     check_image(tmp_path / "out" / "loss.png")
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
-    assert captured.err.splitlines()[-1].startswith("eval: interrupted")
+    assert captured.err.splitlines()[-1].startswith("eval: interrupted; finished rows are in ")
     # The same command goes on where it was, and shows what it had.
     assert run(methods="rope,pi,yarn") == 0
     assert len(calls) == 4

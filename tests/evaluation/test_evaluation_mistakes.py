@@ -7,13 +7,18 @@ import shutil
 import pytest
 from tiny_model import files_of_at_most, results
 
+from extrope_kernels.evaluation import cli
+
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"methods": "rope,yarm"}, "unknown yarm; choose from rope, abf, pi"),
         ({"methods": ","}, "--methods: must list at least one value"),
-        ({"lengths": "64,x"}, "--lengths: invalid numbers value: '64,x'"),
+        (
+            {"lengths": "64,x"},
+            "--lengths: must be a number of tokens, as 131072, 131,072",
+        ),
         ({"lengths": "1"}, "--lengths must be whole numbers of tokens >= 2, got 1"),
         ({"param": "yarn.beta_fast=16"}, "yarn is not among --methods"),
         ({"param": "rope.beta_fast=16"}, "--param: rope has no beta_fast; it has base"),
@@ -124,7 +129,7 @@ def test_a_full_disk_is_told_and_what_was_measured_stays(run, tmp_path, capsys):
         with files_of_at_most(most):
             assert run(**given) == 2
         last = capsys.readouterr().err.splitlines()[-1]
-        return last == f"eval: [Errno 27] File too large; what was measured before is in {out}"
+        return last == f"eval: [Errno 27] File too large; finished rows are in {out}"
 
     assert told(4096, plot=True)  # the plot does not fit
     assert [path.name for path in out.iterdir()] == ["loss.json"]
@@ -134,3 +139,12 @@ def test_a_full_disk_is_told_and_what_was_measured_stays(run, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["loss.json"]
     assert run(methods="rope,pi") == 0
     assert results(tmp_path)["rows"][0] == kept["rows"][0]
+
+
+def test_an_interrupt_before_the_first_row_names_none(run, monkeypatch, capsys):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "evaluate", interrupted)
+    assert run() == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "eval: interrupted"

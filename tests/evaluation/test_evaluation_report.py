@@ -59,14 +59,16 @@ def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(report, "_TELL_EVERY", 0.0)
     table = io.StringIO()
     with report.Display(table, 2) as display:
-        display.begin("yarn 64", 2)
-        display.tick()
-        display.line("a row")
-        display.tick()
-    told = [line for line in capsys.readouterr().err.splitlines() if "yarn 64" in line]
-    wanted = r"yarn 64: {}% of all, \d\d:\d\d so far, about \d\d:\d\d left"
-    assert re.fullmatch(wanted.format(25), told[0]) and re.fullmatch(wanted.format(50), told[-1])
-    assert table.getvalue() == "a row\n"
+        for name in ("first", "second"):
+            display.begin(name, 2)
+            display.tick()
+            display.line("a row")
+            display.tick()
+    told = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"first: 25% of all, \d\d:\d\d so far", told[1])
+    left = r"second: 100% of all, \d\d:\d\d so far, about 00:00 left"
+    assert re.fullmatch(left, told[-1])
+    assert table.getvalue() == "a row\na row\n"
 
 
 def test_progress_leads_to_an_end_that_is_told(monkeypatch, capsys):
@@ -88,9 +90,10 @@ class Terminal(io.StringIO):
 
 def test_progress_bars_on_a_terminal(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", "90")
     assert run(methods="rope,pi", bucket=8) == 0
-    assert re.search(r"\rpi 64: +\d+% of all \|", sys.stderr.getvalue())
+    wanted = r"\rreading text 1 of 1 by pi, 64 tokens: +\d+% of all \|"
+    assert re.search(wanted, sys.stderr.getvalue())
     shown = capsys.readouterr().out
     for row in results(tmp_path)["rows"]:
         cells = " ".join(f"{b['loss']:10.3f}" for b in row["buckets"])

@@ -13,7 +13,7 @@ import torch
 from tiny_model import check_image, results, retrained
 from transformers import LlamaForCausalLM
 
-from extrope_kernels.cli import main
+from extrope_cli import main
 from extrope_kernels.evaluation import UsageError
 from extrope_kernels.evaluation.models import find_model, load_model
 from extrope_kernels.evaluation.recall import distances, gains

@@ -11,7 +11,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from extrope_kernels.cli import main
+from extrope_cli import main
 from extrope_kernels.evaluation.search import stages
 from extrope_kernels.evaluation.search.candidates import Candidate, frequency_methods
 from extrope_kernels.evaluation.search.run import write_config

@@ -1,9 +1,12 @@
 """What a method takes where no number is given: its authors', as the docstrings name them."""
 
 import inspect
+import math
 
 import pytest
+import torch
 
+from extrope_kernels import RopeFreqs, apply_rope
 from extrope_kernels.methods import METHODS, WRAPPERS
 
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "ramp": "index"}
@@ -27,6 +30,13 @@ DEFAULTS = {
     "with_sections": {"interleaved": False},
     "ms_poe": {"min_ratio": 1.2, "max_ratio": 1.8, "group": 1},
 }
+
+
+def test_amplitudes_grow_from_position_0():
+    freqs = RopeFreqs(torch.ones(1), log_decay=torch.ones(1))
+    x = torch.ones(1, 2, 1, 2)
+    growth = apply_rope(x, freqs).norm(dim=-1).flatten() / 2**0.5
+    assert growth.tolist() == pytest.approx([1.0, math.e])
 
 
 @pytest.mark.parametrize("name", [*METHODS, *WRAPPERS])

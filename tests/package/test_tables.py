@@ -12,6 +12,7 @@ import harness
 import plots
 import pytest
 import readme
+import ruler
 import tables
 
 from extrope_kernels import methods, permuteformer_attention, positions, scores
@@ -57,32 +58,38 @@ def test_figures_replace_what_is_between_the_markers(tmp_path):
 
 
 def test_pages_tell_speeds_and_numbers_of_models_as_measured():
-    """Those of the plot's first, third and last bar; of SmolLM2; of generate; of docs/models.md."""
+    """Captions are of their pictures' files: needles, curves, speed; then recall by YaRN's factor,
+    generate, and the classes of docs/models.md."""
     pages = ("README.md", "docs/guide/transformers.md", "docs/models.md")
     text, guide, models = ((ROOT / page).read_text() for page in pages)
     for index in (0, 2, -1):
         times, _ = plots.against_the_best(plots.SHOWN[index])
         assert f"{times:.1f} times" in text, plots.SHOWN[index].label
-    found = evaluations.measured(harness.RESULTS)
-    (plain,), (yarn,), (rerope,) = (
-        [row for row in found[name] if row.parameters == parameters]
-        for name, parameters in {
-            "rope": {},
-            "yarn": {"factor": 2},
-            "rerope": {"window": 4096},
-        }.items()
-    )
-    told = "costs {:.3f} nats a token as it is, {:.3f} by YaRN, {:.3f} by ReRoPE"
-    assert told.format(plain.loss, yarn.loss, rerope.loss) in text
-    told = "saves {:.2f} nats a token by YaRN, {:.2f} by ReRoPE"
-    assert told.format(yarn.recall[0], rerope.recall[0]) in text
+    cells = ruler.read(harness.RESULTS / "ruler/smollm2.csv")
+    needles = {cell.key[3:]: cell.scores for cell in cells
+               if (cell.task, cell.length) == (ruler.TASKS[0], 16384)}  # fmt: skip
+    told = "it finds {:.0f} of {}. By YaRN it finds {:.0f} of {}, by ReRoPE **{:.0f} of {}**"
+    names = (("rope", ""), ("yarn", "factor=2"), ("rerope", "window=4096"))
+    counts = [(sum(needles[name]), len(needles[name])) for name in names]
+    assert told.format(*(number for count in counts for number in count)) in text
+    kept = {name: evaluations.read(name)["rows"] for name in ("demo", "recall")}
+    last = {row["method"]: row["losses"][-1] for row in kept["demo"]}
+    told = "loses {rope:.2f} nats a token, with YaRN {yarn:.2f}, with ReRoPE {rerope:.2f}"
+    assert told.format(**last) in text
+    farthest = {row["method"]: row["gains"][-1][0] for row in kept["recall"]}
+    told = "saves {yarn:.2f} nats a token by YaRN, {rerope:.2f} by ReRoPE"
+    assert told.format(**farthest) in text
+    yarns = {row.parameters["factor"]: row for row in evaluations.measured()["yarn"]}
+    told = "recall rises from {:.2f} to {:.2f} nats a token"
+    assert told.format(yarns[2].recall[0], yarns[3].recall[0]) in text
+    assert f"and [{len(METHODS) - 5} more](#methods)" in text
     rows = json.loads((harness.RESULTS / "avx512" / "generate.json").read_text())["rows"]
     row = next(row for row in rows if (row["name"], row["tokens"]) == ("rerope", 8000))
     told = "reads 8,000 tokens in {:.2f} of the plain model's time, and takes {:.2f} of it"
     assert told.format(row["prompt_of_plain"], row["steps_of_plain"]) in guide
     frequency, score = re.findall(r"^- By a \w+ method: (\d+) of the", models, re.MULTILINE)
-    assert f"all {frequency} rotary model classes of transformers by frequency" in text
-    assert f"on {score} by score methods" in text and f"on {score} by score methods" in guide
+    assert f"All {frequency} rotary classes of transformers take frequency methods" in text
+    assert f"{score} score methods" in text and f"on {score} by score methods" in guide
 
 
 def test_losses_are_kept_by_piece_and_never_beside_those_of_other_texts(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from permuteformer_oracle import Mode, dense
 from test_properties_permute import powers
 
-from extrope_kernels import head_permutations, permuteformer_attention
+from extrope_kernels import head_permutations, permuteformer_attention, permuteformer_step
 from extrope_kernels.testing import assert_within_budget, device
 
 VECTOR = json.loads(
@@ -45,6 +45,14 @@ def check(name, qkv, permutations, **options):
     out = permuteformer_attention(*qkv, permutations=permutations, **options)
     same = permuteformer_attention(*qkv, permutations=permutations, backend="reference", **options)
     assert_within_budget(name, out, same, exact(*qkv, permutations, **options))
+
+
+def test_rows_are_means_of_values_unless_asked_for_sums():
+    (q, k, v), permutations = make()
+    out = permuteformer_attention(q, k, torch.ones_like(v), permutations=permutations)
+    torch.testing.assert_close(out, torch.ones_like(out))
+    out, _ = permuteformer_step(q, k, torch.ones_like(v), permutations=permutations)
+    torch.testing.assert_close(out, torch.ones_like(out))
 
 
 @pytest.mark.parametrize("normalize", [True, False])

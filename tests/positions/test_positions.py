@@ -202,6 +202,11 @@ def test_pose_takes_all_of_a_short_document(num_tokens, n):
     assert drawn.shape == (3, n) and (drawn[:, -1] < 64).all()
 
 
+def test_pose_may_reach_no_further_than_it_trains():
+    drawn, token_indices = positions.pose(3, 20, 8, 8, generator=seeded())
+    assert torch.equal(drawn, torch.arange(8).expand(3, 8)) and (token_indices[:, -1] < 20).all()
+
+
 # Giraffe
 
 

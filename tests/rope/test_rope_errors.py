@@ -171,9 +171,13 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("named", (None, "reference", "triton"))
 @pytest.mark.parametrize("case", BAD)
-def test_refusals(case):
+def test_refusals(case, named):
+    if named == "triton":
+        pytest.importorskip("triton")
     arguments, message = BAD[case]
+    arguments = {"backend": named, **arguments}
     of_a_type = "Tensor, " in message or "be a number" in message or "got int" in message
     error = TypeError if of_a_type or "must be a RopeFreqs" in message else ValueError
     with pytest.raises(error) as raised:

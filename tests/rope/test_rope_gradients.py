@@ -69,10 +69,13 @@ def test_autograd_notices_that_a_saved_tensor_was_rotated_in_place(backend):
 CASES = {
     "plain": dict(),
     "interleaved": dict(interleaved=True),
+    "rotary_offset": dict(rotary_offset=1, freq_shape=(1, 2, 3)),
+    "interleaved_offset": dict(interleaved=True, rotary_offset=2),
     "inverse": dict(inverse=True, attention_factor=1.3),
     "positions": dict(positions=torch.tensor([[5, 3, 9], [100, 7, 0]])),
     "offsets": dict(positions=torch.tensor([4, 40])),
     "per_sequence": dict(freq_shape=(2, 3)),
+    "per_sequence_of_groups": dict(freq_shape=(2, 1, 3), heads_k=1),
     "per_head": dict(freq_shape=(1, 2, 3)),
     "per_both": dict(freq_shape=(2, 2, 3)),
     "packed": dict(cu_seqlens=torch.tensor([0, 1, 1, 3], dtype=torch.int32), freq_shape=(3, 3)),
@@ -92,7 +95,8 @@ def build_case(name):
         key: value.to(device()) if isinstance(value, torch.Tensor) else value
         for key, value in options.items()
     }
-    q, k = make_qk(2, 3, 2, 2, head_dim=8, dtype=torch.float64)
+    heads_k = options.pop("heads_k", 2)
+    q, k = make_qk(2, 3, 2, heads_k, head_dim=8, dtype=torch.float64)
     if "cu_seqlens" in options:
         q, k = q[0].contiguous(), k[0].contiguous()
     inv_freq = torch.rand(shape, dtype=torch.float64, device=device())

@@ -8,7 +8,8 @@ import pytest
 import torch
 from truncation import truncation
 
-from extrope_kernels import RopeFreqs, apply_rope_qk, methods
+from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels.ops.rope.norm import rope_norm_bwd, rope_norm_inplace
 from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
 
 EPS = 1e-6
@@ -59,12 +60,16 @@ def check(q, k, weights, freqs, backend, **options):
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("together", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim, rotary_dim", ((128, 128), (72, 72), (80, 20), (34, 6), (9, 8)))
-def test_against_float64(backend, head_dim, rotary_dim, dtype, together, interleaved):
+@pytest.mark.parametrize(
+    "head_dim, rotary_dim, first",
+    ((128, 128, 0), (72, 72, 0), (80, 20, 0), (80, 32, 40), (34, 6, 11), (9, 8, 1)),
+)
+def test_against_float64(backend, head_dim, rotary_dim, first, dtype, together, interleaved):
     q, k = make_qk(2, 7, 3, 2, head_dim, dtype)
     weights = norm_weights(3, 2, head_dim, together)
     freqs = RopeFreqs(methods.rope(rotary_dim).inv_freq.to(device()), attention_factor=1.1)
-    check(q, k, weights, freqs, backend, positions=1003, interleaved=interleaved, norm_eps=EPS)
+    by = {"interleaved": interleaved, "rotary_offset": first}
+    check(q, k, weights, freqs, backend, positions=1003, norm_eps=EPS, **by)
 
 
 @pytest.mark.parametrize("together", (False, True))
@@ -132,6 +137,28 @@ def test_in_place(backend, sizes, interleaved, together):
     results = call([q, k, *weights], freqs, backend, interleaved=interleaved, inplace=True)
     assert results[0] is q and results[1] is k
     assert all(torch.equal(x, y) for x, y in zip(results, expected))
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_the_reference_writes_in_place_and_has_the_gradients_of_autograd(together):
+    """It is what runs without a library."""
+    q, k = make_qk(2, 5, 3, 2, head_dim=16, dtype=torch.float64)
+    weights = [x.double() for x in norm_weights(3, 2, 16, together)]
+    inv_freq = methods.rope(8).inv_freq.to(device())
+    leaves = [x.clone().requires_grad_() for x in (q, k, *weights)]
+    outs = []
+    for x, weight in zip(leaves[:2], leaves[2:]):
+        rows = x.flatten(-2) if together else x
+        normed = rows / (rows.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+        outs.append(apply_rope(normed.view(x.shape), RopeFreqs(inv_freq), backend="reference"))
+    douts = [torch.randn_like(x) for x in outs]
+    want = torch.autograd.grad(outs, leaves, douts)
+    got = rope_norm_bwd(*douts, q, k, *weights, inv_freq)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+    assert rope_norm_inplace(q, k, *weights, inv_freq) is None
+    for x, y in zip((q, k), outs):
+        torch.testing.assert_close(x, y.detach())
 
 
 @pytest.mark.parametrize("which", (0, 1))

@@ -82,7 +82,8 @@ def foreign_symbols(library: Path) -> list[str]:
 
 def copy_checkout(folder: Path) -> None:
     """What a wheel is made from: builds write into their source folder."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+    names = ("setup.py", "extrope_cli.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
+    for name in names:
         shutil.copy(ROOT / name, folder)
     for name in ("csrc", "extrope_kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

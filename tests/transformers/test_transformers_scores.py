@@ -12,6 +12,7 @@ import score_examples
 import torch
 from hf_models import (
     ATTENDING,
+    CACHE,
     SCORE_PARAMETERS,
     assert_as_exact_as,
     build,
@@ -23,6 +24,7 @@ from hf_models import (
     rotary_of,
     tokens,
 )
+from transformers import DynamicCache
 
 from extrope_kernels import RopeFreqs, methods
 from extrope_kernels.integrations.transformers import extend
@@ -238,6 +240,23 @@ def test_refuses_rows_that_have_no_beginning():
         for inputs, message in _inputs_that_make_no_rows():
             with pytest.raises(ValueError, match="^extend: .*" + message):
                 logits(model, IDS, **inputs)
+
+
+@pytest.mark.parametrize("kept", [3, 30])
+def test_refuses_a_cache_that_drops_keys(kept):
+    """Its positions would be those of other keys."""
+
+    class Forgetful(DynamicCache):
+        def update(self, *args, **options):
+            k, v = super().update(*args, **options)
+            return k[:, :, -kept:], v[:, :, -kept:]
+
+    model = build("llama")
+    with (
+        extend(model, "rerope", window=7),
+        pytest.raises(ValueError, match=f"must return all 44 keys of a layer .*, got {kept}"),
+    ):
+        model(IDS, **{CACHE: Forgetful(config=model.config)})
 
 
 def test_refuses_dropout():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from extrope_kernels import cli
+import extrope_cli as cli
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 

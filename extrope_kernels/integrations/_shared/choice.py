@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Rows of docs/guide/choose.md, of SmolLM2-135M: the loss of ReRoPE with half the trained length as
-# its window over YaRN's, by the multiple of that length that is read, and the recall of each at
-# twice.
+# Rows of docs/guide/measured.md, of SmolLM2-135M: the loss of ReRoPE with half the trained length
+# as its window over YaRN's, by the multiple of that length that is read, and the recall of each
+# at twice.
 OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
 RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
 

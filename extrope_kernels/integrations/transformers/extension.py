@@ -341,12 +341,6 @@ def _save_plain(
     save_plain(module, model, applied, *args, **options)
 
 
-def _brief(value: Any) -> str:
-    """Return a parameter's value for a line of text: lists and frequencies may be long."""
-    text = f"{value:.6g}" if isinstance(value, float) and not value.is_integer() else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 class Extension:
     """An extension in place: `restore()`, or the end of a `with` block, undoes it.
 
@@ -367,15 +361,10 @@ class Extension:
         forget_pages(model)
 
     def __repr__(self) -> str:
-        told, applied = [], self.applied
-        while applied is not None:
-            given = (f" {name}={_brief(value)}" for name, value in applied.parameters.items())
-            told.append(applied.method + "".join(given))
-            applied = applied.before
         layers = f", {self._layers} layers" if self._layers else ""
         reach = "any length" if self.length is None else f"{self.length:,} tokens"
         reason = f": {self.reason}" if self.reason else ""
-        return f"{' over '.join(told)}{layers}, reaches {reach}{reason}"
+        return f"{self.applied}{layers}, reaches {reach}{reason}"
 
     @property
     def length(self) -> int | None:

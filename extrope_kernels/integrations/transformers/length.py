@@ -94,6 +94,8 @@ def _lengths(
     kind = next((each for each in first.layer_types if not is_bounded(each or "")), None)
     kind = kind or first.layer_types[0]
     trained, reach = lengths_in(first.module.config, first.parameters(kind))
+    if first.learned and trained is not None:  # with its scaling, as `values_of` has it
+        trained = reach
     if (told := given.get(_TRAINED)) is not None:
         trained = reach = check_length("extend", _TRAINED, told)
     if trained is None or reach is None:

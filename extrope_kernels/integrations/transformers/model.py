@@ -37,8 +37,11 @@ def reprefix_error(error: Exception) -> Exception:
 
 
 def shortened(error: Exception) -> str:
-    """Return the first line of other code's error, to quote it."""
-    return str(error).split("\n")[0][:200]
+    """Return the first line of other code's error, to quote it; two if it ends in a colon."""
+    first, *rest = str(error).split("\n")
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0].strip()}"
+    return first[:200]
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor:

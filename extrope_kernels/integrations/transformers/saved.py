@@ -238,6 +238,8 @@ def _config_with(model: nn.Module, extension: Saved) -> Any:
     Some classes of configs know no type but LongRoPE (Phi-3).
     """
     rotary_modules = find_rotary_modules(model, extension.layers)
+    if any(rotary_module.learned for rotary_module in rotary_modules):
+        return None  # those who read it would multiply by the weights again
     text = model.config.get_text_config(decoder=True)
     if any(type(rotary_module.module.config) is not type(text) for rotary_module in rotary_modules):
         return None

@@ -44,6 +44,8 @@ def load_on_first_use(fallbacks: dict[str, dict]) -> None:
                 raise NotImplementedError(
                     f"{op_name}: no kernel for {first.layout} tensors on {device}"
                 )
+            if _ext.is_deferred(device):
+                return fallbacks[device][op_name](*args, **options)
             _ext.load(device)
             _again.calling = op_name
             try:

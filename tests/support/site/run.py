@@ -19,7 +19,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, ConsoleMessage, Page, Response, sync_playwright
 
 WIDTHS = {"phone": 400, "desk": 1400}
-PICTURED = ("index.html", "guide/choose.html", "api/attention.html", "benchmarks.html")
+PICTURED = ("index.html", "guide/measured.html", "api/attention.html", "benchmarks.html")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MISSING = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
 # Tables and code scroll by themselves; on a desk tables fit.

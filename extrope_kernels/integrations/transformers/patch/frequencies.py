@@ -74,6 +74,9 @@ def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValue
     parameters = rotary_module.parameters(layer_type)
     config, dim = rotary_module.module.config, rotary_module.dim(layer_type)
     values, trained = values_in(config, parameters, dim), trained_in(config, parameters, dim)
+    if rotary_module.learned:  # in a training up to the longest length
+        over = rotary_module.own_freqs(layer_type).to("cpu")
+        trained = {"original_max_position_embeddings": config.max_position_embeddings, "over": over}
     if any(_mscale_function(layer) is not None for layer in rotary_module.owner.modules()):
         values |= {name: parameters[name] for name in _MSCALES if parameters.get(name) is not None}
     unrotated = 0
