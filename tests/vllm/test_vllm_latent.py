@@ -91,6 +91,7 @@ SIZES = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1},
     **{"moe_intermediate_size": 32, "n_shared_experts": 1},
 }
+DENSE = {"first_k_dense_replace": 2, "mlp_layer_types": ["dense", "dense"]}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,8 @@ def test_an_engine_equals_transformers(tmp_path, name, rope, method):
     pytest.importorskip("vllm.version")  # this folder is a "vllm", too
     from vllm_engines import build, difference, engine, expected, generated, tokens_of
 
-    model = build(name, tmp_path, **SIZES, head_dim=64, rope_parameters=rope)
+    given = SIZES | (DENSE if name == "DeepseekV3" else {})
+    model = build(name, tmp_path, **given, head_dim=64, rope_parameters=rope)
     model.set_experts_implementation("eager")  # which knows float64
     want, ref = (expected(m, [method]) for m in (model, copy.deepcopy(model).double()))
     with engine(tmp_path, method, attention_backend="CPU_MLA") as llm:  # AMX takes no float32

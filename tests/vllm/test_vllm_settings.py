@@ -208,7 +208,7 @@ def of_model(**values):
     ("extrope", "given", "message"),
     [
         *((x, {"model": OTHER_BACKEND}, "one of vLLM's own") for x in BOTH),
-        *((x, of_text(index_topk=8), "must not be sparse, .* with an indexer") for x in BOTH),
+        *((x, of_text(index_topk=8), "must not be sparse, .* table: index_topk") for x in BOTH),
         *((x, of_model(is_encoder_decoder=True), "must be a decoder") for x in BOTH),
         (
             YARN,

@@ -55,11 +55,12 @@ def rms(one, other):
     [
         ("Qwen2_5_VL", "float32", [RERO], {"score": RERO}),
         ("Qwen3VL", "float32", [YARN], RAW),
+        ("Qwen3_5", "bfloat16", [YARN], YARN),
         ("Qwen3_5", "bfloat16", [RERO], {"score": RERO}),
         ("Qwen3_5", "bfloat16", [RERO], {"score": RERO, "cache": "raw"}),
     ],
 )
-def test_a_score_method_or_a_raw_cache(tmp_path, name, dtype, methods, extrope):
+def test_an_engine_equals_transformers(tmp_path, name, dtype, methods, extrope):
     model = build(name, tmp_path, getattr(torch, dtype))
     plain, want = expected(model, []), expected(model, methods)
     exact = copy.deepcopy(model).to(torch.float64 if dtype == "float32" else torch.float32)

@@ -47,6 +47,8 @@ _UNFIT = {
         f"queries and keys must not be normed after the rotation for {OURS}, got a model that does",
     ),
 }
+# Names in configurations of models whose layers choose keys (DeepSeek V3.2, Qwen4Exp).
+_SPARSE = ("index_topk", "indexer_budget")
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
 WIDE_CACHES = ("auto", "float16", "bfloat16")
 CACHES = (*WIDE_CACHES, *FP8)  # those that we support
@@ -169,6 +171,7 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
     parallel = config.parallel_config
     text = model.hf_text_config
     drafter = None if speculative is None else speculative.method
+    sparse = [name for name in _SPARSE if getattr(text, name, None)]
     return [
         (
             model.using_transformers_backend(),
@@ -176,8 +179,9 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
             f"{model.architecture} on its Transformers backend; there `extend` is the way",
         ),
         (
-            getattr(text, "index_topk", None),
-            f"attention must not be sparse, got {model.architecture} with an indexer (index_topk)",
+            sparse,
+            f"attention must not be sparse, got {model.architecture} with an indexer, whose own "
+            f"steps read vLLM's table: {', '.join(sparse)}",
         ),
         (
             model.is_encoder_decoder or model.runner_type != "generate",
