@@ -197,8 +197,11 @@ def _plugin_line(model: str, source: Source, length: int, first: Candidate) -> s
         make_engine(_engine_config(source, length, entry))
     except (TypeError, ValueError) as error:
         return f"refused: {str(error).removeprefix('extrope: ')}"
+    # Tokens of images have several positions, for which a score method has no distance.
+    several = "mrope_section" in (getattr(source.config, "rope_parameters", None) or {})
+    alone = source.config is not source.whole and several and first.method in SCORES
     return (
-        f"vllm serve {model} --max-model-len {length} "
+        f"vllm serve {model} --max-model-len {length} {'--language-model-only ' * alone}"
         f"--additional-config '{json.dumps(additional())}'"
     )
 
@@ -217,9 +220,7 @@ def _engine_config(source: Source, length: int, additional: Mapping[str, Any]) -
         hf_text_config=text,
         architecture=(source.whole.architectures or [type(text).__name__])[0],
         using_transformers_backend=lambda: False,
-        use_mla=getattr(text, "kv_lora_rank", None) is not None,
         runner_type="generate",
-        uses_mrope="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
         max_model_len=length,
         dtype=torch.bfloat16,
     )

@@ -350,11 +350,11 @@ def test_dual_chunks_are_ignored_and_advised(check):
 
 
 def test_latent_attention(check):
-    """`extend` serves it, the plugin for vLLM does not; indexers forbid score methods."""
+    """`extend` attends by a score, the plugin for vLLM does not; indexers forbid score methods."""
     facts, text = check(DEEPSEEK, "--length", "65536")
     assert facts["scores"]["layers"] == "full" and facts["head_dim"] == 48
     assert "4 heads of 48, keys and values from a latent of 32" in text
-    assert "our plugin refused: latent attention (MLA)" in text
+    assert "our plugin refused: keys must be cached whole" in text
     temperature = 0.1 * math.log(4) + 1
     assert facts["rotations"][0]["attention_factor"] == 1.0
     assert facts["temperature"] == pytest.approx(temperature**2)
