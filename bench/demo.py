@@ -40,8 +40,9 @@ def main() -> int:
     try:
         return show()
     except KeyboardInterrupt:
-        kept = f"{OUT} keeps what was done" if any(OUT.glob("*.json")) else "nothing was done yet"
-        print(f"\ndemo: interrupted; {kept}. make demo goes on from there.", file=sys.stderr)
+        kept = f"{OUT} keeps what was done, and make demo goes on from there"
+        kept = kept if any(OUT.glob("*.json")) else "nothing was done yet"
+        print(f"\ndemo: interrupted; {kept}", file=sys.stderr)
         return 130
 
 
