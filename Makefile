@@ -11,7 +11,7 @@ OLDEST_TRITON := 3.6.0
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo demo-plan test test-all bench gpu hub release docs lint sanitize clean
+.PHONY: help demo demo-plan test test-all bench gpu hub release docs lint sanitize mutants clean
 
 help:
 	@echo "make demo   a real model past its training length: a needle in two minutes, curves in ten"
@@ -24,6 +24,7 @@ help:
 	@echo "make docs   the documentation, into build/docs"
 	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make sanitize  the CPU kernels under the address, undefined-behaviour and thread sanitizers"
+	@echo "make mutants ROOM=rope COUNT=30  which changes of a room's sources its tests notice"
 	@echo "make clean  remove .venv and build"
 
 demo: demo-plan $(VENV)/extra-demo $(VENV)/smollm2
@@ -66,6 +67,10 @@ lint: $(VENV)/linters
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+# Of Python and Triton: cosmic-ray changes ROOM's sources in COUNT places and runs its tests.
+mutants: $(VENV)/extra-test $(VENV)/extra-mutants $(VENV)/smollm2
+	$(BIN)/python tests/support/mutants.py $(ROOM) $(COUNT)
 
 # The C++ library is built once more for each of them, which takes minutes.
 sanitize: $(VENV)/extra-test

@@ -31,9 +31,9 @@ __version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Load `extend` on first use: it imports transformers."""
-    if name == "extend":
-        return importlib.import_module(f"{__name__}.integrations.transformers").extend
+    """Load `extend` and `check` on first use: they import what goes with transformers."""
+    if name in ("extend", "check"):
+        return getattr(importlib.import_module(f"{__name__}.integrations.transformers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,15 +14,16 @@ namespace extrope {
 // extrope_kernels/ops/attention/call.py, and the call that reads them.
 #define EXTROPE_OPTIONS                                                                      \
   std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor, \
-      bool interleaved, double softcap, std::optional<int64_t> sliding_window,               \
-      bool float32_results, int64_t granularity, const std::vector<int64_t>&region_starts,   \
-      const std::vector<int64_t>&map_kinds, const Column<int64_t>&map_moduli,                \
-      const Column<double>&map_divisors, const Column<bool>&map_floors,                      \
-      const Column<double>&map_offsets, const Column<double>&map_caps,                       \
-      const Column<int64_t>&map_rows
+      bool interleaved, std::optional<int64_t> rotary_offset, double softcap,                \
+      std::optional<int64_t> sliding_window, bool float32_results, int64_t granularity,      \
+      const std::vector<int64_t>&region_starts, const std::vector<int64_t>&map_kinds,        \
+      const Column<int64_t>&map_moduli, const Column<double>&map_divisors,                   \
+      const Column<bool>&map_floors, const Column<double>&map_offsets,                       \
+      const Column<double>&map_caps, const Column<int64_t>&map_rows
 #define EXTROPE_READ_OPTIONS(op)                                                                \
   AttentionOptions {                                                                            \
-    softmax_scale, log_n, attention_factor, interleaved, softcap, float32_results,              \
+    softmax_scale, log_n, attention_factor, interleaved, rotary_offset.value_or(0), softcap,    \
+        float32_results,                                                                        \
         regions_of(                                                                             \
             op, granularity, sliding_window, region_starts,                                     \
             {map_kinds, map_moduli, map_divisors, map_floors, map_offsets, map_caps, map_rows}) \
@@ -32,6 +33,7 @@ struct AttentionOptions {
   std::optional<double> softmax_scale, log_n;
   double attention_factor;
   bool interleaved;
+  int64_t rotary_offset;
   double softcap;  // 0: none
   bool float32_results;
   Regions regions;
@@ -67,7 +69,8 @@ inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
 }
 
 inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequences, int64_t heads_k,
-                              const TensorView& inv_freq, const OptionalView& log_decay) {
+                              const TensorView& inv_freq, const OptionalView& log_decay,
+                              int64_t rotary_offset) {
   const int64_t dim = inv_freq.dim(), half = dim >= 1 ? inv_freq.size(dim - 1) : 0;
   const ScalarType type = inv_freq.scalar_type();
   const auto fits = [&](int64_t i, int64_t size) {
@@ -81,6 +84,10 @@ inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequence
              ", rotary_dim/2) or (", sequences, ", ", heads_k,
              ", rotary_dim/2), up to head_dim/2 = ", head_dim / 2,
              " contiguous frequencies, got shape ", shape_of(inv_freq));
+  const int64_t most = head_dim - 2 * half;
+  require_of(op, 0 <= rotary_offset && rotary_offset <= most && rotary_offset % 2 == 0,
+             "rotary_offset must be even, from 0 to head_dim - rotary_dim = ", most,
+             " (backend='reference' takes odd ones too), got ", rotary_offset);
   if (!log_decay.has_value()) return;
   require_of(op,
              log_decay->scalar_type() == ScalarType::Float && log_decay->dim() == 1 &&

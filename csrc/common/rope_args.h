@@ -19,7 +19,9 @@ struct RopeOptions {
   OptionalTensor cu_seqlens, log_decay, axes;
   double attention_factor;
   std::optional<int64_t> offset;
-  bool interleaved, inverse;
+  bool interleaved;
+  std::optional<int64_t> rotary_offset;
+  bool inverse;
   double decay_origin;
   bool packed = false;  // (total, heads, head_dim) without cu_seqlens too
 };
@@ -55,6 +57,13 @@ inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor&
   p.freq_head = columns > 1 ? inv_freq.stride(1) : 0;
   p.rotary_dim = 2 * half;
   p.angle_heads = columns;
+}
+
+inline void set_rotary_offset(RopeParams& p, int64_t rotary_offset) {
+  require(0 <= rotary_offset && rotary_offset <= p.head_dim - p.rotary_dim,
+          "rotary_offset must be from 0 to head_dim - rotary_dim = ", p.head_dim - p.rotary_dim,
+          ", got ", rotary_offset);
+  p.rotary_offset = rotary_offset;
 }
 
 inline PositionType position_type(const Tensor& positions) {
@@ -141,6 +150,7 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   const int64_t sequences =
       options.cu_seqlens.has_value() ? set_cu_seqlens("rope", p, *options.cu_seqlens, q) : p.batch;
   set_frequencies(p, inv_freq, q, sequences);
+  set_rotary_offset(p, options.rotary_offset.value_or(0));
   if (options.axes.has_value()) check_axes(p, *options.axes, q);
   if (positions.has_value()) set_positions(p, *positions, options.axes, q, sequences);
   if (options.log_decay.has_value()) set_log_decay(p, *options.log_decay, q);

@@ -50,12 +50,13 @@ struct RopeOps {
                                         const OptionalTensor& cu_seqlens,
                                         const OptionalTensor& log_decay, const OptionalTensor& axes,
                                         double attention_factor, std::optional<int64_t> offset,
-                                        bool interleaved, bool inverse, double decay_origin) {
+                                        bool interleaved, std::optional<int64_t> rotary_offset,
+                                        bool inverse, double decay_origin) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(
-        q, k, inv_freq, positions,
-        {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
-        /*adjoint=*/false);
+    RopeParams p = make_params(q, k, inv_freq, positions,
+                               {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved,
+                                rotary_offset, inverse, decay_origin},
+                               /*adjoint=*/false);
     const std::tuple<Tensor, Tensor> outs = make_outputs("rope", p, q, k, packed);
     launch(p, q.get_device());
     return outs;
@@ -65,13 +66,13 @@ struct RopeOps {
       const Tensor& grad_q, const OptionalTensor& grad_k, const OptionalTensor& q,
       const OptionalTensor& k, const Tensor& inv_freq, const OptionalTensor& positions,
       const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& axes,
-      double attention_factor, std::optional<int64_t> offset, bool interleaved, bool inverse,
-      double decay_origin) {
+      double attention_factor, std::optional<int64_t> offset, bool interleaved,
+      std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(
-        grad_q, grad_k, inv_freq, positions,
-        {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
-        /*adjoint=*/true);
+    RopeParams p = make_params(grad_q, grad_k, inv_freq, positions,
+                               {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved,
+                                rotary_offset, inverse, decay_origin},
+                               /*adjoint=*/true);
     const auto [dq, dk] = make_outputs("rope", p, grad_q, grad_k, packed);
     const ScalarType wide = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
     std::vector<int64_t> angles{0};
@@ -89,12 +90,12 @@ struct RopeOps {
                       const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
                       const OptionalTensor& log_decay, const OptionalTensor& axes,
                       double attention_factor, std::optional<int64_t> offset, bool interleaved,
-                      bool inverse, double decay_origin) {
+                      std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(
-        q, k, inv_freq, positions,
-        {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
-        /*adjoint=*/false);
+    RopeParams p = make_params(q, k, inv_freq, positions,
+                               {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved,
+                                rotary_offset, inverse, decay_origin},
+                               /*adjoint=*/false);
     set_outputs_in_place(p, q, k, packed);
     launch(p, q.get_device());
   }

@@ -10,7 +10,7 @@ namespace extrope {
 // One of q and k. Strides are in elements; the last dimension is contiguous.
 struct RopeTensor {
   const void* in;     // (batch, seqlen, heads, head_dim)
-  void* out;          // same shape; `out == in` rotates in place and skips the dims past rotary_dim
+  void* out;          // same shape; `out == in` rotates in place and skips the other dims
   const void* saved;  // the forward's input, read only for angle_grad, else nullptr
   int64_t in_batch, in_seq, in_head;
   int64_t out_batch, out_seq, out_head;
@@ -24,13 +24,20 @@ struct RopeTensor {
 
 struct CopiedRows;
 
+// The dims of a row that rotate: `half` pairs from dim rotary_offset on, of `dim`.
+struct RowRotation {
+  int64_t dim, half, rotary_offset;
+  bool interleaved;  // pairs are rotated dims (2i, 2i + 1); else (i, i + half)
+};
+
 struct RopeParams : TokenParams {
   RopeTensor tensors[2];
   int32_t num_tensors;
   DType dtype;
-  bool interleaved;  // pair i is dims (2i, 2i + 1); otherwise dims (i, i + rotary_dim / 2)
+  bool interleaved;  // pair i is rotated dims (2i, 2i + 1); else (i, i + rotary_dim / 2)
   bool conjugate;    // rotate by minus the angle
   int64_t head_dim, rotary_dim;
+  int64_t rotary_offset;  // the first of the rotary_dim dims that rotate
 
   // (sequences or 1, heads or 1, rotary_dim / 2), contiguous in the last dimension; stride 0
   // broadcasts.

@@ -38,6 +38,7 @@ def rope_attention(
     sliding_window: int | None = None,
     cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
+    rotary_offset: int = 0,
     return_lse: bool = False,
     backend: str | None = None,
     keys_stored: bool = False,
@@ -61,7 +62,8 @@ def rope_attention(
     cu_seqlens: (sequences + 1,) int32 or int64, of the whole sequence; the host waits for its
         values. Not with "ring", nor with torch.compile.
     return_lse: return the log-sum-exp of this rank's queries too; differentiable.
-    freqs, score, softmax_scale, log_n, softcap, sliding_window, interleaved: as on one device.
+    freqs, score, softmax_scale, log_n, softcap, sliding_window, interleaved, rotary_offset: as on
+        one device.
     backend, keys_stored: as on one device. There are no q_start and k_start.
 
     Returns: out (batch, seqlen / P, heads_q, head_dim), and lse (batch, heads_q, seqlen / P).
@@ -87,6 +89,7 @@ def rope_attention(
         softmax_scale=softmax_scale,
         log_n=log_n,
         interleaved=interleaved,
+        rotary_offset=rotary_offset,
         softcap=softcap,
         sliding_window=sliding_window,
     )

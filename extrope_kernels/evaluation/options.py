@@ -46,9 +46,7 @@ def method_params(
     factor = parameters.get("factor")
     if factor is None or factor.default is not factor.empty:
         return given
-    # dynamic_ntk counts from max_position_embeddings, even if the model scales.
-    of_config = unscaled is None or "max_position_embeddings" in parameters
-    return {"factor": max(1.0, length / (trained if of_config else unscaled))} | given
+    return {"factor": max(1.0, length / (unscaled or trained))} | given
 
 
 def _score_params(method: str, length: int, trained: int, given: dict[str, Any]) -> dict[str, Any]:

@@ -358,9 +358,16 @@ def _rotation(
         rotating,
         int((turns < 1).sum()),
         tuple(parameters.get("mrope_section") or ()) or None,
-        _compare(built, stated, plain),
+        _of_weights(fresh) or _compare(built, stated, plain),
         in_vllm,
     )
+
+
+def _of_weights(rotary: Any) -> str | None:
+    """Return a line for a rotary embedding whose frequencies are weights (Mistral Large 4)."""
+    if not (names := list(rotary._parameters)):
+        return None
+    return f"frequencies are weights ({', '.join(names)}): only `check(model)` can tell them"
 
 
 def _stated(source: Source, key: str | None, length: int | None = None) -> RopeFreqs | str:

@@ -60,6 +60,10 @@ class Source:
         found = list(self.unread)
         if self.stated.get("rope_scaling") and self.stated.get("rope_parameters"):
             found.append("rope_parameters beside rope_scaling")
+        for key in ("rope_parameters", "rope_scaling"):
+            own = (None, self.stated.get(key), getattr(self.config, key, None))
+            if self.beside.get(key) not in own:
+                found.append(f"{key} beside the language model's part")
         for config, stated in ((self.config, self.stated), (self.whole, self.beside)):
             known = {*inspect.signature(type(config)).parameters, *config.attribute_map}
             # A trained length may have been moved there.

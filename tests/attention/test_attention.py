@@ -219,6 +219,25 @@ def test_another_head_dim_of_values(head_dim, head_dim_v, dtype, any_backend):
     check(any_backend, EXAMPLES["dual_chunk"], tensors)
 
 
+LATENT = pytest.mark.parametrize(
+    "head_dim, rotary_dim, rotary_offset, dtype",
+    [(192, 64, 128, LOW[1]), (64, 16, 8, LOW[0]), (64, 22, 42, LOW[2])],
+)
+
+
+@LATENT
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_rotated_dims_in_their_place(
+    head_dim, rotary_dim, rotary_offset, dtype, interleaved, any_backend
+):
+    """As in latent attention: 64 of 192 dims from 128 on, and others; of rows with gaps."""
+    tensors = make_qkv(2, 35, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim // 2)
+    tensors = [torch.nn.functional.pad(x, (8, 8), value=torch.nan)[..., 8:-8] for x in tensors]
+    freqs = frequencies(head_dim, rotary_dim=rotary_dim, attention_factor=1.2)
+    by = {"rotary_offset": rotary_offset, "interleaved": interleaved}
+    check(any_backend, of_rerope(window=11, factor=4.0), tensors, freqs, **by)
+
+
 @pytest.mark.parametrize("head_dim", [264, 512])
 def test_wide_heads(head_dim, any_backend):
     if any_backend == "triton":

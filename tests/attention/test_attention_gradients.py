@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_oracle import attend, check_gradients, frequencies, make_qkv
 from score_examples import EXAMPLES, Example, blockwise_causal, dual_chunk, example, rerope
-from test_attention import LOW, STARTS, SWITCHES, switched
+from test_attention import LATENT, LOW, STARTS, SWITCHES, switched
 
 from extrope_kernels import scores
 from extrope_kernels.methods import RopeFreqs, xpos
@@ -44,6 +44,17 @@ def test_head_dims(head_dim, dtype, any_backend):
 def test_another_head_dim_of_values(head_dim, head_dim_v, dtype, any_backend):
     tensors = make_qkv(2, 35, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v)
     check_gradients(any_backend, EXAMPLES["rerope"], tensors, **switched("sinks", 2, 35))
+
+
+@LATENT
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_rotated_dims_in_their_place(
+    head_dim, rotary_dim, rotary_offset, dtype, interleaved, any_backend
+):
+    tensors = make_qkv(2, 35, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim // 2)
+    freqs = frequencies(head_dim, rotary_dim=rotary_dim)
+    by = {"rotary_offset": rotary_offset, "interleaved": interleaved}
+    check_gradients(any_backend, of_rerope(window=11, factor=4.0), tensors, freqs, **by)
 
 
 @pytest.mark.parametrize("head_dim", [264, 512])

@@ -93,11 +93,11 @@ def test_a_loop_over_sequences(lengths, name, any_backend, monkeypatch):
 @pytest.mark.parametrize("name", OLDER)
 def test_uneven_sequences(name, factor, any_backend, monkeypatch):
     run_packed(monkeypatch, UNEVEN)
-    tensors, freqs = (
-        make_qkv(1, sum(UNEVEN), None, 2, 1, 16),
-        frequencies(16, attention_factor=factor),
-    )
+    tensors = make_qkv(1, sum(UNEVEN), None, 2, 1, 16)
+    freqs = frequencies(16, attention_factor=factor)
     check(any_backend, packed(OLDER[name], UNEVEN), tensors, freqs)
+    freqs = frequencies(16, attention_factor=factor, rotary_dim=6)
+    check(any_backend, packed(OLDER[name], UNEVEN), tensors, freqs, rotary_offset=8)
     if any_backend == "cpu":
         check_gradients(any_backend, packed(OLDER[name], UNEVEN), tensors, freqs)
 

@@ -39,7 +39,7 @@ def test_both_functions_share_options():
     assert [name for name in second if name in shared] == shared
     assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
     alone = {"q_start", "k_start", "cu_seqlens", "keys_stored", "positions"}
-    assert {*first} - {*second} == alone and len(shared) == 11
+    assert {*first} - {*second} == alone and len(shared) == 12
     assert all(x.kind is x.KEYWORD_ONLY for n, x in first.items() if n in shared[2:])
 
 
@@ -49,6 +49,9 @@ def calls() -> dict[str, AttentionCall]:
     return {
         "rerope": call_of(scores.rerope(4)),
         "shorter keys": make_call(decaying, scores.leaky_rerope(4, 4.0), log_n=3.0),
+        "in their place": make_call(
+            frequencies(16), scores.leaky_rerope(4, 4.0), rotary_offset=10, interleaved=True
+        ),
         "packed": call_of(
             scores.self_extend(4, 2), keys_stored=True, cu_seqlens=cu_seqlens, interleaved=True
         ),
@@ -112,7 +115,8 @@ def test_compile_is_one_graph(named, compiler):
 
     def loss(q, k, v):
         near = rope_attention(q, k, v, FREQS, scores.rerope(8, 4.0), log_n=16, backend=named)
-        chunks = rope_attention(q, k, v, FREQS, scores.dual_chunk(9, 2), backend=named)
+        by = {"rotary_offset": 8, "backend": named}
+        chunks = rope_attention(q, k, v, frequencies(16), scores.dual_chunk(9, 2), **by)
         return (near * chunks).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)

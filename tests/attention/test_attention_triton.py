@@ -203,6 +203,7 @@ def test_everything_at_once(name, packed):
     freqs = replace(xpos, inv_freq=rows, attention_factor=1.2)
     options = {
         "log_n": 5.0, "interleaved": True, "softcap": 3.0, "sliding_window": 14,
+        "rotary_offset": 4,
         "sinks": torch.linspace(-2, 2, 2, device=DEVICE),
     }  # fmt: skip
     q, k, v = make_qkv(2, *((19, 19) if packed else (6, 19)), 2, 1, 16)
@@ -225,6 +226,16 @@ def test_head_dims(head_dim):
 def test_rows_in_two_parts(head_dim, monkeypatch):
     tiles(monkeypatch, halves=True)
     both(MADE["rerope"], (21, 21), head_dim=head_dim)
+
+
+@pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
+@pytest.mark.parametrize(
+    "rotary_dim, rotary_offset, halves", ((16, 32, True), (16, 8, False), (22, 26, True))
+)
+def test_rotated_dims_in_their_place(rotary_dim, rotary_offset, halves, interleaved, monkeypatch):
+    tiles(monkeypatch, halves=halves)
+    freqs, by = frequencies(48, rotary_dim=rotary_dim), {"rotary_offset": rotary_offset}
+    both(MADE["leaky_rerope"], (21, 21), head_dim=48, freqs=freqs, interleaved=interleaved, **by)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -88,11 +88,15 @@ def test_groups(heads_q, heads_k, fast_backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
 @pytest.mark.parametrize(
-    "head_dim, rotary_dim",
-    ((8, 8), (16, 2), (24, 24), (40, 6), (64, 64), (80, 32), (96, 96), (128, 128), (256, 64)),
+    "head_dim, rotary_dim, rotary_offset",
+    (
+        *((8, 8, 0), (16, 2, 8), (24, 24, 0), (40, 6, 34), (64, 64, 0), (80, 32, 0), (96, 96, 0)),
+        *((128, 128, 0), (192, 64, 128), (256, 64, 0)),
+    ),
 )
-def test_dims(head_dim, rotary_dim, interleaved, dtype, fast_backend):
-    case = Case((21, 6), head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved)
+def test_dims(head_dim, rotary_dim, rotary_offset, interleaved, dtype, fast_backend):
+    dims = {"head_dim": head_dim, "rotary_dim": rotary_dim, "rotary_offset": rotary_offset}
+    case = Case((21, 6), **dims, interleaved=interleaved)
     check(replace(case, dtype=dtype, **LEAKY), fast_backend)
 
 
@@ -253,7 +257,7 @@ def test_prompt_chunks_and_single_steps_agree(score, fast_backend):
 @pytest.mark.parametrize("score", SCORES)
 def test_append_with_padding_and_pages(score, interleaved, dtype, fast_backend):
     """New keys go behind those of their sequence, wherever its pages are, and nowhere else."""
-    case = Case((11, 4), page_size=5, leftpad=(2, 7), rotary_dim=24, dtype=dtype)
+    case = Case((11, 4), page_size=5, leftpad=(2, 7), rotary_dim=24, rotary_offset=6, dtype=dtype)
     case = replace(case, interleaved=interleaved, **SCORES[score])
     inputs = make(case)
     k, v = torch.randn(2, 3, 2, 32), torch.randn(2, 3, 2, 32)
@@ -307,6 +311,7 @@ def test_long_chunks(score):
 @pytest.mark.parametrize("page_size", (None, 16))
 def test_long_chunks_with_softmax_options(page_size, dtype):
     case = replace(CHUNK, dtype=dtype, page_size=page_size, head_dim_v=24, **SOFTMAX)
+    case = replace(case, rotary_dim=20, rotary_offset=12, interleaved=page_size is None)
     check(replace(case, freqs_per_sequence=True, **LEAKY), "cpu")
 
 

@@ -49,6 +49,7 @@ def test_every_score_method(score, case, fp8_backend):
 @CASES
 def test_dtypes_and_softmax_options(case, dtype, fp8_backend):
     options = {"sinks": True, "softcap": 2.0, "sliding_window": 50, "query_scale": True}
+    options |= {"rotary_dim": 16, "rotary_offset": 8}
     case = sized(case, fp8_backend)
     case = replace(case, dtype=dtype, head_dim_v=24, interleaved=True, **options)
     check(replace(case, **SCORES["leaky_rerope"]), fp8_backend)
@@ -123,6 +124,7 @@ def test_writing_rounds_to_nearest_even_and_saturates(dtype, fp8_backend):
 def test_append_as_into_a_wider_cache_that_is_rounded_then(score, dtype, fp8_backend):
     """Packed, with padding, between slots in use."""
     case = replace(ONE_TOKEN, **SCORES[score], dtype=dtype, fp8=False)
+    case = replace(case, rotary_dim=16, rotary_offset=14)
     wide, inputs = make(case), make(replace(case, fp8=True))
     scale = {name: inputs.call[name] for name in ("k_scale", "v_scale")}
     counts = torch.tensor([0, 5, 8], dtype=torch.int32)
@@ -144,12 +146,13 @@ def test_the_fused_step(score, dtype, fp8_backend):
     slots = torch.tensor([3, -1, 40, 41, 7, 0, 12])
     scale = torch.tensor([0.01, 0.02])
     call = {"slot_mapping": slots, "positions": torch.arange(7) + 90, "score": score,
-            "k_norm_weight": torch.linspace(0.5, 2.0, 32), "backend": fp8_backend}  # fmt: skip
+            "k_norm_weight": torch.linspace(0.5, 2.0, 32), "backend": fp8_backend,
+            "rotary_offset": 16}  # fmt: skip
     wide = [torch.zeros(3, 16, 2, 32, dtype=dtype) for _ in "kv"]
     cache = [x.to(FP8) for x in wide]
-    want = rope_append_kvcache(q, k, v, *wide, methods.rope(32), **call)
+    want = rope_append_kvcache(q, k, v, *wide, methods.rope(16), **call)
     got = rope_append_kvcache(
-        q, k, v, *cache, methods.rope(32), **call, k_scale=scale, v_scale=scale
+        q, k, v, *cache, methods.rope(16), **call, k_scale=scale, v_scale=scale
     )
     assert torch.equal(got, want)
     assert all(same_codes(x, quantized(y, scale)) for x, y in zip(cache, wide))

@@ -26,10 +26,13 @@ def op(backend: str):
     return torch.ops.extrope.decode_triton if backend == "triton" else torch.ops.extrope.decode
 
 
-EVERYTHING = {"page_size": 4, "leftpad": (1, 2), "dtype": torch.float16}
+EVERYTHING = {"page_size": 4, "leftpad": (1, 2), "dtype": torch.float16, "rotary_dim": 16}
 CASES = {
     "plain": ({}, {}),
-    "everything": (EVERYTHING, {"interleaved": True, "log_n": 4.0, "softmax_scale": 0.3}),
+    "everything": (
+        EVERYTHING,
+        {"interleaved": True, "rotary_offset": 8, "log_n": 4.0, "softmax_scale": 0.3},
+    ),
 }
 
 
@@ -47,7 +50,7 @@ def test_opcheck(score, name, fast_backend):
 
 @pytest.mark.parametrize("score", ("leaky_rerope", "no score"))
 def test_compile_in_one_graph(score, fast_backend):
-    inputs = make(Case((12, 3), **SCORES[score]))
+    inputs = make(Case((12, 3), rotary_dim=16, rotary_offset=8, **SCORES[score]))
     k, v = (torch.randn(2, 1, 2, 32, device=device()) for _ in range(2))
 
     def step(q, k_cache, v_cache, k, v, seqlens):

@@ -40,11 +40,12 @@ def test_every_score_method(score, seqlen_q, dtype):
     "changes",
     (
         {"head_dim": 24, "rotary_dim": 6, "interleaved": True, "attention_factor": 1.2},
+        {"head_dim": 48, "rotary_dim": 16, "rotary_offset": 32},
         {"freqs_per_sequence": True, "head_dim_v": 8, "softmax_scale": 0.3},
         ALL,
-        {**ALL, "fp8": True, "dtype": torch.float16},
+        {**ALL, "fp8": True, "dtype": torch.float16, "rotary_dim": 12, "rotary_offset": 18},
     ),
-    ids=range(4),
+    ids=range(5),
 )
 def test_options(changes, seqlen_q):
     check(Case((70, 9), seqlen_q, **PAGED, **SCORES["leaky_rerope"], **changes), "triton")

@@ -19,6 +19,7 @@ from attention_engines import (
 )
 from flash_attn_stubs import installed_source, signatures, stub_module, stub_modules
 
+from extrope_kernels.methods import rope
 from extrope_kernels.ops.attention import flash_attn, reference, rotation
 from extrope_kernels.ops.attention.flash_attn import engines
 from extrope_kernels.scores import FIRST_KEY, Region
@@ -61,6 +62,7 @@ SWITCHES = {
     "sliding_window of the near region": {"sliding_window": 2},
     "sliding_window of both": {"sliding_window": 5},
     "query_scale": {"query_scale": torch.linspace(0.5, 1.5, N)},
+    "rotary_offset": {"rotary_offset": 3, "inv_freq": rope(10).inv_freq},
 }
 
 

@@ -163,6 +163,7 @@ def test_options_of_extend(model_path):
         ({"method": "rerope", "window": -1}, "rerope: window must be"),
         ({"method": "rerope", "windw": 8}, "neither extend nor transformers takes windw"),
         ({"method": "yarn", "factor": 2.0, "batch_size": "auto"}, "batch_size=auto needs max_l"),
+        ({"method": "dynamic_yarn", "batch_size": 4}, "batch_size must be 1 for dynamic_yarn, wh"),
     ],
 )
 def test_mistakes(model_path, given, message):

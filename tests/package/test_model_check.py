@@ -605,3 +605,12 @@ def test_a_name_in_the_local_cache(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "some/llama: LlamaForCausalLM" in done.stdout
+
+
+def test_frequencies_that_are_weights_are_not_as_stated(check):
+    import tiny_models
+
+    config = tiny_models.tiny_config(transformers.MistralLarge4Config).to_dict()
+    facts, _ = check(config)
+    told = {each["transformers"] for each in facts["rotations"] if each["method"]}
+    assert told == {"frequencies are weights (alpha): only `check(model)` can tell them"}

@@ -78,6 +78,7 @@ def cases(draw, dtypes=DTYPES) -> Case:
         leading, sequences, seqlen = (sum(sizes),), len(sizes), sum(sizes)
         options["cu_seqlens"] = cumulative(sizes, draw(st.sampled_from((torch.int32, torch.int64))))
     freqs = draw(frequencies(head_dim))
+    options["rotary_offset"] = draw(st.integers(0, head_dim - 2 * freqs.inv_freq.shape[-1]))
     inv_freq = freqs.inv_freq.to(draw(st.sampled_from((torch.float32, torch.float64))))
     rows = draw(st.sampled_from(("shared", "by sequence", "by head", "by both")))
     if rows == "by sequence" and sequences > 0:

@@ -41,12 +41,25 @@ def test_head_dims(backend, head_dim, dtype, interleaved):
 
 
 @pytest.mark.parametrize("interleaved", (False, True))
-@pytest.mark.parametrize("rotary_dim", (2, 20, 64, 78))
-def test_partial_rotary_passes_the_rest_through(backend, rotary_dim, interleaved):
-    q, k = make_qk(head_dim=80)
-    outs = check(q, k, frequencies(rotary_dim), backend, interleaved=interleaved)
-    for x, out in zip((q, k), outs):
-        assert torch.equal(x[..., rotary_dim:], out[..., rotary_dim:])
+@pytest.mark.parametrize(
+    "rotary_dim, rotary_offset", ((2, 0), (20, 3), (64, 0), (64, 16), (64, 8), (78, 2))
+)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_partial_rotary_passes_the_rest_through(
+    backend, dtype, rotary_dim, rotary_offset, interleaved
+):
+    """And rotates dims in their place as the same dims alone."""
+    q, k = make_qk(head_dim=80, dtype=dtype)
+    freqs, options = frequencies(rotary_dim), {"interleaved": interleaved}
+    outs = check(q, k, freqs, backend, rotary_offset=rotary_offset, **options)
+    dims = slice(rotary_offset, rotary_offset + rotary_dim)
+    alone = [x[..., dims].contiguous() for x in (q, k)]
+    alone = apply_rope_qk(*alone, freqs, backend="reference", **options)
+    same = apply_rope_qk(q, k, freqs, backend="reference", rotary_offset=rotary_offset, **options)
+    for x, out, own, whole in zip((q, k), outs, alone, same):
+        assert torch.equal(whole[..., dims], own)
+        for rest in (slice(rotary_offset), slice(rotary_offset + rotary_dim, None)):
+            assert torch.equal(x[..., rest], out[..., rest])
 
 
 @pytest.mark.parametrize("heads_q, heads_k", ((1, 1), (73, 1), (8, 2)))

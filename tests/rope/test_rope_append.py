@@ -40,14 +40,17 @@ def test_contiguous(backend, dtype, norms):
 
 
 @pytest.mark.parametrize(
-    "dims", ((9, 5, 8), (34, 64, 6), (72, 40, 72), (128, 128, 64)), ids=lambda d: str(d[0])
+    "dims",
+    ((9, 5, 8, 1), (34, 64, 6, 0), (72, 40, 72, 0), (128, 128, 64, 64), (80, 80, 32, 24)),
+    ids=lambda d: str(d[0]),
 )
 @pytest.mark.parametrize("interleaved", (False, True))
 def test_dims(backend, dims, interleaved):
-    """head_dim, that of v, rotary_dim: odd and partial ones."""
-    head_dim, head_dim_v, rotary_dim = dims
+    """head_dim, that of v, rotary_dim, rotary_offset: odd and partial ones."""
+    head_dim, head_dim_v, rotary_dim, rotary_offset = dims
     sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "rotary_dim": rotary_dim}
-    step = Step(**sizes, norms="head", call={**CONTIGUOUS, "interleaved": interleaved})
+    by = {"interleaved": interleaved, "rotary_offset": rotary_offset}
+    step = Step(**sizes, norms="head", call={**CONTIGUOUS, **by})
     step.check(backend, step.expected(SLOTS, POSITIONS))
 
 

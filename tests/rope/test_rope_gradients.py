@@ -69,6 +69,8 @@ def test_autograd_notices_that_a_saved_tensor_was_rotated_in_place(backend):
 CASES = {
     "plain": dict(),
     "interleaved": dict(interleaved=True),
+    "rotary_offset": dict(rotary_offset=1, freq_shape=(1, 2, 3)),
+    "interleaved_offset": dict(interleaved=True, rotary_offset=2),
     "inverse": dict(inverse=True, attention_factor=1.3),
     "positions": dict(positions=torch.tensor([[5, 3, 9], [100, 7, 0]])),
     "offsets": dict(positions=torch.tensor([4, 40])),

@@ -60,12 +60,16 @@ def check(q, k, weights, freqs, backend, **options):
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("together", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim, rotary_dim", ((128, 128), (72, 72), (80, 20), (34, 6), (9, 8)))
-def test_against_float64(backend, head_dim, rotary_dim, dtype, together, interleaved):
+@pytest.mark.parametrize(
+    "head_dim, rotary_dim, first",
+    ((128, 128, 0), (72, 72, 0), (80, 20, 0), (80, 32, 40), (34, 6, 11), (9, 8, 1)),
+)
+def test_against_float64(backend, head_dim, rotary_dim, first, dtype, together, interleaved):
     q, k = make_qk(2, 7, 3, 2, head_dim, dtype)
     weights = norm_weights(3, 2, head_dim, together)
     freqs = RopeFreqs(methods.rope(rotary_dim).inv_freq.to(device()), attention_factor=1.1)
-    check(q, k, weights, freqs, backend, positions=1003, interleaved=interleaved, norm_eps=EPS)
+    by = {"interleaved": interleaved, "rotary_offset": first}
+    check(q, k, weights, freqs, backend, positions=1003, norm_eps=EPS, **by)
 
 
 @pytest.mark.parametrize("together", (False, True))

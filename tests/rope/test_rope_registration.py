@@ -36,7 +36,7 @@ CASES = {
     "no_k": ((HALF,), {}),
     "positions": (
         (HALF, torch.arange(10, device=device()).view(2, 5) * 7),
-        {"interleaved": True, "attention_factor": 1.2},
+        {"interleaved": True, "rotary_offset": 2, "attention_factor": 1.2},
     ),
     "packed": ((HALF, None, ints(0, 2, 5)), {"offset": 3, "inverse": True}),
     "per_head_decay": (
@@ -81,7 +81,7 @@ def test_opcheck_norm(backend, together):
 
 @pytest.mark.parametrize("case", ("lengths", "slots", "stored"))
 def test_opcheck_append(backend, case):
-    step, options = Step(norms="head"), {}
+    step, options = Step(norms="head", rotary_dim=16), {"rotary_offset": 8}
     tensors = [step.q, step.k, step.v, *step.caches(torch.float32), *step.weights.values()]
     tensors.append(step.freqs.inv_freq)
     if case == "lengths":
@@ -92,7 +92,7 @@ def test_opcheck_append(backend, case):
     else:
         tensors[0], tensors[5] = None, None
         tensors += [ints(3, 9), None, None, None, ints(1, 2)]
-        options = {**columns_of([scores.rerope(4, 2.0).stored]), "interleaved": True}
+        options |= {**columns_of([scores.rerope(4, 2.0).stored]), "interleaved": True}
     torch.library.opcheck(op("rope_append", backend), tuple(tensors), options)
 
 
@@ -127,9 +127,8 @@ def test_xpos_of_positions_without_values():
 # -------------------------------------------------------------------------------------------------
 # torch.compile
 def forward_and_backward(q, k, inv_freq, positions, backend):
-    out_q, out_k = apply_rope_qk(
-        q * 1.0, k * 1.0, RopeFreqs(inv_freq, 1.1), positions=positions, backend=backend
-    )
+    options = {"positions": positions, "rotary_offset": 2, "backend": backend}
+    out_q, out_k = apply_rope_qk(q * 1.0, k * 1.0, RopeFreqs(inv_freq, 1.1), **options)
     return (out_q.pow(2).sum() + (out_k * out_k.detach().flip(1)).sum()) / 2
 
 

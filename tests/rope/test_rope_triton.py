@@ -35,16 +35,19 @@ LAYOUTS = pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "
 
 
 @LAYOUTS
+@pytest.mark.parametrize("rotary_offset", (0, 8, 15))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_place_and_conjugate(dtype, interleaved):
-    rotation = rope_rotation(24, interleaved=interleaved, conjugate=True, offset=100_000)
+def test_in_place_and_conjugate(dtype, rotary_offset, interleaved):
+    by = {"interleaved": interleaved, "rotary_offset": rotary_offset}
+    rotation = rope_rotation(24, **by, conjugate=True, offset=100_000)
     x = randn(2, 3, 2, 40, dtype=dtype)
     inside = guarded_like(x)
     inside.tensor.copy_(x)
     rotate([inside.tensor], [inside.tensor], None, None, rotation)
     want = exact([x], rotation)[0]
     assert_rotated("q", inside.tensor, reference.rotate([x], rotation)[0], want)
-    assert torch.equal(inside.tensor[..., 24:], x[..., 24:])
+    for rest in (slice(rotary_offset), slice(rotary_offset + 24, None)):
+        assert torch.equal(inside.tensor[..., rest], x[..., rest])
     inside.assert_untouched_around()
 
 
@@ -102,18 +105,21 @@ def backward(saved: list[torch.Tensor], grads: list[torch.Tensor], rotation: Rot
 def test_angle_grad(dtype, per_head, interleaved):
     saved = [randn(2, 3, 3, 16, dtype=dtype), randn(2, 3, 3, 16, dtype=dtype)]
     grads = [randn(2, 3, 3, 16, dtype=dtype), randn(2, 3, 3, 16, dtype=dtype)]
-    rotation = rope_rotation(12, conjugate=True, interleaved=interleaved, offset=500)
+    first = 3 if per_head else 0
+    by = {"interleaved": interleaved, "rotary_offset": first}
+    rotation = rope_rotation(12, conjugate=True, offset=500, **by)
     if per_head:
         inv_freq = rotation.inv_freq * torch.rand(1, 3, 1, device=DEVICE)
         rotation = replace(rotation, inv_freq=inv_freq)
     dx, angle_grad = backward(saved, grads, rotation)
 
     wide = accumulator(dtype)
-    layout = (12, interleaved, per_head)
+    layout = (12, interleaved, first, per_head)
     widened = reference.rotate([g.to(wide) for g in grads], rotation)
     same_dtype = sum(cross(x, d, *layout) for x, d in zip(saved, widened, strict=True))
     want_dx = exact(grads, rotation)
-    first, second = (np.s_[0:12:2], np.s_[1:12:2]) if interleaved else (np.s_[0:6], np.s_[6:12])
+    dims = first + np.arange(12)
+    first, second = (dims[0::2], dims[1::2]) if interleaved else (dims[:6], dims[6:])
     want = 0
     for x, d in zip(saved, want_dx, strict=True):
         x = x.double().cpu().numpy().astype(np.longdouble)

@@ -67,7 +67,8 @@ class Step:
         if k.dim() == 3:
             q, k, v = q[None], k[None], v[None]
         call = {**self.weights, "positions": positions, "backend": "reference"}
-        call |= {name: self.call[name] for name in ("norm_eps", "interleaved") if name in self.call}
+        names = ("norm_eps", "interleaved", "rotary_offset")
+        call |= {name: self.call[name] for name in names if name in self.call}
         rotated_q, rotated_k = apply_rope_qk(q, k, self.freqs, **call)
         k_cache, v_cache = self.caches(torch.float64)
         for batch, token, block, place in slots:

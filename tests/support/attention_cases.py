@@ -51,7 +51,7 @@ class Case:
     def known(self, part) -> dict:
         """What the closed form is told of one sequence."""
         names = {"softmax_scale": "scale"} | {
-            name: name for name in ("log_n", "interleaved", "softcap", "sinks")
+            name: name for name in ("log_n", "interleaved", "rotary_offset", "softcap", "sinks")
         }
         known = {theirs: self.options[name] for name, theirs in names.items()}
         if (scale := self.options["query_scale"]) is not None:
@@ -111,6 +111,11 @@ def softmax_options(draw, heads_q: int, rows: tuple[int, ...]) -> dict:
     return options
 
 
+def offsets(head_dim: int, rotary_dim: int) -> st.SearchStrategy[int]:
+    """The first rotated dim: even ones."""
+    return st.integers(0, (head_dim - rotary_dim) // 2).map(lambda n: 2 * n)
+
+
 @st.composite
 def cases(draw, dtypes=LOW) -> Case:
     score = draw(examples())
@@ -138,6 +143,7 @@ def cases(draw, dtypes=LOW) -> Case:
         "softmax_scale": draw(st.sampled_from((None, 0.05, 0.4))),
         "log_n": draw(st.sampled_from((None, 2, 16.5))),
         "interleaved": draw(st.booleans()),
+        "rotary_offset": draw(offsets(head_dim, 2 * freqs.inv_freq.shape[-1])),
         **draw(softmax_options(heads_q, tuple(leading_q))),
     }
     head_dim_v = draw(st.sampled_from((head_dim, head_dim, 8, 64)))
@@ -159,6 +165,7 @@ def caches(draw) -> decode_oracle.Case:
     sizes = draw(st.lists(st.integers(0, 60), min_size=1, max_size=3))
     heads_k = draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from((8, 24, 32, 64, 128)))
+    rotary_dim = 2 * draw(st.integers(1, head_dim // 2))
     pads = st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes))
     return decode_oracle.Case(
         lengths=tuple(sizes),
@@ -166,7 +173,8 @@ def caches(draw) -> decode_oracle.Case:
         heads_q=heads_k * draw(st.integers(1, 8)),
         heads_k=heads_k,
         head_dim=head_dim,
-        rotary_dim=2 * draw(st.integers(1, head_dim // 2)),
+        rotary_dim=rotary_dim,
+        rotary_offset=draw(offsets(head_dim, rotary_dim)),
         dtype=draw(st.sampled_from(LOW)),
         example=draw(examples()),
         log_n=draw(st.sampled_from((None, 2, 16.5))),

@@ -17,11 +17,15 @@ from extrope_kernels.methods import RopeFreqs, rope
 from extrope_kernels.testing import assert_within_budget, device
 
 
-def split(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rotary = x[..., : 2 * half]
+def split(
+    x: Tensor, half: int, interleaved: bool, rotary_offset: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First and second dims of the pairs, and the dims beside them."""
+    before, rotary, after = x.tensor_split((rotary_offset, rotary_offset + 2 * half), -1)
+    rest = torch.cat((before, after), -1)
     if interleaved:
-        return rotary[..., 0::2], rotary[..., 1::2], x[..., 2 * half :]
-    return rotary[..., :half], rotary[..., half:], x[..., 2 * half :]
+        return rotary[..., 0::2], rotary[..., 1::2], rest
+    return rotary[..., :half], rotary[..., half:], rest
 
 
 def row_gain(q, k, log_n, query_scale, first) -> Tensor | None:
@@ -48,6 +52,7 @@ def closed_form(
     scale=None,
     log_n=None,
     interleaved=False,
+    rotary_offset=0,
     query_scale=None,
     softcap=0.0,
     sinks=None,
@@ -63,8 +68,8 @@ def closed_form(
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     theta = freqs.inv_freq.double().to(q.device)
     seen = relative.seen.to(q.device)
-    qa, qb, q_rest = split(q, len(theta), interleaved)
-    ka, kb, k_rest = split(k, len(theta), interleaved)
+    qa, qb, q_rest = split(q, len(theta), interleaved, rotary_offset)
+    ka, kb, k_rest = split(k, len(theta), interleaved, rotary_offset)
     real = torch.einsum("bihp,bjhp->bhijp", qa, ka) + torch.einsum("bihp,bjhp->bhijp", qb, kb)
     imag = torch.einsum("bihp,bjhp->bhijp", qb, ka) - torch.einsum("bihp,bjhp->bhijp", qa, kb)
     angle = seen.nan_to_num()[..., None] * theta
@@ -93,6 +98,7 @@ def plain_formula(
     scale=None,
     log_n=None,
     interleaved=False,
+    rotary_offset=0,
     query_scale=None,
     softcap=0.0,
     sinks=None,
@@ -113,9 +119,10 @@ def plain_formula(
         q = q * gain[:, :, None, None].to(dtype)
     if scale_first:
         q, scale = q * scale, 1.0
+    layout = (interleaved, rotary_offset)
     for mask, at_i, at_j in relative.branches:
-        rotated_q = _rotate(q, at_i.reshape(-1), freqs, interleaved, 1)
-        rotated_k = _rotate(k, at_j.reshape(-1), freqs, interleaved, -1)
+        rotated_q = _rotate(q, at_i.reshape(-1), freqs, *layout, 1)
+        rotated_k = _rotate(k, at_j.reshape(-1), freqs, *layout, -1)
         branch = torch.einsum("bihd,bjhd->bhij", rotated_q, rotated_k)
         scores = torch.where(mask.to(q.device), branch, scores)
     scores = scores * scale
@@ -124,7 +131,8 @@ def plain_formula(
     return _softmax(scores.float() if dtype != torch.float64 else scores, v, dtype, sinks)
 
 
-def _rotate(x, positions, freqs, interleaved, decay_sign):
+def _rotate(x, positions, freqs, interleaved, rotary_offset, decay_sign):
+    """Rotate x; the dims that do not rotate come last, for products over all dims."""
     positions = positions[:, None].to(x.device)
     angle = (positions * freqs.inv_freq.double().to(x.device))[:, None]
     amplitude = torch.full_like(angle, freqs.attention_factor)
@@ -132,7 +140,7 @@ def _rotate(x, positions, freqs, interleaved, decay_sign):
         decay = freqs.log_decay.double().to(x.device)
         amplitude = amplitude * torch.exp(decay_sign * positions * decay)[:, None]
     cos, sin = (angle.cos() * amplitude).to(x.dtype), (angle.sin() * amplitude).to(x.dtype)
-    a, b, rest = split(x, freqs.inv_freq.shape[-1], interleaved)
+    a, b, rest = split(x, freqs.inv_freq.shape[-1], interleaved, rotary_offset)
     a, b = a * cos - b * sin, b * cos + a * sin
     rotated = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
     return torch.cat((rotated, rest), -1)

@@ -46,6 +46,7 @@ class Case:
     heads_k: int = 2
     head_dim: int = 32
     rotary_dim: int = 32
+    rotary_offset: int = 0
     dtype: torch.dtype = torch.float32
     example: Example = RAW
     xpos: bool = False
@@ -66,7 +67,8 @@ class Case:
     seed: int = 0
 
     def options(self, generator: torch.Generator) -> dict:
-        names = ("log_n", "softmax_scale", "interleaved", "softcap", "sliding_window")
+        names = ("log_n", "softmax_scale", "interleaved", "rotary_offset", "softcap")
+        names += ("sliding_window",)
         options = {name: getattr(self, name) for name in names}
         options["stored"] = "raw" if self.raw else None
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -101,6 +103,10 @@ class Inputs:
             return torch.zeros_like(j)
         return j if self.example.score is None else self.example.score.stored(j)
 
+    @property
+    def layout(self) -> tuple[bool, int]:
+        return self.call["interleaved"], self.call["rotary_offset"]
+
     def store(self, k: Tensor, j: Tensor, inv_freq: Tensor, sign: int = 1) -> Tensor:
         """Keys (keys, heads, d) in float64, rotated to where the cache has them; sign -1: back."""
         return self.rotate_keys(k, sign * self.stored(j), inv_freq)
@@ -108,13 +114,13 @@ class Inputs:
     def rotate_keys(self, k: Tensor, by: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
         decay = self.freqs.log_decay
         decay = None if decay is None else -decay
-        return rotate(k, by[:, None], inv_freq, self.call["interleaved"], dtype, decay)
+        return rotate(k, by[:, None], inv_freq, *self.layout, dtype, decay)
 
     def rotate_queries(self, q: Tensor, to: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
-        dims = 2 * inv_freq.shape[-1]
-        loud = q[..., :dims] * self.freqs.attention_factor**2
-        q = torch.cat((loud, q[..., dims:]), -1)
-        return rotate(q, to, inv_freq, self.call["interleaved"], dtype, self.freqs.log_decay)
+        begin = self.call["rotary_offset"]
+        q = q.clone()
+        q[..., begin : begin + 2 * inv_freq.shape[-1]] *= self.freqs.attention_factor**2
+        return rotate(q, to, inv_freq, *self.layout, dtype, self.freqs.log_decay)
 
 
 def make(case: Case) -> Inputs:
@@ -182,7 +188,13 @@ def index(inputs: Inputs, sequence: int, slots) -> tuple[Tensor, Tensor]:
 
 
 def rotate(
-    x: Tensor, position: Tensor, inv_freq: Tensor, interleaved: bool, dtype=None, decay=None
+    x: Tensor,
+    position: Tensor,
+    inv_freq: Tensor,
+    interleaved: bool,
+    rotary_offset: int,
+    dtype=None,
+    decay=None,
 ):
     """x (..., head_dim) in float64 rotated to positions (...), rounded to dtype."""
     angle = position[..., None] * inv_freq.double()
@@ -190,10 +202,11 @@ def rotate(
     if decay is not None:
         amplitude = torch.exp(position[..., None] * decay.double())
         cos, sin = cos * amplitude, sin * amplitude
-    a, b, rest = split(x.double(), inv_freq.shape[-1], interleaved)
+    a, b, rest = split(x.double(), inv_freq.shape[-1], interleaved, rotary_offset)
     a, b = a * cos - b * sin, b * cos + a * sin
     pair = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    out = torch.cat((pair, rest.expand(*pair.shape[:-1], -1)), -1)
+    rest = rest.expand(*pair.shape[:-1], -1)
+    out = torch.cat((rest[..., :rotary_offset], pair, rest[..., rotary_offset:]), -1)
     return out if dtype is None else out.to(dtype).double()
 
 

@@ -38,6 +38,7 @@ ATTENTION = {
     "k_start": None,
     "cu_seqlens": None,
     "interleaved": False,
+    "rotary_offset": 0,
     "return_lse": False,
     "backend": None,
     "keys_stored": False,
@@ -48,6 +49,7 @@ ROPE = {
     "positions": ints(*range(6)),
     "cu_seqlens": None,
     "interleaved": False,
+    "rotary_offset": 0,
     "inverse": False,
     "inplace": False,
     "backend": None,
@@ -85,6 +87,7 @@ APPEND = {
     "k_norm_weight": randn(DIM),
     "norm_eps": 1e-6,
     "interleaved": False,
+    "rotary_offset": 0,
     "backend": None,
 }
 

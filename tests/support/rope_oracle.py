@@ -87,10 +87,11 @@ def position_of(rotation: Rotation, b: int, s: int) -> np.longdouble | np.ndarra
 def exact(inputs: list[Tensor], rotation: Rotation) -> list[np.ndarray]:
     """The rotation of (batch, seqlen, heads, head_dim) tensors in long double."""
     half = rotation.rotary_dim // 2
+    first, second = slice(0, half), slice(half, 2 * half)
     if rotation.interleaved:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    else:
-        first, second = slice(0, half), slice(half, 2 * half)
+    dims = np.arange(rotation.rotary_offset, inputs[0].shape[-1])
+    first, second = dims[first], dims[second]
     rotated = []
     for x, sign in zip(inputs, rotation.decay_signs, strict=False):
         out = x.double().cpu().numpy().astype(np.longdouble)
@@ -105,8 +106,9 @@ def exact(inputs: list[Tensor], rotation: Rotation) -> list[np.ndarray]:
                 amplitude = amplitude * np.exp(sign * position * decay)
             cos, sin = amplitude * np.cos(angle), amplitude * np.sin(angle)
             sin = -sin if rotation.conjugate else sin
-            a, c = out[b, s, :, first].copy(), out[b, s, :, second].copy()
-            out[b, s, :, first], out[b, s, :, second] = a * cos - c * sin, c * cos + a * sin
+            heads = out[b, s]  # (heads, head_dim)
+            a, c = heads[:, first].copy(), heads[:, second].copy()
+            heads[:, first], heads[:, second] = a * cos - c * sin, c * cos + a * sin
         rotated.append(out)
     return rotated
 

@@ -83,6 +83,7 @@ WRONG = {
     "query_scale": not_factors(torch.ones(2, 6, device=DEVICE)),
     "with_kvcache.query_scale": not_factors(torch.ones(2, 1, device=DEVICE)),
     "sinks": not_factors(torch.ones(4, device=DEVICE)),
+    "rotary_offset": {k: v for k, v in COUNT.items() if k != "0"} | {"past the end": 8},
     "softcap": {k: v for k, v in SCALE.items() if k != "0"} | {"None": None, "True": True},
     "sliding_window": {k: v for k, v in COUNT.items() if k != "None"},
     "cache_seqlens": not_ints(ints(3, 3)) | {"None": None, "long": ints(3, 3).long(),

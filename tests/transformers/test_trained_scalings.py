@@ -138,6 +138,50 @@ def test_a_saved_folder_has_the_trained_scaling_once(family, scaling, tmp_path):
             torch.testing.assert_close(logits(again, IDS), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+@pytest.mark.parametrize("method", ["pi", "ntk_by_parts"])
+def test_a_folder_of_ours_is_not_scaled_twice(method, scaling, tmp_path):
+    """Its configuration names factors of longrope, as it has no other name for the frequencies."""
+    model = build("llama", scaling)
+    with extend(model, method, factor=2.0, resonance=True) as handle:
+        assert handle.length == 2 * TRAINED
+        handle.save_pretrained(tmp_path)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert reloaded.config.rope_parameters["rope_type"] == "longrope"
+    for again in ("yarn", "dynamic_ntk"):
+        with extend(model, again, factor=4.0) as handle:
+            want, length = logits(model, IDS), handle.length
+        with extend(reloaded, again, factor=4.0) as handle:
+            torch.testing.assert_close(logits(reloaded, IDS), want, rtol=1e-5, atol=1e-5)
+            assert handle.length == length
+
+
+@pytest.mark.parametrize(("family", "scaling"), SCALINGS[1:3])
+def test_rope_is_saved_as_the_model_was_trained(family, scaling, tmp_path):
+    model = build(family, scaling)
+    with extend(model, "rope") as handle:
+        want = logits(model, IDS)
+        handle.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(plain, IDS), want, rtol=1e-4, atol=1e-4)
+    for again in (plain, model):
+        with extend_from_saved(again, tmp_path):
+            torch.testing.assert_close(logits(again, IDS), want, rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_ntk_counts_from_the_length_before_a_yarn_of_the_file(tmp_path):
+    model = build("llama")
+    with extend(model, "yarn", factor=4.0) as handle:
+        handle.save_pretrained(tmp_path)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for method in ("dynamic_ntk", "dynamic_yarn"):
+        given = {"factor": 2.0} if method == "dynamic_ntk" else {}
+        with extend(model, method, **given):
+            want = logits(model, IDS)
+        with extend(reloaded, method, **given):
+            torch.testing.assert_close(logits(reloaded, IDS), want)
+
+
 def test_a_factor_below_1_gets_a_warning():
     model = build("llama")
     message = "extend: factor 0.5 of yarn is below 1: it shortens what a model reads"

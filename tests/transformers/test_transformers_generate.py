@@ -100,9 +100,7 @@ def test_cache_equals_no_cache(family, method):
 )
 def test_left_padded_prompts_generate_as_alone(family, method):
     model, parameters = model_of(family), parameters_of(method, family)
-    # The longest row decides in a batch: here both rows reach past the trained length.
-    length = {"seq_len": PROMPT.shape[1] + NEW} if method in BY_LENGTH else {}
-    with extend(model, method, **parameters, **length):
+    with extend(model, method, **parameters):
         alone = generate(model, PROMPT[:1, PAD:]), generate(model, PROMPT[1:])
     with extend(model, method, **parameters):
         for settings in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}):
@@ -125,13 +123,11 @@ def test_other_ways_to_generate(method):
     since("5.3", "chunks of a prompt are not generated from")
     model, parameters = model_of("llama"), parameters_of(method)
     plain = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": MASK}
-    length = {"seq_len": PROMPT.shape[1] + NEW} if method == "dynamic_ntk" else {}
-    with extend(model, method, **parameters, **length):
+    with extend(model, method, **parameters):
         want = {
             beams: model.generate(PADDED, **plain, use_cache=False, num_beams=beams)
             for beams in (1, 3)
         }
-    with extend(model, method, **parameters):
         for settings in WAYS:
             got = model.generate(PADDED, **plain, **settings)
             assert torch.equal(got, want[settings.get("num_beams", 1)]), settings
@@ -240,6 +236,56 @@ def test_requests_do_not_influence_one_another(method, use_cache):
     longrope = {"seq_len": 16, **parameters_of(method)} if method == "longrope" else {}
     with extend(model, "longrope" if longrope else "rope", **longrope):
         assert torch.equal(generate(model, short, use_cache=use_cache), alone)
+
+
+ROWS = (9, 50)  # tokens of two rows, of a model trained to 32
+
+
+def padded_rows(side):
+    """Two rows of other lengths in one batch: ids, mask, and where each row's tokens are."""
+    ids, mask = torch.zeros(2, max(ROWS), dtype=torch.int64), torch.zeros(2, max(ROWS)).long()
+    places = [slice(max(ROWS) - n, None) if side == "left" else slice(0, n) for n in ROWS]
+    for row, (length, place) in enumerate(zip(ROWS, places, strict=True)):
+        ids[row, place], mask[row, place] = tokens(1, length, seed=row), 1
+    return ids, mask, places
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # without a norm in the rotation, and with
+def test_rows_of_a_batch_have_their_own_lengths(family):
+    model = model_of(family)
+    with extend(model, "dynamic_ntk", factor=2.0):
+        for side in ("left", "right"):
+            ids, mask, places = padded_rows(side)
+            got = logits(model, ids, attention_mask=mask)
+            for row, place in enumerate(places):
+                alone = logits(model, ids[row : row + 1, place])
+                torch.testing.assert_close(got[row : row + 1, place], alone)
+        ids, mask, places = padded_rows("left")
+        got = generate(model, ids, attention_mask=mask)
+        for row, place in enumerate(places):
+            alone = generate(model, ids[row : row + 1, place])
+            torch.testing.assert_close(got[row : row + 1], alone)
+
+
+@torch.no_grad()
+def test_rows_that_need_other_amplitudes_are_refused():
+    model, (ids, mask, _) = model_of("llama"), padded_rows("left")
+    message = "must have rows and packed sequences of one length in a batch, got 9 and 50 tokens"
+    packed = torch.cat([torch.arange(n) for n in ROWS])[None]
+    for cache, method in ((None, "dynamic_yarn"), ("raw", "dynamic_ntk")):
+        given = {"factor": 2.0} if method == "dynamic_ntk" else {}
+        with extend(model, method, cache=cache, **given):
+            with pytest.raises(ValueError, match=f"extend: {method} {message}"):
+                logits(model, ids, attention_mask=mask)
+            short = torch.ones(2, 20).long()
+            short[1, :9] = 0  # all of it as it was trained
+            logits(model, ids[:, -20:], attention_mask=short)
+    with extend(model, "dynamic_ntk", factor=2.0):
+        with pytest.raises(ValueError, match=message):
+            logits(model, tokens(1, sum(ROWS)), position_ids=packed)
+        with extend(model, "rerope", window=16), pytest.raises(ValueError, match=message):
+            logits(model, ids, attention_mask=mask)
 
 
 @torch.no_grad()

@@ -199,6 +199,31 @@ def test_a_model_saved_by_itself_or_by_a_trainer_keeps_its_extension(tmp_path):
             assert torch.equal(logits(plain, IDS), want)
 
 
+def test_adapters_of_an_extended_model_keep_its_extension(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    model, rerope = build("llama"), ("rerope", {"window": 7})
+    with extend(model, "yarn", factor=4.0), extend(model, rerope[0], **rerope[1]):
+        adapted = with_lora(model)
+        adapted.save_pretrained(tmp_path / "added later")
+        monkeypatch.setattr(
+            peft.PeftModel, "save_pretrained", peft.PeftModel.save_pretrained.original
+        )  # as if PEFT were imported only now
+        adapted.train()(IDS)
+        adapted.save_pretrained(tmp_path / "imported later")
+    adapted.save_pretrained(tmp_path / "restored")
+    adapted = with_lora(build("llama"))
+    with extend(adapted.base_model.model, "yarn", factor=4.0):
+        adapted.save_pretrained(tmp_path / "base", is_main_process=True)
+
+    def saved(name):
+        found = json.loads((tmp_path / name / "extrope.json").read_text())["extensions"]
+        return [each["method"] for each in found]
+
+    assert saved("added later") == saved("imported later") == ["yarn", "rerope"]
+    assert saved("base") == ["yarn"]
+    assert not (tmp_path / "restored" / "extrope.json").exists()
+
+
 def test_a_length_of_the_users(tmp_path):
     model = build("llama")
     with extend(model, "abf", base=1e6) as handle:

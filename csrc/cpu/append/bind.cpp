@@ -141,7 +141,7 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
                    const Column<double>& map_divisors, const Column<bool>& map_floors,
                    const Column<double>& map_offsets, const Column<double>& map_caps,
                    const Column<int64_t>& map_rows, double norm_eps, double attention_factor,
-                   bool interleaved, double decay_origin) {
+                   bool interleaved, std::optional<int64_t> rotary_offset, double decay_origin) {
   const Args args{.q = q,
                   .k = k,
                   .v = v,
@@ -164,6 +164,7 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
                                 .attention_factor = attention_factor,
                                 .offset = 0,
                                 .interleaved = interleaved,
+                                .rotary_offset = rotary_offset,
                                 .inverse = false,
                                 .decay_origin = decay_origin,
                                 .packed = args.packed()},

@@ -135,7 +135,7 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   if (packed) set_cu_seqlens(p, *args.cu_seqlens);
   set_starts(p, args);
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, p.heads_k,
-                    args.inv_freq, args.log_decay);
+                    args.inv_freq, args.log_decay, args.options.rotary_offset);
   const AttentionOptions& options = args.options;
   check_factors("attention", options.log_n, options.attention_factor);
   p.softmax_scale =
@@ -145,7 +145,8 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   p.sinks = sinks_of("attention", args.sinks, p.heads_q);
   p.softcap = softcap_of("attention", options.softcap);
   p.row_scale = query_scale_of("attention", args.query_scale, p.batch, p.seqlen_q, packed);
-  p.interleaved = options.interleaved;
+  p.rotation = {p.head_dim, args.inv_freq.size(args.inv_freq.dim() - 1), options.rotary_offset,
+                options.interleaved};
   return p;
 }
 

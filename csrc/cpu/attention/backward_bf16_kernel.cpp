@@ -115,11 +115,10 @@ void pack_key_block(const TileQueries& queries, const Backward& w, int64_t regio
     pack_key_columns(key_block, p.head_dim, row, w.key_columns);
   };
   if (!p.k_cos_sin[region].cos) return pack(rows_of_tensor(p.k[region]));
-  const RowRotation rotation{p.head_dim, p.half, p.interleaved};
   const int64_t dim = round_up(p.head_dim, kDepth);
   for (int64_t i = 0; i < key_block.count; ++i) {
     const int64_t token = queries.tile.first_k + key_block.first + i;
-    rotate_values(rotation, key_row<bf16>(queries, p.k[region], key_block.first + i),
+    rotate_values(p.rotation, key_row<bf16>(queries, p.k[region], key_block.first + i),
                   cos_sin_at(queries, p.k_cos_sin[region], token), w.rotated + i * dim);
   }
   pack([&](int64_t i) { return w.rotated + i * dim; });

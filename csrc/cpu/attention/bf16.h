@@ -53,6 +53,10 @@ inline void rotate_values(const RowRotation& row, const bf16* in, RowCosSin cos_
     rotate_to_float(row, in, cos, sin, 1.0f, wide);
     return narrow_row(wide, row.dim, out);
   }
+  const int64_t first = row.rotary_offset, end = first + 2 * half;
+  if (first > 0) std::memcpy(out, in, first * sizeof(bf16));
+  if (end < row.dim) std::memcpy(out + end, in + end, (row.dim - end) * sizeof(bf16));
+  in += first, out += first;
   for (int64_t i = 0; i < half; i += kFloats) {
     const floats c = load<floats>(cos + i), s = load<floats>(sin + i);
     if (row.interleaved) {
@@ -63,9 +67,6 @@ inline void rotate_values(const RowRotation& row, const bf16* in, RowCosSin cos_
       store(out + i, _mm512_cvtneps_pbh(bits_as<__m512>(a * c - b * s)));
       store(out + half + i, _mm512_cvtneps_pbh(bits_as<__m512>(b * c + a * s)));
     }
-  }
-  if (row.dim > 2 * half) {
-    std::memcpy(out + 2 * half, in + 2 * half, (row.dim - 2 * half) * sizeof(bf16));
   }
 }
 
@@ -79,7 +80,6 @@ struct QueryRows {
 inline void read_queries(const TileQueries& queries, const AttentionTensor& x,
                          const CosSin& cos_sin, int64_t first, QueryRows& rows) {
   const AttentionParams& p = queries.p;
-  const RowRotation rotation{x.head_dim, p.half, p.interleaved};
   const bf16* data = static_cast<const bf16*>(x.data);
   queries.each_of_vector(first + kSide, [&](int64_t, int64_t token, int64_t head) {
     const bf16* next = data + queries.offset(x, token, head);
@@ -89,7 +89,7 @@ inline void read_queries(const TileQueries& queries, const AttentionTensor& x,
     rows.at[i] = data + queries.offset(x, token, head);
     const RowCosSin row = cos_sin_at(queries, cos_sin, queries.tile.first_q + token);
     if (!row.cos) return;
-    rotate_values(rotation, rows.at[i], row, rows.rotated[i]);
+    rotate_values(p.rotation, rows.at[i], row, rows.rotated[i]);
     rows.at[i] = rows.rotated[i];
   });
 }

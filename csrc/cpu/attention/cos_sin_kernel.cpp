@@ -16,7 +16,6 @@ namespace {
 template <typename T, typename Out>
 void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSin& cos_sin,
                  const AttentionTensor& out, int64_t begin, int64_t end) {
-  const RowRotation rotation{p.head_dim, p.half, p.interleaved};
   float row[kMaxHeadDim];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / p.seqlen_k, token = i % p.seqlen_k;
@@ -26,7 +25,7 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
         return batch * x.stride_batch + x.at(token) + head * x.stride_head;
       };
       const T* in = static_cast<const T*>(k.data) + first_of(k);
-      rotate_to_float(rotation, in, cos_sin.cos + at, cos_sin.sin + at, 1.0f, row);
+      rotate_to_float(p.rotation, in, cos_sin.cos + at, cos_sin.sin + at, 1.0f, row);
       narrow_row(row, p.head_dim, static_cast<Out*>(out.data) + first_of(out));
     }
   }

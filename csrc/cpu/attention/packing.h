@@ -42,7 +42,7 @@ template <typename T>
 inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCosSin cos_sin,
                      float* to) {
   if (!cos_sin.cos) return widen_row(from, dim, to);
-  rotate_to_float({dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, 1.0f, to);
+  rotate_to_float(p.rotation, from, cos_sin.cos, cos_sin.sin, 1.0f, to);
   if constexpr (sizeof(T) == 2) {
     T rounded[kMaxHeadDim];
     narrow_row(to, dim, rounded);
@@ -53,7 +53,7 @@ inline void read_row(const AttentionParams& p, const T* from, int64_t dim, RowCo
 // Rotates a row of gradients back.
 inline void unrotate_row(const AttentionParams& p, const float* from, RowCosSin cos_sin,
                          float* to) {
-  rotate_to_float({p.head_dim, p.half, p.interleaved}, from, cos_sin.cos, cos_sin.sin, -1.0f, to);
+  rotate_to_float(p.rotation, from, cos_sin.cos, cos_sin.sin, -1.0f, to);
 }
 
 // Keys of one sequence and head: `count` from key `first` on, packed as `padded` rows. Rows past

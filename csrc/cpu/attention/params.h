@@ -58,8 +58,7 @@ struct AttentionParams {
   bool float32_out;                // out is float; else out is of `dtype`
   AttentionTensor k[kMaxRegions];  // raw if k_cos_sin rotates it
   CosSin q_cos_sin[kMaxRegions], k_cos_sin[kMaxRegions];
-  int64_t half;  // pairs of dims that rotate
-  bool interleaved;
+  RowRotation rotation;            // of q and k
   const float *k_scale, *v_scale;  // per head of k, or nullptr
   float* lse;                      // (batch, heads_q, seqlen_q)
   int64_t lse_head;                // its stride of heads; batches are contiguous

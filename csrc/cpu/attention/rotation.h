@@ -32,7 +32,6 @@ class Rotation {
         amplitude_(args.amplitude),
         inv_freq_(std::move(args.inv_freq)),
         q_decay_(std::move(args.log_decay)) {
-    p.half = inv_freq_.half;
     for (double x : q_decay_) k_decay_.push_back(-x);
     if (args.log_n > 0) set_row_scale(args.log_n);
     std::vector<CosSinTable> tables;

@@ -17,6 +17,7 @@ inline void run_append(const KVCache& cache, const Frequencies& freqs, const flo
   RopeNormParams keys = unrotated(cache.dtype, k, batch, seqlen, cache.heads, cache.head_dim);
   if (!is_raw(regions.stored)) {
     keys.rotary_dim = 2 * freqs.half, keys.interleaved = freqs.interleaved;
+    keys.rotary_offset = freqs.rotary_offset;
     keys.inv_freq = freqs.inv_freq, keys.inv_freq_is_f64 = true;
     keys.freq_batch = freqs.batch, keys.freq_head = freqs.head(), keys.angle_heads = freqs.heads;
     keys.log_decay = log_decay;

@@ -17,6 +17,7 @@ struct CacheArgs {
   TensorView inv_freq, cache_seqlens;
   OptionalView block_table, cache_leftpad, log_decay, cu_seqlens_q;
   bool interleaved;
+  int64_t rotary_offset;
   OptionalView k_scale, v_scale;
 
   bool packed() const { return cu_seqlens_q.has_value(); }
@@ -179,7 +180,8 @@ struct FrequencyRows {
 };
 
 inline FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache) {
-  check_frequencies(a.op, cache.head_dim, cache.batch, cache.heads, a.inv_freq, a.log_decay);
+  check_frequencies(a.op, cache.head_dim, cache.batch, cache.heads, a.inv_freq, a.log_decay,
+                    a.rotary_offset);
   FrequencyRows out{padded_rows(a.inv_freq), {}, {}};
   if (a.log_decay.has_value()) out.log_decay = padded_rows(*a.log_decay);
   out.params = {out.inv_freq.values.data(),
@@ -188,6 +190,7 @@ inline FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache) {
                 out.inv_freq.padded,
                 out.inv_freq.rows > 1 ? out.inv_freq.heads * out.inv_freq.padded : 0,
                 a.interleaved,
+                a.rotary_offset,
                 out.inv_freq.heads};
   return out;
 }

@@ -72,6 +72,7 @@ std::tuple<Tensor, Tensor> decode(
                        .log_decay = log_decay,
                        .cu_seqlens_q = cu_seqlens_q,
                        .interleaved = options.interleaved,
+                       .rotary_offset = options.rotary_offset,
                        .k_scale = k_scale,
                        .v_scale = v_scale};
   DecodeParams p = make_params(args, q, sinks, query_scale, options);

@@ -64,7 +64,7 @@ class Chunk {
     a.row_scale = p.query_scale;
     if (a.row_scale.data)
       a.row_scale.data += t.batch * a.row_scale.batch + t.begin * a.row_scale.seq;
-    a.interleaved = p.freqs.interleaved;
+    a.rotation = p.freqs.of_rows(a.head_dim);
     a.q = {at(p.q, (t.batch * p.q_stride_batch + t.begin * p.q_stride_seq) * bytes), 0,
            p.q_stride_seq, p.q_stride_head, a.head_dim};
     const int64_t token = t.batch * p.seqlen_q + t.begin, row = cache.head_dim_v;

@@ -21,7 +21,7 @@ namespace {
 class KeyRotation {
  public:
   KeyRotation(const DecodeParams& p, const PositionMap& k_map)
-      : rotation_{p.cache.head_dim, p.freqs.half, p.freqs.interleaved},
+      : rotation_(p.freqs.of_rows(p.cache.head_dim)),
         stored_(p.regions.stored),
         k_map_(k_map),
         pair_maps_(p.regions.pair_maps),

@@ -16,8 +16,12 @@ struct Frequencies {
   int64_t half, padded;
   int64_t batch;  // stride of sequences' rows; 0 if all share them
   bool interleaved;
+  int64_t rotary_offset;
   int64_t heads = 1;  // heads of k, with contiguous rows; 1: all share one
 
+  RowRotation of_rows(int64_t head_dim) const {
+    return {head_dim, half, rotary_offset, interleaved};
+  }
   int64_t head() const { return heads > 1 ? padded : 0; }  // stride of heads' rows
 };
 

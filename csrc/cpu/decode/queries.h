@@ -23,7 +23,7 @@ class Queries {
  public:
   explicit Queries(const DecodeParams& p)
       : p_(p),
-        rotation_{p.cache.head_dim, p.freqs.half, p.freqs.interleaved},
+        rotation_(p.freqs.of_rows(p.cache.head_dim)),
         group_(p.heads_q / p.cache.heads),
         logit_scale_(p.softmax_scale * (p.softcap > 0 ? 1 / p.softcap : kLog2E)),
         stride_(round_up(p.cache.head_dim, kFloats)),

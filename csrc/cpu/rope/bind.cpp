@@ -85,11 +85,11 @@ std::tuple<Tensor, Tensor> norm_fwd(
     const OptionalTensor& k_norm_weight, const Tensor& inv_freq, const OptionalTensor& positions,
     const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& axes,
     double norm_eps, double attention_factor, std::optional<int64_t> offset, bool interleaved,
-    bool inverse, double decay_origin) {
-  const RopeParams rope = make_params(
-      q, k, inv_freq, positions,
-      {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
-      /*adjoint=*/false);
+    std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
+  const RopeParams rope = make_params(q, k, inv_freq, positions,
+                                      {cu_seqlens, log_decay, axes, attention_factor, offset,
+                                       interleaved, rotary_offset, inverse, decay_origin},
+                                      /*adjoint=*/false);
   RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
   const auto outs = make_outputs("rope", p, q, k, cu_seqlens.has_value());
   launch_norm(p);
@@ -101,11 +101,11 @@ void norm_inplace(const Tensor& q, const OptionalTensor& k, const OptionalTensor
                   const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
                   const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
                   double attention_factor, std::optional<int64_t> offset, bool interleaved,
-                  bool inverse, double decay_origin) {
-  const RopeParams rope = make_params(
-      q, k, inv_freq, positions,
-      {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
-      /*adjoint=*/false);
+                  std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
+  const RopeParams rope = make_params(q, k, inv_freq, positions,
+                                      {cu_seqlens, log_decay, axes, attention_factor, offset,
+                                       interleaved, rotary_offset, inverse, decay_origin},
+                                      /*adjoint=*/false);
   RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
   set_outputs_in_place(p, q, k, cu_seqlens.has_value());
   launch_norm(p);
@@ -149,13 +149,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
     const Tensor& inv_freq, const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
     const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
-    double attention_factor, std::optional<int64_t> offset, bool interleaved, bool inverse,
-    double decay_origin) {
+    double attention_factor, std::optional<int64_t> offset, bool interleaved,
+    std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
   const bool packed = cu_seqlens.has_value();
-  const RopeParams rope = make_params(
-      grad_q, grad_k, inv_freq, positions,
-      {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, inverse, decay_origin},
-      /*adjoint=*/true);
+  const RopeParams rope = make_params(grad_q, grad_k, inv_freq, positions,
+                                      {cu_seqlens, log_decay, axes, attention_factor, offset,
+                                       interleaved, rotary_offset, inverse, decay_origin},
+                                      /*adjoint=*/true);
   RopeNormParams p = make_norm_params(rope, grad_q, grad_k, q_norm_weight, k_norm_weight, norm_eps);
   save_inputs(p, grad_q, grad_k, q, k, packed);
   const auto [dq, dk] = make_outputs("rope", p, grad_q, grad_k, packed);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "common/rope_params.h"
 #include "cpu/rope/copied_rows.h"
@@ -75,6 +76,14 @@ template <typename T>
 EXTROPE_INLINE const T* saved_row(const RopeTensor& x, const Token<double>& token, int64_t head) {
   return static_cast<const T*>(x.saved) + token.batch * x.saved_batch + token.seq * x.saved_seq +
          head * x.saved_head;
+}
+
+// Copies the dims of a row that do not rotate.
+template <typename T>
+inline void copy_rest(const RopeParams& p, const T* in, T* out) {
+  const int64_t end = p.rotary_offset + p.rotary_dim;
+  if (p.rotary_offset > 0) std::memcpy(out, in, p.rotary_offset * sizeof(T));
+  if (end < p.head_dim) std::memcpy(out + end, in + end, (p.head_dim - end) * sizeof(T));
 }
 
 // True if a vector of results is a whole cache line.

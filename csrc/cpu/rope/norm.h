@@ -1,6 +1,7 @@
 // RMSNorm and the rotation of rows, forward and backward.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
@@ -12,9 +13,11 @@ namespace extrope {
 namespace {
 
 // Reorders the values of a row's dims (weights, say) for the kernels: the first dims of all pairs,
-// the second dims, then the dims past the pairs; pairs are in the vectors' order.
+// the second dims, then the dims that do not rotate; pairs are in the vectors' order.
 template <typename T, bool Interleaved, typename Number>
-void order_dims(Number* row, int64_t half) {
+void order_dims(const RopeParams& p, Number* row) {
+  const int64_t half = p.rotary_dim / 2;
+  std::rotate(row, row + p.rotary_offset, row + p.rotary_offset + p.rotary_dim);
   if constexpr (Interleaved) {
     Buffer<Number> second(half);
     for (int64_t i = 0; i < half; ++i) second[i] = row[2 * i + 1], row[i] = row[2 * i];
@@ -27,10 +30,10 @@ void order_dims(Number* row, int64_t half) {
 
 // Returns the dims in that order.
 template <typename T, bool Interleaved>
-Buffer<int32_t> ordered_dims(int64_t head_dim, int64_t half) {
-  Buffer<int32_t> dims(head_dim);
+Buffer<int32_t> ordered_dims(const RopeParams& p) {
+  Buffer<int32_t> dims(p.head_dim);
   std::iota(dims.begin(), dims.end(), 0);
-  order_dims<T, Interleaved>(dims.data(), half);
+  order_dims<T, Interleaved>(p, dims.data());
   return dims;
 }
 
@@ -120,13 +123,18 @@ inline void write(T* to, V v) {
   }
 }
 
-// Calls visit(V(), i) for the dims begin..end-1, by vectors, then one by one.
+// Calls visit(V(), i, dim) for the dims that do not rotate, by vectors, then one by one; i is their
+// place in the order of order_dims.
 template <typename T, typename Visit>
-inline void for_each_rest(int64_t begin, int64_t end, const Visit& visit) {
+inline void for_each_rest(const RopeParams& p, const Visit& visit) {
   constexpr int64_t lanes = Lanes<WideVector<T>>::count;
-  int64_t i = begin;
-  for (; i + lanes <= end; i += lanes) visit(WideVector<T>(), i);
-  for (; i < end; ++i) visit(Wide<T>(), i);
+  const int64_t ends[] = {p.rotary_dim + p.rotary_offset, p.head_dim};
+  int64_t i = p.rotary_dim, shift = p.rotary_dim;
+  for (const int64_t end : ends) {  // those before the rotated dims; those after, in their place
+    for (; i + lanes <= end; i += lanes) visit(WideVector<T>(), i, i - shift);
+    for (; i < end; ++i) visit(Wide<T>(), i, i - shift);
+    shift = 0;
+  }
 }
 
 inline float root(float x) { return std::sqrt(x); }
@@ -176,24 +184,25 @@ struct PerHeadNorm {
   EXTROPE_INLINE void rotate(const T* in, T* out, const WeightedCosSin<T, kHalf>& weighted,
                              Wide<T> scale) const {
     const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
+    const int64_t first = kHalf > 0 ? 0 : p.rotary_offset;
     for_each_pairs<T, Interleaved, kHalf>(
         half, [&](auto width, int64_t i) __attribute__((always_inline)) {
           using PairVectors = Pairs<T, Interleaved, decltype(width)::value>;
           using U = typename PairVectors::V;
           PairVectors row;
-          row.load(in, half, i);
+          row.load(in + first, half, i);
           for (int v = 0; v < PairVectors::kCount; ++v) {
             const int64_t at = i + v * PairVectors::kLanes;
             const U a = row.a[v] * scale, b = row.b[v] * scale;
             row.a[v] = a * values_at<U>(weighted.a_cos, at) - b * values_at<U>(weighted.b_sin, at);
             row.b[v] = b * values_at<U>(weighted.b_cos, at) + a * values_at<U>(weighted.a_sin, at);
           }
-          row.template store<Form::kStreams>(out, half, i);
+          row.template store<Form::kStreams>(out + first, half, i);
         });
     if constexpr (kHalf > 0) return;
-    for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
+    for_each_rest<T>(p, [&](auto lanes, int64_t i, int64_t dim) {
       using U = decltype(lanes);
-      write(out + i, read<U>(in + i) * scale * load<U>(weight + i));
+      write(out + dim, read<U>(in + dim) * scale * load<U>(weight + i));
     });
   }
 
@@ -288,18 +297,19 @@ struct AllHeadsNorm {
   EXTROPE_INLINE void rotate(const T* in, T* out, const Values& cos, const Values& sin,
                              const Wide<T>* weight, Wide<T> scale) const {
     const int64_t half = kHalf > 0 ? kHalf : p.rotary_dim / 2;
+    const int64_t first = kHalf > 0 ? 0 : p.rotary_offset;
     for_each_pairs<T, Interleaved, kHalf>(
         half, [&](auto width, int64_t i) __attribute__((always_inline)) {
           Pairs<T, Interleaved, decltype(width)::value> row;
-          row.load(in, half, i);
+          row.load(in + first, half, i);
           row.normalize(weight, half, kHalf > 0 ? Wide<T>{1} : scale, i);
           row.rotate(cos, sin, i);
-          row.template store<Form::kStreams>(out, half, i);
+          row.template store<Form::kStreams>(out + first, half, i);
         });
     if constexpr (kHalf > 0) return;
-    for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
+    for_each_rest<T>(p, [&](auto lanes, int64_t i, int64_t dim) {
       using U = decltype(lanes);
-      write(out + i, read<U>(in + i) * scale * load<U>(weight + i));
+      write(out + dim, read<U>(in + dim) * scale * load<U>(weight + i));
     });
   }
 
@@ -363,7 +373,7 @@ template <typename T, bool Interleaved>
 WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, CosSin<T> cos_sin,
                           const Wide<T>* weight) {
   using V = WideVector<T>;
-  const int64_t half = p.rotary_dim / 2;
+  const int64_t half = p.rotary_dim / 2, first = p.rotary_offset;
   V products{};
   const auto add = [&](auto term) {
     if constexpr (std::is_same_v<decltype(term), V>) {
@@ -374,15 +384,15 @@ WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, Co
   };
   for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
     Pairs<T, Interleaved, decltype(width)::value> g, x;
-    g.load(grad, half, i);
+    g.load(grad + first, half, i);
     g.rotate(cos_sin.cos, cos_sin.sin, i);
-    x.load(saved, half, i);
+    x.load(saved + first, half, i);
     x.normalize(weight, half, Wide<T>{1}, i);
     for (int v = 0; v < g.kCount; ++v) add(x.a[v] * g.a[v] + x.b[v] * g.b[v]);
   });
-  for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
+  for_each_rest<T>(p, [&](auto lanes, int64_t i, int64_t dim) {
     using U = decltype(lanes);
-    add(read<U>(saved + i) * load<U>(weight + i) * read<U>(grad + i));
+    add(read<U>(saved + dim) * load<U>(weight + i) * read<U>(grad + dim));
   });
   return products;
 }
@@ -393,7 +403,7 @@ template <typename T, bool Interleaved>
 void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* out,
                        CosSin<T> cos_sin, const Wide<T>* weight, Wide<T> scale, Wide<T> mean,
                        Wide<T>* weight_grad) {
-  const int64_t half = p.rotary_dim / 2;
+  const int64_t half = p.rotary_dim / 2, first = p.rotary_offset;
   const auto differentiate = [&](auto& g, auto normal, int64_t i) {
     using V = decltype(normal);
     store(weight_grad + i, load<V>(weight_grad + i) + g * normal);
@@ -401,21 +411,21 @@ void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* ou
   };
   for_each_pairs<T, Interleaved>(half, [&](auto width, int64_t i) {
     Pairs<T, Interleaved, decltype(width)::value> g, x;
-    g.load(grad, half, i);
+    g.load(grad + first, half, i);
     g.rotate(cos_sin.cos, cos_sin.sin, i);
-    x.load(saved, half, i);
+    x.load(saved + first, half, i);
     for (int v = 0; v < g.kCount; ++v) {
       const int64_t at = i + v * g.kLanes;
       differentiate(g.a[v], x.a[v] * scale, at);
       differentiate(g.b[v], x.b[v] * scale, half + at);
     }
-    g.store(out, half, i);
+    g.store(out + first, half, i);
   });
-  for_each_rest<T>(p.rotary_dim, p.head_dim, [&](auto lanes, int64_t i) {
+  for_each_rest<T>(p, [&](auto lanes, int64_t i, int64_t dim) {
     using V = decltype(lanes);
-    V g = read<V>(grad + i);
-    differentiate(g, read<V>(saved + i) * scale, i);
-    write(out + i, g);
+    V g = read<V>(grad + dim);
+    differentiate(g, read<V>(saved + dim) * scale, i);
+    write(out + dim, g);
   });
 }
 

@@ -11,14 +11,13 @@
 namespace extrope {
 namespace {
 
-// Rotates a tensor without weights; copies the dims past the pairs.
+// Rotates a row without weights, and copies its other dims.
 template <typename T, bool Interleaved>
 void rotate_only(const RopeParams& p, const T* in, T* out, CosSin<T> cos_sin) {
   if (!out) return;
-  rotate_row<T, Interleaved, false>({in, out, nullptr}, p.rotary_dim / 2, cos_sin.cos, cos_sin.sin,
-                                    nullptr);
-  if (in == out) return;
-  std::memcpy(out + p.rotary_dim, in + p.rotary_dim, (p.head_dim - p.rotary_dim) * sizeof(T));
+  rotate_row<T, Interleaved, false>({in + p.rotary_offset, out + p.rotary_offset, nullptr},
+                                    p.rotary_dim / 2, cos_sin.cos, cos_sin.sin, nullptr);
+  if (in != out) copy_rest(p, in, out);
 }
 
 // Calls block(n, tokens, count, each_run) for each tensor of each block of tokens; each_run(visit)
@@ -92,7 +91,7 @@ void norm_tokens_backward(const RopeNormParams& p, int64_t begin, int64_t end, c
 
 template <typename T, bool Interleaved>
 void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
-  const auto order = [&](Wide<T>* row) { order_dims<T, Interleaved>(row, p.rotary_dim / 2); };
+  const auto order = [&](Wide<T>* row) { order_dims<T, Interleaved>(p, row); };
   const Norm<T> norms[2] = {{p.norms[0], p.tensors[0], p.head_dim, order},
                             {p.norms[1], p.tensors[1], p.head_dim, order}};
   if (p.norm_part_tokens == 0) {
@@ -100,7 +99,7 @@ void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
     return norm_tokens<T, Interleaved>(p, begin, end, norms, scratch);
   }
   Scratch<T> scratch(p, kBlock);
-  const auto dims = ordered_dims<T, Interleaved>(p.head_dim, p.rotary_dim / 2);
+  const auto dims = ordered_dims<T, Interleaved>(p);
   Buffer<Wide<T>> grads[2];
   for (int64_t part = begin; part < end; ++part) {
     for (int n = 0; n < 2; ++n) grads[n].assign(norms[n].weight.size(), 0);

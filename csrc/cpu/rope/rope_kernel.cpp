@@ -30,15 +30,17 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
   const PairValues<T, kHalf> cos(cos_sin.cos), sin(cos_sin.sin);
   const int64_t in_step = tensor.in_head, out_step = tensor.out_head;
   const int64_t saved_step = tensor.saved_head;
-  const int64_t rotary_dim = p.rotary_dim;
   const bool in_place = row.in == row.out;
-  const int64_t rest = kHalf > 0 || in_place ? 0 : p.head_dim - rotary_dim;
+  const bool copies = kHalf == 0 && !in_place && p.rotary_dim < p.head_dim;
+  const int64_t first = kHalf > 0 ? 0 : p.rotary_offset;
   const int64_t bytes = kHalf > 0 ? 2 * kHalf * sizeof(T) : far.bytes;
   for (; count > 0; --count) {
-    rotate_row<T, Interleaved, Grad, kHalf, Form::kStreams>(row, half, cos, sin, angle_grad);
+    Row<T> rotated{row.in + first, row.out + first, nullptr};
+    if constexpr (Grad) rotated.saved = row.saved + first;
+    rotate_row<T, Interleaved, Grad, kHalf, Form::kStreams>(rotated, half, cos, sin, angle_grad);
     prefetch(row.in, far.in, bytes);
     if (!in_place && !Form::kStreams) prefetch(row.out, far.out, bytes);
-    if (rest > 0) std::memcpy(row.out + rotary_dim, row.in + rotary_dim, rest * sizeof(T));
+    if (copies) copy_rest(p, row.in, row.out);
     row.in += in_step, row.out += out_step;
     if constexpr (Grad) row.saved += saved_step;
   }

@@ -3,15 +3,11 @@
 
 #include <tuple>
 
+#include "common/rope_params.h"
 #include "cpu/simd/pairs.h"
 
 namespace extrope {
 namespace {
-
-struct RowRotation {
-  int64_t dim, half;  // head_dim, and the number of pairs that rotate
-  bool interleaved;
-};
 
 // Rotates the pairs of dims of one row by `direction` (1, or -1: back), and copies the rest.
 template <typename T>
@@ -19,6 +15,10 @@ inline void rotate_to_float(const RowRotation& row, const T* in, const float* co
                             float direction, float* out) {
   const int64_t half = row.half, second = row.interleaved ? 1 : half;
   const int64_t step = row.interleaved ? 2 : 1;
+  const int64_t first = row.rotary_offset;
+  for (int64_t d = 0; d < first; ++d) out[d] = widen(in[d]);
+  for (int64_t d = first + 2 * half; d < row.dim; ++d) out[d] = widen(in[d]);
+  in += first, out += first;
   int64_t i = 0;
   for (; i + kFloats <= half; i += kFloats) {
     floats a, b;
@@ -41,7 +41,6 @@ inline void rotate_to_float(const RowRotation& row, const T* in, const float* co
     out[step * i] = a * cos[i] - b * s;
     out[step * i + second] = b * cos[i] + a * s;
   }
-  for (int64_t d = 2 * half; d < row.dim; ++d) out[d] = widen(in[d]);
 }
 
 }  // namespace

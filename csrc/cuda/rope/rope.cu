@@ -28,7 +28,9 @@ __global__ void __launch_bounds__(BLOCK, GRAD ? 3 : 4)
     if (slot < rotated) {
       worker.rotate(slot);
     } else {
-      worker.copy(static_cast<int>(p.rotary_dim) + VEC * (slot - rotated));
+      // Those before the rotated dims, then those after them.
+      const int dim = VEC * (slot - rotated) - static_cast<int>(p.rotary_offset);
+      worker.copy(dim < 0 ? dim : dim + static_cast<int>(p.rotary_dim));
     }
   }
 }
@@ -73,6 +75,7 @@ int launch(const RopeParams& p, void* stream, int device) {
 // Returns true if every access of `vec` elements stays aligned and inside its half of the dims.
 bool fits(const RopeParams& p, int vec, int bytes) {
   if (p.rotary_dim / 2 % vec != 0 || p.head_dim % vec != 0) return false;
+  if (p.rotary_offset % vec != 0) return false;
   for (int t = 0; t < p.num_tensors; ++t) {
     const RopeTensor& x = p.tensors[t];
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(x.in) |
@@ -93,8 +96,15 @@ bool fits(const RopeParams& p, int vec, int bytes) {
 }
 
 template <typename T, bool AXES>
-int choose(const RopeParams& p, void* stream, int device) {
+int choose(RopeParams p, void* stream, int device) {
   constexpr int VEC = 16 / sizeof(T);
+  // From here on rows begin at their first rotated dim: so a thread needs no register for it.
+  for (RopeTensor& x : p.tensors) {
+    if (x.in == nullptr) continue;
+    x.in = static_cast<const T*>(x.in) + p.rotary_offset;
+    x.out = static_cast<T*>(x.out) + p.rotary_offset;
+    if (x.saved != nullptr) x.saved = static_cast<const T*>(x.saved) + p.rotary_offset;
+  }
   // One-element accesses serve rare calls: double, for gradcheck and references, and the angle
   // gradient of positions by axis.
   if constexpr (!std::is_same_v<T, double>) {

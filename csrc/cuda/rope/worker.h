@@ -283,7 +283,8 @@ struct Worker {
     for (int j = 0; j < VEC; ++j) to[pair_of(slot, j)] = sum[j] + partial[j];
   }
 
-  // Copies dims past rotary_dim; in place they are already there.
+  // Copies dims that do not rotate; in place they are already there. Dim 0 is the first rotated
+  // one.
   __device__ void copy(int dim) const {
     for_each_tensor([&](const RopeTensor& x, int begin, int end) {
       if (x.in == x.out) return;

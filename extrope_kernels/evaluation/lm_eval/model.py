@@ -42,6 +42,13 @@ class ExtropeLM(HFLM):
         parameters, kwargs = _split(method, given)
         if max_length is None and str(kwargs.get("batch_size", 1)).startswith("auto"):
             raise UsageError("batch_size=auto needs max_length, the longest prompt")
+        follows = "seq_len" in PARAMETERS.get(method or "", ()) and "seq_len" not in parameters
+        if follows and str(kwargs.get("batch_size", 1)) != "1":
+            # The harness pads without a mask: rows do not tell their lengths.
+            raise UsageError(
+                f"batch_size must be 1 for {method}, whose frequencies follow each text's length, "
+                f"or give it a seq_len, got batch_size={kwargs['batch_size']}"
+            )
         register_interface()  # so that attn_implementation=extrope can be asked for
         try:
             super().__init__(pretrained, max_length=max_length or _LONGEST, **kwargs)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...integrations._shared.parameters import SAVED
 from ...integrations.transformers.probe.rotary import find_rotary_modules
-from ...integrations.transformers.saved import FILE
 from ...scores import SCORES
 from .. import UsageError, models, options, plots, report
 from ..digests import model_digest
@@ -213,7 +213,7 @@ def write_config(model: PreTrainedModel, best: Candidate, length: int, folder: P
         del config.quantization_config  # it describes the GGUF file, not the loaded weights
     if best.method == "plain":
         config.save_pretrained(folder)
-        (folder / FILE).unlink(missing_ok=True)  # of an earlier search with a smaller budget
+        (folder / SAVED).unlink(missing_ok=True)  # of an earlier search with a smaller budget
     else:
         with torch.device("meta"):
             shell = type(model)(config)

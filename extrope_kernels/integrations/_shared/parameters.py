@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 # Parameters that a method exists to choose: the model's value is no default for them.
 _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
+SAVED = "extrope.json"  # what `save_pretrained` of an extension writes beside a configuration
 DUAL_CHUNKS = "dual_chunk_attention_config"  # of a transformers configuration
 SPARSE = (
     f"of {DUAL_CHUNKS} the sparse part (vertical and slash lines) is left out: "
@@ -97,6 +100,12 @@ def trained_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str
     dim: 0 for the length alone.
     """
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if (saved := _saved_extension(config, parameters)) is not None:
+        over, before = saved["parameters"].get("over"), saved["parameters"].get(_TRAINED)
+        if over is None:
+            return {}
+        length = before or round(saved["length"] / saved["parameters"]["factor"])
+        return {_TRAINED: length} if dim == 0 else {_TRAINED: length, "over": freqs_of(over)}
     of_hunyuan = rope_type == "dynamic" and parameters.get("alpha") is not None
     if rope_type not in _TRAINED_UNDER and not of_hunyuan:
         return {}
@@ -116,6 +125,27 @@ def trained_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str
     if length < longest:  # a scaling after the training
         return {}
     return {_TRAINED: length} if dim == 0 else {_TRAINED: length, "over": trained(of_kind)}
+
+
+def _saved_extension(config: Any, parameters: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the extension that `save_pretrained` of a handle wrote into a folder as longrope.
+
+    Its factors are the same at every length, and extrope.json says what they scale: a new method
+    replaces them, as it does a YaRN of the configuration.
+    """
+    short, long = (parameters.get(f"{name}_factor") for name in ("short", "long"))
+    path = Path(getattr(config, "_name_or_path", None) or "", SAVED)
+    if short is None or short != long or not path.is_file():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))["extensions"]
+    scaled = [each for each in stored if each["method"] in METHODS]
+    return scaled[-1] if scaled and scaled[-1]["method"] != "rope" else None
+
+
+def freqs_of(stored: Mapping[str, Any]) -> RopeFreqs:
+    """Return the RopeFreqs that `plain` has made JSON of."""
+    inv_freq = torch.tensor(stored["inv_freq"], dtype=torch.float32, device="cpu")
+    return RopeFreqs(inv_freq, float(stored["attention_factor"]))
 
 
 def lengths_in(config: Any, parameters: Mapping[str, Any]) -> tuple[int | None, int | None]:
@@ -142,6 +172,8 @@ def values_for(
     values = dict(model.values)
     if "over" in accepted and not {"base", _TRAINED, "over"} & set(given or ()):
         values |= model.trained
+    if method == "dynamic_ntk" and _TRAINED in values:  # its name for the trained length
+        values["max_position_embeddings"] = values[_TRAINED]
     return {k: v for k, v in values.items() if k in accepted and k not in own}
 
 
@@ -171,8 +203,7 @@ def bind_method(
                 f"{op}: over must be a RopeFreqs, or its inv_freq and attention_factor by name, "
                 f"got {', '.join(over) or 'none'}"
             )
-        inv_freq = torch.tensor(over["inv_freq"], dtype=torch.float32, device="cpu")
-        parameters["over"] = RopeFreqs(inv_freq, float(over["attention_factor"]))
+        parameters["over"] = freqs_of(over)
     bound = partial(METHODS[method], **parameters)
     if method == "rope" and "base" not in given and model.trained:
         bound = partial(_as_trained, model.trained["over"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,8 +24,8 @@ from .patch.hooks import (
     ON_OWNER,
     Applied,
     Patches,
-    ReferenceGuard,
     RegionGuard,
+    TrainingGuard,
     route_forward_through_hooks,
 )
 from .patch.norms import norm_patches
@@ -77,9 +78,11 @@ def extend(
 
     A method with a `seq_len` is frozen per request, so that cached keys stay valid: in `generate`
     for the prompt and max_new_tokens together, in a forward with an empty cache for its own tokens,
-    or the largest of its position_ids. A `seq_len` among the parameters fixes it for good. With
-    cache="raw" nothing is frozen: every forward rotates all keys by the frequencies for its own
-    longest row, up to the trained length the plain model's.
+    or the largest of its position_ids. Rows of a batch have their own lengths, by attention_mask or
+    position_ids; where `apply_rope_qk` cannot rotate each by its own frequencies (amplitudes that
+    follow the length, packed rows, raw keys, a score method), lengths that differ raise ValueError.
+    A `seq_len` among the parameters fixes it for good. With cache="raw" nothing is frozen: every
+    forward rotates all keys anew, up to the trained length by the plain model's frequencies.
 
     A score method (`scores.SCORES`) keeps the frequencies of the model, or of an extension before
     it, and changes the relative position that a pair sees; `log_n` scales queries too. Positions
@@ -208,7 +211,7 @@ def _extend(
         if hasattr(each, "save_pretrained"):
             saving = partial(_save_plain, each, model, applied)
             patches.overrides.append((each, "save_pretrained", saving))
-    patches.hooks[:0] = [(owner, ReferenceGuard().before_forward, None) for owner in owners[:1]]
+    patches.hooks[:0] = [(owner, TrainingGuard().before_forward, None) for owner in owners[:1]]
     if mesh is None:
         guard = RegionGuard(method)
         patches.hooks[:0] = [(each.owner, guard.before_forward, None) for each in rotary_modules]
@@ -216,6 +219,11 @@ def _extend(
         share(model, owners, shared, patches)
     if has_hooks:
         route_forward_through_hooks(owners, patches)
+
+    if "peft" in sys.modules:
+        from .saved import save_beside_adapters
+
+        save_beside_adapters()
 
     # In place, and tried out.
     extension = Extension(model, patches, applied)

@@ -8,10 +8,12 @@ are only in extrope.json, for `extend_from_saved`.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +25,11 @@ from torch import nn
 
 from ...methods import METHODS
 from ...scores import SCORES
-from .._shared.parameters import PARAMETERS, bind_method, plain, values_for
+from .._shared.parameters import PARAMETERS, SAVED, bind_method, plain, values_for
 from .patch.frequencies import values_of
 from .patch.hooks import ON_OWNER, Applied
 from .probe.rotary import RotaryModule, attribute_of, find_rotary_modules
 
-FILE = "extrope.json"
 _TRAINED = "original_max_position_embeddings"
 _STILL = 1e30  # factor of a pair that does not rotate; in float32 there is no difference
 # Methods with a name in configs: that name, and its parameters.
@@ -101,9 +102,13 @@ def describe(model: nn.Module, applied: Applied) -> Saved:
         shared.pop("dim", None)
         if "over" in PARAMETERS[method] and not any("over" in each for each in (first, *others)):
             shared["over"] = None  # a saved config may name a scaling, which is this one
+        if method == "rope" and any(each.trained for each in values):
+            shared.pop("base", None)  # the model as it was trained, not plain RoPE
     given = shared | applied.parameters
     parameters = {name: plain(value) for name, value in given.items()}
     known = dict(values[0].values)
+    if _TRAINED in values[0].trained and not {"base", _TRAINED} & set(applied.parameters):
+        known[_TRAINED] = values[0].trained[_TRAINED]
     own = rotary_modules[0].parameters(rotary_modules[0].layer_types[0])
     if applied.before is not None:
         known["max_position_embeddings"] = describe(model, applied.before).length
@@ -147,10 +152,34 @@ def save_plain(
     _write([describe(model, each) for each in applied.all()], save_directory)
     warnings.warn(
         f"extend: config.json in {save_directory} is the plain model's; its extension by "
-        f"{applied.method} is in {FILE}, which extend_from_saved reads. save_pretrained of "
+        f"{applied.method} is in {SAVED}, which extend_from_saved reads. save_pretrained of "
         "what extend returned writes a config that other programs read",
         stacklevel=3,
     )
+
+
+def save_beside_adapters() -> None:
+    """Let PEFT write the extensions of a model beside adapters that are added to it later.
+
+    A PeftModel that is extended itself has its own `save_pretrained` (`save_plain`). It is the
+    class's method, for all models, and stays: it does nothing for those that are not extended.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or hasattr(peft.PeftModel.save_pretrained, "original"):
+        return
+    original = peft.PeftModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, *args, **options):
+        result = original(self, save_directory, *args, **options)
+        extended = (vars(each).get(ON_OWNER) for each in self.modules())
+        applied = next((each for each in extended if each is not None), None)
+        if applied is not None and options.get("is_main_process", True):
+            _write([describe(self, each) for each in applied.all()], save_directory)
+        return result
+
+    save_pretrained.original = original
+    peft.PeftModel.save_pretrained = save_pretrained
 
 
 def save(
@@ -189,7 +218,7 @@ def save(
         warnings.warn(
             f"extend: a config cannot tell transformers, vLLM and GGUF converters of "
             f"{' and '.join(unknown)} with these parameters, so config.json in {folder} is without "
-            f"it; extend_from_saved applies it from {FILE}",
+            f"it; extend_from_saved applies it from {SAVED}",
             stacklevel=3,
         )
 
@@ -209,6 +238,8 @@ def _config_with(model: nn.Module, extension: Saved) -> Any:
     Some classes of configs know no type but LongRoPE (Phi-3).
     """
     rotary_modules = find_rotary_modules(model, extension.layers)
+    if any(rotary_module.learned for rotary_module in rotary_modules):
+        return None  # those who read it would multiply by the weights again
     text = model.config.get_text_config(decoder=True)
     if any(type(rotary_module.module.config) is not type(text) for rotary_module in rotary_modules):
         return None
@@ -374,14 +405,14 @@ def _write(extensions: Sequence[Saved], folder: str | os.PathLike) -> None:
     names = ("method", "parameters", "layers", "length", "cache")
     stored = [{name: getattr(each, name) for name in names} for each in extensions]
     text = json.dumps({"extensions": stored}, indent=2)
-    Path(folder, FILE).write_text(text + "\n", encoding="utf-8")
+    Path(folder, SAVED).write_text(text + "\n", encoding="utf-8")
 
 
 def read(folder: str | os.PathLike) -> list[Saved]:
     """Return the extensions stored in a folder; raise ValueError if there are none."""
-    path = Path(folder, FILE)
+    path = Path(folder, SAVED)
     if not path.is_file():
-        raise ValueError(f"extend_from_saved: folder must have a file {FILE}, got {folder}")
+        raise ValueError(f"extend_from_saved: folder must have a file {SAVED}, got {folder}")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return [Saved(**each) for each in stored["extensions"]]

@@ -216,10 +216,24 @@ def check_real(op: str, name: str, value: float) -> None:
             raise ValueError(f"{op}: {name} must be finite, got one past float64") from None
 
 
-def check_count(op: str, name: str, value: int) -> int:
-    """Check a number of tokens, >= 1."""
+def check_rotary_offset(op: str, rotary_offset: int, rotary_dim: int, head_dim: int) -> None:
+    """Check the first rotated dim: all rotary_dim dims from there on must exist."""
+    if not 0 <= rotary_offset <= head_dim - rotary_dim:
+        raise ValueError(
+            f"{op}: rotary_offset must be from 0 to head_dim - rotary_dim = "
+            f"{head_dim - rotary_dim}, got {rotary_offset}"
+        )
+
+
+def check_int(op: str, name: str, value: int) -> None:
+    """Check that a value is a whole number."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+
+
+def check_count(op: str, name: str, value: int) -> int:
+    """Check a number of tokens, >= 1."""
+    check_int(op, name, value)
     if value < 1:
         raise ValueError(f"{op}: {name} must be >= 1, got {value}")
     if value >= 2**62:

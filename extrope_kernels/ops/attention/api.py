@@ -56,6 +56,7 @@ def rope_attention(
     k_start: Tensor | int | None = None,
     cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
+    rotary_offset: int = 0,
     return_lse: bool = False,
     backend: str | None = None,
     keys_stored: bool = False,
@@ -91,7 +92,9 @@ def rope_attention(
         Regions, windows and log_n count from absolute positions. By default k_start is 0, and
         queries and keys end together.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
-    interleaved: pairs of dims are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
+    interleaved: pairs of rotated dims are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
+    rotary_offset: the first of the 2 * len(inv_freq) dims that rotate, in their place: 128 if the
+        last 64 of 192 do (latent attention). Even, unless backend="reference".
     return_lse: return the log-sum-exp of the logits too.
     backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
         backend never falls back.
@@ -128,6 +131,7 @@ def rope_attention(
         softmax_scale=softmax_scale,
         log_n=log_n,
         interleaved=interleaved,
+        rotary_offset=rotary_offset,
         softcap=softcap,
         sliding_window=sliding_window,
     )
@@ -178,6 +182,7 @@ def rope_attention_with_kvcache(
     sinks: Tensor | None = None,
     sliding_window: int | None = None,
     interleaved: bool = False,
+    rotary_offset: int = 0,
     return_lse: bool = False,
     backend: str | None = None,
     stored: str | None = None,
@@ -209,8 +214,8 @@ def rope_attention_with_kvcache(
     freqs, score: as for `rope_attention`; heads that differ are k's. All calls on one cache must
         have the same freqs and score.stored, unless it is raw. XPOS's log_decay is refused except
         for scores that store keys by blocks.
-    softmax_scale, log_n, query_scale, softcap, sinks, sliding_window, interleaved, return_lse: as
-        for `rope_attention`.
+    softmax_scale, log_n, query_scale, softcap, sinks, sliding_window: as for `rope_attention`.
+    interleaved, rotary_offset, return_lse: as for `rope_attention`.
     stored: "raw" keeps keys unrotated; every call rotates all of them, by its own freqs. So
         frequencies may follow the length, and a key may be read at any position. None stores keys
         by score.stored.
@@ -244,6 +249,7 @@ def rope_attention_with_kvcache(
         softmax_scale=softmax_scale,
         log_n=log_n,
         interleaved=interleaved,
+        rotary_offset=rotary_offset,
         softcap=softcap,
         sliding_window=sliding_window,
     )

@@ -160,4 +160,5 @@ def _rotated(
         axes = torch.arange(len(axes), dtype=torch.int32, device=axes.device)
     rope_args = replicated(x, (call.inv_freq, places, None, None, axes))
     options = {"attention_factor": factor, "interleaved": call.interleaved}
+    options["rotary_offset"] = call.rotary_offset
     return ops.rope_fwd(x, None, *rope_args, **options)[0]

@@ -35,6 +35,7 @@ OPTIONS = {
     "log_n": "float? log_n=None",
     "attention_factor": "float attention_factor=1.0",
     "interleaved": "bool interleaved=False",
+    "rotary_offset": "int? rotary_offset=None",  # None: 0; AOTInductor cannot leave out an int
     "softcap": "float softcap=0.0",
     "sliding_window": "int? sliding_window=None",
     "float32_results": "bool float32_results=False",
@@ -62,6 +63,7 @@ class AttentionCall(NamedTuple):
     log_n: float | None = None
     attention_factor: float = 1.0
     interleaved: bool = False
+    rotary_offset: int = 0  # the first rotated dim
     softcap: float = 0.0  # 0: none
     sliding_window: int | None = None
     float32_results: bool = False  # out, or the gradients, in float32; not with a cache
@@ -91,6 +93,8 @@ class AttentionCall(NamedTuple):
             options["attention_factor"] = float(self.attention_factor)
         if self.interleaved:
             options["interleaved"] = True
+        if self.rotary_offset:
+            options["rotary_offset"] = int(self.rotary_offset)
         if self.softcap:
             options["softcap"] = float(self.softcap)
         if self.sliding_window is not None:
@@ -157,6 +161,11 @@ class AttentionCall(NamedTuple):
             return by(positions)
         divisor, offset = self.pair_maps[by.row]
         return map_pairs(positions, by.modulus, divisor, by.floor, offset)
+
+    @property
+    def layout(self) -> tuple[int, bool, int]:
+        """Where the dims of pairs are: the arguments of `split_pairs`."""
+        return 2 * self.inv_freq.shape[-1], self.interleaved, self.rotary_offset
 
     def scale(self, head_dim: int) -> float:
         """Return the factor of all logits."""
@@ -274,6 +283,7 @@ def _read(options: Mapping[str, Any]) -> Sequence[Any]:
     *of_regions, stored = maps.maps_of("attention", columns, 2 * count + 1)
     regions = tuple(map(Region, starts, of_regions[::2], of_regions[1::2]))
     score = Score("attention", regions, granularity, stored)
+    fields["rotary_offset"] = fields.get("rotary_offset") or 0
     none = [None] * _NUM_TENSORS
     return AttentionCall(*none, score=score, keys_stored=True, **fields).fixed  # type: ignore[arg-type]
 

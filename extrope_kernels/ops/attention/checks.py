@@ -15,8 +15,10 @@ from .._shared.checks import (
     check_count,
     check_cu_seqlens,
     check_dense,
+    check_int,
     check_ints,
     check_real,
+    check_rotary_offset,
     check_rows,
     has_values,
     overlaps_itself,
@@ -48,6 +50,7 @@ def check_kinds(op: str, call: AttentionCall) -> None:
             check_real(op, name, getattr(call, name))
     for name in ("attention_factor", "softcap"):
         check_real(op, name, getattr(call, name))
+    check_int(op, "rotary_offset", call.rotary_offset)
     if call.sliding_window is not None:
         check_count(op, "sliding_window", call.sliding_window)
 
@@ -139,12 +142,17 @@ def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: in
         )
 
 
-def check_head_dim(op: str, x: Tensor) -> None:
-    """Check the fused kernels' limit on head_dim."""
+def check_head_dim(op: str, x: Tensor, rotary_offset: int = 0) -> None:
+    """Check the fused kernels' limits on head_dim and on the first rotated dim."""
     if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= 256:
         raise ValueError(
             f"{op}: head_dim must be a multiple of 8 up to 256 (backend='reference' takes any), "
             f"got {x.shape[-1]}"
+        )
+    if rotary_offset % 2:
+        raise ValueError(
+            f"{op}: rotary_offset must be even (backend='reference' takes odd ones too), "
+            f"got {rotary_offset}"
         )
 
 
@@ -165,6 +173,7 @@ def _check_options(
     heads: how many may have their own frequencies and maps, those of k first.
     """
     _check_frequencies(op, call, q, heads, sequences)
+    check_rotary_offset(op, call.rotary_offset, call.layout[0], q.shape[-1])
     _check_pair_maps(op, call, q, heads)
     refuse_flags(op, interleaved=call.interleaved)
     check_kinds(op, call)

@@ -88,7 +88,7 @@ def _of_angle(x: Tensor, dx: Tensor, call: AttentionCall) -> Tensor:
         call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1,
         1 if call.pair_maps is None else call.pair_maps.shape[-2],
     )
-    found = cross(x, dx, 2 * call.inv_freq.shape[-1], call.interleaved, per_head=True).double()
+    found = cross(x, dx, *call.layout, per_head=True).double()
     return found.unflatten(-2, (heads, -1)).sum(-2)
 
 

@@ -159,7 +159,7 @@ def _checked_attention(q, k, v, tensors, options, fused):
     call = read_call(tensors, options)
     check_attention("attention", q, k, v, call)
     if fused:
-        check_head_dim("attention", q)
+        check_head_dim("attention", q, call.rotary_offset)
         check_head_dim("attention", v)
     return call.fixed
 
@@ -267,7 +267,7 @@ def _checked_decode(x: DecodeTensors, options, fused: bool):
     call = read_call(x.of_call(), options)
     check_decode("decode", x.q, x.k, x.v, x.cache(), call)
     if fused:
-        check_head_dim("decode", x.q)
+        check_head_dim("decode", x.q, call.rotary_offset)
         check_head_dim("decode", x.v_cache)
     return call.fixed
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...scores import UNROTATED, PositionMap, query_scale
 from .._shared.dtypes import accumulator
 from .._shared.library import ops
-from .._shared.pairs import join_pairs, split_pairs
+from .._shared.pairs import join_pairs, split_pairs, with_rotated
 from .._shared.positions import sequence_of_token
 from .call import AttentionCall
 
@@ -153,6 +153,7 @@ def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:
         return rotate_pairs(x, position, inv_freq, call, amplitude, adjoint)
     rope_args = (inv_freq, position, call.cu_seqlens, log_decay)
     options = {"attention_factor": amplitude, "interleaved": call.interleaved}
+    options["rotary_offset"] = call.rotary_offset
     if adjoint:
         return ops.rope_bwd(x, None, None, None, *rope_args, **options)[0]
     return ops.rope_fwd(x, None, *rope_args, **options)[0]
@@ -177,10 +178,9 @@ def rotate_pairs(x, position, inv_freq, call, amplitude, adjoint=False) -> Tenso
     wide = accumulator(x.dtype)
     cos, sin = ((f(angle) * amplitude).to(wide) for f in (torch.cos, torch.sin))
     sin = -sin if adjoint else sin
-    dim = 2 * angle.shape[-1]
-    a, b = split_pairs(x.to(wide), dim, call.interleaved)
+    a, b = split_pairs(x.to(wide), *call.layout)
     rotated = join_pairs(a * cos - b * sin, b * cos + a * sin, call.interleaved)
-    return torch.cat((rotated.to(x.dtype), x[..., dim:]), dim=-1)
+    return with_rotated(x, rotated, call.rotary_offset)
 
 
 def _of_tokens(start: Tensor | None, sequence: Tensor | None) -> Tensor | int:

@@ -13,6 +13,7 @@ from .._shared.autograd import call_unrecorded, note_writes, wants_grad
 from .._shared.backends import missing, require
 from .._shared.checks import (
     REFUSALS,
+    check_int,
     narrowed,
     raise_as_value_error,
     refuse_flags,
@@ -45,6 +46,7 @@ def apply_rope(
     positions: Tensor | int | None = None,
     cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
+    rotary_offset: int = 0,
     inverse: bool = False,
     inplace: bool = False,
     backend: str | None = None,
@@ -52,7 +54,7 @@ def apply_rope(
     """Rotate the pairs of dims of x by position * inv_freq (RoPE, https://arxiv.org/abs/2104.09864).
 
     (a, b) becomes attention_factor * (a cos t - b sin t, b cos t + a sin t) with t = position *
-    inv_freq, exact at positions up to 2**29. Dims past 2 * len(inv_freq) pass through. XPOS's
+    inv_freq, exact at positions up to 2**29. Other dims pass through. XPOS's
     log_decay is applied as for queries; for keys pass freqs.for_keys().
 
     x: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; float32,
@@ -66,8 +68,10 @@ def apply_rope(
         gives every token one position per axis, packed tokens with batch 1; other shapes give the
         same position on every axis, as for text.
     cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
-    interleaved: pair i is dims (2i, 2i + 1), as in GPT-J; else dims (i, i + rotary_dim/2), as in
+    interleaved: pair i is rotated dims (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2), as in
         GPT-NeoX and in transformers' Llama.
+    rotary_offset: the first of the rotary_dim = 2 * len(inv_freq) dims that rotate, in their place:
+        128 if the last 64 of 192 do, as in DeepSeek's latent attention.
     inverse: undo the rotation: minus the angle, one over the amplitude.
     inplace: overwrite x; for inference, x must not require grad.
     backend: "cpu", "cuda", "triton", "reference"; None for the best on x's device. A named backend
@@ -78,9 +82,8 @@ def apply_rope(
     Raises: ValueError or TypeError that names the argument; NotImplementedError when the named
         backend cannot run here.
     """
-    rotated, _ = _rotate(
-        x, None, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend
-    )
+    layout = (interleaved, rotary_offset)
+    rotated, _ = _rotate(x, None, freqs, positions, cu_seqlens, layout, inverse, inplace, backend)
     return rotated
 
 
@@ -92,6 +95,7 @@ def apply_rope_qk(
     positions: Tensor | int | None = None,
     cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
+    rotary_offset: int = 0,
     inverse: bool = False,
     inplace: bool = False,
     q_norm_weight: Tensor | None = None,
@@ -102,13 +106,14 @@ def apply_rope_qk(
     """Rotate queries and keys in one launch; XPOS's decay is applied upward to q and downward to k.
 
     With weights, RMSNorm (https://arxiv.org/abs/1910.07467) comes first, in the same pass:
-    x / sqrt(mean(x**2) + norm_eps) * weight over all of head_dim, then the rotation of its first
-    dims. It is computed in float32 (float64 for float64 tensors) and rounded once, after the
+    x / sqrt(mean(x**2) + norm_eps) * weight over all of head_dim, then the rotation. It is
+    computed in float32 (float64 for float64 tensors) and rounded once, after the
     rotation.
 
     q: (batch, seqlen, heads_q, head_dim), or (total, heads_q, head_dim) with cu_seqlens.
     k: as q, with heads_k heads.
-    freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend: as in `apply_rope`.
+    freqs, positions, cu_seqlens, interleaved, rotary_offset, inverse, inplace, backend: as in
+        `apply_rope`.
     q_norm_weight, k_norm_weight: contiguous, float32, bfloat16, float16 or float64, whatever q's
         dtype. (head_dim,) norms each head, as Qwen3; (heads * head_dim,), head after head, norms
         all heads of a token together, as OLMo 2. None leaves that tensor without a norm. For
@@ -123,7 +128,8 @@ def apply_rope_qk(
     check_norm_eps(norm_eps)
     has_norm = q_norm_weight is not None or k_norm_weight is not None
     norm = (q_norm_weight, k_norm_weight, norm_eps) if has_norm else None
-    return _rotate(q, k, freqs, positions, cu_seqlens, interleaved, inverse, inplace, backend, norm)
+    layout = (interleaved, rotary_offset)
+    return _rotate(q, k, freqs, positions, cu_seqlens, layout, inverse, inplace, backend, norm)
 
 
 def backends() -> dict[str, str]:
@@ -137,7 +143,7 @@ def _rotate(
     freqs: RopeFreqs,
     positions: Tensor | int | None,
     cu_seqlens: Tensor | None,
-    interleaved: bool,
+    layout: tuple[bool, int],
     inverse: bool,
     inplace: bool,
     backend: str | None,
@@ -146,6 +152,8 @@ def _rotate(
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     check_numbers("rope", freqs)
+    interleaved, rotary_offset = layout
+    check_int("rope", "rotary_offset", rotary_offset)
     refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
     positions, offset = split_offset("rope", positions)
     cu_seqlens = narrowed(cu_seqlens)
@@ -164,6 +172,8 @@ def _rotate(
     }
     name: str = "rope"
     weights: tuple[Tensor | None, ...] = ()
+    if rotary_offset != 0:
+        options["rotary_offset"] = rotary_offset
     if norm is not None:
         name, weights = "rope_norm", norm[:2]
         options["norm_eps"] = norm[2]
@@ -174,7 +184,8 @@ def _rotate(
     try:
         return run(name, args, options, backend)
     except REFUSALS as error:  # kernels check their arguments too; this gives the full message
-        check(q, k, *rope_args, attention_factor=freqs.attention_factor)
+        factor = freqs.attention_factor
+        check(q, k, *rope_args, attention_factor=factor, rotary_offset=rotary_offset)
         if norm is not None:
             check_norm(q, k, *norm)
         raise_as_value_error(error, "rope")

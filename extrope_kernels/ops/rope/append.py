@@ -16,7 +16,14 @@ from ...methods import RopeFreqs
 from ...scores.base import SAME, UNROTATED, PairMap, Score
 from .._shared import backends as _backends
 from .._shared.autograd import call_unrecorded, note_writes, refuse_backward
-from .._shared.checks import REFUSALS, check_real, raise_as_value_error, refuse_flags, share_memory
+from .._shared.checks import (
+    REFUSALS,
+    check_int,
+    check_real,
+    raise_as_value_error,
+    refuse_flags,
+    share_memory,
+)
 from .._shared.decay import check_new_keys, check_numbers
 from .._shared.dtypes import quantize
 from .._shared.library import library, load_on_first_use, ops
@@ -51,6 +58,7 @@ def rope_append_kvcache(
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     interleaved: bool = False,
+    rotary_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor | None:
     """Norm and rotate new queries and keys, and write keys and values into a cache: one launch.
@@ -86,7 +94,7 @@ def rope_append_kvcache(
         are divided by their head's scale, rounded to nearest even, and clamped at 448 either way.
     q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
         a norm.
-    interleaved: as for `apply_rope`.
+    interleaved, rotary_offset: as for `apply_rope`.
     backend: "cpu", "triton", "reference"; None for the best on k's device. A named backend
         never falls back.
 
@@ -101,6 +109,9 @@ def rope_append_kvcache(
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = cache_lengths(_OP, cache_seqlens, k, cu_seqlens)
     options: dict[str, Any] = {"interleaved": True} if interleaved else {}
+    check_int(_OP, "rotary_offset", rotary_offset)
+    if rotary_offset != 0:
+        options["rotary_offset"] = rotary_offset
     if type(norm_eps) is not float or norm_eps != Append.norm_eps:
         check_real(_OP, "norm_eps", norm_eps)
         options["norm_eps"] = norm_eps
@@ -251,6 +262,7 @@ def _rotate(call: Append, q: Tensor | None, positions: Tensor) -> tuple[Tensor |
         "norm_eps": call.norm_eps,
         "attention_factor": call.attention_factor,
         "interleaved": call.interleaved,
+        "rotary_offset": call.rotary_offset,
         "decay_origin": call.decay_origin,
     }
     decay, tensors = call.log_decay, (q, call.k, call.q_norm_weight, call.k_norm_weight)
@@ -281,7 +293,7 @@ _SCHEMA = (
     "Tensor? cache_leftpad=None, Tensor? positions=None, Tensor? log_decay=None, "
     "Tensor? axes=None, Tensor? k_scale=None, Tensor? v_scale=None, *, "
     f"{_MAP}, float norm_eps=1e-6, float attention_factor=1.0, "
-    "bool interleaved=False, float decay_origin=0.0) -> Tensor"
+    "bool interleaved=False, int? rotary_offset=None, float decay_origin=0.0) -> Tensor"
 )
 
 

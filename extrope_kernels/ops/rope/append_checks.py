@@ -59,6 +59,7 @@ class Append:
     norm_eps: float = 1e-6
     attention_factor: float = 1.0
     interleaved: bool = False
+    rotary_offset: int | None = None  # None: 0
     decay_origin: float = 0.0
 
     @property
@@ -277,8 +278,11 @@ def _check_rotation(op: str, call: Append) -> None:
     if call.packed and call.cu_seqlens is None:
         first, second = (x if x is None else x[None] for x in (first, second))
     rope_args = (call.inv_freq, call.positions, call.cu_seqlens, call.log_decay, call.axes)
-    factor = call.attention_factor
-    _told_as(op, lambda: rope_checks.check(first, second, *rope_args, attention_factor=factor))
+    options = {
+        "attention_factor": call.attention_factor,
+        "rotary_offset": call.rotary_offset or 0,
+    }
+    _told_as(op, lambda: rope_checks.check(first, second, *rope_args, **options))
     if call.positions is None and call.cache_seqlens is None:
         raise ValueError(f"{op}: positions or cache_seqlens must say where the tokens are")
     if call.positions is None:

@@ -15,6 +15,7 @@ from .._shared.checks import (
     check_matching,
     check_position_tensor,
     check_real,
+    check_rotary_offset,
     check_rows,
     has_values,
     overlaps_itself,
@@ -41,6 +42,7 @@ def check(
     axes: Tensor | None = None,
     *,
     attention_factor: float,
+    rotary_offset: int = 0,
 ) -> None:
     """Raise ValueError or TypeError that names the argument, for calls that kernels cannot run."""
     packed = cu_seqlens is not None
@@ -53,6 +55,7 @@ def check(
         check_cu_seqlens("rope", cu_seqlens, q)
     sequences = cu_seqlens.shape[0] - 1 if packed else shape[0]
     _check_inv_freq(inv_freq, q, k, shape, sequences)
+    check_rotary_offset("rope", rotary_offset, 2 * inv_freq.shape[-1], shape[3])
     if axes is not None:
         _check_per_frequency("axes", axes, torch.int32, inv_freq)
     if positions is not None:

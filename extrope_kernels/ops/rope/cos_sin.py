@@ -14,7 +14,7 @@ from .._shared.autograd import contiguous_rows, register_backward
 from .._shared.checks import DTYPES, check_matching, check_rows
 from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
-from .._shared.pairs import join_pairs, split_pairs
+from .._shared.pairs import join_pairs, split_pairs, with_rotated
 from .op import like, triton_kernels
 
 NAME = "rope_cos_sin"
@@ -90,7 +90,7 @@ def reference(
     def rotated(x: Tensor) -> Tensor:
         a, b = split_pairs(x.to(wide), dim, interleaved)
         dims = join_pairs(a * c - b * s, b * c + a * s, interleaved)
-        return torch.cat((dims.to(x.dtype), x[..., dim:]), dim=-1)
+        return with_rotated(x, dims)
 
     return rotated(q), rotated(k) if k is not None else q.new_empty(0)
 

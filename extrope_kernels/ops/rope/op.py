@@ -38,15 +38,16 @@ from .checks import INPLACE, check_norm, not_differentiable
 from .rotation import resolve, token_positions
 
 # An Autograd kernel sees only positional tensors, so all tensors come before the *. axes matters
-# only to positions of shape (axes, batch, seqlen): others are the same on every axis. offset has no
-# integer default, which AOTInductor of PyTorch 2.13 could not leave out; None means 0.
+# only to positions of shape (axes, batch, seqlen): others are the same on every axis. offset and
+# rotary_offset have no integer default, which AOTInductor of PyTorch 2.13 could not leave out; None
+# means 0.
 ROPE_TENSORS = (
     "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
     "Tensor? axes=None"
 )
 ROPE_OPTIONS = (
-    "float attention_factor=1.0, SymInt? offset=None, bool interleaved=False, bool inverse=False, "
-    "float decay_origin=0.0"
+    "float attention_factor=1.0, SymInt? offset=None, bool interleaved=False, "
+    "int? rotary_offset=None, bool inverse=False, float decay_origin=0.0"
 )
 _ROPE_ARGS = f"{ROPE_TENSORS}, *, {ROPE_OPTIONS}"
 _FWD = f"(Tensor q, Tensor? k, {_ROPE_ARGS}) -> (Tensor, Tensor)"
@@ -152,7 +153,9 @@ def _register_gradients(library: torch.library.Library, suffix: str) -> None:
 
     def bwd_backward(ctx, u_q, u_k, w):
         grad_q, grad_k, q, k, dq, dk, *rope_args = ctx.saved_tensors
-        layout = (2 * rope_args[0].shape[-1], ctx.options.get("interleaved", False))
+        options = ctx.options
+        interleaved, first = options.get("interleaved", False), options.get("rotary_offset") or 0
+        layout = (2 * rope_args[0].shape[-1], interleaved, first)
         grads = (dq, dk) if ctx.has_k else (dq,)
         u = [u_q, u_k][: len(grads)]
         x_bar: list[Tensor | None] = [None, None]
@@ -208,12 +211,15 @@ def _with_defaults(rope_args) -> tuple[Tensor | None, ...]:
     return (*rope_args, *[None] * (5 - len(rope_args)))
 
 
-def _rotate_quarter(x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
-    """Return w * J x in x's dtype; zero past rotary_dim."""
-    a, b = split_pairs(x.to(w.dtype), rotary_dim, interleaved)
+def _rotate_quarter(
+    x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool, rotary_offset: int
+) -> Tensor:
+    """Return w * J x in x's dtype; zero in the dims that do not rotate."""
+    a, b = split_pairs(x.to(w.dtype), rotary_dim, interleaved, rotary_offset)
     w = w.view(w.shape[1:]) if x.dim() == 3 else w
     rotated = join_pairs(-b * w, a * w, interleaved)
-    return torch.nn.functional.pad(rotated, (0, x.shape[-1] - rotary_dim)).to(x.dtype)
+    others = (rotary_offset, x.shape[-1] - rotary_offset - rotary_dim)
+    return torch.nn.functional.pad(rotated, others).to(x.dtype)
 
 
 def _angle_grad(xs, grads, layout, rope_args) -> Tensor:

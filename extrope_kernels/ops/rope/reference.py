@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._shared.dtypes import accumulator
-from .._shared.pairs import cross, join_pairs, split_pairs
+from .._shared.pairs import cross, join_pairs, split_pairs, with_rotated
 from .._shared.positions import sequence_of_token
 from .checks import refuse_expanded
 from .rotation import Rotation, resolve, token_positions
@@ -37,7 +37,7 @@ def rope_bwd(
     if q is not None:
         saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
         unrounded = rotate([grad.to(wide) for grad in tensors], rotation)
-        layout = (rotation.rotary_dim, rotation.interleaved, rotation.per_head)
+        layout = (*rotation.layout, rotation.per_head)
         angle_grad = sum(cross(x, dx, *layout) for x, dx in zip(saved, unrounded))
     dk = grads[1].view_as(grad_k) if grad_k is not None else grad_q.new_empty(0)
     return grads[0].view_as(grad_q), dk, angle_grad
@@ -73,7 +73,7 @@ def rotate(tensors: list[Tensor], rotation: Rotation) -> list[Tensor]:
             amplitude = amplitude * torch.exp(exponent)
         wide = accumulator(x.dtype)
         cos, sin = (angle.cos() * amplitude).to(wide), (angle.sin() * amplitude).to(wide)
-        a, b = split_pairs(x.to(wide), rotation.rotary_dim, rotation.interleaved)
+        a, b = split_pairs(x.to(wide), *rotation.layout)
         dims = join_pairs(a * cos - b * sin, b * cos + a * sin, rotation.interleaved)
-        rotated.append(torch.cat((dims.to(x.dtype), x[..., rotation.rotary_dim :]), dim=-1))
+        rotated.append(with_rotated(x, dims, rotation.rotary_offset))
     return rotated

@@ -29,10 +29,16 @@ class Rotation:
     interleaved: bool
     axes: Tensor | None = None  # (rotary_dim / 2,) int32: the row of positions of each pair
     decay_origin: float = 0.0  # the position at which log_decay changes nothing
+    rotary_offset: int = 0  # the first rotated dim
 
     @property
     def rotary_dim(self) -> int:
         return 2 * self.inv_freq.shape[-1]
+
+    @property
+    def layout(self) -> tuple[int, bool, int]:
+        """Where the dims of pairs are: the arguments of `split_pairs`."""
+        return self.rotary_dim, self.interleaved, self.rotary_offset
 
     @property
     def per_head(self) -> bool:
@@ -52,6 +58,7 @@ def resolve(
     attention_factor: float = 1.0,
     offset: int = 0,
     interleaved: bool = False,
+    rotary_offset: int | None = None,
     inverse: bool = False,
     decay_origin: float = 0.0,
 ) -> tuple[list[Tensor], Rotation]:
@@ -60,7 +67,9 @@ def resolve(
     `adjoint` asks for the transposed linear map, which a backward applies: the angle is negated,
     the amplitude stays. `inverse` undoes the map: minus the angle, one over the amplitude.
     """
-    check(q, k, inv_freq, positions, cu_seqlens, log_decay, axes, attention_factor=attention_factor)
+    rotary_offset = rotary_offset or 0
+    options = {"attention_factor": attention_factor, "rotary_offset": rotary_offset}
+    check(q, k, inv_freq, positions, cu_seqlens, log_decay, axes, **options)
     if cu_seqlens is not None:
         check_boundaries("rope", cu_seqlens, q.shape[0])
     tensors = [q] if k is None else [q, k]
@@ -87,6 +96,7 @@ def resolve(
         interleaved=interleaved,
         axes=axes if kind == "positions by axis" else None,  # else all axes are alike
         decay_origin=decay_origin,
+        rotary_offset=rotary_offset,
     )
     return tensors, rotation
 

@@ -46,7 +46,7 @@ class Call {
     p_.batch = batch_, p_.seqlen_q = p_.lse_head = c.seqlen_q, p_.seqlen_k = c.seqlen_k;
     p_.heads_q = 4, p_.heads_k = 2, p_.head_dim = c.head_dim;
     p_.regions = c.regions, p_.softmax_scale = 0.125f;
-    p_.half = c.half, p_.interleaved = c.interleaved;
+    p_.rotation = {c.head_dim, c.half, (c.head_dim - 2 * c.half) / 8 * 8, c.interleaved};
     if (c.packed) p_.cu_seqlens = kBoundaries, p_.num_sequences = std::size(kBoundaries) - 1;
     if (c.softmax_options) {
       p_.softcap = 1.5f, p_.sinks = {kSinks, 1}, p_.regions.sliding_window = 56;

@@ -75,8 +75,13 @@ void run(const Case& c, const std::string& name) {
 
   DecodeParams p{};
   p.cache = cache_of(c, dtype<T>(), k_cache.data(), v_cache.data(), pages.data());
-  p.freqs = {inv_freq.data(), nullptr, c.half, static_cast<int64_t>(inv_freq.size()), 0,
-             c.interleaved};
+  p.freqs = {inv_freq.data(),
+             nullptr,
+             c.half,
+             static_cast<int64_t>(inv_freq.size()),
+             0,
+             c.interleaved,
+             (c.head_dim - 2 * c.half) / 8 * 8};
   p.regions = c.regions;
   p.q = q.data(), p.q_stride_batch = c.seqlen_q * row, p.q_stride_seq = row,
   p.q_stride_head = c.head_dim;

@@ -93,8 +93,10 @@ class Case:
         same_dtype = reference.rotate(self.originals, self.rotation)
         for name, out, ref, want in zip("qk", self.outputs, same_dtype, ideal, strict=False):
             assert_within_budget(name, out, ref, torch.from_numpy(want.astype(np.float64)))
-            tail = slice(self.rotation.rotary_dim, None)
-            assert torch.equal(out[..., tail], ref[..., tail])
+            begin, end = self.rotation.rotary_offset, None
+            end = begin + self.rotation.rotary_dim
+            assert torch.equal(out[..., :begin], ref[..., :begin])
+            assert torch.equal(out[..., end:], ref[..., end:])
         for out, now, before in zip(self.outputs, self.storages, self.before, strict=True):
             self._check_untouched(out, now, before)
         if self.saved is not None:
@@ -108,7 +110,7 @@ class Case:
         assert torch.equal(now, before), "wrote between the rows of its output"
 
     def _check_angle_grad(self, ideal: list[np.ndarray]) -> None:
-        layout = (self.rotation.rotary_dim, self.rotation.interleaved, self.rotation.per_head)
+        layout = (*self.rotation.layout, self.rotation.per_head)
         wide = accumulator(self.inputs[0].dtype)
         rotated = reference.rotate([x.to(wide) for x in self.originals], self.rotation)
         ref = sum(cross(x, dx, *layout) for x, dx in zip(self.saved, rotated, strict=True))
@@ -154,22 +156,24 @@ def shapes() -> Iterator[Case]:
             for dim in HEAD_DIMS:
                 inputs = qk(dim=dim, dtype=dtype)
                 yield case(f"{short(dtype)}-{layout}-{dim}", inputs, interleaved=interleaved)
-            for dim, rotary_dim in (
-                (128, 32),
-                (96, 64),
-                (80, 16),
-                (72, 36),
-                (64, 2),
-                (9, 8),
-                (640, 600),
+            for dim, rotary_dim, rotary_offset in (
+                (128, 32, 0),
+                (192, 64, 128),
+                (96, 64, 8),
+                (80, 16, 0),
+                (72, 36, 4),
+                (64, 2, 0),
+                (9, 8, 1),
+                (640, 600, 0),
             ):
                 inputs = qk(dim=dim, dtype=dtype)
-                name = f"{short(dtype)}-{layout}-{rotary_dim}-of-{dim}"
-                yield case(name, inputs, rotary_dim=rotary_dim, interleaved=interleaved)
+                name = f"{short(dtype)}-{layout}-{rotary_dim}-of-{dim}-from-{rotary_offset}"
+                by = {"interleaved": interleaved, "rotary_offset": rotary_offset}
+                yield case(name, inputs, rotary_dim=rotary_dim, **by)
                 yield Case(
                     f"{name}-inplace",
                     qk(gapped, dim=dim, dtype=dtype, gap=dim % 3 * 8),
-                    rope_rotation(rotary_dim, interleaved=interleaved, conjugate=True),
+                    rope_rotation(rotary_dim, **by, conjugate=True),
                 )
     for heads in ((1,), (73, 1), (1, 73), (5, 5), (0, 3)):
         for seqlen in (0, 1, 7, 131):
@@ -259,8 +263,9 @@ def frequencies() -> Iterator[Case]:
 def gradients() -> Iterator[Case]:
     for dtype in DTYPES:
         for layout, interleaved in LAYOUTS.items():
-            for dim, rotary_dim in ((64, 64), (72, 72), (128, 64)):
+            for dim, rotary_dim, rotary_offset in ((64, 64, 0), (72, 72, 0), (128, 64, 56)):
                 by = {"rotary_dim": rotary_dim, "interleaved": interleaved, "conjugate": True}
+                by["rotary_offset"] = rotary_offset
                 for heads in ((3, 1), (1,), (73, 2)):
                     shape = {"dim": dim, "dtype": dtype, "heads": heads, "seqlen": 3}
                     saved = qk(gapped, gap=16, **shape)

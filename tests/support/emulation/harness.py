@@ -201,6 +201,7 @@ def rope_job(
         "interleaved": rotation.interleaved,
         "conjugate": rotation.conjugate,
         "rotary_dim": rotation.rotary_dim,
+        "rotary_offset": rotation.rotary_offset,
         "inv_freq": job.pointer(rotation.inv_freq),
         "inv_freq_is_f64": rotation.inv_freq.dtype == torch.float64,
         "freq_batch": rotation.inv_freq.stride(0) if rows > 1 else 0,

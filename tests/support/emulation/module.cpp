@@ -89,6 +89,7 @@ void def_params(py::module_& m) {
   def_field(params, "interleaved", &RopeParams::interleaved);
   def_field(params, "conjugate", &RopeParams::conjugate);
   def_field(params, "rotary_dim", &RopeParams::rotary_dim);
+  def_field(params, "rotary_offset", &RopeParams::rotary_offset);
   def_field(params, "inv_freq", &RopeParams::inv_freq);
   def_field(params, "inv_freq_is_f64", &RopeParams::inv_freq_is_f64);
   def_field(params, "freq_batch", &RopeParams::freq_batch);

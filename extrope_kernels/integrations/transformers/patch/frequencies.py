@@ -4,18 +4,19 @@ A `RotaryForward` replaces the forward of each rotary embedding. A method that d
 is frozen per request: keys are cached after rotation, so all tokens of a request must be rotated by
 the same frequencies. A request starts with a forward whose cache is empty or absent, and with every
 call of `generate` that does not continue a filled cache. Its frequencies are chosen then, for the
-length that it will reach. They stay with its cache and with copies of it, whatever other requests
-come between.
+length that it will reach, for each row of a batch by its own. They stay with its cache and with
+copies of it, whatever other requests come between.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .... import RopeFreqs
 from ..._shared.parameters import PARAMETERS, ModelValues, bind_method, trained_in, values_in
@@ -23,7 +24,7 @@ from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsuppo
 from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
 from .hooks import Patches
 from .rotation import RotaryForward
-from .state import FREQS_ON_CACHE, FreqsByKind, ThreadFrequencies, in_progress
+from .state import FREQS_ON_CACHE, FreqsByKind, Request, ThreadFrequencies, in_progress
 
 
 def frequency_patches(
@@ -73,12 +74,47 @@ def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValue
     parameters = rotary_module.parameters(layer_type)
     config, dim = rotary_module.module.config, rotary_module.dim(layer_type)
     values, trained = values_in(config, parameters, dim), trained_in(config, parameters, dim)
+    if rotary_module.learned:  # in a training up to the longest length
+        over = rotary_module.own_freqs(layer_type).to("cpu")
+        trained = {"original_max_position_embeddings": config.max_position_embeddings, "over": over}
     if any(_mscale_function(layer) is not None for layer in rotary_module.owner.modules()):
         values |= {name: parameters[name] for name in _MSCALES if parameters.get(name) is not None}
     unrotated = 0
     if parameters.get("rope_type") == "proportional":
         unrotated = int((attribute_of(rotary_module.module, layer_type, "inv_freq") == 0).sum())
     return ModelValues(values, trained, unrotated)
+
+
+class Row(NamedTuple):
+    """Tokens of the shortest and the longest of the sequences that are packed into a row."""
+
+    shortest: int
+    longest: int
+
+
+def _rows_of(arguments: Mapping[str, Any], past: int, shape: Sequence[int]) -> list[Row]:
+    """Return the tokens of a forward's rows, with those in the cache and without padding.
+
+    shape: (batch, new). Without a mask or positions all rows have the same.
+    """
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or torch.compiler.is_compiling():
+        mask = None  # a graph does not read it
+    if positions is None:
+        lengths = [past + shape[1]] if mask is None else mask.sum(-1).tolist()
+        return [Row(length, length) for length in map(int, lengths)]
+    if positions.dim() == 3 or torch.compiler.is_compiling():
+        longest = int(positions.max()) + 1
+        return [Row(longest, longest)]
+    positions = positions.expand(*shape)
+    if mask is not None:
+        real = mask[:, past : past + shape[1]].bool()
+        positions = positions.masked_fill(~real, -1)
+    # A sequence ends where the next position is not larger. Padding without a mask is at 0 or 1.
+    ends = nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (0, 1), value=True)
+    longest = positions.amax(-1)
+    shortest = torch.where(ends & (positions > 1), positions, longest[:, None]).amin(-1)
+    return [Row(*row) for row in (torch.stack((shortest, longest), 1) + 1).tolist()]
 
 
 class LengthHooks:
@@ -114,33 +150,66 @@ class LengthHooks:
         if torch.compiler.is_compiling() and of_cache:
             return of_cache  # a graph of a step: its prompt has chosen
         request = getattr(in_progress, "request", None)
-        limit, chosen = (None, {}) if request is None else (request.limit, request.freqs)
+        chosen = {} if request is None else request.freqs
         if self.key not in chosen:
             past = tokens_in(cache)
             if past and of_cache is not None:
                 chosen[self.key] = of_cache
             else:
-                length = self._length(arguments, past, limit)
-                chosen[self.key] = self._of_length(length, arguments)
+                rows = self._rows(arguments, past, request)
+                chosen[self.key] = self._of_rows(rows, tokens_of(arguments).device)
         return chosen[self.key]
 
-    def _of_length(self, length: int, arguments: Mapping[str, Any]) -> FreqsByKind:
-        device = tokens_of(arguments).device
-        return {
-            layer_type: method(seq_len=length).to(device)
-            for layer_type, method in self.methods.items()
-        }
+    def _of_rows(self, rows: Sequence[Row], device: torch.device) -> FreqsByKind:
+        """Return the frequencies of a batch; those of each row, if they differ and the op rotates.
 
-    def _length(self, arguments: Mapping[str, Any], past: int, limit: int | None) -> int:
-        """Return the tokens that a request will reach, as known in its first forward."""
-        length = past + tokens_of(arguments).shape[1]
-        positions = arguments.get("position_ids")
+        Raises ValueError if one set of frequencies cannot serve them.
+        """
+        lengths = dict.fromkeys(length for row in rows for length in row)
+        freqs: FreqsByKind = {}
+        for kind, method in self.methods.items():
+            of_length = {length: method(seq_len=length) for length in lengths}
+            first, *others = of_length.values()
+            if all(each == first for each in others):
+                freqs[kind] = first.to(device)
+                continue
+            of_rows = [of_length[row.longest] for row in rows]
+            if (
+                any(of_length[row.shortest] != of_length[row.longest] for row in rows)
+                or any(each.attention_factor != first.attention_factor for each in others)
+                or self.rotary.fused is None
+                # A score method's rows share theirs.
+                or vars(self.rotary.module).get("forward") is not self.rotary
+            ):
+                raise ValueError(
+                    f"extend: {self.rotary.method} must have rows and packed sequences of one "
+                    f"length in a batch, got {min(lengths)} and {max(lengths)} tokens, whose "
+                    "frequencies differ; give it a seq_len, or batch equal lengths"
+                )
+            stacked = torch.stack([each.inv_freq for each in of_rows])
+            freqs[kind] = replace(first, inv_freq=stacked).to(device)
+        return freqs
+
+    def _rows(self, arguments: Mapping[str, Any], past: int, request: Request | None) -> list[Row]:
+        """Return the tokens that each row will reach, as known in its first forward.
+
+        past: tokens in the cache. request: the call of `generate`, if it is one.
+        """
+        batch, new = tokens_of(arguments).shape[:2]
+        length, limit = past + new, 0 if request is None else request.limit
         if self.rotary.shared is not None:
-            return length * self.rotary.shared.size
-        if limit is not None:
-            return max(length, limit)
-        # Read on the host, once a request.
-        return length if positions is None else int(positions.max()) + 1
+            rows = [Row(length * self.rotary.shared.size, length * self.rotary.shared.size)]
+        elif request is not None and request.pads and batch % len(request.pads) == 0:
+            each = batch // len(request.pads)  # beams of a prompt stand together
+            ends = [max(length, limit) - pads for pads in request.pads for _ in range(each)]
+            rows = [Row(end, end) for end in ends]
+        else:  # read on the host, once a request
+            more = max(length, limit) - length
+            rows = [
+                Row(row.shortest + more, row.longest + more)
+                for row in _rows_of(arguments, past, (batch, new))
+            ]
+        return [Row(max(row.shortest, 1), max(row.longest, 1)) for row in rows]
 
     def _attach(self, cache: Any, freqs: FreqsByKind) -> None:
         if not hasattr(cache, FREQS_ON_CACHE):
@@ -157,8 +226,8 @@ class EachLengthHooks(LengthHooks):
                 f"extend: a model under {self.rotary.method} with cache='raw' cannot be compiled, "
                 "as its frequencies change from step to step"
             )
-        past = tokens_in(cache)
-        return self._of_length(self._length(arguments, past, None), arguments)
+        rows = self._rows(arguments, tokens_in(cache), None)
+        return self._of_rows(rows, tokens_of(arguments).device)
 
     def _attach(self, cache: Any, freqs: FreqsByKind) -> None:
         """Do nothing: a cache of raw keys fits any frequencies."""

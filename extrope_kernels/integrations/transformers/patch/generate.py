@@ -101,7 +101,10 @@ def _generate_one_request(
     previous: an earlier replacement, if there is one.
     """
     outer = getattr(in_progress, "request", None)  # of a model that asks this one to draft
-    in_progress.request = Request(_reach(model, *args, **kwargs))
+    mask = kwargs.get("attention_mask")
+    known = isinstance(mask, Tensor) and mask.dim() == 2
+    pads = (mask == 0).sum(-1).tolist() if known else None
+    in_progress.request = Request(_reach(model, *args, **kwargs), pads)
     try:
         if previous is not None:
             return previous(*args, **kwargs)

@@ -93,8 +93,11 @@ class ForwardThroughHooks:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-class ReferenceGuard:
-    """A guard that warns if a trainer compares an extended model with a plain reference model.
+class TrainingGuard:
+    """What an extension needs to know of its training, at the first forward.
+
+    It warns if a trainer compares the model with a plain reference model, and lets adapters of PEFT
+    that were added since keep the extension.
 
     TRL's trainers load `ref_model` anew from the model's folder, so the losses of DPO and the
     divergence of GRPO would be those of two different models. A trainer is known by its attribute,
@@ -110,6 +113,9 @@ class ReferenceGuard:
             return
         if not (module.training and torch.is_grad_enabled()):
             return
+        from ..saved import save_beside_adapters
+
+        save_beside_adapters()
         self.looked, frame = True, inspect.currentframe()
         while frame is not None:
             caller = frame.f_locals.get("self")

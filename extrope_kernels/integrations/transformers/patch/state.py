@@ -40,10 +40,13 @@ STORED_ON_CACHE = "_extrope_stored"
 class Request:
     """A call of `generate`.
 
-    limit: tokens that it may reach. freqs: its frequencies, by the key of the hooks that chose.
+    limit: tokens that it may reach, padding included.
+    pads: padding of each row, if known; the first forward may see only a piece of the prompt.
+    freqs: its frequencies, by the key of the hooks that chose.
     """
 
     limit: int
+    pads: list[int] | None = None
     freqs: dict[str, FreqsByKind] = field(default_factory=dict)
 
 

@@ -75,6 +75,11 @@ class RotaryModule:
         """Return the rotary embedding's tables for other frequencies."""
         return Tables(self.module, layer_type, freqs, self.orders[layer_type])
 
+    @property
+    def learned(self) -> bool:
+        """True if frequencies are weights, which no configuration states (Mistral Large 4)."""
+        return bool(self.module._parameters)
+
     def own_freqs(self, layer_type: str | None) -> RopeFreqs:
         """Return the model's own frequencies, on its device.
 
@@ -95,6 +100,10 @@ class RotaryModule:
             with torch.device("cpu"):
                 fresh = type(rotary)(rotary.config)
             inv_freq = attribute_of(fresh, layer_type, "inv_freq").to(inv_freq.device)
+        if self.learned:
+            if set(self.module._parameters) != {"alpha"}:
+                raise unsupported(self.owner, "its frequencies depend on weights not known here")
+            inv_freq = inv_freq.float() * self.module.alpha.detach().float().exp()
         if (order := self.orders[layer_type]) is not None:
             inv_freq = inv_freq[order.argsort().to(inv_freq.device)]
         factor = float(attribute_of(rotary, layer_type, "attention_scaling", 1.0))
@@ -108,7 +117,7 @@ def find_rotary_modules(model: nn.Module, layers: str = "full") -> list[RotaryMo
     if layers not in _LAYERS:
         raise ValueError(f"extend: layers must be full or all, got {layers!r}")
     rotary_modules = [
-        _rotary_module(owner, rotary, layers) for owner, rotary in _rotary_embeddings(model)
+        _rotary_module(owner, rotary, layers) for owner, rotary in rotary_embeddings(model)
     ]
     if not rotary_modules:
         raise ValueError(
@@ -123,7 +132,7 @@ def owners_of(rotary_modules: Sequence[RotaryModule]) -> list[nn.Module]:
     return list(dict.fromkeys(each.owner for each in rotary_modules))
 
 
-def _rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield the language model's rotary embeddings, not those of a vision tower's patches."""
     for path, module in model.named_modules():
         parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
@@ -248,6 +257,8 @@ def reference_copy(rotary: nn.Module, layer_type: str | None, freqs: RopeFreqs) 
     holder = attributes["_buffers"] if name in rotary._buffers else attributes
     holder[name] = freqs.inv_freq
     attributes[_prefixed(layer_type, "attention_scaling")] = freqs.attention_factor
+    # What multiplies frequencies by exp(a weight) is to leave these as they are.
+    attributes["_parameters"] = {k: torch.zeros_like(v) for k, v in rotary._parameters.items()}
     # Some compute their frequencies again in every forward.
     attributes["rope_init_fn"] = lambda *_, **__: (freqs.inv_freq, freqs.attention_factor)
     if layer_type is None:

@@ -12,12 +12,12 @@ region_begin(p, r + 1), and region_begin(p, regions) is p + 1, the end of its ke
 defines it, with a picture. Positions count from the sequence's first key: its key j has position j.
 
 Names: a row is a token and one of the `group` heads of q that share a head of k. M is BLOCK_M,
-rows; N is BLOCK_N, keys. P is pairs of dims that rotate, R the dims after them, V the dims of v,
+rows; N is BLOCK_N, keys. P is pairs of dims that rotate, R the other dims, V the dims of v,
 each rounded up to a power of two. Logits have base 2: they are multiplied by log2(e).
 
 load_parts(row_ptr, valid, MODEL) loads rows in three parts: the first dims of their pairs, the
-second dims, and the dims after the pairs; 0 for rows that are not valid and past the last dim. If
-no dims come after the pairs, the third part is the first again, and never used.
+second dims, and the dims that do not rotate; 0 for rows that are not valid and past the last dim.
+If all dims rotate, the third part is the first again, and never used.
 of_pairs(ptr, MODEL) loads one number for each pair, (1, P). widened_codes(bits, LIKE, MODEL.codes)
 makes numbers of type LIKE of the bits of fp8, without their scale.
 """
@@ -81,9 +81,10 @@ class ModelConstants(NamedTuple):
     freq_heads: int  # heads of k with frequencies of their own; 1: all share
     map_heads: int  # heads of k with maps of pairs of their own; 1: all share
     pairs: int  # half, rounded up to a power of two
-    rest: int  # dims after the rotated ones
+    rotary_offset: int  # the first dim of the first pair
+    rest: int  # dims before and after the rotated ones
     rest_dims: int  # rest, rounded up to a power of two; 1 if none
-    interleaved: bool  # a pair's two dims are neighbours; else dims i and half + i
+    interleaved: bool  # a pair's two dims are neighbours; else rotated dims i and half + i
     starts: tuple[int, ...]  # of each region, from the first position of the query's block of
     # `granularity` on
     granularity: int
@@ -604,6 +605,7 @@ def _build_launches(
             k_scale=cache.scales.k, v_scale=cache.scales.v,
             **(columns_of([call.stored]) if append_rotates else {}),
             interleaved=call.interleaved,
+            rotary_offset=call.rotary_offset,
         )  # fmt: skip
         append = build_append(new, call.pair_maps, num_counters)
     return Launches(append, attend, append_rotates, num_counters, scratch_size)
@@ -637,6 +639,7 @@ def constants_of(
         freq_heads=freq_heads,
         map_heads=map_heads,
         pairs=_power_of_two(half),
+        rotary_offset=call.rotary_offset,
         rest=rest,
         rest_dims=_power_of_two(rest) if rest else 1,
         interleaved=call.interleaved,

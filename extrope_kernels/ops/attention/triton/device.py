@@ -465,6 +465,7 @@ class ModelConstants(NamedTuple):
     freq_heads: int  # heads of k with frequencies of their own; 1: all share
     map_heads: int  # heads of k with maps of pairs of their own; 1: all share
     interleaved: bool  # a pair's two dims are neighbours
+    rotary_offset: int  # the first dim of the first pair
     starts: tuple[int, ...]  # start of each region, counted from the query's block
     granularity: int
     window: int  # most keys that a query sees, or 0: all
@@ -524,6 +525,7 @@ def constants_of(
         freq_heads=freq_heads,
         map_heads=map_heads,
         interleaved=call.interleaved,
+        rotary_offset=call.rotary_offset,
         starts=tuple(max(-FARTHEST, min(region.start, FARTHEST)) for region in regions),
         granularity=min(call.granularity, FARTHEST),
         window=0 if window is None else min(window, FARTHEST),

@@ -95,24 +95,34 @@ def _rotate_tile(
 ):  # fmt: skip
     """Load dims FIRST to FIRST + DIMS of ROWS rows and rotate them: (ROWS, DIMS) float32."""
     HALF: tl.constexpr = MODEL.half
+    OFFSET: tl.constexpr = MODEL.rotary_offset  # even
     DIMS_LEFT: tl.constexpr = MODEL.head_dim - FIRST  # of a row, from FIRST on
     x = load_tile(q_row + FIRST, q_stride_seq, rows, ROWS, DIMS, DIMS_LEFT, True).to(tl.float32)
-    if MODEL.interleaved:  # dims 2 i and 2 i + 1 are pair i
-        pair = FIRST // 2 + tl.arange(0, DIMS // 2)
+    if MODEL.interleaved:  # rotated dims 2 i and 2 i + 1 are pair i
+        pair = (FIRST - OFFSET) // 2 + tl.arange(0, DIMS // 2)
+        if OFFSET > 0:
+            pair = tl.where(pair >= 0, pair, HALF)  # no pair: cosine 1, sine 0
         cos, sin = _query_cos_sin(
             pair, q_pos, scale, inv_freq, log_decay, pair_maps, head_k, MAP, MODEL
         )
         a, b = tl.split(tl.reshape(x, (ROWS, DIMS // 2, 2)))
         rotated = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (ROWS, DIMS))
-    else:  # dims i and HALF + i are pair i: the other dim of each is loaded beside it
+    else:  # rotated dims i and HALF + i are pair i: the other dim of each is loaded beside it
         dim = FIRST + tl.arange(0, DIMS)
-        is_second = (dim >= HALF) & (dim < 2 * HALF)
-        pair = tl.where(is_second, dim - HALF, dim)
-        pair = tl.where(dim < 2 * HALF, pair, HALF)  # no pair: cosine 1, sine 0
-        other_dim = tl.where(is_second, dim - HALF, tl.where(dim < HALF, dim + HALF, dim))
-        if HALF % 8 == 0:
-            # The borders at HALF and 2 HALF, where other_dim jumps, are multiples of 8. So it runs
-            # on in groups of eight dims. The compiler does not see that, and would load one by one.
+        rotated_dim = dim - OFFSET
+        is_first = rotated_dim < HALF
+        rotates = rotated_dim < 2 * HALF
+        if OFFSET > 0:
+            is_first = is_first & (rotated_dim >= 0)
+            rotates = rotates & (rotated_dim >= 0)
+        is_second = (rotated_dim >= HALF) & rotates
+        pair = tl.where(is_second, rotated_dim - HALF, rotated_dim)
+        pair = tl.where(rotates, pair, HALF)  # no pair: cosine 1, sine 0
+        other_dim = tl.where(is_second, dim - HALF, tl.where(is_first, dim + HALF, dim))
+        if HALF % 8 == 0 and OFFSET % 8 == 0:
+            # The borders at OFFSET, HALF and 2 HALF further, where other_dim jumps, are multiples
+            # of 8. So it runs on in groups of eight dims. The compiler does not see that, and would
+            # load one by one.
             other_dim = tl.max_contiguous(tl.multiple_of(other_dim, 8), 8)
         cos, sin = _query_cos_sin(
             pair, q_pos, scale, inv_freq, log_decay, pair_maps, head_k, MAP, MODEL

@@ -12,7 +12,7 @@ copy_c = scale * R_c @ x, where R_c rotates to the positions of map c. Backward,
 of all copies, and writes their sum, each rotated back: dx = sum over c of scale * R_c.T @ dcopy_c.
 
 Names: T is TOKENS, P is TILE.pairs: pairs of dims, rounded up to a power of two. load_parts loads
-rows as their pairs' first dims, second dims, and the dims after the pairs; store_parts stores
+rows as their pairs' first dims, second dims, and the dims that do not rotate; store_parts stores
 these. of_pairs loads one number for each pair, (1, P).
 """
 
@@ -64,10 +64,11 @@ class RotateTile(NamedTuple):
     freq_heads: int  # heads of k with frequencies of their own; 1: all share
     map_heads: int  # heads of k with maps of pairs of their own; 1: all share
     pairs: int  # half, rounded up to a power of two
-    rest: int  # dims after the rotated ones
+    rotary_offset: int  # the first dim of the first pair
+    rest: int  # dims before and after the rotated ones
     rest_dims: int  # rest, rounded up; 1 if none
     align: int  # elements; divides all strides
-    interleaved: bool  # a pair's two dims are neighbours; else dims i and half + i
+    interleaved: bool  # a pair's two dims are neighbours; else rotated dims i and half + i
     freq_per_token: bool  # each packed sequence has its own frequencies
     q_maps: tuple[tuple, ...]  # one per copy, see `map_of`
     k_maps: tuple[tuple, ...]
@@ -386,6 +387,7 @@ def _tile(
         freq_heads=freq_heads,
         map_heads=map_heads,
         pairs=pairs,
+        rotary_offset=call.rotary_offset,
         rest=rest,
         rest_dims=triton.next_power_of_2(max(rest, 1)),
         align=alignment_of(q, k),

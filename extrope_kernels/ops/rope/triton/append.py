@@ -289,8 +289,10 @@ def _rotation(call: Append, k: Tensor) -> Rotation:
     if cu_seqlens is not None and INTERPRETED:  # a rotation has no padding; its ends are checked
         cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
     rope = Rope(inv_freq, positions, cu_seqlens, call.log_decay, call.axes)
-    names = ("attention_factor", "interleaved", "decay_origin")
+    names = ("attention_factor", "interleaved", "rotary_offset", "decay_origin")
     options = {name: getattr(call, name) for name in names}
+    if call.inv_freq is None:  # then all dims are copied
+        options["rotary_offset"] = 0
     x = k if call.cu_seqlens is None else k[0]
     _, rotation = resolve(x, None, *rope, adjoint=False, **options)
     if call.positions is None and call.inv_freq is not None:

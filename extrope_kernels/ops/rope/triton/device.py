@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
     tokens: int  # of a program
     pairs: int  # half, rounded up to a power of two
-    rest: int  # dims after the rotated ones, as far as they are copied
+    rest: int  # dims beside the rotated ones, as far as they are copied
     rest_dims: int  # rest, rounded up to a power of two; 1 if none
     align: int  # elements of a group, in which strides count: at most 16 bytes, see `build_launch`
     heads_q: int
@@ -60,6 +60,7 @@ class Tile(NamedTuple):
     num_axes: int = 0  # of the positions, where every pair reads its own
     positions_are_offsets: bool = False  # one for each sequence
     decay_sign: float = 1.0  # of q; k has the other
+    rotary_offset: int = 0  # the first dim of the first pair
 
 
 class Rope(NamedTuple):
@@ -282,6 +283,7 @@ def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | fl
         "num_axes": 0 if axes is None else positions.shape[0],
         "positions_are_offsets": rotation.positions_are_offsets,
         "decay_sign": 1.0 if rotation.log_decay is None else rotation.decay_signs[0],
+        "rotary_offset": rotation.rotary_offset,
     }
     search_steps = sequences.bit_length()
     numbers = (*strides, sequences, search_steps, rotation.decay_origin, rotation.amplitude)

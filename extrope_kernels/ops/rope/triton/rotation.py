@@ -102,7 +102,7 @@ def rotate_kernel(
     Axis 0 of the grid is tiles of tokens, axis 1 shares of the heads. Strides of q, k, ... count
     groups of TILE.align elements. All pointers but q, q_out and inv_freq may be None.
 
-    q, k: (batch, seqlen, heads, head_dim), of which 2 * half dims rotate.
+    q, k: (batch, seqlen, heads, head_dim), of which 2 * half dims from rotary_offset on rotate.
     q_out, k_out: like q and k, or q and k themselves.
     q_saved, k_saved: the forward's inputs, if q and k are gradients of its outputs.
     angle_grad: (batch, seqlen, heads_q if TILE.per_head else 1, half), contiguous, written.

@@ -1,0 +1,456 @@
+"""`check(model)`: what a loaded model rotates by, beside what its configuration says.
+
+A rotary embedding is run at single positions, in the model's dtype. Where its cosines and sines are
+not those of exact angles, the frequencies that they follow are measured and compared with known
+mistakes. The probe of `extend` finds the rotary embeddings, and tells the column of each pair.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import RopeFreqs, methods
+from ..integrations.transformers.model import shortened
+from ..integrations.transformers.patch.hooks import ON_OWNER, Applied
+from ..integrations.transformers.patch.rotation import RotaryForward
+from ..integrations.transformers.probe.rotary import (
+    Tables,
+    attribute_of,
+    probe_numbers,
+    rotary_embeddings,
+)
+from .source import Source
+
+AS_STATED = "as stated"
+_SHOWS = 0.01  # an error of a cosine that counts
+_BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies follow the length
+
+
+@dataclass(frozen=True)
+class RotationInForce:
+    """The rotation of a kind of layers, as it runs.
+
+    kind: of layers, None if all rotate alike. embeddings: rotary embeddings that rotate so.
+    stated: the rotation by the configuration. in_force: in words, the one that runs.
+    ok: True if that is the stated one, an extension, or one whose frequencies are weights.
+    rounded: the dtype that frequencies or angles are rounded to, None if no less than float32.
+    shows_from: the first position at which that moves a cosine or sine by more than 0.01.
+    error: the largest difference of cosines and sines from those of exact angles, up to `length`.
+    """
+
+    kind: str | None
+    stated: str
+    in_force: str
+    ok: bool
+    rounded: str | None = None
+    shows_from: int | None = None
+    error: float | None = None
+    length: int | None = None
+    embeddings: int = 1
+
+    def __str__(self) -> str:
+        count = f" ({self.embeddings} rotary embeddings)" if self.embeddings > 1 else ""
+        text = f"{self.kind or 'all layers'}{count}: {self.in_force}"
+        if self.in_force == AS_STATED:
+            text += f" ({self.stated})"
+        elif not self.ok and self.rounded is None:
+            text += f"; NOT as stated ({self.stated})"
+        if self.ok and self.rounded is not None:
+            text += f"; angles in {self.rounded}"
+        if self.shows_from is not None:
+            text += f"; off by more than {_SHOWS} from position {self.shows_from:,} on"
+        if self.ok and self.error is not None:
+            text += f"; off by at most {self.error:.2g} in {self.length:,} tokens"
+        return text
+
+
+@dataclass(frozen=True, repr=False)
+class LoadedReport:
+    """What rotates in a loaded model: a line for each kind of layers, and for each ignored key.
+
+    ignored: keys of the configuration about positions that nothing reads.
+    """
+
+    model: str
+    rotations: tuple[RotationInForce, ...]
+    ignored: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if all layers rotate as they should, and no key is ignored."""
+        return all(each.ok for each in self.rotations) and not self.ignored
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {'ok' if self.ok else 'NOT ok'}", *map(str, self.rotations)]
+        lines += [f"{key} is in the configuration, and nothing reads it" for key in self.ignored]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+def check(model: nn.Module) -> LoadedReport:
+    """Check what rotates in a loaded model, after whatever loader, trainer or cast touched it.
+
+    Runs each rotary embedding at positions up to twice max_position_embeddings, and compares its
+    cosines and sines with the configuration's (`methods.from_hf_config`) at exact angles. Nothing
+    in the model changes.
+
+    model: a model of transformers, alone or in a wrapper (PEFT's, FSDP's), with its weights.
+
+    Returns a report: print it, or read `ok` and `rotations`.
+    Raises TypeError if it is no module, ValueError if it has no rotary embedding, or no values.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"check: model must be a model of transformers, got {type(model).__name__}")
+    whole = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), None)
+    counted: Counter[RotationInForce] = Counter()
+    for owner, rotary in rotary_embeddings(model):
+        config = rotary.config
+        if whole is not None and type(text := _text(whole.config)) is type(config):
+            config = text  # a trainer may have given the model another
+        for kind in _kinds(rotary):
+            counted[_in_force(owner, rotary, kind, config)] += 1
+    if not counted:
+        raise ValueError(
+            "check: model must have a rotary embedding configured by rope_parameters, "
+            f"got a {type(model).__name__} without"
+        )
+    rotations = tuple(replace(each, embeddings=count) for each, count in counted.items())
+    ignored = () if whole is None else tuple(_ignored(whole))
+    return LoadedReport(type(whole or model).__name__, rotations, ignored)
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config(decoder=True)
+
+
+def _ignored(whole: nn.Module) -> list[str]:
+    config, text = whole.config, _text(whole.config)
+
+    def given(config: Any) -> dict[str, Any]:
+        code = inspect.getsource(type(config))  # what it sets itself
+        own = {key for key in vars(config) if hasattr(type(config), key)}
+        own |= {key for key in vars(config) if re.search(rf"\b{key}\b", code)}
+        return {key: value for key, value in vars(config).items() if key not in own}
+
+    beside = {} if text is config else given(config)
+    return Source(text, config, given(text), beside).ignored(type(whole))
+
+
+def _kinds(rotary: nn.Module) -> list[str | None]:
+    if not isinstance(rotary.rope_type, Mapping):
+        return [None]
+    return [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
+
+
+def _in_force(
+    owner: nn.Module, rotary: nn.Module, kind: str | None, config: Any
+) -> RotationInForce:
+    stated = _described(config, kind)
+    forward = vars(rotary).get("forward")
+    if isinstance(forward, RotaryForward) and kind in forward.freqs:
+        return RotationInForce(kind, stated, f"extended by {_extension(owner, forward)}", True)
+    if getattr(attribute_of(rotary, kind, "inv_freq", None), "is_meta", False):
+        raise ValueError("check: model must have its values, got one on the meta device")
+    try:
+        with _kept(rotary):
+            return _Run(owner, rotary, kind, config).compared(stated)
+    except Exception as error:  # a foreign module or configuration may raise anything
+        return RotationInForce(kind, stated, f"not compared: {shortened(error)}", False)
+
+
+def _extension(owner: nn.Module, forward: RotaryForward) -> str:
+    applied: Applied | None = vars(owner).get(ON_OWNER)
+    if applied is None:
+        return forward.method
+    return " over ".join(
+        each.method + "".join(f" {name}={value}" for name, value in each.parameters.items())
+        for each in reversed(applied.all())
+    )
+
+
+def _parameters(config: Any, kind: str | None) -> Mapping[str, Any]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get(kind) or {} if kind in parameters else parameters
+
+
+def _with_one_axis(config: Any) -> Any:
+    """Return a configuration without the axes of mRoPE, which agree on a text."""
+
+    def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: plain(value) if isinstance(value, Mapping) else value
+            for name, value in parameters.items()
+            if name != "mrope_section"
+        }
+
+    config = copy.copy(config)
+    config.rope_parameters = plain(config.rope_parameters or {})
+    return config
+
+
+def _described(config: Any, kind: str | None) -> str:
+    parameters = _parameters(config, kind)
+    factor, base = parameters.get("factor"), parameters.get("rope_theta")
+    name = parameters.get("rope_type", "default")
+    told = "plain RoPE" if name == "default" else name
+    told += "" if factor is None or name == "default" else f" factor {factor:g}"
+    return told if base is None else f"{told}, base {base:g}"
+
+
+@contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Put a module's attributes and buffers back: dynamic ones change in every forward."""
+    attributes, buffers = dict(vars(module)), dict(module._buffers)
+    for name, buffer in buffers.items():
+        module._buffers[name] = None if buffer is None else buffer.clone()
+    try:
+        yield
+    finally:
+        vars(module).clear()
+        vars(module).update(attributes)
+        module._buffers.clear()
+        module._buffers.update(buffers)
+
+
+class _Run:
+    """A rotary embedding that runs, for one kind of layers, in the dtype of its model.
+
+    Pairs are in the order of falling frequencies, as values on the CPU.
+    """
+
+    def __init__(self, owner: nn.Module, rotary: nn.Module, kind: str | None, config: Any) -> None:
+        self.rotary, self.kind, self.config = rotary, kind, _with_one_axis(config)
+        self.length = getattr(config, "max_position_embeddings", None) or 8192  # RecurrentGemma
+        parameters = _parameters(config, kind)
+        self.rope_type = parameters.get("rope_type", "default")
+        by_length = self.rope_type.startswith(_BY_LENGTH)
+        original = getattr(config, "original_max_position_embeddings", None)
+        original = original or parameters.get("original_max_position_embeddings")
+        # Positions below have one set of frequencies.
+        self.measured = min(original or self.length, self.length) if by_length else self.length
+        inv_freq = attribute_of(rotary, kind, "inv_freq")
+        dtypes = (each.dtype for each in owner.parameters() if each.dtype.is_floating_point)
+        dtype = next((each for each in dtypes if each.itemsize > 1), torch.float32)
+        self.x = torch.zeros(1, 1, 2 * len(inv_freq), dtype=dtype, device=inv_freq.device)
+        self.eps = torch.finfo(dtype).eps
+        # The column of each pair: where other frequencies are seen.
+        others = probe_numbers(0.2, 1.1, len(inv_freq))
+        tables = Tables(rotary, kind, RopeFreqs(others.to(inv_freq.device)))
+        angles = _complex(tables(self.x.float(), self._at(1))).angle()
+        columns = (angles.abs() - others[:, None]).abs().argmin(1)
+        order = inv_freq.float().cpu().argsort(descending=True, stable=True)
+        self.columns, self.mirrored = columns[order], bool(angles[columns[0]] < 0)
+        self.at = cache(self._values)
+
+    def _at(self, position: int) -> Tensor:
+        return torch.tensor([[position]], device=self.x.device)
+
+    def _values(self, position: int) -> Tensor:
+        """Return cos + i sin of every pair at a position: (pairs,) complex128."""
+        options = {} if self.kind is None else {"layer_type": self.kind}
+        forward, positions = self.rotary.forward, self._at(position)
+        try:
+            made = forward(self.x, positions, **options)
+        except IndexError:  # three axes, before transformers 5.19
+            made = forward(self.x, positions.expand(3, -1, -1), **options)
+        values = _complex(made)[self.columns]
+        return values.conj().resolve_conj() if self.mirrored else values
+
+    def promised(self, length: int) -> tuple[Tensor, float]:
+        """Return the stated frequencies for a text of `length` tokens, and the amplitude."""
+        freqs = methods.from_hf_config(self.config, length, layer_type=self.kind)
+        return freqs.inv_freq.double().sort(descending=True).values, freqs.attention_factor
+
+    def compared(self, stated: str) -> RotationInForce:
+        """Compare the values at positions up to twice the length with those that are stated."""
+        found = RotationInForce(self.kind, stated, AS_STATED, True, length=self.length)
+        pairs = len(self.promised(1)[0])
+        if pairs != len(self.columns):
+            says = f"{len(self.columns)} pairs rotate where {pairs} are stated"
+            return replace(found, in_force=says, ok=False)
+        positions = (1, self.measured // 2, self.measured - 1, self.length - 1, 2 * self.length - 1)
+        errors = {position: self.errors(position) for position in sorted({*positions} - {0})}
+        within = max(float(each.max()) for at, each in errors.items() if at < self.length)
+        found = replace(found, error=within)
+        if names := [name for name, _ in self.rotary.named_parameters()]:
+            ratio = self.measure() / self.promised(1)[0]
+            said = f"{ratio.min():.3g} to {ratio.max():.3g} times those stated"
+            in_force = f"frequencies are weights ({', '.join(names)}): {said} ({stated})"
+            return replace(found, in_force=in_force, error=None)
+        wrong = [at for at, each in errors.items() if (each > self.allowed(at)).any()]
+        if not wrong:
+            return found if within <= _SHOWS else self._in_float32(found)
+        if wrong[0] >= self.measured:
+            says = f"as stated up to position {self.measured - 1:,}, other frequencies past it"
+            return replace(found, in_force=says, ok=False)
+        return self._rounded(found) or replace(found, in_force=self._other(), ok=False)
+
+    def allowed(self, position: int) -> Tensor:
+        """Return the error of each pair's values in the model's dtype, of angles in float32."""
+        inv_freq, _ = self.promised(position + 1)
+        return 4 * self.eps + 2**-22 * (1 + position * inv_freq)
+
+    def errors(self, position: int) -> Tensor:
+        """Return each pair's difference from the value at the exact angle."""
+        inv_freq, factor = self.promised(position + 1)
+        exact = torch.polar(torch.full_like(inv_freq, factor), inv_freq * position)
+        return ((self.at(position) - exact).abs() / factor).nan_to_num(math.inf)
+
+    def measure(self) -> Tensor:
+        """Return the frequencies that the values follow: ever finer, at positions ever farther."""
+        inv_freq, position = self.at(1).angle(), 4
+        while position < self.measured:
+            angle, turn = self.at(position).angle(), 2 * math.pi
+            turns = ((inv_freq * position - angle) / turn).round()
+            inv_freq, position = (angle + turns * turn) / position, 4 * position
+        return inv_freq
+
+    def same(self, measured: Tensor, inv_freq: Tensor) -> bool:
+        """Return True if measured frequencies are these, as far as they can be measured."""
+        apart = 8 * self.eps * 4 / self.measured + 2**-20 * inv_freq
+        return bool(((measured - inv_freq).abs() <= apart).all())
+
+    def _rounded(self, found: RotationInForce) -> RotationInForce | None:
+        """Return the rotation with the dtype that rounds its frequencies or angles, or None."""
+        inv_freq, factor = self.promised(1)
+        measured = self.measure()
+        for dtype, what in product((torch.bfloat16, torch.float16), ("angles", "positions")):
+            coarse = inv_freq.to(dtype if what == "angles" else torch.float64)
+
+            def angle(positions: Tensor, dtype=dtype, coarse=coarse) -> Tensor:
+                return (positions.to(dtype) * coarse).double()
+
+            if self._follows(angle, factor):
+                return self._with(found, what, dtype, self._first(angle, inv_freq))
+        for dtype in (torch.bfloat16, torch.float16):
+            coarse = inv_freq.to(dtype).double()
+            if self.same(measured, coarse) and self._amplitude_is(factor):
+                first = math.ceil(_SHOWS / float((coarse - inv_freq).abs().max()))
+                return self._with(found, "frequencies", dtype, first)
+        return None
+
+    def _with(
+        self, found: RotationInForce, what: str, dtype: torch.dtype, first: int | None
+    ) -> RotationInForce:
+        name = str(dtype).removeprefix("torch.")
+        says = f"{found.stated}, with {what} rounded to {name}"
+        return replace(found, in_force=says, ok=False, rounded=name, shows_from=first)
+
+    def _in_float32(self, found: RotationInForce) -> RotationInForce:
+        """Return the rotation with the position at which angles in float32 show."""
+        inv_freq, _ = self.promised(1)
+        first = self._first(
+            lambda positions: (positions.float() * inv_freq.float()).double(),
+            inv_freq,
+            int(_SHOWS * 2**23 / float(inv_freq.max())),
+        )
+        return replace(found, rounded="float32", shows_from=first)
+
+    def _follows(self, angle: Callable[[Tensor], Tensor], factor: float) -> bool:
+        """Return True if the values are of these angles, within the measured length."""
+        for position in (self.measured - 1, self.measured * 2 // 3, self.measured // 3):
+            angles = angle(torch.tensor([position], device="cpu"))
+            expected = torch.polar(torch.full_like(angles, factor), angles)
+            apart = (self.at(position) - expected).abs()
+            if not (apart <= factor * self.allowed(position)).all():
+                return False
+        return True
+
+    def _first(
+        self, angle: Callable[[Tensor], Tensor], inv_freq: Tensor, begin: int = 1
+    ) -> int | None:
+        """Return the first position, from `begin` on, at which such angles show."""
+        for start in range(begin, self.measured, 4096):
+            stop = min(start + 4096, self.measured)
+            positions = torch.arange(start, stop, device="cpu")[:, None]
+            apart = angle(positions) - positions.double() * inv_freq
+            off = (2 * (apart / 2).sin().abs() > _SHOWS).any(1).nonzero()
+            if len(off):
+                return start + int(off[0])
+        return None
+
+    def _amplitude_is(self, factor: float) -> bool:
+        return math.isclose(self.amplitude, factor, rel_tol=4 * self.eps + 1e-5)
+
+    @property
+    def amplitude(self) -> float:
+        """The amplitude in force."""
+        return float(self.at(1).abs().median())
+
+    def _other(self) -> str:
+        """Return what is in force, if it is a known mistake, and where it differs if not."""
+        measured, (inv_freq, factor) = self.measure(), self.promised(1)
+        if not measured.isfinite().all():
+            return "cosines are not finite"
+        if self.same(measured, torch.zeros_like(measured)):
+            return "no rotation at all: all frequencies are 0"
+        told = self._known(measured, inv_freq)
+        if self._amplitude_is(factor):
+            return told or self._ratios(measured, inv_freq)
+        if told is None and self.same(measured, inv_freq):
+            told = "the stated frequencies"
+        square = " (its square)" if factor != 1 and self._amplitude_is(factor**2) else ""
+        amplitude = f"amplitude {self.amplitude:.3g}{square} where {factor:.3g} is stated"
+        return f"{told or self._ratios(measured, inv_freq)}, {amplitude}"
+
+    def _known(self, measured: Tensor, inv_freq: Tensor) -> str | None:
+        parameters = _parameters(self.config, self.kind)
+        base = parameters.get("rope_theta") or 10000.0
+        plain = methods.rope(2 * len(inv_freq), base=base).inv_freq.double()
+        was = getattr(self.rotary, "rope_type", None)
+        was = was.get(self.kind) if isinstance(was, Mapping) else was
+        built = f" (the model was built as {was!r})" if was != self.rope_type else ""
+        if self.same(measured, plain):
+            return f"plain RoPE, base {base:g}{built}"
+        if not self.same(inv_freq, plain) and self.same(measured, inv_freq**2 / plain):
+            return "the scaling twice"
+        if self.rope_type == "longrope" and self.same(measured, self.promised(2 * self.length)[0]):
+            return "the factors for long texts at every length"
+        # A ladder of another base, divided by a factor: PI, or a base that was lost.
+        index = torch.arange(len(measured), dtype=torch.float64, device="cpu")
+        seen = measured * self.measured > 64 * self.eps
+        if int(seen.sum()) < 3:
+            return None
+        of_line = torch.stack([torch.ones_like(index), index], 1)
+        weight = measured[seen, None]  # fast pairs are measured best
+        logs = measured[seen, None].log()
+        line = torch.linalg.lstsq(weight * of_line[seen], weight * logs).solution
+        if not self.same(measured, (of_line @ line)[:, 0].exp()):
+            return None
+        fastest, ratio = line[:, 0].exp().tolist()
+        base = float(f"{ratio ** -len(index):.3g}")
+        if math.isclose(fastest, 1, rel_tol=1e-3):
+            return f"plain RoPE, base {base:g}{built}"
+        return f"linear factor {1 / fastest:.4g}, base {base:g}{built}"
+
+    @staticmethod
+    def _ratios(measured: Tensor, inv_freq: Tensor) -> str:
+        ratio = measured[inv_freq > 0] / inv_freq[inv_freq > 0]
+        return f"frequencies {ratio.min():.3g} to {ratio.max():.3g} times those stated"
+
+
+def _complex(made: Any) -> Tensor:
+    """Return the values of tables for one position, cos + i sin: (columns,) complex128."""
+    if isinstance(made, Tensor):
+        values = made if made.is_complex() else torch.view_as_complex(made)
+    else:
+        cos, sin = (x.double() for x in made[:2])
+        values = torch.complex(cos, sin)
+    return values.reshape(-1, values.shape[-1])[0].to("cpu", torch.complex128)
