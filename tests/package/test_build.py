@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import release
 import setuptools
 import torch
 from builds import (
@@ -155,6 +156,11 @@ def test_unchanged_sources_compile_nothing(checkout, wheel, monkeypatch, tmp_pat
     _build.build("cpu", tmp_path / CPU, work_dir, tmp_path / "build.log")
     assert compile_times(work_dir) == before
     assert (tmp_path / CPU).read_bytes() == (work_dir / CPU).read_bytes()
+
+
+def test_notes_are_of_the_newest_version():
+    changelog = "# Changelog\n\n## 0.3.0\n\nNew.\n\n### Changed\n\n- Old.\n\n## 0.2.0\n\nLess."
+    assert release.notes(changelog) == "New.\n\n### Changed\n\n- Old.\n"
 
 
 def test_no_ninja_is_one_line(monkeypatch):

@@ -74,7 +74,7 @@ def test_pages_tell_speeds_and_numbers_of_models_as_measured():
     assert told.format(*(number for count in counts for number in count)) in text
     kept = {name: evaluations.read(name)["rows"] for name in ("demo", "recall")}
     last = {row["method"]: row["losses"][-1] for row in kept["demo"]}
-    told = "loses {rope:.2f} nats a token, with YaRN {yarn:.2f}, with ReRoPE {rerope:.2f}"
+    told = "the model as it is {rope:.2f} nats, with YaRN {yarn:.2f}, with ReRoPE {rerope:.2f}"
     assert told.format(**last) in text
     farthest = {row["method"]: row["gains"][-1][0] for row in kept["recall"]}
     told = "saves {yarn:.2f} nats a token by YaRN, {rerope:.2f} by ReRoPE"

@@ -25,7 +25,7 @@ class Choice:
 def choose_method(
     length: int, trained: int, reach: int, *, refused: str | None = None, chunks: bool = False
 ) -> Choice:
-    """Choose the method that measured best for `length` tokens (docs/guide/choose.md).
+    """Choose the method that measured best for `length` tokens (docs/guide/measured.md).
 
     trained: tokens of the training, before a scaling that a new factor replaces
         (`methods.trained_length`).
