@@ -341,7 +341,7 @@ def entry(kind: str, registry: Mapping[str, Callable], examples: Mapping, name: 
         given.append(f"{key}=..." if isinstance(value, list) else f"{key}={value:g}")
     call = f"{kind}.{name}({', '.join(given)})"
     axis = {"methods": "frequencies", "scores": "scores"}[kind]
-    links = f"{link(paper)}, {api_link(axis, name)}"
+    links = f"{link(paper)}, {api_link(axis, registry[name])}"
     return f"### `{name}`\n\n{what} ({links}).\n\n![{call}](gallery/{name}.png)\n\n`{call}`\n\n"
 
 

@@ -386,6 +386,7 @@ class MethodRow(NamedTuple):
     what: str  # one line
     paper: str  # a link
     measured: str  # its name in the measurements of small models
+    method: Callable
 
 
 def method_rows() -> list[MethodRow]:
@@ -397,7 +398,7 @@ def method_rows() -> list[MethodRow]:
         "positions": {f"positions.{x}": getattr(positions, x) for x in positions.__all__},
     }
     return [
-        MethodRow(axis, name, *described(method), MEASURED_AS.get(name, method.__name__))
+        MethodRow(axis, name, *described(method), MEASURED_AS.get(name, method.__name__), method)
         for axis, kind in every.items() for name, method in kind.items()
     ]  # fmt: skip
 
@@ -427,11 +428,11 @@ API = {  # the page of each axis
 }
 
 
-def api_link(axis: str, name: str) -> str:
+def api_link(axis: str, method: Callable) -> str:
     """Return the link from a page of docs/ to a method in the API."""
-    page = f"api/{API[axis]}.md"
-    own = rf"^::: (\S+\.{name.removeprefix('positions.')})$"
-    return f"[API]({page}#{re.search(own, (DOCS / page).read_text(), re.MULTILINE)[1]})"
+    name = method.__name__
+    path = "extrope_kernels" if hasattr(extrope_kernels, name) else method.__module__
+    return f"[API](api/{API[axis]}.md#{path}.{name})"
 
 
 def pictured(row: MethodRow, folder: str = "") -> str:
@@ -454,7 +455,7 @@ def method_table(results: Path, only: str = "") -> str:
     if only == "measured":
         return _measurements(rows, results)
     if only == "papers":
-        lines = [[pictured(row), row.what, link(row.paper), api_link(row.axis, row.name)]
+        lines = [[pictured(row), row.what, link(row.paper), api_link(row.axis, row.method)]
                  for row in rows]  # fmt: skip
         return table(["method", "what it does", "paper", "call"], lines)
     linked: dict[str, list[str]] = {}
