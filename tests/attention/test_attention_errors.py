@@ -58,6 +58,7 @@ NUMBERS = [
     ({"log_n": 1}, ValueError, "log_n must be None or a length > 1, got 1"),
     ({"log_n": 0}, ValueError, "log_n must be None or a length > 1, got 0"),
     ({"softcap": -1.0}, ValueError, "softcap must be >= 0 (0: none), got -1.0"),
+    ({"rotary_offset": 2}, ValueError, "rotary_offset must be from 0 to head_dim - rotary_dim = 0"),
     ({"softcap": INF}, ValueError, "softcap must be >= 0 (0: none), got inf"),
     ({"softcap": 1e-46}, ValueError, "softcap must be 0 (none) or from 1e-30 to 1e30, got 1e-46"),
     ({"softcap": 1e39}, ValueError, "softcap must be 0 (none) or from 1e-30 to 1e30, got 1e+39"),
@@ -214,3 +215,12 @@ def test_what_was_made_in_inference_mode_trains():
     q = Q.clone().requires_grad_()
     rope_attention(q, K, V, freqs, score).sum().backward()
     assert q.grad.isfinite().all()
+
+
+def test_an_odd_rotary_offset_is_the_reference_s(any_backend):
+    call = {"freqs": frequencies(16), "rotary_offset": 3, "backend": any_backend}
+    if any_backend == "reference":
+        assert rope_attention(Q, K, V, **call).isfinite().all()
+        return
+    with pytest.raises(ValueError, match=r"rope_attention: rotary_offset must be even.*, got 3"):
+        rope_attention(Q, K, V, **call)

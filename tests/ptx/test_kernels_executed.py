@@ -336,6 +336,7 @@ def test_packed_attention(chip, dim):
         {"softcap": 9.0, "sinks": torch.tensor([2.0, 0.0]), "sliding_window": 70, "log_n": 50.0},
         {"n": 45, "keys": 170},
         {"dim": 192, "dv": 128, "n": 70},
+        {"dim": 192, "dv": 128, "n": 70, "freqs": methods.rope(64), "rotary_offset": 128},
         {"dim": 64, "dv": 128, "score": "string", "n": 70},
         {"dim": 64, "freqs": methods.xpos(64), "score": "blockwise_causal", "n": 70},
     ],
@@ -398,6 +399,7 @@ def test_decode_of_scores(chip, score):
         {"dim": 96, "new": 37, "lengths": (137, 45, 3), "page": 16},
         {"dim": 128, "new": 100, "lengths": (130,), "heads": (2, 1)},
         {"dim": 128, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+        {"dim": 96, "freqs": methods.rope(32), "rotary_offset": 56, "page": 16},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -413,7 +415,7 @@ def test_decode_with_options(chip, options):
     [
         {"dim": 128},
         {"dim": 96, "interleaved": True},
-        {"dim": 32, "head_dim": 80},
+        {"dim": 32, "head_dim": 80, "rotary_offset": 40},
         {"dim": 64, "positions": torch.tensor([[1000], [16_000_000]]) + torch.arange(37)},
     ],
     ids=lambda options: "-".join(options),
