@@ -84,11 +84,14 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
     """Return the method to try first, and why."""
     trained, reach = facts.length.trained, facts.reach
     chunks = source.stated.get("dual_chunk_attention_config")
+    refused = "see below" if facts.scores.layers is None else None
+    if source.whole is not source.config and _axes(facts):  # as in `extend(model, length=)`
+        refused = "tokens of images have several positions"
     chosen = choose_method(
         length,
         trained,
         reach,
-        refused="see below" if facts.scores.layers is None else None,
+        refused=refused,
         chunks=isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks),
     )
     if chosen.method == "yarn":
@@ -98,9 +101,13 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
     return first, f"{chosen.reason} ({PAGE}){_of_images(facts)}"
 
 
+def _axes(facts: Facts) -> bool:
+    return any(each.sections for each in facts.rotations)
+
+
 def _of_images(facts: Facts) -> str:
     """Return what is known of YaRN for tokens with several positions (mRoPE)."""
-    if not any(each.sections for each in facts.rotations):
+    if not _axes(facts):
         return ""
     return (
         "; with images or video YaRN's factor is to be smaller: Qwen advises 2 to 3 where text "
@@ -190,8 +197,11 @@ def _plugin_line(model: str, source: Source, length: int, first: Candidate) -> s
         make_engine(_engine_config(source, length, entry))
     except (TypeError, ValueError) as error:
         return f"refused: {str(error).removeprefix('extrope: ')}"
+    # Tokens of images have several positions, for which a score method has no distance.
+    several = "mrope_section" in (getattr(source.config, "rope_parameters", None) or {})
+    alone = source.config is not source.whole and several and first.method in SCORES
     return (
-        f"vllm serve {model} --max-model-len {length} "
+        f"vllm serve {model} --max-model-len {length} {'--language-model-only ' * alone}"
         f"--additional-config '{json.dumps(additional())}'"
     )
 
@@ -210,9 +220,7 @@ def _engine_config(source: Source, length: int, additional: Mapping[str, Any]) -
         hf_text_config=text,
         architecture=(source.whole.architectures or [type(text).__name__])[0],
         using_transformers_backend=lambda: False,
-        use_mla=getattr(text, "kv_lora_rank", None) is not None,
         runner_type="generate",
-        uses_mrope="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
         max_model_len=length,
         dtype=torch.bfloat16,
     )

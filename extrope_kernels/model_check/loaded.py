@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import RopeFreqs, methods
 from ..integrations.transformers.model import shortened
-from ..integrations.transformers.patch.hooks import ON_OWNER, Applied
+from ..integrations.transformers.patch.hooks import ON_OWNER
 from ..integrations.transformers.patch.rotation import RotaryForward
 from ..integrations.transformers.probe.rotary import (
     Tables,
@@ -165,7 +165,8 @@ def _in_force(
     stated = _described(config, kind)
     forward = vars(rotary).get("forward")
     if isinstance(forward, RotaryForward) and kind in forward.freqs:
-        return RotationInForce(kind, stated, f"extended by {_extension(owner, forward)}", True)
+        extension = vars(owner).get(ON_OWNER) or forward.method
+        return RotationInForce(kind, stated, f"extended by {extension}", True)
     if getattr(attribute_of(rotary, kind, "inv_freq", None), "is_meta", False):
         raise ValueError("check: model must have its values, got one on the meta device")
     try:
@@ -173,16 +174,6 @@ def _in_force(
             return _Run(owner, rotary, kind, config).compared(stated)
     except Exception as error:  # a foreign module or configuration may raise anything
         return RotationInForce(kind, stated, f"not compared: {shortened(error)}", False)
-
-
-def _extension(owner: nn.Module, forward: RotaryForward) -> str:
-    applied: Applied | None = vars(owner).get(ON_OWNER)
-    if applied is None:
-        return forward.method
-    return " over ".join(
-        each.method + "".join(f" {name}={value}" for name, value in each.parameters.items())
-        for each in reversed(applied.all())
-    )
 
 
 def _parameters(config: Any, kind: str | None) -> Mapping[str, Any]:

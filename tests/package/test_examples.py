@@ -59,6 +59,14 @@ def test_reuse_cached_chunks(run):
     ]
 
 
+def test_shift_context(run):
+    pytest.importorskip("transformers")
+    _, whole, keys, rotated, raw, anew = run("shift_context.py").splitlines()
+    assert keys == "keys of the first layer: as read anew"
+    assert numbers(rotated) == numbers(raw) != numbers(whole)
+    assert numbers(anew) != numbers(raw)  # later layers know what is gone
+
+
 def test_train_with_rope_fwd(run):
     first, *_, last = numbers(run("train_with_rope_fwd.py"))
     assert first > 2.5 and last < 0.1  # ln 16 = 2.8 for a guess

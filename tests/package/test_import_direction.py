@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "shared": ("ops/_shared", *AXES, "_ext"),
     "operation": ("{own}", "ops/_shared", *AXES, "_ext"),
     "distributed": ("{own}", "ops/_shared"),  # and public names, see below
-    "client": ("_build", "_ext"),  # likewise
+    "client": ("_build", "_checks", "_ext"),  # likewise
 }
 # A decode step begins with the append's launch: there is one write into a cache.
 DECODE, ROPE = "ops/attention/triton/decode", "ops/rope"

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import extrope_cli as cli
-from extrope_kernels import methods
+from extrope_kernels import extend, methods
 from extrope_kernels.integrations._shared import choice
 from extrope_kernels.integrations.vllm.settings import read_settings
 from extrope_kernels.model_check import advice, models, vllm
@@ -86,6 +86,39 @@ DEEPSEEK = {
     "vocab_size": 1000,
     "max_position_embeddings": 16384,
     "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+QWEN35 = {
+    "model_type": "qwen3_5",
+    "text_config": {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 1000,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "mrope_section": [3, 3, 2],
+            "partial_rotary_factor": 0.25,
+        },
+    },
+}
+PHI3 = LLAMA | {
+    "model_type": "phi3",
+    "pad_token_id": 0,
+    "sliding_window": 16384,
+    "max_position_embeddings": 8192,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0] * 16,
+        "long_factor": [3.0] * 16,
+    },
 }
 
 
@@ -273,11 +306,7 @@ def test_frequencies_of_a_window_are_counted_within_it(check):
 
 def test_a_window_past_the_longest_text_is_none(check):
     """Phi-3's; its LongRoPE is part of the training, and YaRN begins at its end."""
-    factors = {"short_factor": [1.0] * 16, "long_factor": [3.0] * 16}
-    phi3 = {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 16384}
-    config = LLAMA | phi3 | {"rope_scaling": {"type": "longrope", **factors}}
-    config |= {"max_position_embeddings": 8192, "original_max_position_embeddings": 4096}
-    facts, _ = check(config, "--length", "16k")
+    facts, _ = check(PHI3, "--length", "16k")
     (rotation,) = facts["rotations"]
     assert (rotation["kind"], rotation["window"]) == ("full_attention", None)
     assert (facts["cache"]["bytes_per_token"], facts["cache"]["windowed"]) == (768, [])
@@ -285,24 +314,7 @@ def test_a_window_past_the_longest_text_is_none(check):
 
 
 def test_several_positions_a_token_and_layers_that_do_not_attend(check):
-    text_config = {
-        "model_type": "qwen3_5_text",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 1000,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e7,
-            "mrope_section": [3, 3, 2],
-            "partial_rotary_factor": 0.25,
-        },
-    }
-    facts, text = check({"model_type": "qwen3_5", "text_config": text_config}, "--length", "8k")
+    facts, text = check(QWEN35, "--length", "8k")
     linear, full = facts["rotations"]
     assert (linear["kind"], linear["layers"], linear["method"]) == ("linear_attention", 3, None)
     assert full["layers"] == 1 and full["sections"] == [3, 3, 2]
@@ -338,11 +350,11 @@ def test_dual_chunks_are_ignored_and_advised(check):
 
 
 def test_latent_attention(check):
-    """`extend` serves it, the plugin for vLLM does not; indexers forbid score methods."""
+    """`extend` attends by a score, the plugin for vLLM does not; indexers forbid score methods."""
     facts, text = check(DEEPSEEK, "--length", "65536")
     assert facts["scores"]["layers"] == "full" and facts["head_dim"] == 48
     assert "4 heads of 48, keys and values from a latent of 32" in text
-    assert "our plugin refused: latent attention (MLA)" in text
+    assert "our plugin refused: keys must be cached whole" in text
     temperature = 0.1 * math.log(4) + 1
     assert facts["rotations"][0]["attention_factor"] == 1.0
     assert facts["temperature"] == pytest.approx(temperature**2)
@@ -455,6 +467,22 @@ def test_the_lines_do_what_they_say(check, tmp_path, scaling):
     assert words[:2] == ["vllm", "serve"] and str(tmp_path) in words
     assert f"--rope-scale {8192 // trained} --yarn-orig-ctx {trained}" in lines["llama.cpp"]
     assert ('in place of "rope_scaling"' in lines["transformers"]) == bool(scaling)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GEMMA3["text_config"], DEEPSEEK, PHI3, QWEN35, QWEN35["text_config"]],
+    ids=["gemma3", "deepseek", "phi3", "qwen3_5", "qwen3_5_text"],
+)
+def test_the_method_is_the_one_that_extend_chooses(check, config):
+    facts, _ = check(config, "--length", "32k")
+    settings = transformers.AutoConfig.for_model(**config)
+    whole = settings.get_text_config(decoder=True) is not settings
+    auto = "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM"
+    model = getattr(transformers, auto).from_config(settings).float()
+    with extend(model, length=32768) as handle:
+        given = "".join(f", {k}={v}" for k, v in handle.applied.parameters.items())
+    assert facts["advice"]["lines"]["extend"] == f'extend(model, "{handle.method}"{given})'
 
 
 def test_a_length_within_reach(check):

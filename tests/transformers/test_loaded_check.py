@@ -248,6 +248,8 @@ def test_frequencies_that_are_weights_are_never_as_stated_and_extended_as_learne
             assert torch.equal(model(input_ids=ids).logits, plain)
         with extend(model, "yarn", factor=2.0):
             extended = model(input_ids=ids).logits
+        with extend(model, length=128) as handle:
+            assert torch.equal(model(input_ids=ids).logits, extended), handle
         learned = methods.RopeFreqs(rotary.inv_freq * rotary.alpha.exp())
         yarn = methods.yarn(
             2 * pairs, factor=2.0, original_max_position_embeddings=64, over=learned

@@ -18,6 +18,8 @@ from hf_models import (
 )
 
 from extrope_kernels.integrations.transformers import extend, extension
+from extrope_kernels.integrations.transformers.batch import padded
+from extrope_kernels.integrations.transformers.patch.score_forward import ScoreAttention
 
 # One of each kind of architecture, and others of them.
 SERVED = [
@@ -127,6 +129,26 @@ def test_latent_attention_takes_the_temperature_into_its_softmax_scale():
         with pytest.raises(ValueError, match=r"mscale_all_dim must be 0 for dynamic_yarn of Deep"):
             extend(theirs, "dynamic_yarn")
     assert torch.equal(logits(theirs, ids), want)
+
+
+def test_latent_attention_reads_keys_where_they_are(monkeypatch):
+    """Its rotated dims are the last of a head: nothing is copied to bring them to the front."""
+    model, given, read = tiny_models.build("DeepseekV3ForCausalLM"), [], []
+    attend, decode = ScoreAttention.attend, padded.rope_attention_with_kvcache
+
+    def note_given(self, module, q, k, *others):
+        given.append(k.data_ptr())
+        return attend(self, module, q, k, *others)
+
+    def note_read(q, k, *others, **call):
+        read.append(k.data_ptr())
+        return decode(q, k, *others, **call)
+
+    with extend(model, "rerope", window=8):
+        monkeypatch.setattr(ScoreAttention, "attend", note_given)
+        monkeypatch.setattr(padded, "rope_attention_with_kvcache", note_read)
+        generate(model, IDS, max_new_tokens=3)
+    assert len(read) == 2 * len(model.model.layers) and read == given[-len(read) :]
 
 
 def test_two_rotations_in_one_model():
@@ -292,6 +314,23 @@ def test_refuses_models(name, settings, given, reason):
     given = given if "method" in given else {"method": "rerope", "window": 6, **given}
     with pytest.raises(ValueError, match=f"^extend: {name}\\w+ is not .*{reason}"):
         extend(model, **given)
+
+
+@pytest.mark.parametrize("name", ["ModernBert", "EuroBert", "NomicBert", "JinaEmbeddingsV3"])
+def test_encoders_take_frequency_methods(name):
+    model = _build(f"{name}ForMaskedLM")
+    plain = logits_of(model)
+    with extend(model, "rope", layers="all"):
+        _assert_close(logits_of(model), plain)
+    with extend(model, length=4 * tiny_models.TRAINED) as handle:
+        assert handle.method == "yarn" and "is not causal" in handle.reason
+        assert error(logits_of(model), plain) > 0.1
+    assert torch.equal(logits_of(model), plain)
+
+
+@torch.no_grad()
+def logits_of(encoder):
+    return encoder(input_ids=IDS).logits
 
 
 def test_dropout_of_a_module_is_refused_as_that_of_a_number_is():

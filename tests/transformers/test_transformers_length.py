@@ -1,6 +1,7 @@
 """`extend` told a length: the method that it chooses, and the factor of a named one."""
 
 import json
+import warnings
 
 import pytest
 import tiny_models
@@ -49,6 +50,7 @@ def test_chunks_of_the_training_are_kept():
     [
         ("HunYuanDenseV1ForCausalLM", 4.0, "no score method: what HunYuanDenseV1Attention does"),
         ("Qwen2VLForConditionalGeneration", 4.0, "tokens of images have several positions"),
+        ("Gemma3ForConditionalGeneration", 4.0, "tokens of an image see one another"),
         ("Cohere2ForCausalLM", 1.0, "as it is: all its layers that rotate have a sliding window"),
         ("BeamForCausalLM", 1.0, "as it is: all its layers that rotate have a sliding window"),
     ],
@@ -65,6 +67,16 @@ def test_a_model_that_no_score_method_suits_gets_yarn(name, factor, reason):
         if factor == 1:
             torch.testing.assert_close(logits(model, ids), plain)
     assert torch.equal(logits(model, ids), plain)
+
+
+def test_a_score_method_says_at_once_that_it_takes_no_images():
+    model = tiny_models.build("Qwen2VLForConditionalGeneration")
+    with pytest.warns(UserWarning, match="extend: rerope takes text without images: tokens of i"):
+        extend(model, "rerope", window=8).restore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extend(model, "yarn", factor=2.0).restore()
+        extend(tiny_models.build("LlavaForConditionalGeneration"), "rerope", window=8).restore()
 
 
 def test_a_model_without_a_length_needs_it():
@@ -99,6 +111,7 @@ def test_a_named_method_gets_its_factor():
             r"length must go without a method, .* got rerope; give its own parameters \(window=",
         ),
         ({"method": "dynamic_ntk", "length": 99}, ValueError, "got dynamic_ntk"),
+        ({"method": "Yarn", "length": 99}, ValueError, "did you mean 'yarn'"),
         (
             {"method": "yarn", "length": 99, "factor": 2.0},
             ValueError,

@@ -71,13 +71,13 @@ def test_sinks(tmp_path):
     equals_transformers(model, tmp_path, [LEAKY])
 
 
-def equals_transformers(model, folder, methods):
+def equals_transformers(model, folder, methods, extrope=None):
     model.set_attn_implementation("eager")  # which knows caps
     plain, want = expected(model, []), expected(model, methods)
     ref = expected(copy.deepcopy(model).double(), methods)
     *frequencies, last = methods
-    extrope = frequencies[0] if frequencies else {}
-    extrope = last if last is YARN else {**extrope, "score": last}
+    if extrope is None:
+        extrope = last if last is YARN else {**(frequencies or [{}])[0], "score": last}
     with engine(folder, extrope) as llm:
         got = generated(llm)
     assert tokens_of(got) == tokens_of(want)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_vllm_settings import RERO, YARN, config
+from test_vllm_settings import RERO, SEEING, YARN, config
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import make_engine
@@ -109,7 +109,7 @@ PARTLY = {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}
         ({"method": "xpos", **RAW}, {}, {}, r"no decay \(xpos\) with a raw cache"),
         (DYNAMIC | RAW, PARTLY, {}, "must have attention_factor for heads that rotate in part"),
         (DYNAMIC | RAW | {"mscale": 1.0}, {}, {}, "must have attention_factor .* mscale"),
-        (NTK | RAW, {}, {"uses_mrope": True}, "tokens must have one position for .* a raw cache"),
+        (NTK | RAW, {}, SEEING, "tokens must have one position for .* a raw cache"),
         (NTK | RAW, {"no_rope_layers": [1, 0]}, {}, "all layers must rotate for .* a raw cache"),
     ],
 )

@@ -40,8 +40,8 @@ def config(extrope, text=(), model=(), **changes):
         "runner_type": "generate",
         "max_model_len": 512,
         "dtype": torch.bfloat16,
-        **dict.fromkeys(("use_mla", "uses_mrope", "is_encoder_decoder"), False),
-        **dict.fromkeys(("is_multimodal_model", "is_mm_prefix_lm"), False),
+        **dict.fromkeys(("uses_mrope", "supports_multimodal_inputs"), False),
+        **dict.fromkeys(("is_encoder_decoder", "is_multimodal_model", "is_mm_prefix_lm"), False),
     } | dict(model)
     parts = {
         "additional_config": {} if extrope is None else {"extrope": extrope},
@@ -91,7 +91,7 @@ def test_in_words(extrope, words):
 @pytest.mark.parametrize(
     ("extrope", "error", "message"),
     [
-        (4, ValueError, "must have a method, a score or both under 'extrope', got 4"),
+        (4, ValueError, "must have a method, a score or both, or 'auto' under 'extrope', got 4"),
         ({}, ValueError, "must have a method"),
         ({"method": None, "score": None}, ValueError, "must have a method"),
         ({"factor": 4.0}, ValueError, "must have a method"),
@@ -186,7 +186,7 @@ IN_SOME_LAYERS = {
     "rope_scaling_layers": [1],
     "num_hidden_layers": 2,
 }
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
+SEEING = {"uses_mrope": True, "supports_multimodal_inputs": True}
 OTHER_BACKEND = {"using_transformers_backend": lambda: True}
 SAME_BASE = {kind: TWO_BASES["full_attention"] for kind in TWO_BASES}
 
@@ -208,7 +208,7 @@ def of_model(**values):
     ("extrope", "given", "message"),
     [
         *((x, {"model": OTHER_BACKEND}, "one of vLLM's own") for x in BOTH),
-        *((x, of_model(use_mla=True), "latent attention") for x in BOTH),
+        *((x, of_text(index_topk=8), "must not be sparse, .* table: index_topk") for x in BOTH),
         *((x, of_model(is_encoder_decoder=True), "must be a decoder") for x in BOTH),
         (
             YARN,
@@ -217,7 +217,7 @@ def of_model(**values):
         ),
         (YARN, of_model(runner_type="pooling"), "must be a decoder that generates"),
         (YARN, of_text(rope_parameters=None), "must rotate, got LlamaForCausalLM"),
-        (YARN, of_text(rope_parameters=LONGROPE), "a plugin can replace, got longrope"),
+        (YARN, of_text(rope_parameters={"use_fope": True}), "that a plugin can replace, got fope"),
         (
             YARN,
             {"speculative_config": SimpleNamespace(method="eagle")},
@@ -228,7 +228,8 @@ def of_model(**values):
             {"cache_config": SimpleNamespace(cache_dtype="fp8_e5m2")},
             "kv_cache_dtype must be auto or fp8 .* got fp8_e5m2",
         ),
-        (RERO_ALONE, of_model(uses_mrope=True), "tokens must have one position"),
+        (RERO_ALONE, of_model(**SEEING), "one position .* text alone has one: --language-model"),
+        (RERO_ALONE, of_text(kv_lora_rank=512), "keys must be cached whole .* latent attention"),
         (RERO_ALONE, parallel(decode_context_parallel_size=2), "context parallelism"),
         (RERO_ALONE, of_text(num_kv_shared_layers=2), "KV sharing"),
         (RERO_ALONE, of_model(rswa_window=128), "the prompt and a window"),
@@ -303,9 +304,18 @@ def test_frequencies_alone_need_less():
         ({"num_kv_shared_layers": 2}, {}),
         ({"no_rope_layers": [1, 0]}, {}),
         ({"model_type": "cohere2"}, {}),
-        ({}, {"uses_mrope": True}),
+        ({"kv_lora_rank": 512}, {}),
+        ({}, SEEING),
     ):
         assert make_engine(config(YARN, text, model)).settings.score is None
+
+
+def test_text_alone_has_one_position_where_images_have_several():
+    sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}
+    made = config(RERO_ALONE, {"rope_parameters": sections}, {"uses_mrope": True})
+    (kind,) = make_engine(made).kinds.values()
+    assert kind.freqs.axes is None
+    assert torch.equal(kind.freqs.inv_freq, methods.rope(32, base=1e4).inv_freq)
 
 
 def test_a_scaling_in_all_layers_is_no_matter():

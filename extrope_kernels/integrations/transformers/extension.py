@@ -16,7 +16,7 @@ from torch import nn
 from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
 from .._shared.parameters import PARAMETERS
 from .interface import register_interface
-from .length import choose, factor_for
+from .length import choose, factor_for, why_no_images
 from .model import generation_config_owner, reprefix_error, shortened, unsupported
 from .patch.frequencies import frequency_patches
 from .patch.generate import forget_pages, generation_patches, length_patches
@@ -84,6 +84,9 @@ def extend(
     A `seq_len` among the parameters fixes it for good. With cache="raw" nothing is frozen: every
     forward rotates all keys anew, up to the trained length by the plain model's frequencies.
 
+    The attention of other layers stays PyTorch's. After `model.set_attn_implementation("extrope")`
+    this package computes it too, faster on a CPU.
+
     A score method (`scores.SCORES`) keeps the frequencies of the model, or of an extension before
     it, and changes the relative position that a pair sees; `log_n` scales queries too. Positions
     count from a row's first token: padded batches (on the left to generate) and packed rows (by
@@ -103,7 +106,7 @@ def extend(
         tower, which is left alone. docs/models.md lists them.
     method: a name of `PARAMETERS`. If None, one is chosen for `length`: ReRoPE with half the
         trained length as its window, the chunks of a dual_chunk_attention_config, or YaRN for
-        models that no score method serves, or whose images have several positions a token.
+        models that no score method serves, or whose images none takes.
     length: tokens to reach. With a method that has a factor it stands in place of the factor, which
         becomes length / trained length. A warning says if the trained length has them already.
     layers: "full" extends the layers that see all keys. For a frequency method that is so if
@@ -129,7 +132,7 @@ def extend(
     """
     options = {"cache": cache, "mesh": mesh, "strategy": strategy, "balance": balance}
     if method is not None:
-        if length is not None:
+        if length is not None and method in PARAMETERS:
             parameters |= {"factor": factor_for(model, method, length, layers, parameters)}
         return _extend(model, method, parameters, layers, **options)
     choice, layers = choose(model, length, layers, parameters)
@@ -199,6 +202,8 @@ def _extend(
     if is_score:
         request = read_score(rotary_modules, method, parameters, cache)
         patches = score_patches(model, rotary_modules, method, request, layers)
+        if reason := why_no_images(model, rotary_modules):
+            warnings.warn(f"extend: {method} takes text without images: {reason}", stacklevel=4)
     else:
         patches = frequency_patches(rotary_modules, method, parameters, cache)
     has_hooks = bool(patches.hooks) or mesh is not None
@@ -336,12 +341,6 @@ def _save_plain(
     save_plain(module, model, applied, *args, **options)
 
 
-def _brief(value: Any) -> str:
-    """Return a parameter's value for a line of text: lists and frequencies may be long."""
-    text = f"{value:.6g}" if isinstance(value, float) and not value.is_integer() else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 class Extension:
     """An extension in place: `restore()`, or the end of a `with` block, undoes it.
 
@@ -362,15 +361,10 @@ class Extension:
         forget_pages(model)
 
     def __repr__(self) -> str:
-        told, applied = [], self.applied
-        while applied is not None:
-            given = (f" {name}={_brief(value)}" for name, value in applied.parameters.items())
-            told.append(applied.method + "".join(given))
-            applied = applied.before
         layers = f", {self._layers} layers" if self._layers else ""
         reach = "any length" if self.length is None else f"{self.length:,} tokens"
         reason = f": {self.reason}" if self.reason else ""
-        return f"{' over '.join(told)}{layers}, reaches {reach}{reason}"
+        return f"{self.applied}{layers}, reaches {reach}{reason}"
 
     @property
     def length(self) -> int | None:

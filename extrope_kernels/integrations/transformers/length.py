@@ -16,7 +16,7 @@ from .._shared.choice import Choice, choose_method
 from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in
 from .model import BOUNDED, generation_config_owner
 from .patch.hooks import ON_OWNER
-from .probe.rotary import RotaryModule, find_rotary_modules
+from .probe.rotary import RotaryModule, argument_names, find_rotary_modules
 
 _TRAINED = "original_max_position_embeddings"
 
@@ -51,8 +51,7 @@ def choose(
     chunks = {"chunk_size", "local_window"} <= set(score_values_in(config, "dual_chunk"))
     if chunks:  # transformers itself has none of them
         reach = trained
-    if refused is None and images_have_axes(model, rotary_modules):
-        refused = "tokens of images have several positions"
+    refused = refused or why_no_images(model, rotary_modules)
     kinds = [kind for each in rotary_modules for kind in each.layer_types]
     if (refused or "").startswith(BOUNDED) or all(is_bounded(kind or "") for kind in kinds):
         choice = Choice("yarn", {"factor": max(1.0, reach / trained)}, f"as it is: {BOUNDED}")
@@ -74,7 +73,7 @@ def factor_for(
     names = inspect.signature(METHODS[method]).parameters if method in METHODS else {}
     factor = names.get("factor")
     if factor is None or factor.default is not factor.empty or "seq_len" in names:
-        example = next((f"{name}=" for name in PARAMETERS.get(method, ()) if name != "dim"), "none")
+        example = next(f"{name}=" for name in PARAMETERS[method] if name != "dim")
         raise ValueError(
             "extend: length must go without a method, or with one whose factor is the length over "
             f"the trained one (yarn), got {method}; give its own parameters ({example} ...)"
@@ -95,6 +94,8 @@ def _lengths(
     kind = next((each for each in first.layer_types if not is_bounded(each or "")), None)
     kind = kind or first.layer_types[0]
     trained, reach = lengths_in(first.module.config, first.parameters(kind))
+    if first.learned and trained is not None:  # with its scaling, as `values_of` has it
+        trained = reach
     if (told := given.get(_TRAINED)) is not None:
         trained = reach = check_length("extend", _TRAINED, told)
     if trained is None or reach is None:
@@ -111,12 +112,18 @@ def _lengths(
     return trained, reach
 
 
-def images_have_axes(model: nn.Module, rotary_modules: list[RotaryModule]) -> bool:
-    """Return True for a model that reads images, whose tokens have several positions (mRoPE)."""
-    whole = getattr(generation_config_owner(model), "config", None)
-    reads_images = whole is not None and whole.get_text_config(decoder=True) is not whole
-    return reads_images and any(
-        "mrope_section" in each.parameters(kind)
-        for each in rotary_modules
-        for kind in each.layer_types
-    )
+def why_no_images(model: nn.Module, rotary_modules: list[RotaryModule]) -> str | None:
+    """Return why a score method refuses the images that a model reads; None if it takes them."""
+    generator = generation_config_owner(model)
+    whole = getattr(generator, "config", None)
+    text = None if whole is None else whole.get_text_config(decoder=True)
+    if text is whole:
+        return None
+    kinds = [each.parameters(kind) for each in rotary_modules for kind in each.layer_types]
+    if any("mrope_section" in each for each in kinds):
+        return "tokens of images have several positions"
+    if "token_type_ids" in argument_names(generator) or getattr(
+        text, "use_bidirectional_attention", None
+    ):
+        return "tokens of an image see one another"
+    return None

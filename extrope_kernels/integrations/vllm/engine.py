@@ -24,6 +24,7 @@ from .._shared.parameters import (
     values_for,
     values_in,
 )
+from .latent import as_stated, mscales_in
 from .lengths import ByLength, by_length
 from .settings import (
     LARGEST_HEAD,
@@ -112,7 +113,7 @@ def make_engine(config: Any) -> Engine | None:
         return None
     check_config(settings, config)
     model = config.model_config
-    text = model.hf_text_config
+    text = as_stated(model.hf_text_config)
     with _on_the_cpu():
         kinds = _kinds(settings, text, model.max_model_len, model.dtype)
     layer_types = tuple(getattr(text, "layer_types", None) or ())
@@ -149,7 +150,9 @@ def _kinds(
             freqs, following = _by_method(settings, text, parameters, freqs, length)
         if extended:
             _check_pairs(settings, freqs.inv_freq.shape[-1])
-        kinds[kind] = Rotated(_fitting(settings, freqs, length, dtype), base, extended, following)
+        # vLLM's layers know their sections of several axes; text alone has one position.
+        freqs = replace(_fitting(settings, freqs, length, dtype), axes=None)
+        kinds[kind] = Rotated(freqs, base, extended, following)
     return kinds
 
 
@@ -159,7 +162,7 @@ def _by_method(
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
     values, trained = values_in(text, parameters, dim), trained_in(text, parameters, dim)
-    model = ModelValues(values, trained, still)
+    model = ModelValues(values | mscales_in(text, parameters), trained, still)
     with reprefix_error():
         function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
     if not takes_length:
@@ -215,11 +218,10 @@ def _check_pairs(settings: Settings, pairs: int) -> None:
 
 
 def _check_type(parameters: Mapping[str, Any]) -> None:
-    kind = parameters.get("rope_type", "default")
-    if kind == "longrope" or parameters.get("use_fope"):
+    if parameters.get("use_fope"):
         raise ValueError(
-            f"{NAME}: the model must rotate by a layer of vLLM's that a plugin can replace, "
-            f"got {'fope' if parameters.get('use_fope') else kind}"
+            f"{NAME}: the model must rotate by one of vLLM's layers that a plugin can replace, "
+            "got fope"
         )
 
 

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .._shared.parameters import SPARSE
+from .auto import choose_entry
 from .dual_chunks import adopt_dual_chunk_config
 from .engine import engine_of, make_engine
+from .latent import adopt_scaling
 from .settings import NAME, OURS, read_entry, read_settings
 from .warnings import summary, warnings_for
 
@@ -103,15 +105,25 @@ def choose_backend(config: Any) -> None:
 
     Raises ValueError if the backend would not be ours: nothing would rotate queries and keys.
     """
+    backend = backend_for(config)
+    if backend is not None:
+        config.attention_config.backend = backend
+
+
+def backend_for(config: Any) -> Any:
+    """Return the attention backend that a VllmConfig must name; None if none.
+
+    Raises ValueError as `choose_backend`.
+    """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     settings = read_settings(config.additional_config)
     if settings is None or not settings.attends:
-        return
+        return None
     if current_platform.is_cpu():
         _check_is_ours(AttentionBackendEnum.CPU_ATTN)  # the only one there
-        return
+        return None
     if not current_platform.is_cuda():
         raise ValueError(
             f"{NAME}: {OURS} must run on CPUs or NVIDIA GPUs, got {current_platform.device_name}"
@@ -123,7 +135,7 @@ def choose_backend(config: Any) -> None:
             f"got {attention.backend or attention.backend_per_kind}"
         )
     _check_is_ours(AttentionBackendEnum.CUSTOM)
-    attention.backend = AttentionBackendEnum.CUSTOM
+    return AttentionBackendEnum.CUSTOM
 
 
 def _check_is_ours(backend: Any) -> None:
@@ -143,8 +155,12 @@ def check_configurations() -> None:
         if getattr(config.model_config, "is_submodel_config", False):
             return complete()
         forget_shared_layers()
-        if read_entry(config.additional_config) is not None and adopt_dual_chunk_config(config):
-            LOGGER.warning("%s: %s", NAME, SPARSE)
+        if chosen := choose_entry(config, backend_for):
+            LOGGER.info("%s: %s", NAME, chosen)
+        if read_entry(config.additional_config) is not None:
+            if adopt_dual_chunk_config(config):
+                LOGGER.warning("%s: %s", NAME, SPARSE)
+            adopt_scaling(config)
         choose_backend(config)
         complete()
         if config.model_config is not None:
@@ -190,7 +206,7 @@ def refuse_configurations(reason: str) -> None:
     """Refuse every VllmConfig with a method, if the plugin could not be installed."""
 
     def look(config: Any, complete: Callable[[], None]) -> None:
-        if read_settings(getattr(config, "additional_config", None)) is not None:
+        if read_entry(getattr(config, "additional_config", None)) is not None:
             raise RuntimeError(reason)
         complete()
 

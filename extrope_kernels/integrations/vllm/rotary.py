@@ -2,12 +2,12 @@
 
 vLLM replaces a layer's class if another one is registered under its name. In engines without a
 method ours turn back into vLLM's before they are initialized. So they do in models with encoders:
-there the language model gets ours after loading.
+there the language model gets ours after loading. So does a model that rotates by LongRoPE, whose
+layer vLLM lets nobody register.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import vllm.model_executor.layers.rotary_embedding as rotary_layers
@@ -20,13 +20,14 @@ from ...methods import with_sections
 from .engine import Engine, engine_of
 from .settings import NAME
 
-_TABLE = "cos_sin_cache"
+_TABLES = ("cos_sin_cache", "long_short_cos_sin_cache")
 # An attribute of Qwen3-Next's attention and its heirs: on a GPU one step with the table does norms
 # and rotation, which are separate steps elsewhere.
 _STEP_BY_TABLE = "use_fused_qk_norm_rope_gate"
 # Classes that rotate (tokens, heads * head_dim) by positions (on one or more axes) x frequencies.
 _REPLACED = (
     "RotaryEmbedding",
+    "DeepseekScalingRotaryEmbedding",
     "DynamicNTKAlphaRotaryEmbedding",
     "DynamicNTKScalingRotaryEmbedding",
     "Gemma4RotaryEmbedding",
@@ -43,6 +44,7 @@ _LAYERS = {
     and issubclass(layer, CustomOp)
     and not name.startswith("Llama4Vision")
 }
+_LONGROPE = rotary_layers.Phi3LongRoPEScaledRotaryEmbedding  # no CustomOp
 _OURS: dict[type, type] = {}  # by the class that they replace
 
 
@@ -66,16 +68,16 @@ class _Replacing:
         Raises ValueError for a layer that the model's configuration does not describe.
         """
         freqs = engine.of_rotary(self.base, self.rotary_dim).freqs
-        freqs = replace(freqs, axes=None)
         if sections := getattr(self, "mrope_section", None):
             freqs = with_sections(freqs, list(sections), interleaved=self.mrope_interleaved)
         # Code that reads the table in place of calling the layer now fails, rather than go wrong.
-        table = getattr(self, _TABLE)
-        delattr(self, _TABLE)
+        (table,) = (name for name in _TABLES if hasattr(self, name))
+        device = getattr(self, table).device
+        delattr(self, table)
         engine.heads.add((self.head_size, not self.is_neox_style))
         # Our attention rotates queries and keys itself, once it knows their slots.
         rotates = not engine.settings.attends
-        self.freqs: RopeFreqs | None = freqs.to(table.device) if rotates else None
+        self.freqs: RopeFreqs | None = freqs.to(device) if rotates else None
         if self.freqs is not None:
             # vLLM's sleep at level 2 keeps only a model's buffers.
             for name in ("inv_freq", "log_decay", "axes"):
@@ -106,6 +108,13 @@ class _Replacing:
         return (x if x.dim() == 3 else x.unflatten(-1, (-1, self.head_size)))[None]
 
 
+class _ReplacingLongRope(_Replacing):
+    """The same in place of a module without vLLM's choice of a forward."""
+
+    is_neox_style = True
+    forward = _Replacing.forward_native
+
+
 class _Refusing:
     """A refusal in place of vLLM's other classes, whose angles are not position x frequency."""
 
@@ -132,6 +141,8 @@ def register_rotary_layers() -> None:
         layer.register_oot(ours)
         if base is _Replacing:
             _OURS[layer] = ours
+    ours = type(_LONGROPE.__name__, (_ReplacingLongRope, _LONGROPE), {"__module__": __name__})
+    _OURS.setdefault(_LONGROPE, ours)
 
 
 def extend_model(model: Any, engine: Engine) -> None:
@@ -145,7 +156,7 @@ def extend_model(model: Any, engine: Engine) -> None:
         _refuse_shared(model, text, layers)
     for layer in layers:
         ours = _OURS.get(type(layer))
-        if engine.has_towers and ours is not None:
+        if ours is not None and (engine.has_towers or isinstance(layer, _LONGROPE)):
             layer.__class__ = ours
             layer._forward_method = layer.forward_native
             layer.rotate_for(engine)
@@ -161,7 +172,8 @@ def extend_model(model: Any, engine: Engine) -> None:
 
 
 def _rotary_layers(model: Any) -> list[Any]:
-    return [layer for layer in model.modules() if isinstance(layer, tuple(_LAYERS.values()))]
+    kinds = (*_LAYERS.values(), _LONGROPE)
+    return [layer for layer in model.modules() if isinstance(layer, kinds)]
 
 
 def _refuse_shared(model: Any, text: Any, layers: list[Any]) -> None:

@@ -17,6 +17,7 @@ from ...scores import SCORES, Score
 from .._shared.parameters import bind_score, check_names, scale_from
 
 NAME = "extrope"  # the entry in additional_config, and the beginning of errors
+AUTO = "auto"  # an entry that leaves the choice to us
 # Without methods by axes, whose positions are of images.
 _METHODS = [name for name in METHODS if "axes" not in inspect.signature(METHODS[name]).parameters]
 OURS = "a score method or a raw cache"  # the uses of our attention, in errors
@@ -46,6 +47,8 @@ _UNFIT = {
         f"queries and keys must not be normed after the rotation for {OURS}, got a model that does",
     ),
 }
+# Names in configurations of models whose layers choose keys (DeepSeek V3.2, Qwen4Exp).
+_SPARSE = ("index_topk", "indexer_budget")
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
 WIDE_CACHES = ("auto", "float16", "bfloat16")
 CACHES = (*WIDE_CACHES, *FP8)  # those that we support
@@ -93,8 +96,8 @@ def read_settings(additional_config: Any) -> Settings | None:
     asked = isinstance(entry, Mapping) and (entry.get("method"), entry.get("score"))
     if not asked or asked == (None, None):
         raise ValueError(
-            f"{NAME}: additional_config must have a method, a score or both under {NAME!r}, "
-            f"got {entry!r}"
+            f"{NAME}: additional_config must have a method, a score or both, or {AUTO!r} under "
+            f"{NAME!r}, got {entry!r}"
         )
     parameters = dict(entry)
     method, score = parameters.pop("method", None), parameters.pop("score", None)
@@ -168,13 +171,18 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
     parallel = config.parallel_config
     text = model.hf_text_config
     drafter = None if speculative is None else speculative.method
+    sparse = [name for name in _SPARSE if getattr(text, name, None)]
     return [
         (
             model.using_transformers_backend(),
             "the model must be one of vLLM's own, which rotate by vLLM's layer, got "
             f"{model.architecture} on its Transformers backend; there `extend` is the way",
         ),
-        (model.use_mla, "latent attention (MLA) is not supported; `extend` serves it"),
+        (
+            sparse,
+            f"attention must not be sparse, got {model.architecture} with an indexer, whose own "
+            f"steps read vLLM's table: {', '.join(sparse)}",
+        ),
         (
             model.is_encoder_decoder or model.runner_type != "generate",
             "the model must be a decoder that generates, got one with an encoder, or for pooling",
@@ -185,7 +193,7 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
             "workers whose loaded model nobody hands on to plugins",
         ),
         (
-            not _has_rotation(text),
+            not has_rotation(text),
             f"the model must rotate, got {model.architecture} without rope_parameters",
         ),
         (
@@ -206,8 +214,14 @@ def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
     partly = [name for name in _NOT_ALL_ROTATE if getattr(text, name, None)]
     return [
         (
-            model.uses_mrope,
-            f"tokens must have one position for {OURS}, got a model with several each (mRoPE)",
+            model.uses_mrope and model.supports_multimodal_inputs,
+            f"tokens must have one position for {OURS}, got a model with several each (mRoPE); "
+            "text alone has one: --language-model-only, or --limit-mm-per-prompt with 0 for each "
+            "kind, and no --enable-mm-embeds",
+        ),
+        (
+            getattr(text, "kv_lora_rank", None) is not None,
+            f"keys must be cached whole for {OURS}, got latent attention (MLA); `extend` serves it",
         ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -244,7 +258,8 @@ def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
     ]
 
 
-def _has_rotation(text: Any) -> bool:
+def has_rotation(text: Any) -> bool:
+    """Return True if a text configuration has rope_parameters."""
     parameters = getattr(text, "rope_parameters", None)
     return isinstance(parameters, Mapping) and bool(parameters)
 

@@ -37,11 +37,6 @@ class PagedBatch(Batch):
 
     def for_layer(self, layer: nn.Module, arguments: dict[str, Any], attention: Any) -> Any:
         """Return a layer's arguments changed so that its cache writes and does not gather."""
-        if start := attention.heads.start:
-            raise ValueError(
-                f"extend: {type(layer).__name__} must rotate the first dims of its heads for "
-                f"continuous batching, got {start} dims before them"
-            )
         if "read_index" not in arguments:
             return arguments
         return {**arguments, "read_index": [x[:0] for x in arguments["read_index"]]}

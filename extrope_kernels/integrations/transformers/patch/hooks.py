@@ -55,9 +55,20 @@ class Applied:
     cache: str | None
     before: Applied | None = None
 
+    def __str__(self) -> str:
+        given = "".join(f" {name}={_brief(value)}" for name, value in self.parameters.items())
+        over = "" if self.before is None else f" over {self.before}"
+        return f"{self.method}{given}{over}"
+
     def all(self) -> list[Applied]:
         """Return all extensions of the model up to this one, which is the last."""
         return [self] if self.before is None else [*self.before.all(), self]
+
+
+def _brief(value: Any) -> str:
+    """Return a parameter's value for a line of text: lists and frequencies may be long."""
+    text = f"{value:.6g}" if isinstance(value, float) and not value.is_integer() else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def route_forward_through_hooks(owners: Sequence[nn.Module], patches: Patches) -> None:

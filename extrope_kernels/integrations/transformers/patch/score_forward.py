@@ -389,15 +389,13 @@ class ScoreAttention:
         # Under autocast, norms return q and k in a wider dtype than v's.
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
         here = self if self.freqs.inv_freq.device == q.device else self.to(q.device)
-        q, k = (heads.rotated_first(x) for x in (q, k))
-        rotation = {"interleaved": heads.interleaved}
         if not self.raw_queries and here.positions is not None:
             freqs = RopeFreqs(here.freqs.inv_freq, axes=axes_of(here.positions))
-            q = apply_rope(q, freqs, positions=here.positions, inverse=True, **rotation)
+            q = apply_rope(q, freqs, positions=here.positions, inverse=True, **heads.layout)
         if self.scale_from is not None:
             scale = scores.query_scale.qwen_1m(here.batch.positions.to(q.device), self.scale_from)
             q = (q * scale[..., None, None]).to(q.dtype)
-        call = {"freqs": here.freqs, "score": self.score, "log_n": self.log_n, **rotation}
+        call = {"freqs": here.freqs, "score": self.score, "log_n": self.log_n, **heads.layout}
         call |= softmax_options(module, options)
         if heads.sliding_window is not None:
             call.setdefault("sliding_window", heads.sliding_window)

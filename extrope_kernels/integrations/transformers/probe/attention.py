@@ -239,18 +239,19 @@ def attend_as_own(
     call: Call,
     qkv: tuple[Tensor, Tensor, Tensor],
     freqs: RopeFreqs,
-    interleaved: bool,
+    layout: Mapping[str, Any],
     given: Any,
 ) -> None:
     """Raise ValueError unless the op gives the same as a layer's own attention.
 
-    qkv: the op's, of (1, heads, 4, head_dim), rotated by freqs. given: the layer's own, `Recorded`.
+    qkv: the op's, of (1, heads, 4, head_dim), rotated by freqs in the dims that `layout` tells.
+    given: the layer's own, `Recorded`.
     """
     v = given.v
     qkv = [x.to(v.dtype).transpose(1, 2) for x in qkv]
     options = softmax_options(layer, given.options)
     try:
-        ours = rope_attention(*qkv, freqs, interleaved=interleaved, **options)
+        ours = rope_attention(*qkv, freqs, **layout, **options)
     except ValueError as error:  # heads that the op does not support
         raise reprefix_error(error) from None
     mask = v.new_full((TOKENS, TOKENS), torch.finfo(v.dtype).min).triu(1)

@@ -56,10 +56,10 @@ class Heads:
     chunk_size: int | None = None
     sliding_window: int | None = None
 
-    def rotated_first(self, x: Tensor) -> Tensor:
-        """Put the rotated dims first, where the ops expect them: logits are sums over dims."""
-        start = self.start
-        return x if start == 0 else torch.cat((x[..., start:], x[..., :start]), -1)
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The arguments that tell the ops which dims rotate."""
+        return {"interleaved": self.interleaved, "rotary_offset": self.start}
 
 
 @dataclass(frozen=True)
@@ -361,12 +361,10 @@ class LayerProbe:
             self.near.append(layer)
             return heads is not None
         check_options(self.owner, layer, moved.options)
-        q, k = (heads.rotated_first(x) for x in (still.q, still.k))
-        attend_as_own(
-            self.owner, layer, self.calls[layer], (q, k, moved.v), freqs, heads.interleaved, moved
-        )
-        normal, loud = (heads.rotated_first(x.q) for x in (moved, self._loud[layer]))
-        scaled = _grows(normal, loud, 2 * freqs.inv_freq.numel())
+        qkv = (still.q, still.k, moved.v)
+        attend_as_own(self.owner, layer, self.calls[layer], qkv, freqs, heads.layout, moved)
+        dims = slice(heads.start, heads.start + 2 * freqs.inv_freq.numel())
+        scaled = _grows(moved.q, self._loud[layer].q, dims)
         self.far[layer] = replace(heads, scaled=scaled, **bounds)
         return True
 
@@ -389,7 +387,7 @@ class LayerProbe:
                 heads = Heads(start, interleaved, sign)
                 freqs = RopeFreqs(sign * inv_freq.to(still.q.device))
                 if all(
-                    close(_rotated(a, freqs, heads), heads.rotated_first(b))
+                    close(_rotated(a, freqs, heads), b)
                     for a, b in ((still.q, moved.q), (still.k, moved.k))
                 ):
                     return heads, freqs
@@ -510,18 +508,17 @@ def sees_chunks(mask: Any, size: int) -> bool:
     return bool((seen == (own & (token <= token[:, None]))).all())
 
 
-def _grows(normal: Tensor, loud: Tensor, dims: int) -> bool:
-    """Return True if the probe's attention factor has grown the first dims, not been undone.
+def _grows(normal: Tensor, loud: Tensor, dims: slice) -> bool:
+    """Return True if the probe's attention factor has grown these dims, not been undone.
 
     The nearer of both: norms add an epsilon, so neither is exact.
     """
-    grown = torch.cat((normal[..., :dims] * _AMPLITUDE, normal[..., dims:]), -1)
+    grown = normal.clone()
+    grown[..., dims] *= _AMPLITUDE
     return bool((loud - grown).abs().sum() < (loud - normal).abs().sum())
 
 
 def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
     """Rotate x, (batch, heads, seqlen, head_dim)."""
-    x = heads.rotated_first(x).transpose(1, 2)
-    positions = torch.arange(x.shape[1], device=x.device)
-    options = {"positions": positions, "interleaved": heads.interleaved, "backend": "reference"}
-    return apply_rope(x, freqs, **options).transpose(1, 2)
+    options = {"positions": torch.arange(x.shape[2], device=x.device), "backend": "reference"}
+    return apply_rope(x.transpose(1, 2), freqs, **heads.layout, **options).transpose(1, 2)

@@ -74,6 +74,8 @@ class _Package(Engine):
         try:
             self._functions()
         except Exception as error:  # a package for other versions may raise anything
+            if self.module.startswith(getattr(error, "name", None) or "no module"):
+                return "is not installed (optional)"
             return f"cannot be imported: {(str(error).splitlines() or [type(error).__name__])[0]}"
         return None
 

@@ -1,0 +1,65 @@
+"""`{"extrope": "auto"}`: an engine's method by the length that it serves.
+
+Nothing here imports vLLM: an engine's configuration, a VllmConfig, is read by attribute names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...methods import trained_length
+from ...scores import SCORES
+from .._shared.choice import choose_method
+from .._shared.parameters import is_bounded, score_values_in
+from .engine import make_engine
+from .latent import as_stated
+from .settings import AUTO, NAME, Settings, check_config, read_entry, rotations
+
+
+def choose_entry(config: Any, check: Callable[[Any], object]) -> str | None:
+    """Replace "auto" in additional_config by an entry for max_model_len; return what was chosen.
+
+    None without "auto". config: a VllmConfig before vLLM completes it; changed in place.
+    check: takes such a VllmConfig with an entry of ours; raises ValueError if it cannot be served.
+
+    Raises ValueError for a model that no entry can serve.
+    """
+    if read_entry(config.additional_config) != AUTO or config.model_config is None:
+        return None
+    model = config.model_config
+    text, length = as_stated(model.hf_text_config), model.max_model_len
+    check_config(Settings("rope"), config)  # a model that no entry can serve
+    trained, reach = _lengths(text)
+    rerope = {"method": "rerope", "window": max(1, reach // 2)}
+    refused = _refused(config, {"score": rerope}, check)
+    chunks = score_values_in(text, "dual_chunk").keys() >= {"chunk_size", "local_window"}
+    choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
+    entry = {"method": choice.method, **choice.parameters}
+    entry = {"score": entry} if choice.method in SCORES else entry
+    config.additional_config = {**config.additional_config, NAME: entry}
+    return f"auto for max_model_len {length} is {entry}: {choice.reason}"
+
+
+def _lengths(text: Any) -> tuple[int, int]:
+    """Return the trained length, and that reached with the scaling of the configuration."""
+    kinds = rotations(text)
+    kind, parameters = next((each for each in kinds if not is_bounded(each[0] or "")), kinds[0])
+    trained = trained_length(text, layer_type=kind)
+    reach = text.max_position_embeddings
+    if parameters.get("rope_type") == "yarn":  # some files leave out the longer length
+        reach = max(reach, int(trained * (parameters.get("factor") or 1.0)))
+    return trained, reach
+
+
+def _refused(config: Any, entry: Mapping[str, Any], check: Callable[[Any], object]) -> str | None:
+    """Return why an entry does not fit an engine; None if it does."""
+    tried = copy.copy(config)
+    tried.additional_config = {NAME: entry}
+    try:
+        check(tried)
+        make_engine(tried)
+    except (TypeError, ValueError) as error:
+        return str(error).removeprefix(f"{NAME}: ")
+    return None
