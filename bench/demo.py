@@ -151,7 +151,7 @@ def ruler_of_all() -> str:
     for method, params in METHODS.items():
         scores = cells[ruler.names(method, params)].scores
         parts.append(f"{method} {sum(scores):.0f} of {len(scores)}")
-    return f"RULER over more: {', '.join(parts)} (docs/guide/measured.md)."
+    return f"RULER over more texts: {', '.join(parts)} (docs/guide/measured.md)."
 
 
 def draw_curves() -> None:
