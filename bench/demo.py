@@ -151,7 +151,7 @@ def ruler_of_all() -> str:
     for method, params in METHODS.items():
         scores = cells[ruler.names(method, params)].scores
         parts.append(f"{method} {sum(scores):.0f} of {len(scores)}")
-    return f"RULER over more: {', '.join(parts)} (docs/guide/measured.md)."
+    return f"RULER over more texts: {', '.join(parts)} (docs/guide/measured.md)."
 
 
 def draw_curves() -> None:
@@ -169,7 +169,7 @@ def draw_curves() -> None:
             models.SMOLLM2, methods, LENGTH, task=task, trials=1, out=OUT, table=sys.stdout
         )
         found[task] = evaluations.compact(measured, {"loss": "demo", "recall": "gains"}[task])
-    plots.draw_demo(OUT / "demo.png", **found)
+    plots.save(plots.draw_demo(**found), OUT / "demo.png")
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes: {OUT / 'demo.png'}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -25,8 +26,14 @@ from extrope_kernels.scores import SCORES
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110, metadata={"Software": None})  # the same file everywhere
+def save(figure: Figure, path: Path, *sources: Path) -> None:
+    """Write a picture, the same file everywhere, with the digest of the results that it shows."""
+    metadata = {"Software": None, "Source": digest(*sources)}
+    figure.savefig(path, dpi=110, metadata=metadata)
+
+
+def digest(*sources: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -96,7 +103,7 @@ def speed(path: Path, results: Path = RESULTS) -> None:
     told = {"the same result": colours[False], f"it does less: {PLAIN}": colours[True]}
     keys = [Patch(color=colour, label=label) for label, colour in told.items()]
     figure.legend(handles=keys, frameon=False, fontsize=11, loc="outside lower left", ncols=2)
-    save(figure, path)
+    save(figure, path, *sources("speed", results))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -141,10 +148,11 @@ LOOKS = {
 
 
 def demo(path: Path, results: Path = RESULTS) -> None:
-    draw_demo(path, evaluations.read("demo", results), evaluations.read("recall", results))
+    loss, recall = (evaluations.read(name, results) for name in ("demo", "recall"))
+    save(draw_demo(loss, recall), path, *sources("demo", results))
 
 
-def draw_demo(path: Path, loss: dict, recall: dict) -> None:
+def draw_demo(loss: dict, recall: dict) -> Figure:
     """Draw loss by position, and below it recall by distance, of the methods in LOOKS."""
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, 1)
@@ -174,7 +182,7 @@ def draw_demo(path: Path, loss: dict, recall: dict) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     keys = upper.get_legend_handles_labels()
     figure.legend(*keys, frameon=False, fontsize=11, loc="outside lower center", ncols=len(LOOKS))
-    save(figure, path)
+    return figure
 
 
 def _look(method: str, more: str = "") -> dict:
@@ -257,7 +265,7 @@ def ruler_shares(path: Path, results: Path = RESULTS) -> None:
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=11, loc="lower left")
-    save(figure, path)
+    save(figure, path, *sources("ruler", results))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,6 +329,18 @@ def _label(axes: Axes, top: float) -> None:
             name, (line.get_xdata()[-1], place), xytext=(8, 0), textcoords="offset points",
             va="center", color=line.get_color(), fontsize=8, annotation_clip=False,
         )  # fmt: skip
+
+
+SOURCES = {  # of README's pictures
+    "ruler": ("ruler/smollm2.csv",),
+    "demo": ("models/demo.json", "models/recall.json"),
+    "speed": tuple(f"{MACHINE}/{name}.json" for name in ("rope", "attention", "decode")),
+}
+
+
+def sources(name: str, results: Path = RESULTS) -> list[Path]:
+    """Return the files of results that a picture of README shows."""
+    return [results / file for file in SOURCES[name]]
 
 
 PLOTS: dict[str, Callable[[Path], None]] = {

@@ -14,6 +14,7 @@ import pytest
 import readme
 import ruler
 import tables
+from PIL import Image
 
 from extrope_kernels import methods, permuteformer_attention, positions, scores
 
@@ -131,6 +132,14 @@ def test_every_plot_is_drawn(name, tmp_path):
     plots.PLOTS[name](tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert (ROOT / "docs" / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("name", plots.SOURCES)
+def test_a_picture_of_the_readme_is_drawn_from_its_files_as_they_are(name):
+    """Or run python bench/plots.py; its caption is compared with the same files above."""
+    drawn = Image.open(ROOT / "docs" / f"{name}.png").text["Source"]
+    assert drawn == plots.digest(*plots.sources(name))
+    assert f"(docs/{name}.png)" in (ROOT / "README.md").read_text()
 
 
 # -------------------------------------------------------------------------------------------------
