@@ -43,8 +43,8 @@ def choose_method(
         return Choice("dual_chunk", {}, "as it was trained, by its dual_chunk_attention_config")
     times = 2 if length <= 2 * reach else 4
     reason = (
-        f"exact within its window, half of {reach:,} tokens; on SmolLM2-135M at {times} times its "
-        f"length {OVER_YARN[times]} nats over YaRN, recall at twice {RECALL['rerope']} against "
-        f"{RECALL['yarn']}"
+        f"exact within its window, half of {reach:,} tokens; measured on SmolLM2-135M at {times} "
+        f"times its length: {OVER_YARN[times].removeprefix('-')} nats less than YaRN, and recall "
+        f"of {RECALL['rerope']} where YaRN's is {RECALL['yarn']}"
     )
     return Choice("rerope", {"window": max(1, reach // 2)}, reason)
