@@ -56,7 +56,8 @@ def check_matching(op: str, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"{op}: k must be on q's device {q.device}, got {k.device}")
     if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
         raise ValueError(
-            f"{op}: k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}"
+            f"{op}: k must have q's shape {tuple(q.shape)} but for the heads, which come before "
+            f"head_dim, got {tuple(k.shape)}"
         )
 
 
