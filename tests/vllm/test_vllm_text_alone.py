@@ -14,6 +14,7 @@ from vllm_engines import SIZES, engine, expected, generated, tokens_of
 from vllm_images import MODELS, OF_QWEN, VISION
 
 RAW = YARN | {"cache": "raw"}
+NONE = {"image": 0, "video": 0}
 SECTIONS = MODELS["Qwen3VL"][0]
 HYBRID = {
     "rope_parameters": SECTIONS | {"partial_rotary_factor": 0.5},
@@ -65,7 +66,8 @@ def test_an_engine_equals_transformers(tmp_path, name, dtype, methods, extrope):
     plain, want = expected(model, []), expected(model, methods)
     exact = copy.deepcopy(model).to(torch.float64 if dtype == "float32" else torch.float32)
     ref = expected(exact, methods)
-    with engine(tmp_path, extrope, language_model_only=True, dtype=dtype) as llm:
+    flags = {"limit_mm_per_prompt": NONE} if name == "Qwen3VL" else {"language_model_only": True}
+    with engine(tmp_path, extrope, **flags, dtype=dtype) as llm:
         got = generated(llm)
     assert tokens_of(got) == tokens_of(want)
     error, theirs = rms(got, ref), rms(want, ref)
@@ -76,10 +78,9 @@ def test_an_engine_equals_transformers(tmp_path, name, dtype, methods, extrope):
 def test_engines_that_see_are_refused_by_the_flags_to_set(tmp_path):
     build("Qwen3VL", tmp_path)
     entry, message = {"extrope": {"score": RERO}}, "extrope: .* text alone .* --language-model-only"
-    none = {"image": 0, "video": 0}
     for options in ({}, {"limit_mm_per_prompt": {"image": 0}}):
         with pytest.raises(ValueError, match=message):
             configured(tmp_path, entry, **options)
     with pytest.raises(ValueError, match=message):
-        configured(tmp_path, entry, limit_mm_per_prompt=none, enable_mm_embeds=True)
-    assert configured(tmp_path, entry, limit_mm_per_prompt=none).model_config.uses_mrope
+        configured(tmp_path, entry, limit_mm_per_prompt=NONE, enable_mm_embeds=True)
+    assert configured(tmp_path, entry, limit_mm_per_prompt=NONE).model_config.uses_mrope

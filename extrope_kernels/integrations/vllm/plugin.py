@@ -51,6 +51,7 @@ def _import_all() -> None:
     Raises ImportError or AttributeError.
     """
     from vllm.config import VllmConfig
+    from vllm.config.model import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.envs import disable_envs_cache
     from vllm.platforms import current_platform
@@ -61,6 +62,7 @@ def _import_all() -> None:
 
     used = [
         VllmConfig.__post_init__,
+        ModelConfig.supports_multimodal_inputs,
         EngineArgs.create_model_config,
         disable_envs_cache,
         WorkerWrapperBase,
