@@ -23,6 +23,18 @@
 // In a region's full parts every row sees every key: S is one product without a mask. Merged parts
 // get a product from each region that some row sees there, and every row keeps its region's: see
 // merge_region(). With a single region, merging is the mask: causal, and of a sliding window.
+//
+// Types of the headers:
+//   TileQueries   the tile: `count` rows, then padding up to `slices` slices; p is the call
+//   TileKeys      the keys [begin, end) that some row of the tile sees; sees(r): any in region r
+//   KeyBlock      `count` keys from key `first` on, packed as whole parts: `padded` rows
+//   SliceParts    a slice's four bounds as drawn, in one region; full_begin and full_end are `end`
+//                 if no part is full
+//   RegionParts   of[r]: SliceParts of each region; begin and end: of all regions together
+//   RowKeys       begin and end of the keys that each row of a slice sees in one region; both 0 in
+//                 padding
+//   floats, ints  vectors of kFloats (4, 8 or 16) lanes; `mask ? a : b` selects by lane
+// SliceParts and RegionParts count keys from the block's first one, the others from the sequence's.
 
 #include "cpu/attention/blocks.h"
 #include "cpu/attention/kernels.h"
@@ -37,7 +49,7 @@ static_assert(kBlockN % kKeyRows == 0, "a block is whole parts");
 static_assert(8 % kKeyRows == 0, "V^T P computes kKeyRows dims at once; 8 divides each head_dim");
 
 // row_max starts here. It is finite, so that row_max - row_max is 0 for rows without keys too, and
-// exp2(-inf - row_max) is exactly 0.
+// exp2(-inf - row_max) is exactly 0: exp2_vector is, from -127 down.
 constexpr float kLowest = -1e30f;
 
 // The sums of a product, in registers: at[key or dim of v][vector of rows], of one slice.
@@ -46,9 +58,11 @@ using SliceSums = Sums<kKeyRows, kQueryVectors>;
 // The tile's scratch memory: arrays of floats, cut from one piece. `rows` are the tile's, with the
 // padding of its last slice.
 struct Scratch {
-  // From nullptr, take() only counts: space.used() is the number of floats.
+  // take() returns the next piece, aligned to 64 bytes. From nullptr it only counts: space.used()
+  // is the number of floats.
   Scratch(const AttentionParams& p, const TilePlan& plan, float* memory) : space(memory) {
-    const int64_t rows = rows_of(p, plan);  // of a whole tile; the last one may have fewer
+    // plan.tokens in each q head of the group, padded. A sequence's last tile may have fewer.
+    const int64_t rows = rows_of(p, plan);
     q = space.take(p.regions.count * rows * p.head_dim);
     out = space.take(rows * p.v.head_dim);
     keys = space.take(plan.block_n * greater(p.regions.count * p.head_dim, p.v.head_dim));
@@ -91,7 +105,7 @@ EXTROPE_INLINE void merge_region(SliceSums& sums, const RowKeys& bounds, int64_t
     const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
     for (int j = 0; j < kQueryVectors; ++j) {
-      const ints sees = (here >= bounds.begin[j]) & (here < bounds.end[j]);
+      const ints sees = (here >= bounds.begin[j]) & (here < bounds.end[j]);  // -1 or 0
       floats rest = floats{} - __builtin_inff();
       if (!is_first_region) rest = load<floats>(logits + i * kQueryLanes + j * kFloats);
       sums.at[i][j] = sees ? sums.at[i][j] : rest;
@@ -121,7 +135,7 @@ EXTROPE_INLINE void multiply_parts(const Scratch& w, const RegionView& view, int
 #pragma GCC unroll 16
       for (int j = 0; j < kQueryVectors; ++j) new_max[j] = larger(new_max[j], sums.at[i][j]);
     }
-    store_sums(sums, logits, kQueryLanes);
+    store_sums(sums, logits, kQueryLanes);  // a step of kQueryLanes from key to key
   }
 }
 
@@ -216,12 +230,14 @@ void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratc
 // Ends the softmax, where sinks join: writes lse, and out = O * out_scale, of type Out.
 template <typename Out>
 void finish(const TileQueries& queries, const Scratch& w) {
-  finish_softmax(queries, w.row_max, w.row_sum, w.out_scale);  // sets lse and w.out_scale
+  finish_softmax(queries, w.row_max, w.row_sum, w.out_scale);  // sets p.lse, ln, and w.out_scale
   const AttentionTensor& out = queries.p.out;
   RowBuffer buffer;  // (kFloats, more than kMaxHeadDim): unpack_rows writes whole vectors
   for (int64_t first = 0; first < queries.count; first += kFloats) {
+    // buffer[i][d] = O[row first + i][d] * out_scale[first + i]
     unpack_rows(w.out, first, out.head_dim, w.out_scale, buffer);
-    // Row first + i is `token` of the sequence in q head `head`; padding is not visited.
+    // Row first + i is `token` of the sequence in q head `head`; padding is not visited. offset()
+    // counts elements.
     queries.each_of_vector(first, [&](int64_t i, int64_t token, int64_t head) {
       narrow_row(buffer[i], out.head_dim,
                  static_cast<Out*>(out.data) + queries.offset(out, token, head));
@@ -230,21 +246,24 @@ void finish(const TileQueries& queries, const Scratch& w) {
 }
 
 // Packs a block's values, and its keys rotated for each region: a region's keys lie where they are
-// in the block, and the rest of its part of w.keys is not read. A rotated row is rounded to its
-// type, like a rotated tensor; rows up to key_block.padded are zero.
+// in the block, and the rest of its part of w.keys is not read. Rows from `count` to `padded` are
+// zero. A row that pack_rows rotates is rounded to T, like a rotated tensor; one of e4m3 stays in
+// float.
 template <typename T>
 void pack_block(const TileQueries& queries, const TilePlan& plan, const Scratch& w,
                 const TileKeys& seen, const KeyBlock& key_block) {
   const AttentionParams& p = queries.p;
   // The type is T, or e4m3 in a quantized cache: k_scale is in q_scale, v_scale in out_scale.
-  // w.keys holds the values until pack_columns has read them.
+  // `{}`: no rotation. w.keys holds the values, (padded, head_dim of v), until pack_columns has
+  // read them.
   with_element_type<T>(
       p.v, [&](auto type) { pack_rows<decltype(type)>(queries, p.v, {}, key_block, w.keys); });
   pack_columns<kKeyRows>(w.keys, p.v.head_dim, key_block.padded, w.values);
   for (int64_t r = 0; r < p.regions.count; ++r) {
-    // Of the block, the tile sees only region_block in region r, from the block's key `offset` on.
+    // In region r the tile sees only region_block, if anything: whole parts, from the block's key
+    // `offset` on.
     pack_region(seen, r, key_block, [&](const KeyBlock& region_block, int64_t offset) {
-      // k[r] is the same k in all regions, or a copy rotated ahead, which has no k_cos_sin.
+      // k[r] is the same k in all regions, or a copy rotated ahead: k_cos_sin[r] is then empty.
       with_element_type<T>(p.k[r], [&](auto type) {
         pack_rows<decltype(type)>(queries, p.k[r], p.k_cos_sin[r], region_block,
                                   w.keys + (r * plan.block_n + offset) * p.head_dim);
@@ -256,7 +275,7 @@ void pack_block(const TileQueries& queries, const TilePlan& plan, const Scratch&
 template <typename T, bool Capped>
 void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
   const AttentionParams& p = queries.p;
-  const int64_t padded_rows = queries.slices * kQueryLanes;  // queries.count are not padding
+  const int64_t padded_rows = queries.slices * kQueryLanes;  // queries.count rows, then padding
   // With a softcap, S is in units of it until apply_softcap(), which brings log2(e).
   const float unit = Capped ? 1.0f / p.softcap : kLog2E;
   std::memset(w.out, 0, padded_rows * p.v.head_dim * sizeof(float));
@@ -266,17 +285,18 @@ void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w)
     // logit_scale() is softmax_scale times log_n's factor, query_scale and k_scale.
     w.q_scale[row] = row < queries.count ? queries.logit_scale(row) * unit : 0.0f;
   }
-  const TileKeys seen(queries);  // the keys that some row of the tile sees
+  const TileKeys seen(queries);
   for (int64_t r = 0; r < p.regions.count; ++r) {
     if (!seen.sees(r)) continue;
+    // Rotates by the cosines and sines of r's map of q, rounds to T, multiplies by q_scale. Padding
+    // gets 0.
     pack_slices<T>(queries, p.q, p.q_cos_sin[r], w.q_scale, w.q + r * padded_rows * p.head_dim);
   }
   for (int64_t first = seen.begin; first < seen.end; first += plan.block_n) {
-    // `count` keys from `first` on, packed as `padded` rows: whole parts.
-    const KeyBlock key_block = seen.key_block(first, plan.block_n);
+    const KeyBlock key_block = seen.key_block(first, plan.block_n);  // shorter if the last one
     pack_block<T>(queries, plan, w, seen, key_block);
     for (int64_t slice = 0; slice < queries.slices; ++slice) {
-      // Every slice prefetches its share of the next block.
+      // Every slice prefetches its share of the next block, if there is one.
       prefetch_block<T>(queries, seen, first + plan.block_n, plan.block_n, slice);
       attend_slice<Capped>(queries, plan, w, slice, key_block);
     }
@@ -295,15 +315,16 @@ void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w)
 
 TilePlan EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA)(const AttentionParams& p) {
   TilePlan plan{};
-  // At least one; fewer than fit in kBlockM rows if tiles would be too few for the threads.
+  // At least 1. Fewer than fit in kBlockM rows if there would be too few tiles for the threads.
   plan.tokens = tokens_per_tile(p, kBlockM);
   plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kKeyRows));
-  plan.workspace = Scratch(p, plan, nullptr).space.used();
+  plan.workspace = Scratch(p, plan, nullptr).space.used();  // floats
   return plan;
 }
 
 void EXTROPE_EXPAND(attention_tile_, EXTROPE_ISA)(const AttentionParams& p, const QueryTile& tile,
                                                   const TilePlan& plan, float* workspace) {
+  // The tile is tile.tokens tokens of one sequence, in the q heads of one head of k, tile.head.
   const TileQueries queries{p, tile};
   const Scratch w(p, plan, workspace);
   switch (p.dtype) {

@@ -13,10 +13,24 @@
 //
 // S is key-major: a vector holds all BlockM rows of some keys. So the softmax needs no
 // transposition, and the sums over values read P in order. Keys and values are read where they lie
-// in the cache, without a copy; only keys of a region that rotates them on are rotated into a
-// buffer. load_dims reads rows in the cheapest form: bf16 with dims in the order of 32-bit words,
-// e4m3 divided by its unit. Queries were converted to match; write_partial and merge_row undo it
-// for O.
+// in the cache, without a copy. The cache has keys rotated to the position that the score method
+// stores; a region in which they need another position rotates them on, into a buffer.
+//
+// load_dims reads rows in the cheapest form: two vectors of bf16 as 32-bit words, the even dims in
+// the first and the odd ones in the second; e4m3 divided by kUnitE4m3. Queries were converted to
+// match; write_partial and merge_row undo it for O.
+//
+// Types of the headers:
+//   QueryBlock   tokens [first_token, last_token) of one sequence, and the splits of its keys
+//   Split        `queries`, its QueryBlock, and `index`, which of the splits
+//   Queries      a QueryBlock's queries in float, times all factors of their logits, rotated for
+//                each region: (heads of k, padded_rows, stride); `rows` per head are not padding
+//   Regions      start(r, position): the first key of region r for the query at `position`, in the
+//                sliding window; start(count, position): the first key after its own
+//   RowPointers  row(n): the row of a block's key or value n, in one head
+//   Prefetch     what to fetch beside the work on a block; none by default
+//   floats       a vector of kFloats (4, 8 or 16) lanes
+// A key's index in its sequence is its position.
 
 #include <algorithm>
 #include <cmath>
@@ -52,7 +66,7 @@ constexpr int kKeysAtOnce = kFloats / BlockM > 2 ? kFloats / BlockM : 2;
 template <int BlockM, int Valid, int Keys, int Vectors, typename Element>
 EXTROPE_INLINE void add_products(const float* q, int64_t q_stride, RowPointers<Element> keys,
                                  int64_t first_key, int64_t d, floats (&sums)[Keys * BlockM]) {
-  floats y[Valid][Vectors];  // queries; x is a key
+  floats y[Valid][Vectors];  // queries, float already; x is a key, converted to float
 #pragma GCC unroll 4
   for (int r = 0; r < Valid; ++r) load_wide(q + r * q_stride + d, y[r]);
 #pragma GCC unroll 16
@@ -67,11 +81,12 @@ EXTROPE_INLINE void add_products(const float* q, int64_t q_stride, RowPointers<E
   }
 }
 
-// S = K Q^T: logits[key][row] for `count` keys, a multiple of kKeysAtOnce.
+// S = K Q^T: logits[key][row] for `count` keys, padding included: a multiple of kKeysAtOnce.
 template <int BlockM, int Valid, typename Element, typename Cached>
 void multiply_keys(const float* q, int64_t q_stride, RowPointers<Element> keys, int64_t count,
                    int64_t head_dim, Prefetch<Cached>& prefetch, float* logits) {
-  Prefetch<Cached> meanwhile = prefetch;  // a local, to stay in registers
+  // A local, to stay in registers: each fetch moves its addresses on.
+  Prefetch<Cached> meanwhile = prefetch;
   constexpr int kKeys = kKeysAtOnce<BlockM>;
   for (int64_t key = 0; key < count; key += kKeys) {
     floats sums[kKeys * BlockM] = {};  // each over a part of the dims in each lane
@@ -83,7 +98,8 @@ void multiply_keys(const float* q, int64_t q_stride, RowPointers<Element> keys, 
     for (; d < head_dim; d += kFloats) {
       add_products<BlockM, Valid, kKeys, 1>(q, q_stride, keys, key, d, sums);
     }
-    sum_lanes<kKeys * BlockM>(sums, logits + key * BlockM);  // of each of `sums`, one float
+    // logits[key * BlockM + i] = the sum of the lanes of sums[i]. Rows from Valid on get 0.
+    sum_lanes<kKeys * BlockM>(sums, logits + key * BlockM);
     meanwhile.fetch_at_logits(key, kKeys);
   }
   prefetch = meanwhile;
@@ -189,7 +205,9 @@ class Worker {
     const int64_t first = queries_.first_position(), last = queries_.last_position();
     const int64_t begin = block->first_key + split.index * block->split_size;
     const int64_t end = std::min(begin + block->split_size, last + 1);
-    queries_.rotate(begin, end);  // for each region that has some of these keys, if not done yet
+    // For each region that has some of these keys, if not done yet; in regions that rotate keys on,
+    // start_keys() does it, block by block.
+    queries_.rotate(begin, end);
     const int64_t rows = p_.cache.heads * queries_.padded_rows();
     out_.assign(rows * head_dim_v_, 0.0f);
     softmax_.assign(rows / queries_.block_m(), {floats{} + kLowest, floats{}});
@@ -222,7 +240,7 @@ class Worker {
     Prefetch<Cached> prefetch;          // of later rows
     const RowPointers<float>* rotated;  // (regions,): keys of regions that rotate them on
     int64_t first_key;                  // counted from position 0
-    int64_t count;   // keys; from there up to padded come later keys, or the last one again
+    int64_t count;   // keys; rows from there up to padded are later keys, or the last one again
     int64_t padded;  // a multiple of kKeysAtOnce
   };
 
@@ -247,6 +265,9 @@ class Worker {
       std::copy_n(next_keys_, kBlockN, key_rows_);
       std::copy_n(next_values_, kBlockN, value_rows_);
       find_next(key + count);  // past the end of these keys too
+      // If r rotates keys on: finds their cosines and sines, and rotates the queries anew. Both are
+      // without the angle by which key `key` rotates on, so that they stay small (not if each pair
+      // has its own map).
       for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
         queries_.start_keys(r, key, count);
       }
@@ -268,7 +289,7 @@ class Worker {
     const RowPointers<Cached> values{value_rows_, head_ * p_.cache.v.head};
     RowPointers<float> rotated[kMaxRegions];  // set only for regions that rotate keys on
     for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
-      KeyRotation* rotation = queries_.key_rotation(r);
+      KeyRotation* rotation = queries_.key_rotation(r);  // nullptr: r takes keys as they lie
       if (rotation) rotated[r] = rotation->rotate(keys, head_);  // kBlockN rows: the last repeats
     }
     const KeyBlock block{.keys = keys,
@@ -295,7 +316,7 @@ class Worker {
   template <int BlockM, int Valid>
   void attend_rows(const KeyBlock& block, int64_t row, const Seen& seen) {
     const int64_t all_row = head_ * queries_.padded_rows() + row;  // counted through all heads
-    const int64_t q_stride = queries_.stride(), size = block.padded * BlockM;
+    const int64_t q_stride = queries_.stride(), size = block.padded * BlockM;  // size: of logits
     // The head's first rows prefetch, beside the products of their first region and their values.
     Prefetch<Cached> none, prefetch = row == 0 ? block.prefetch : none;
 
@@ -305,6 +326,7 @@ class Worker {
       Prefetch<Cached>& meanwhile = is_first_region ? prefetch : none;
       const float* q = queries_.row(r, head_, row);
       float* logits = is_first_region ? logits_ : region_logits_;
+      // Keys that were rotated on are plain floats; so are this region's queries.
       if (queries_.key_rotation(r)) {
         multiply_keys<BlockM, Valid>(q, q_stride, block.rotated[r], block.padded, head_dim_,
                                      meanwhile, logits);
@@ -321,7 +343,7 @@ class Worker {
       store(logits_ + i, logits[0]);
     }
     if (seen.masked) mask<BlockM>(row, block);
-    // rows after the block's keys
+    // S of the rows after the block's keys
     std::fill(logits_ + block.count * BlockM, logits_ + size, -INFINITY);
 
     // P = exp2(S - row_max)
@@ -357,8 +379,8 @@ class Worker {
     }
   }
 
-  // Writes (heads of k, rows, head_dim_v + 2): O, row_max and row_sum. split.queries->partial is
-  // the row of p_.partial where the first split of these queries begins.
+  // Writes (heads of k, rows, head_dim_v + 2): O, row_max and row_sum. p_.partial has the splits of
+  // a QueryBlock in order, from row split.queries->partial on.
   void write_partial(const Split& split) {
     const int64_t rows = queries_.rows(), block_m = queries_.block_m();
     const int64_t width = head_dim_v_ + 2, all_rows = p_.cache.heads * rows;
@@ -386,6 +408,7 @@ class Worker {
     const int64_t end = queries_.last_position() + 1;
     next_in_a_run_ = false;
     if (key >= end) return;
+    // Each key's row in head 0, through the sequence's pages if the cache is paged.
     find_rows(p_.cache, p_.cache.k, *queries_.block(), key, end, next_keys_);
     find_rows(p_.cache, p_.cache.v, *queries_.block(), key, end, next_values_);
     next_in_a_run_ = in_a_run(next_keys_, p_.cache.k, head_dim_) &&
@@ -393,8 +416,8 @@ class Worker {
   }
 
   // Returns true if a block's rows are contiguous, per head or for all heads of a key together.
-  // Only prefetches depend on it: the end rows suffice. Strides of a plane: `head` from one head to
-  // the next, `slot` from one key to the next.
+  // Only prefetches depend on it: the end rows suffice. A Plane is the keys or the values of the
+  // cache; its strides: `head` from one head to the next, `slot` from one key to the next.
   bool in_a_run(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
     const bool all_heads = plane.head == head_dim;
     const int64_t row = all_heads ? p_.cache.heads * head_dim : head_dim;
@@ -409,14 +432,16 @@ class Worker {
     return reinterpret_cast<const char*>(first);
   }
 
-  // Returns what this head prefetches: its own values, the next head's keys, and (far_) its part of
-  // the next block, if that is in a run.
+  // Returns what this head prefetches: its own values, the next head's keys (after the last head,
+  // the first one's of the next block), and (far_) its part of the next block, if that is in a run.
   Prefetch<Cached> prefetch(const RowPointers<Cached>& values) const {
     const KVCache& cache = p_.cache;
     const bool last_head = head_ + 1 == cache.heads;
     Prefetch<Cached> later{.values = values,
                            .next_keys = {last_head ? next_keys_ : key_rows_,
                                          last_head ? 0 : (head_ + 1) * cache.k.head}};
+    // Beside key n's logits: value n, far key n, the rest of far value n. Beside the sum over value
+    // n: key n of the next head, and half of far value n, in whole lines: sums take less time.
     later.key_bytes = head_dim_ * sizeof(Cached);
     later.value_bytes = head_dim_v_ * sizeof(Cached);
     if (next_in_a_run_) {

@@ -1,16 +1,18 @@
 """Attention over regions of keys, backward: the gradients of raw q and k, and of v.
 
 There are four launches:
-1. rotate raw q and k to the positions of every region;
+1. rotate raw q and k to the positions of every region; q also gets its factors of the logits,
+   log n, query_scale and the attention factors of both sides, so that only softmax_scale is left;
 2. by block of queries, compute delta and the gradients of rotated queries;
 3. by block of keys, compute the gradients of rotated keys and of values;
-4. rotate gradients back and sum them over regions.
+4. rotate gradients back, times the factors of step 1, and sum them over regions.
 
 Every region has its own gradients, in float32, so no sum is ever rotated. Kernels 2 and 3 use the
 log-sum-exp over all regions, so a merge of regions needs no backward. Without atomics, every run
 gives the same bits.
 
-With logits = scale * q @ k.T, after the cap, the gradients are those of flash-attention:
+With logits = scale * q @ k.T of rotated q and k, after the cap, the gradients are those of
+flash-attention; scale is softmax_scale:
 
     weights   = exp(logits - lse)                       delta = sum(dout * out) - dlse
     dv        = weights.T @ dout                        d_logits = weights * (dout @ v.T - delta)
@@ -18,15 +20,22 @@ With logits = scale * q @ k.T, after the cap, the gradients are those of flash-a
 
 where d_logits passes the cap's derivative on the way to dq and dk.
 
-The mask: in region r, query i sees the keys from region_begin(i, r) to region_begin(i, r + 1), and
-region_begin(i, regions) is the end of its keys. device.py defines it, with a picture.
+softcap(qk, SCALE, CAP) returns tanh(qk * SCALE / CAP), or qk without a cap: logits in units of
+their cap, or of the scale. softcap_backward multiplies by 1 - tanh**2. MODEL.logit_unit is that
+unit times log2(e).
+
+The mask: in region r, the query whose own key is i sees the keys from region_begin(i, r) to
+region_begin(i, r + 1), and region_begin(i, regions) is i + 1, the end of its keys; all are clamped
+to the keys that exist. device.py defines it, with a picture. Its other arguments are seqlen_k and
+the position of key 0.
 
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
 of D0 and D1 dims, a row of v, out or dout in tiles of DV0 and DV1: see Blocks in device.py. If D1
 is 0, the second tile is never used. MODEL is a ModelConstants of device.py.
 
 load_tile(row_0, stride, rows, ROWS, DIMS, HEAD_DIM, MASK_ROWS) loads a (ROWS, DIMS) tile from the
-pointer row_0 on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows.
+pointer row_0 on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_tile rounds a tile
+to the pointer's dtype, and leaves these out.
 """
 
 from __future__ import annotations
@@ -107,7 +116,7 @@ def _add_dq(
         logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if D1 > 0:
             logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
-        # With a cap the logits' tanh. Times MODEL.logit_unit they have base 2.
+        # In units of the cap, or the scale; times MODEL.logit_unit they have base 2.
         logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
         weights = tl.exp2(logits * MODEL.logit_unit - lse_2[:, None])
         if MASKED:
@@ -262,7 +271,7 @@ def dq_kernel(
         if D1 > 0:
             q1 = load_tile(q_row + D0, q_row_stride, rows, BLOCK_M, D1, HEAD_DIM - D0, True)
 
-        # The region's keys: k itself, or a rotated copy.
+        # The region's keys: k itself, if it is as this region needs it, or rotated copy k_copy[r].
         if MODEL.sees_given_k[r]:
             k_row = k + (
                 batch * k_stride_batch
@@ -325,8 +334,8 @@ def _queries_end(
     end = key  # an own key, as all numbers here: rows before `key` do not see it
     if len(MODEL.starts) > REGION:
         # A key is seen from blocks of granularity that begin at `reach` at most: their queries end
-        # where the next block begins. Floor division: Triton's rounds toward zero if the dividend
-        # is negative.
+        # where the next block begins. From -granularity on, the dividend is not negative: there
+        # Triton's division rounds down.
         reach = tl.maximum(key + key_0_pos - MODEL.starts[REGION], -MODEL.granularity)
         block_end = (reach + MODEL.granularity) // MODEL.granularity * MODEL.granularity - key_0_pos
         if MODEL.window > 0:  # the sliding window
@@ -379,7 +388,7 @@ def _add_dkv(
         logits = tl.dot(k0, tl.trans(q0), input_precision="ieee")
         if D1 > 0:
             logits = tl.dot(k1, tl.trans(q1), logits, input_precision="ieee")
-        # With a cap the logits' tanh. Times MODEL.logit_unit they have base 2.
+        # In units of the cap, or the scale; times MODEL.logit_unit they have base 2.
         logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
         weights = tl.exp2(logits * MODEL.logit_unit - lses[None, :])
         if MASKED:
@@ -591,8 +600,10 @@ def backward(
     dout: like out, contiguous in the last dimension. dlse: like lse, or None. The other arguments
     are those of `forward`. The gradient of sinks needs no kernel: op.py has it.
     """
+    # Kernels read the call's small tensors without strides.
     call, lse = with_contiguous_rows(call), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
+    # _build_launches(q, ..., call), once for the layouts of these tensors
     launches = launch_for(_build_launches, (q, k, v, out, dout), call)
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
@@ -637,7 +648,7 @@ def _build_launches(
         torch.empty(x.shape, dtype=call.results_dtype(x.dtype), device="meta") for x in (q, k)
     )
     return Launches(
-        build_rotation(q, k, call, "both"),
+        build_rotation(q, k, call, "both"),  # q for each region; k for each map it lacks
         *by_queries_and_keys,
-        build_rotation(dq, dk, call, "gradients"),
+        build_rotation(dq, dk, call, "gradients"),  # both for each region
     )

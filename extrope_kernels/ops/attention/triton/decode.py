@@ -8,8 +8,9 @@ Programs that share a sequence take splits of its keys (schedule.py). The last o
 merges their results.
 
 The mask: in region r, a query at position p sees the keys from region_begin(p, r) to
-region_begin(p, r + 1), and region_begin(p, regions) is p + 1, the end of its keys. device.py
-defines it, with a picture. Positions count from the sequence's first key: its key j has position j.
+region_begin(p, r + 1), and region_begin(p, regions) is p + 1, the end of its keys; all are clamped
+to the keys that exist. device.py defines it, with a picture. Its other arguments are seqlen_k and
+the position of key 0, which is 0 here: key j has position j.
 
 Names: a row is a token and one of the `group` heads of q that share a head of k. M is BLOCK_M,
 rows; N is BLOCK_N, keys. P is pairs of dims that rotate, R the other dims, V the dims of v,
@@ -20,6 +21,11 @@ second dims, and the dims that do not rotate; 0 for rows that are not valid and 
 If all dims rotate, the third part is the first again, and never used.
 of_pairs(ptr, MODEL) loads one number for each pair, (1, P). widened_codes(bits, LIKE, MODEL.codes)
 makes numbers of type LIKE of the bits of fp8, without their scale.
+
+cos_sin_of_map(position, freq, decay, pair_maps, pair, head, MAP, FROM, HALF, MAP_HEADS) returns
+cosines and sines of freq * (MAP(position) - FROM(position)), exact in fixed point, times
+exp(decay * (MAP(position) - FROM(position))): float32, (tokens, P), or (1, P) if no token differs.
+FROM None counts as 0. A map by pair has a divisor and an offset for each pair, in pair_maps.
 """
 
 from __future__ import annotations
@@ -113,7 +119,7 @@ class Blocks(NamedTuple):
     several_tokens: bool  # queries have more than one token
     splits: bool  # several programs may share a sequence
     merge_rows: int  # rows of queries that are merged at a time,
-    merge_splits: int  # and splits of each
+    merge_splits: int  # and splits of each; both 0 without `splits`
 
 
 # -------------------------------------------------------------------------------------------------
@@ -305,7 +311,7 @@ def _add_region(
             logits = tl.dot(q_rest, tl.trans(k_rest.to(OPERAND)), logits, input_precision="ieee")
         if MODEL.codes:  # not into q: float16 lacks small numbers
             logits *= k_scale
-        if MODEL.softcap_log2 > 0:  # `softcap` returns tanh
+        if MODEL.softcap_log2 > 0:  # `softcap` returns tanh(logits * 1.0 / softcap_log2)
             logits = MODEL.softcap_log2 * softcap(logits, 1.0, MODEL.softcap_log2)
 
         # weights = exp2(logits - new_max): (M, N)
@@ -349,15 +355,18 @@ def decode_kernel(
     pair_maps,  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
     query_scale, sinks,  # (batch or 1, num_tokens) float32 or None; see OutputTarget
     k_scale, v_scale,  # (heads_k,) float32 of a cache in fp8, or None
-    seqlens, leftpad, cu_seqlens,  # see Lengths
+    seqlens,  # (batch,) int32: slots in use before this call
+    leftpad, cu_seqlens,  # (batch,) int32: slot of key 0, or None; (batch + 1,) int32 if packed
     block_table,  # (sequences, pages of a sequence) int32, or None
     q_stride_batch, q_stride_seq, q_stride_head,  # divided by BLOCKS.align
     k_stride_block, k_stride_slot, k_stride_head,
     v_stride_block, v_stride_slot, v_stride_head,
     table_stride, freq_stride, query_scale_stride,  # between sequences; 0: all share it
-    page_size,  # slots of a page
-    capacity, batch, num_tokens, appended,  # see Lengths
-    num_items, least_blocks, num_counters,  # see `work_of_item` and `_store_split`
+    page_size, capacity,  # slots of a page, and of a sequence
+    batch, num_tokens,  # sequences; queries of each, or packed of all
+    appended,  # keys that this call wrote for each sequence; packed: for each query, 0 or 1
+    num_items, least_blocks,  # of the schedule; blocks of keys that a split has at least
+    num_counters,  # see _store_split
     STORED: tl.constexpr,  # the map by which keys in the cache come rotated; None: raw
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -388,8 +397,8 @@ def decode_kernel(
         row_block, split = split // splits, split % splits
     # Else the program has nothing to do, or packed tokens after the last boundary: they see no key.
     exists = sequence < batch
-    first_token, seqlen_q = queries_of(sequence, lengths, MODEL)
-    pad, seqlen_k = keys_of(sequence, seqlen_q, lengths, MODEL)
+    first_token, seqlen_q = queries_of(sequence, lengths, MODEL)  # first_token is 0 unless packed
+    pad, seqlen_k = keys_of(sequence, seqlen_q, lengths, MODEL)  # seqlen_k: with this call's keys
     q_batch = tl.cast(0 if MODEL.packed else sequence, tl.int64)
 
     # Rows (M,). Queries are the last tokens of their sequence, so the last one has the last key's
@@ -437,6 +446,7 @@ def decode_kernel(
     pages = None
     if MODEL.paged:
         pages = block_table + tl.cast(sequence, tl.int64) * table_stride
+    # log_n_scale: max(1, ln(position + 1) * per_log_n)
     scale = log_n_scale(position, MODEL.per_log_n) * MODEL.softmax_scale_log2
     if query_scale is not None:
         query_scale += q_batch * query_scale_stride
@@ -511,7 +521,7 @@ class Launches(NamedTuple):
 
     append: AppendLaunch | None  # None: there is nothing to write
     attend: Launch
-    append_rotates: bool  # the first launch rotates the keys that it writes
+    append_rotates: bool  # the first launch rotates keys; else the cache has them raw, UNROTATED
     num_counters: int  # numbers at the head of scratch that must be 0
     scratch_size: int  # float32 numbers, with the counters; 0 if no programs share a sequence
 
@@ -525,16 +535,20 @@ def decode(
     """
     out = q.new_empty((*q.shape[:-1], cache.v.shape[3]))
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
-    call = with_contiguous_rows(call)
+    call = with_contiguous_rows(call)  # copies its small tensors if they have strides
     layouts = layout_key(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
-    key = (layouts, call.fixed, cache.appended)
+    key = (layouts, call.fixed, cache.appended)  # fixed: all of the call but its tensors
+    # _build_launches(q, ..., call), once for this key
     append, attend, append_rotates, num_counters, scratch_size = cached_by_layout(
         _build_launches, key, q, k, v, cache, call
     )
+    # Kernels read fp8 as its bits, int8.
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
     scratch = q.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
     with torch.cuda.device_of(q):
         if append is not None:
+            # Without q, q_out, and weights of a norm. Positions follow the slots in use. The launch
+            # sets the counters at the head of scratch to 0.
             heads = (None, k, None, v, k_cache, v_cache)
             slots = Slots(cache.seqlens, cache.block_table, None, cache.leftpad, *cache.scales)
             positions = cache.seqlens if append_rotates else None
@@ -603,11 +617,11 @@ def _build_launches(
             cu_seqlens=call.cu_seqlens, cache_leftpad=cache.leftpad,
             log_decay=call.log_decay if append_rotates else None,
             k_scale=cache.scales.k, v_scale=cache.scales.v,
-            **(columns_of([call.stored]) if append_rotates else {}),
+            **(columns_of([call.stored]) if append_rotates else {}),  # the map's fields by name
             interleaved=call.interleaved,
             rotary_offset=call.rotary_offset,
         )  # fmt: skip
-        append = build_append(new, call.pair_maps, num_counters)
+        append = build_append(new, call.pair_maps, num_counters)  # None if k has no tokens
     return Launches(append, attend, append_rotates, num_counters, scratch_size)
 
 
@@ -643,6 +657,7 @@ def constants_of(
         rest=rest,
         rest_dims=_power_of_two(rest) if rest else 1,
         interleaved=call.interleaved,
+        # FARTHEST is past all positions; sums of three fit in int32.
         starts=tuple(max(-FARTHEST, min(start, FARTHEST)) for start in call.starts),
         granularity=min(call.granularity, FARTHEST),
         window=0 if window is None else min(window, FARTHEST),
@@ -658,13 +673,13 @@ def constants_of(
         padded=cache.leftpad is not None,
         packed=packed,
         codes=kind_of_cache(cache.k.dtype == FP8, chip_of(q)),
-        widen=chip_of(q) is None,
+        widen=chip_of(q) is None,  # interpreted
     )
     several = q.shape[1] > 1 or packed
     # Another number of tokens compiles nothing again; another number of heads may.
     rows = config.block_m if several else min(config.block_m, triton.next_power_of_2(group))
     # Elements, up to 16 bytes, that divide all strides.
-    strides = (n for x in (q, cache.k, cache.v) for n in strides_of(x)[:3])
+    strides = (n for x in (q, cache.k, cache.v) for n in strides_of(x)[:3])  # 0 where a size is 1
     return model, Blocks(
         block_m=config.block_m,
         block_n=config.block_n,
@@ -682,4 +697,5 @@ def _strides(name: str, dims: str, x: Tensor, align: int) -> dict[str, int]:
 
 
 def _power_of_two(n: int) -> int:
+    """Round dims up to a power of two that tl.dot takes."""
     return max(LEAST_DIMS, triton.next_power_of_2(n))

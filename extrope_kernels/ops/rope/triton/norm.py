@@ -1,17 +1,25 @@
 """RMSNorm and the rotation after it in Triton: one launch for q and k, forward and backward.
 
 The mean is over the dims of each head, or over those of all heads of a token (TOGETHER), by the
-weight's size. R is the rotation with its amplitude:
+weight's size. R is the rotation with its amplitude, which under xPos depends on the position:
 
     rstd = 1 / sqrt(mean(x**2) + eps)        y = R (x * rstd * weight)
 
-Backward, with g = R^T dy, u = g * weight and n = x * rstd:
+Backward, with g = R^T dy (minus R's angle, its amplitude), u = g * weight and n = x * rstd:
 
     dx = rstd * (u - n * mean(n * u))        dweight = sum over tokens (and heads) of g * n
 
 A row is in three parts: `a` and `b`, both dims of its pairs, (TOKENS, PAIRS), and `rest`, the dims
 that do not rotate, (TOKENS, REST); 0 past the row's dims. Without such dims (TILE.rest 0), `rest`
-is a copy of `a`, to be left out of sums and stores.
+is a copy of `a`, to be left out of sums and stores. load_head loads the parts of rows in WIDE, the
+dtype of all arithmetic: float64 if TILE.wide, else float32. store_parts rounds them to the
+pointer's dtype. TILE is a Tile of device.py: TILE.half pairs of dims rotate, TILE.pairs is that
+rounded up to a power of two, TILE.rest_dims is TILE.rest rounded up.
+
+A program has TILE.tokens tokens (TOKENS), and a share of the heads: [first, last) of program_heads.
+decayed(amplitude, distance, log_decay_ptr, SIGN, TILE) is amplitude * exp(SIGN * distance *
+log_decay), (TOKENS, PAIRS), or without log_decay the amplitude, (1, 1). sincos takes float64
+angles, in radians.
 """
 
 from __future__ import annotations
@@ -70,7 +78,11 @@ def _load_weight(weight_ptr, TILE: tl.constexpr):
 
 @triton.jit
 def _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE: tl.constexpr):
-    """Return a head's cosines and sines times the amplitude, (TOKENS, PAIRS)."""
+    """Return a head's cosines and sines times the amplitude, (TOKENS, PAIRS).
+
+    inv_freq: (sequences or 1, heads or 1, half) float; a stride is 0 where there is 1. per_head:
+    there are heads.
+    """
     pair = tl.arange(0, TILE.pairs)
     mask = valid[:, None] & (pair < TILE.half)[None, :]
     freq_ptrs = inv_freq_ptr + (sequence * TILE.inv_freq_stride_sequence)[:, None] + pair[None, :]
@@ -99,7 +111,8 @@ def norm_rotate(
     weight_ptr: (head_dim,), or (HEADS * head_dim,) if TOGETHER; None: no norm.
     codes_scale_ptr: (HEADS,) if out is a cache in fp8, else None. append.py writes caches so; then
         not every valid row is written (out_valid).
-    sequence, position, amplitude: as from load_positions and `decayed`, used if ROTATES.
+    sequence, position: from load_positions, (TOKENS,) and (TOKENS, 1 or PAIRS) float64; amplitude:
+        from `decayed`. Used if ROTATES.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     ALIGN: tl.constexpr = TILE.align
@@ -137,7 +150,7 @@ def norm_rotate(
         if ROTATES:
             a, b = a * cos - b * sin, b * cos + a * sin
         parts = (a, b, rest)
-        if codes_scale_ptr is not None:  # as if rounded to x's dtype first
+        if codes_scale_ptr is not None:  # fp8 of parts / scale, rounded to x's dtype first
             codes_scale = tl.load(codes_scale_ptr + head)
             dtype: tl.constexpr = x_ptr.dtype.element_ty
             parts = parts_of_codes(parts, codes_scale, dtype, TILE)
@@ -148,7 +161,11 @@ def norm_rotate(
 @triton.jit(do_not_specialize=(*CALL_NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
 def norm_rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr,
-    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
+    inv_freq_ptr,
+    positions_ptr,  # (batch or 1, seqlen); (sequences,): of their first tokens; None: these are 0
+    cu_seqlens_ptr, log_decay_ptr,  # (sequences + 1,) if packed; (half,): xPos; or None
+    axes_ptr,  # (half,) or None: positions are (axes, batch or 1, seqlen), pair i reads axes[i]
+    offset,  # added to all positions
     q_stride_batch, q_stride_seq, q_stride_head,
     k_stride_batch, k_stride_seq, k_stride_head,
     q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
@@ -156,16 +173,16 @@ def norm_rotate_kernel(
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
-    decay_origin: tl.float64, amplitude: tl.float64,
+    decay_origin: tl.float64,  # the position at which log_decay changes nothing
+    amplitude: tl.float64,  # of all tokens and pairs
     Q_TOGETHER: tl.constexpr, K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate q and k: axis 0 is tiles of tokens, axis 1 shares of the heads.
 
-    Strides of q, k, ... count groups of TILE.align elements.
+    Strides of q, k, ... count groups of TILE.align elements. The weights are as in norm_rotate.
 
-    The weights of q and k, and what rotates them, are as in norm_rotate and rotate_kernel. k may be
-    None. q_out and k_out may be q and k; with TOGETHER a program then has all heads, since it reads
-    them before it overwrites one.
+    k may be None. q_out and k_out may be q and k; with TOGETHER a program then has all heads, since
+    it reads them before it overwrites one.
     """
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
@@ -173,6 +190,7 @@ def norm_rotate_kernel(
         batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, offset, positions_stride_axis,
         positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
     )  # fmt: skip
+    # By xPos: decay_sign is 1, or -1 in an inverse call; k has the other sign.
     distance = position - decay_origin
     norm_rotate(
         q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head, valid, q_weight_ptr,
@@ -314,12 +332,13 @@ def norm_rotate_backward_kernel(
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
-    decay_origin: tl.float64, amplitude: tl.float64,
+    decay_origin: tl.float64,  # the position at which log_decay changes nothing
+    amplitude: tl.float64,  # of all tokens and pairs
     Q_TOGETHER: tl.constexpr, K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Turn gradients of the outputs into those of q and k: axis 0 is tiles of tokens.
 
-    Strides of q, k, ... count groups of TILE.align elements.
+    Strides of q, k, ... count groups of TILE.align elements. What rotates: see norm_rotate_kernel.
 
     A program has all heads of its tokens. dq_out, dk_out: gradients of the forward's outputs; dq,
     dk: of its inputs q and k. q_dweight, k_dweight: see _norm_rotate_backward; None without weight.
@@ -395,13 +414,14 @@ def rope_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_norm_bwd`."""
     dq, dk = empty_outputs(grad_q, grad_k)
-    (q, k, *weights), rope = others[:4], Rope(*others[4:])
+    (q, k, *weights), rope = others[:4], Rope(*others[4:])  # the op's order
     prepared, offset = _launch_for((grad_q, grad_k, dq, dk, q, k), weights, rope, **options)
     # Each program writes a row: no atomics, the same bits in every run.
     programs, wide = 0 if prepared is None else prepared.grid[0], accumulator(q.dtype)
     parts = [None if w is None else q.new_empty(programs, w.shape[0], dtype=wide) for w in weights]
     if prepared is not None:
         tensors = (grad_q, grad_k, dq, dk, q, k)
+        # The kernel's arguments in its order; the launch adds strides and numbers.
         launch(norm_rotate_backward_kernel, prepared, tensors, *weights, *parts, *rope, offset)
     none = grad_q.new_empty(0, dtype=wide)
     dweights = (none.clone() if x is None else x.sum(0) for x in parts)
@@ -442,19 +462,22 @@ def _build_launch(
     """Check the call, then build its launch; None if the tensors are empty."""
     (q, k, *others), options = tensors, dict(options)
     eps, backward = options.pop("norm_eps", 1e-6), len(others) > 2
+    # Checks them. inputs: [q, k] as (batch, seqlen, heads, head_dim), batch 1 if packed. adjoint:
+    # R^T in place of R.
     inputs, rotation = resolve(q, k, *rope, adjoint=backward, **options)
     check_norm(q, k, *weights, eps)
     in_place = others[0] is q
     if in_place:
-        refuse_expanded(q, k)
+        refuse_expanded(q, k)  # their elements must not share memory
     together = [w is not None and w.shape[0] != q.shape[-1] for w in weights]
     # With as many tokens in a tile as the forward's, a backward would spill where dims pass from
     # thread to thread, that is except for float32 in halves.
     spills = backward and (rotation.interleaved or q.itemsize == 2)
     limited = backward and isinstance(chip_of(q), int)  # AMD's compiler knows no such limit
     return build_launch(
+        # Pairs (of q, of k), seen in the shapes of `inputs`.
         [x for i in range(0, len(tensors), 2) for x in as_inputs(tensors[i : i + 2], inputs)],
-        *launch_constants(rotation),
+        *launch_constants(rotation),  # fields of TILE, and numbers: how positions are read
         # The mean square of all heads is read before any of them is overwritten: by one program.
         one_program=backward or (in_place and any(together)),
         small_tiles=not backward,
