@@ -94,6 +94,7 @@ def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple
         refused=refused,
         chunks=isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks),
     )
+    assert chosen is not None  # `advise` has answered for lengths that the model reaches
     if chosen.method == "yarn":
         why = f"{chosen.reason}; more than its factor for far details ({PAGE})"
         return yarn, why + _of_images(facts)

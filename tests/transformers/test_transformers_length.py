@@ -27,7 +27,6 @@ def chosen(model, length, **given):
         (None, {}, 100, "rerope", {"window": TRAINED // 2}, "exact within its window, half of 32"),
         # A YaRN of the file reaches four times the length that its factor is counted from.
         (YARN_IN_FILE, {}, 64, "rerope", {"window": TRAINED // 2}, "half of 32 tokens"),
-        (YARN_IN_FILE, {}, 16, "yarn", {"factor": 2.0}, "within the 32 that the model reaches"),
     ],
 )
 def test_the_method_is_the_one_that_measured_best(
@@ -35,6 +34,18 @@ def test_the_method_is_the_one_that_measured_best(
 ):
     name, got, why = chosen(build("llama", rope, **settings), length)
     assert (name, got) == (method, parameters) and reason in why
+
+
+LONG = {"rope_type": "longrope", ORIGINAL: 16, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+
+
+@pytest.mark.parametrize("rope", [None, {**YARN_IN_FILE, "truncate": False}, LONG], ids=str)
+def test_a_model_that_reaches_the_length_stays_as_it_is(rope):
+    model, ids = build("llama", rope), tokens(1, 20)
+    plain = logits(model, ids)
+    with extend(model, length=30 if rope is not None else TRAINED) as handle:
+        torch.testing.assert_close(logits(model, ids), plain)
+        assert "as it is: " in repr(handle) and "within the 32 that the model" in repr(handle)
 
 
 def test_chunks_of_the_training_are_kept():
@@ -46,25 +57,26 @@ def test_chunks_of_the_training_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("name", "factor", "reason"),
+    ("name", "method", "reason"),
     [
-        ("HunYuanDenseV1ForCausalLM", 4.0, "no score method: what HunYuanDenseV1Attention does"),
-        ("Qwen2VLForConditionalGeneration", 4.0, "tokens of images have several positions"),
-        ("Gemma3ForConditionalGeneration", 4.0, "tokens of an image see one another"),
-        ("Cohere2ForCausalLM", 1.0, "as it is: all its layers that rotate have a sliding window"),
-        ("BeamForCausalLM", 1.0, "as it is: all its layers that rotate have a sliding window"),
+        ("HunYuanDenseV1ForCausalLM", "yarn", "no score method: what HunYuanDenseV1Attention does"),
+        ("Qwen2VLForConditionalGeneration", "yarn", "tokens of images have several positions"),
+        ("Gemma3ForConditionalGeneration", "yarn", "tokens of an image see one another"),
+        ("Cohere2ForCausalLM", "rope", "as it is: all its layers that rotate have a sliding wind"),
+        ("BeamForCausalLM", "rope", "as it is: all its layers that rotate have a sliding window"),
     ],
 )
-def test_a_model_that_no_score_method_suits_gets_yarn(name, factor, reason):
+def test_a_model_that_no_score_method_suits_gets_yarn(name, method, reason):
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     model = tiny_models.build(name)
     ids = tokens(1, 20).clamp(max=99)
     plain = logits(model, ids)
     with extend(model, length=4 * tiny_models.TRAINED) as handle:
-        assert (handle.method, handle.applied.parameters) == ("yarn", {"factor": factor})
+        parameters = {"factor": 4.0} if method == "yarn" else {}
+        assert (handle.method, handle.applied.parameters) == (method, parameters)
         assert reason in repr(handle)
-        if factor == 1:
+        if method == "rope":
             torch.testing.assert_close(logits(model, ids), plain)
     assert torch.equal(logits(model, ids), plain)
 
@@ -84,7 +96,7 @@ def test_a_model_without_a_length_needs_it():
     with pytest.raises(ValueError, match=f"extend: {ORIGINAL} must be given with length for Recur"):
         extend(model, length=100)
     name, parameters, why = chosen(model, 100, **{ORIGINAL: 40})
-    assert (name, parameters) == ("yarn", {ORIGINAL: 40, "factor": 1.0}) and "as it is" in why
+    assert (name, parameters) == ("rope", {}) and "as it is" in why
 
 
 def test_a_named_method_gets_its_factor():

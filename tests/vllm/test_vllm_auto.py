@@ -22,11 +22,9 @@ def accepts(made):
     ("length", "text", "model", "entry", "why"),
     [
         (512, {}, {}, {"score": RERO}, "exact within its window, half of 128 tokens"),
-        (128, {}, {}, YARN | {"factor": 1.0}, "128 tokens are within the 128 that the model"),
         (512, {}, SEEING, YARN, "no score method: tokens must have one position"),
         (512, {"kv_lora_rank": 8}, {}, YARN, "no score method: keys must be cached whole"),
         (512, {"rope_parameters": OF_FILE}, {}, {"score": RERO}, "half of 128 tokens"),
-        (96, {"rope_parameters": OF_FILE}, {}, YARN | {"factor": 3.0}, "are within the 128"),
         (512, CHUNKS, {}, {"score": {"method": "dual_chunk"}}, "as it was trained"),
     ],
 )
@@ -37,6 +35,16 @@ def test_the_method_that_measured_best_for_a_length(length, text, model, entry, 
     assert made.additional_config == {"extrope": entry} and given == {"extrope": "auto"}
     assert said.startswith(f"auto for max_model_len {length} is {entry}: ") and why in said
     assert choose_entry(made, accepts) is None  # a second time, as in copies
+
+
+@pytest.mark.parametrize(
+    ("length", "text"), [(128, {}), (96, {"rope_parameters": OF_FILE})], ids=str
+)
+def test_a_model_that_reaches_the_length_stays_as_it_is(length, text):
+    made = config("auto", text, {"max_model_len": length})
+    said = choose_entry(made, accepts)
+    assert said == f"auto for max_model_len {length} leaves the model, which reaches 128, as it is"
+    assert made.additional_config == {}
 
 
 def test_a_platform_without_our_attention_gets_yarn():

@@ -24,7 +24,7 @@ class Choice:
 
 def choose_method(
     length: int, trained: int, reach: int, *, refused: str | None = None, chunks: bool = False
-) -> Choice:
+) -> Choice | None:
     """Choose the method that measured best for `length` tokens (docs/guide/measured.md).
 
     trained: tokens of the training, before a scaling that a new factor replaces
@@ -32,11 +32,11 @@ def choose_method(
     reach: tokens that the model reaches as it is, with the scaling of its configuration.
     refused: why no score method can serve the model, in a few words; None if one can.
     chunks: True if its configuration has the chunks that it was trained with (Qwen2.5-1M).
+
+    Returns None if the model reaches the length as it is.
     """
     if length <= reach:
-        factor = max(1.0, length / trained)
-        reason = f"{length:,} tokens are within the {reach:,} that the model reaches as it is"
-        return Choice("yarn", {"factor": factor}, reason)
+        return None
     if refused is not None:
         return Choice("yarn", {"factor": length / trained}, f"no score method: {refused}")
     if chunks:

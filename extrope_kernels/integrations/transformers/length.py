@@ -19,6 +19,8 @@ from .patch.hooks import ON_OWNER
 from .probe.rotary import RotaryModule, argument_names, find_rotary_modules
 
 _TRAINED = "original_max_position_embeddings"
+# The methods of scalings that a model may state, besides those that `rope` leaves in force.
+_STATED = {"yarn": "yarn", "dynamic": "dynamic_ntk", "longrope": "longrope", "su": "longrope"}
 
 
 def choose(
@@ -54,13 +56,25 @@ def choose(
     refused = refused or why_no_images(model, rotary_modules)
     kinds = [kind for each in rotary_modules for kind in each.layer_types]
     if (refused or "").startswith(BOUNDED) or all(is_bounded(kind or "") for kind in kinds):
-        choice = Choice("yarn", {"factor": max(1.0, reach / trained)}, f"as it is: {BOUNDED}")
-        layers = "all"
-    else:
-        choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
+        return _as_it_is(rotary_modules, BOUNDED), "all"
+    choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
+    if choice is None:
+        reason = f"{length:,} tokens are within the {reach:,} that the model reaches"
+        return _as_it_is(rotary_modules, reason), layers
     if choice.method in METHODS:
         choice = replace(choice, parameters={**given, **choice.parameters})
     return choice, layers
+
+
+def _as_it_is(rotary_modules: list[RotaryModule], reason: str) -> Choice:
+    """Choose the rotation that the configuration states, which changes nothing."""
+    stated = _stated(rotary_modules)
+    method = _STATED.get(stated.get("rope_type"), "rope")
+    if stated.get("alpha") is not None:  # HunYuan's dynamic one, which does not follow the length
+        method = "rope"
+    names = inspect.signature(METHODS[method]).parameters
+    given = {name: stated[name] for name in names if stated.get(name) is not None}
+    return Choice(method, given, f"as it is: {reason}")
 
 
 def factor_for(
@@ -91,9 +105,7 @@ def _lengths(
     """Return the trained length and the one that the model reaches as it is; check `length`."""
     check_length("extend", "length", length)
     first = rotary_modules[0]
-    kind = next((each for each in first.layer_types if not is_bounded(each or "")), None)
-    kind = kind or first.layer_types[0]
-    trained, reach = lengths_in(first.module.config, first.parameters(kind))
+    trained, reach = lengths_in(first.module.config, _stated(rotary_modules))
     if first.learned and trained is not None:  # with its scaling, as `values_of` has it
         trained = reach
     if (told := given.get(_TRAINED)) is not None:
@@ -110,6 +122,13 @@ def _lengths(
             stacklevel=5,
         )
     return trained, reach
+
+
+def _stated(rotary_modules: list[RotaryModule]) -> Mapping[str, Any]:
+    """Return the rope_parameters of the layers that see all keys, else of the first ones."""
+    first = rotary_modules[0]
+    kinds = [kind for kind in first.layer_types if not is_bounded(kind or "")]
+    return first.parameters((kinds or first.layer_types)[0])
 
 
 def why_no_images(model: nn.Module, rotary_modules: list[RotaryModule]) -> str | None:

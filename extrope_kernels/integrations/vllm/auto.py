@@ -36,6 +36,9 @@ def choose_entry(config: Any, check: Callable[[Any], object]) -> str | None:
     refused = _refused(config, {"score": rerope}, check)
     chunks = score_values_in(text, "dual_chunk").keys() >= {"chunk_size", "local_window"}
     choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
+    if choice is None:
+        config.additional_config = {k: v for k, v in config.additional_config.items() if k != NAME}
+        return f"auto for max_model_len {length} leaves the model, which reaches {reach}, as it is"
     entry = {"method": choice.method, **choice.parameters}
     entry = {"score": entry} if choice.method in SCORES else entry
     config.additional_config = {**config.additional_config, NAME: entry}
