@@ -406,26 +406,26 @@ class Worker {
   // last row repeats.
   void find_next(int64_t key) {
     const int64_t end = queries_.last_position() + 1;
-    next_in_a_run_ = false;
+    next_is_contiguous_ = false;
     if (key >= end) return;
     // Each key's row in head 0, through the sequence's pages if the cache is paged.
     find_rows(p_.cache, p_.cache.k, *queries_.block(), key, end, next_keys_);
     find_rows(p_.cache, p_.cache.v, *queries_.block(), key, end, next_values_);
-    next_in_a_run_ = in_a_run(next_keys_, p_.cache.k, head_dim_) &&
-                     in_a_run(next_values_, p_.cache.v, head_dim_v_);
+    next_is_contiguous_ = is_contiguous(next_keys_, p_.cache.k, head_dim_) &&
+                          is_contiguous(next_values_, p_.cache.v, head_dim_v_);
   }
 
   // Returns true if a block's rows are contiguous, per head or for all heads of a key together.
   // Only prefetches depend on it: the end rows suffice. A Plane is the keys or the values of the
   // cache; its strides: `head` from one head to the next, `slot` from one key to the next.
-  bool in_a_run(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
+  bool is_contiguous(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
     const bool all_heads = plane.head == head_dim;
     const int64_t row = all_heads ? p_.cache.heads * head_dim : head_dim;
     return plane.slot == row && rows[kBlockN - 1] - rows[0] == (kBlockN - 1) * row;
   }
 
-  // Returns where this head's part of the run begins: its own rows, or with all heads together an
-  // equal share of them.
+  // Returns where this head's share of a block's contiguous rows begins: its own rows, or with all
+  // heads together an equal share of them.
   const char* share_of(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
     const bool all_heads = plane.head == head_dim;
     const Cached* first = rows[0] + head_ * (all_heads ? kBlockN * head_dim : plane.head);
@@ -433,7 +433,7 @@ class Worker {
   }
 
   // Returns what this head prefetches: its own values, the next head's keys (after the last head,
-  // the first one's of the next block), and (far_) its part of the next block, if that is in a run.
+  // the first one's of the next block), and (far_) its share of the next block, if contiguous.
   Prefetch<Cached> prefetch(const RowPointers<Cached>& values) const {
     const KVCache& cache = p_.cache;
     const bool last_head = head_ + 1 == cache.heads;
@@ -444,7 +444,7 @@ class Worker {
     // n: key n of the next head, and half of far value n, in whole lines: sums take less time.
     later.key_bytes = head_dim_ * sizeof(Cached);
     later.value_bytes = head_dim_v_ * sizeof(Cached);
-    if (next_in_a_run_) {
+    if (next_is_contiguous_) {
       later.far_keys = share_of(next_keys_, cache.k, head_dim_);
       later.far_values = share_of(next_values_, cache.v, head_dim_v_);
       later.far_key_bytes = later.key_bytes;
@@ -465,7 +465,7 @@ class Worker {
   alignas(64) float logits_[kBlockN * kMaxBlockM], region_logits_[kBlockN * kMaxBlockM];
   const Cached *key_rows_[kBlockN], *value_rows_[kBlockN];    // the current block's, of head 0
   const Cached *next_keys_[kBlockN], *next_values_[kBlockN];  // the next block's
-  bool next_in_a_run_ = false;                                // both have contiguous rows
+  bool next_is_contiguous_ = false;                           // both have contiguous rows
 };
 
 // -------------------------------------------------------------------------------------------------

@@ -638,6 +638,7 @@ def _build_launches(
         size = blocks.block_m if name == "dq" else blocks.block_n
         programs, blocks_of_head = programs_of(blocks_of, size, call)
         strides = (n for x in strided for n in strides_in_groups(x, blocks.align))
+        # In the kernel's order; sequences_of: num_sequences and search_steps, 0 if not packed.
         sizes = (
             *strides, *start_strides, *sequences_of(call), blocks_of_head, q.shape[-3], k.shape[-3],
         )  # fmt: skip

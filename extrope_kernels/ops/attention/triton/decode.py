@@ -538,7 +538,7 @@ def decode(
     call = with_contiguous_rows(call)  # copies its small tensors if they have strides
     layouts = layout_key(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
     key = (layouts, call.fixed, cache.appended)  # fixed: all of the call but its tensors
-    # _build_launches(q, ..., call), once for this key
+    # _build_launches(q, ..., call), once for these shapes, strides and dtypes
     append, attend, append_rotates, num_counters, scratch_size = cached_by_layout(
         _build_launches, key, q, k, v, cache, call
     )
@@ -593,7 +593,7 @@ def _build_launches(
         **_strides("k_stride", "block slot head", cache.k, blocks.align),
         **_strides("v_stride", "block slot head", cache.v, blocks.align),
         "table_stride": 0 if cache.block_table is None else cache.block_table.stride(0),
-        "freq_stride": sequence_stride(call.inv_freq, 2),
+        "freq_stride": sequence_stride(call.inv_freq, 2),  # 0 if shared, or of less than 2 dims
         "query_scale_stride": sequence_stride(call.query_scale, 2),
         "page_size": cache.k.shape[1],
         "capacity": cache.capacity,
@@ -609,7 +609,7 @@ def _build_launches(
     attend = Launch((grid.num_items * grid.row_blocks, heads_k), (), {**numbers, **constants})
     append, append_rotates = None, call.stored != UNROTATED
     if k is not None:
-        new = Append(
+        new = Append(  # a call of rope_append_kvcache, with the map by which keys are stored
             q=None, k=k, v=v, k_cache=cache.k, v_cache=cache.v,
             q_norm_weight=None, k_norm_weight=None,
             inv_freq=call.inv_freq if append_rotates else None,
