@@ -103,7 +103,7 @@ def exact(inputs: list[Tensor], rotation: Rotation) -> list[np.ndarray]:
             amplitude = np.longdouble(rotation.amplitude)
             if rotation.log_decay is not None:
                 decay = rotation.log_decay.double().cpu().numpy().astype(np.longdouble)
-                amplitude = amplitude * np.exp(sign * position * decay)
+                amplitude = amplitude * np.exp(sign * (position - rotation.decay_origin) * decay)
             cos, sin = amplitude * np.cos(angle), amplitude * np.sin(angle)
             sin = -sin if rotation.conjugate else sin
             heads = out[b, s]  # (heads, head_dim)

@@ -17,7 +17,12 @@ namespace {
 template <typename T, bool Interleaved, typename Number>
 void order_dims(const RopeParams& p, Number* row) {
   const int64_t half = p.rotary_dim / 2;
-  std::rotate(row, row + p.rotary_offset, row + p.rotary_offset + p.rotary_dim);
+  if (p.rotary_offset > 0) {  // std::rotate would be one function of all instruction sets
+    Buffer<Number> before(p.rotary_offset);
+    std::copy_n(row, p.rotary_offset, before.data());
+    std::copy_n(row + p.rotary_offset, p.rotary_dim, row);
+    std::copy_n(before.data(), p.rotary_offset, row + p.rotary_dim);
+  }
   if constexpr (Interleaved) {
     Buffer<Number> second(half);
     for (int64_t i = 0; i < half; ++i) second[i] = row[2 * i + 1], row[i] = row[2 * i];

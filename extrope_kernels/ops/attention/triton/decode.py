@@ -536,6 +536,7 @@ def decode(
     out = q.new_empty((*q.shape[:-1], cache.v.shape[3]))
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     call = with_contiguous_rows(call)  # copies its small tensors if they have strides
+    # Shapes, strides, dtypes and devices: not where the data lies.
     layouts = layout_key(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
     key = (layouts, call.fixed, cache.appended)  # fixed: all of the call but its tensors
     # _build_launches(q, ..., call), once for these shapes, strides and dtypes
@@ -550,7 +551,8 @@ def decode(
             # Without q, q_out, and weights of a norm. Positions follow the slots in use. The launch
             # sets the counters at the head of scratch to 0.
             heads = (None, k, None, v, k_cache, v_cache)
-            slots = Slots(cache.seqlens, cache.block_table, None, cache.leftpad, *cache.scales)
+            no_slots = None  # of each token: the block table has them
+            slots = Slots(cache.seqlens, cache.block_table, no_slots, cache.leftpad, *cache.scales)
             positions = cache.seqlens if append_rotates else None
             rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay)
             others = (None, None, *slots, *rope, call.pair_maps, scratch)

@@ -294,6 +294,7 @@ def forward_kernel(
     HEADS_K: tl.constexpr = MODEL.heads_k
     HEAD_DIM: tl.constexpr = MODEL.head_dim
     HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
+    # Far keys first. A start counts from the first position of the query's block of `granularity`.
     REGIONS: tl.constexpr = len(MODEL.starts)
 
     # Strides in elements from here on. They come divided by BLOCKS.align: the product shows the
@@ -310,7 +311,8 @@ def forward_kernel(
 
     # This program's batch (0 if packed), head and sequence; the sequence's first token in q and k
     # (`first_row`, 0 if not packed) and its lengths; `index`, of num_blocks, is its block of
-    # queries. A program without a block has a sequence of length 0: rows <= 0, and no keys.
+    # queries. A program without a block is block 0 of 1 of a sequence of length 0: it has neither
+    # rows nor keys.
     this = find_block(
         blocks, HEADS_Q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
     )

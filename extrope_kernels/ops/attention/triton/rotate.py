@@ -390,7 +390,7 @@ def _tile(
         rotary_offset=call.rotary_offset,
         rest=rest,
         rest_dims=triton.next_power_of_2(max(rest, 1)),
-        align=alignment_of(q, k),
+        align=alignment_of(q, k),  # divides all strides; Triton itself looks at pointers
         interleaved=call.interleaved,
         freq_per_token=call.cu_seqlens is not None and sequence_stride(call.inv_freq, 2) > 0,
         q_maps=tuple(map(map_of, q_maps)),

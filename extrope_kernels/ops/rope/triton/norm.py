@@ -482,6 +482,7 @@ def _build_launch(
         one_program=backward or (in_place and any(together)),
         small_tiles=not backward,
         copies_rest=True,  # kernels count head_dim by the rest
+        # Sizes the tile as if a head had so many pairs.
         pairs_in_registers=next_power_of_2(q.shape[-1]) // 2 if spills else 0,
         Q_TOGETHER=together[0],
         K_TOGETHER=together[1],
