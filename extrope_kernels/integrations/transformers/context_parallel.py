@@ -247,5 +247,5 @@ def _rotating_by_themselves(
                 )
         check_options(owner, layer, given.options)
         qkv = given.q, given.k, given.v
-        attend_as_own(owner, layer, call, qkv, no_freqs(given.q), False, given)
+        attend_as_own(owner, layer, call, qkv, no_freqs(given.q), {}, given)
     return found
