@@ -39,6 +39,10 @@ class RopeFreqs:
     steepest_decay: float = 0.0
 
     def __repr__(self) -> str:
+        number = isinstance(self.attention_factor, float)
+        if not isinstance(self.inv_freq, Tensor) or not self.inv_freq.dim() or not number:
+            wrong = f"inv_freq={self.inv_freq!r}, attention_factor={self.attention_factor!r}"
+            return f"RopeFreqs({wrong})"  # what an error may have to show
         *sets, pairs = self.inv_freq.shape
         told = [" x ".join(map(str, (*sets, f"{pairs} pairs")))]
         with suppress(RuntimeError):  # in a trace there are no values

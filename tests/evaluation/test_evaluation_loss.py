@@ -400,6 +400,6 @@ def test_methods_that_replace_the_scaling_extend_what_was_before(run, tmp_path):
     assert [row["params"] for row in rows] == [
         {"factor": LENGTH / TRAINED},
         {"factor": LENGTH / TRAINED},
-        {"factor": LENGTH / SCALED},  # of max_position_embeddings, from which it counts
+        {"factor": LENGTH / TRAINED},
         {"window": SCALED // 2},  # on the model's own frequencies, trained to there
     ]
