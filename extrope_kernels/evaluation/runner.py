@@ -123,7 +123,9 @@ def _planned(
                 params = options.method_params(method, length, trained, unscaled, given)
                 if why := options.refusal(model, method, params):
                     raise UsageError(why)
-            rows.append({"method": method, "length": length, "params": params})
+            row = {"method": method, "length": length, "params": params}
+            if row not in rows:  # "auto" may choose one that is named too
+                rows.append(row)
     return rows
 
 
