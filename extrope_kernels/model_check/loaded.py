@@ -308,9 +308,9 @@ class _Run:
         """Return the frequencies that the values follow: ever finer, at positions ever farther."""
         inv_freq, position = self.at(1).angle(), 4
         while position < self.measured:
-            angle, turn = self.at(position).angle(), 2 * math.pi
-            turns = ((inv_freq * position - angle) / turn).round()
-            inv_freq, position = (angle + turns * turn) / position, 4 * position
+            angle, circle = self.at(position).angle(), 2 * math.pi
+            circles = ((inv_freq * position - angle) / circle).round()
+            inv_freq, position = (angle + circles * circle) / position, 4 * position
         return inv_freq
 
     def same(self, measured: Tensor, inv_freq: Tensor) -> bool:

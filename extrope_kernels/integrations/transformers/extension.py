@@ -106,7 +106,8 @@ def extend(
         tower, which is left alone. docs/models.md lists them.
     method: a name of `PARAMETERS`. If None, one is chosen for `length`: ReRoPE with half the
         trained length as its window, the chunks of a dual_chunk_attention_config, or YaRN for
-        models that no score method serves, or whose images none takes.
+        models that no score method serves, or whose images none takes. A model that reaches the
+        length stays as it is.
     length: tokens to reach. With a method that has a factor it stands in place of the factor, which
         becomes length / trained length. A warning says if the trained length has them already.
     layers: "full" extends the layers that see all keys. For a frequency method that is so if
