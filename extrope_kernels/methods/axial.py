@@ -21,7 +21,7 @@ def axial(dim: int, *, axes: int = 2, base: float = 10000.0, ladder: str = "own"
 
     dim: rotary dimension of one head, even, at least 2 axes.
     axes: axes of the positions, >= 1: 2 for images (row, column), 3 for videos (time, row, column).
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     ladder: "own", the same frequencies for every axis (Qwen2-VL, Llama 4, most models); or
         "shared", one ladder dealt out to the axes in turn (Pixtral).
 

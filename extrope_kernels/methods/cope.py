@@ -20,7 +20,7 @@ def cope(dim: int, *, base: float = 10000.0, clip: int = 20) -> RopeFreqs:
     of the model's own scaling; this function fades plain RoPE's.
 
     dim: rotary dimension of one head, even.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     clip: pairs to fade, >= 0; the authors take 20 of the 64 of a head of 128.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.

@@ -34,7 +34,7 @@ def dynamic_ntk(
         are not read on the host. inv_freq is then (dim/2,) or (batch, dim/2), computed on the
         tensor's device with base' in float32.
     max_position_embeddings: the trained length in tokens.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     over: as in `ntk_aware`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.

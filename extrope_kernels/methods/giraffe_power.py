@@ -23,7 +23,7 @@ def giraffe_power(
 
     dim: rotary dimension of one head, even.
     power: kappa, >= 0; 0 leaves the frequencies alone. The authors report 0.5.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     factor: linear interpolation applied first, target length / trained length, >= 1.
     over: the frequencies that the model was trained with, (dim/2,); None for RoPE's at `base`.
 

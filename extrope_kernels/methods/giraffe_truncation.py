@@ -28,7 +28,7 @@ def giraffe_truncation(
 
     dim: rotary dimension of one head, even.
     truncate_pos: T, a context length in tokens.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     factor, power: scaling applied first, as in `giraffe_power`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.

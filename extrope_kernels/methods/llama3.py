@@ -30,7 +30,7 @@ def llama3(
     factor: divisor of the slow frequencies, > 0.
     original_max_position_embeddings: L, the trained length in tokens.
     low_freq_factor, high_freq_factor: low and high, in rotations, 0 < low < high.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     over: the frequencies theta_i that the model was trained with, (dim/2,); L is then the length of
         that training. None for RoPE's at `base`.
 

@@ -50,7 +50,7 @@ def longrope(
     factor: s, target length / trained length, > 0; max_position_embeddings / L if None.
     max_position_embeddings: the target length in tokens, for s.
     attention_factor: A, > 0, used unchanged if given.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
 
     Raises ValueError for a value outside these, or if A needs factor or max_position_embeddings
     and neither is given; TypeError for an argument of the wrong kind.

@@ -19,7 +19,7 @@ def ntk_aware(
 
     dim: rotary dimension of one head, even, at least 4.
     factor: alpha, the divisor of the slowest frequency, > 0.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     over: the frequencies that the model was trained with, (dim/2,), each divided by what divides
         RoPE's of the same pair; None for RoPE's at `base`.
 

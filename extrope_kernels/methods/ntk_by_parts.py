@@ -55,7 +55,7 @@ def ntk_by_parts(
     dim: rotary dimension of one head, even; at least 4 for "pr1".
     factor: target length / trained length, > 0.
     original_max_position_embeddings: L, the trained length in tokens.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     variant: "pr1" or "paper".
     beta_0, beta_1: ramp from NTK-aware to linear interpolation, in rotations, 0 < beta_1 < beta_0.
     gamma_0, gamma_1: ramp from plain RoPE to that, in rotations, 0 < gamma_1 < gamma_0.

@@ -28,7 +28,7 @@ def ntk_mixed(
 
     dim: rotary dimension of one head, even.
     factor: k, the divisor of the slowest frequency, > 0.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     exponent: from 0 (all pairs alike) to 1 (each pair slower than the last by the same ratio).
     over: as in `ntk_aware`.
 

@@ -19,7 +19,7 @@ def pi(
     dim: rotary dimension of one head, even.
     factor: target length / trained length, > 0. The current length over the trained one makes the
         method dynamic ("dynamic linear").
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     over: the frequencies that the model was trained with, (dim/2,); None for RoPE's at `base`.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.

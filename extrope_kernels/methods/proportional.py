@@ -20,7 +20,7 @@ def proportional(
 
     dim: rotary dimension of one head, even; the whole head for this method.
     partial_rotary_factor: p, the share of the pairs that rotate, from 0 to 1.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     factor: linear interpolation, target length / trained length, > 0.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.

@@ -12,7 +12,8 @@ def rope(dim: int, *, base: float = 10000.0) -> RopeFreqs:
     theta_i = base ** (-2i / dim), i = 0 .. dim/2 - 1
 
     dim: rotary dimension of one head, even.
-    base: number whose powers are the wavelengths (in units of 2 pi positions), > 1.
+    base: number whose powers are the wavelengths (in units of 2 pi positions), > 1:
+        rope_theta in configurations.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
     Paper: https://arxiv.org/abs/2104.09864

@@ -31,7 +31,7 @@ def xpos(
     `scores.blockwise_causal` restarts positions in every block.
 
     dim: rotary dimension of one head, even.
-    base: RoPE's base, > 1.
+    base: RoPE's base, > 1: rope_theta in configurations.
     scale_base: positions over which a pair decays by zeta, > 0.
     gamma: softens the decay, > 0; the larger, the closer every zeta is to 1.
     decay_origin: the position at which the amplitude is 1.

@@ -14,6 +14,8 @@ def blockwise_causal(block_size: int) -> Score:
 
     block_size: in tokens, even; LEX takes the training length.
 
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+
     Paper: https://arxiv.org/abs/2212.10554
     """
     block_size = check_int("blockwise_causal", "block_size", block_size, at_least=2)

@@ -28,6 +28,8 @@ def dpe(window: int, group_sizes: Sequence[Any] | Tensor, pairs: int | None = No
         pairs). With the argument pairs: one per equal part of the pairs.
     pairs: the number of pairs that rotate, rotary_dim/2; a multiple of the number of sizes.
 
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+
     Paper: https://arxiv.org/abs/2504.18857
     """
     window = check_int("dpe", "window", window, at_least=1)

@@ -16,6 +16,8 @@ def dual_chunk(chunk_size: int, local_window: int) -> Score:
     chunk_size: in tokens, at most the training length; ChunkLlama takes three quarters of it.
     local_window: in tokens, below chunk_size; ChunkLlama takes an eighth of the training length.
 
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+
     Paper: https://arxiv.org/abs/2402.17463
     """
     chunk_size = check_int("dual_chunk", "chunk_size", chunk_size, at_least=1)

@@ -25,6 +25,8 @@ def far_frequencies(window: int, divisors: Sequence[Any] | Tensor) -> Score:
     divisors: > 0, one per pair, (pairs,), or per head of k and pair, (heads_k, pairs). A tensor may
         require gradients, on every backend.
 
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+
     Source: https://kexue.fm/archives/9708 (the window)
     """
     window = check_int("far_frequencies", "window", window, at_least=1)

@@ -17,6 +17,8 @@ def rerope(window: int, factor: float = math.inf) -> Score:
     window: in tokens, >= 1. Half of the training length is a good start.
     factor: > 0; inf for ReRoPE, above 1 for Leaky, below 1 for InvLeaky, 1 for plain RoPE.
 
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+
     Source: https://kexue.fm/archives/9708
     """
     return _rerope("rerope", window, factor)
@@ -30,6 +32,8 @@ def leaky_rerope(window: int, factor: float) -> Score:
 
     window: in tokens, >= 1.
     factor: > 0; 16 in the author's code.
+
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
 
     Source: https://kexue.fm/archives/9708
     """

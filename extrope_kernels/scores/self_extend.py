@@ -15,6 +15,8 @@ def self_extend(window: int, factor: float) -> Score:
     window: in tokens, a multiple of factor.
     factor: a whole number >= 1, as an int or a float.
 
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+
     Paper: https://arxiv.org/abs/2401.01325
     """
     window = check_int("self_extend", "window", window, at_least=1)

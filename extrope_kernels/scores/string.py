@@ -15,6 +15,8 @@ def string(shift: int, window: int) -> Score:
     shift: S, in tokens, >= 1; about a third of the training length.
     window: W, in tokens, >= 0 and at most shift; the authors take 128.
 
+    Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
+
     Paper: https://arxiv.org/abs/2410.18745
     """
     shift = check_int("string", "shift", shift, at_least=1)

@@ -65,7 +65,8 @@ def rope_attention(
     """Rotate queries and keys and attend causally; a score method may change their distances.
 
     The rotation is included: pass raw q and k. `score` maps the distance i - j of query i and key j
-    to a relative position, and one softmax runs over all keys j <= i.
+    to a relative position, and one softmax runs over all keys j <= i. There is neither a mask nor a
+    switch for causal: cu_seqlens, q_start, k_start and sliding_window say which keys are seen.
 
     q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64;
         any strides with a contiguous last dimension.

@@ -86,6 +86,7 @@ def permute_qk(
     positions, cu_seqlens, inverse, backend: as in `permute`.
 
     Returns: (q, k), permuted.
+    Raises: as `permute`.
     """
     if not isinstance(k, Tensor):
         raise TypeError(f"permute: k must be a Tensor, got {type(k).__name__}")

@@ -23,6 +23,7 @@ def head_permutations(heads: int, head_dim: int, *, seed: int = 0xDEADBEEFDEADBE
     seed: of the generator, 64 bits; the authors' by default.
 
     Returns: (heads, head_dim) int64 on the CPU.
+    Raises: TypeError or ValueError that names the argument.
     """
     for name, value in (("heads", heads), ("head_dim", head_dim), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):

@@ -121,7 +121,8 @@ def apply_rope_qk(
     norm_eps: added to the mean square, >= 0.
 
     Returns: (q, k), rotated. With weights q, k and the weights have first derivatives, inv_freq
-    none.
+        none.
+    Raises: as `apply_rope`.
     """
     if k is None:
         raise TypeError("rope: k must be a Tensor, got NoneType")
