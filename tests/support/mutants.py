@@ -2,10 +2,11 @@
 
     make mutants ROOM=rope COUNT=30
 
-cosmic-ray makes them, in a worktree of the last commit under build/mutants. A second call goes on
-where the first was stopped. Prints the killed share and each survivor. Those in
-data/mutants.json, which no test can tell from the code, are left out; write new ones there, with
-the reason. Python and Triton (interpreted, launchers too); C++ has none here.
+cosmic-ray makes them, in a worktree of the last commit under build/mutants, and each meets the
+tests that run its line, by coverage, or else all of the room. A second call goes on where the first
+was stopped. Prints the killed share and each survivor. Those in data/mutants.json, which no test
+can tell from the code, are left out; write new ones there, with the reason. Python and Triton
+(interpreted, launchers too); C++ has none here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkResult
+from coverage import CoverageData
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "mutants"
@@ -49,7 +51,7 @@ CONFIG = """
 module-path = "{sources}"
 timeout = 600.0
 excluded-modules = []
-test-command = "{python} -m pytest -x -q -p no:cacheprovider {tests}"
+test-command = "{python} {script} {room} --meet"
 [cosmic-ray.distributor]
 name = "local"
 """
@@ -58,29 +60,55 @@ name = "local"
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("room", choices=ROOMS)
-    parser.add_argument("count", type=int)
+    parser.add_argument("count", type=int, nargs="?")
+    parser.add_argument("--meet", action="store_true", help="run the tests of the mutant in place")
     args = parser.parse_args()
+    if args.meet:
+        sys.exit(meet(args.room))
     if not TREE.exists():
         git("worktree", "prune")
         git("worktree", "add", "--detach", "--force", str(TREE), "HEAD")
-    folder, tests = ROOMS[args.room]
+    folder, _ = ROOMS[args.room]
     session, config = (FOLDER / f"{args.room}.{end}" for end in ("sqlite", "toml"))
-    tests = " ".join(f"tests/{name}" for name in tests)
     sources = f"extrope_kernels/{folder}"
-    config.write_text(CONFIG.format(sources=sources, python=sys.executable, tests=tests))
+    names = {"sources": sources, "room": args.room}
+    config.write_text(CONFIG.format(python=sys.executable, script=__file__, **names))
     # The tree comes before the checkout that is installed.
     path = os.pathsep.join((str(TREE), os.environ.get("PYTHONPATH", "")))
     environment = {**os.environ, "PYTHONPATH": path}
+    environment |= {"COVERAGE_FILE": str(FOLDER / f"{args.room}.coverage")}
     run = {"cwd": TREE, "env": environment, "check": True}
     command = [sys.executable, "-m", "cosmic_ray.cli"]
     if not session.exists():
-        subprocess.run([*command, "baseline", str(config)], **run)  # the room's tests pass
+        measured = ["--cov", sources, "--cov-context", "test", "--cov-report", ""]
+        whole = [sys.executable, "-m", "pytest", "-q", "-n", "2", *measured, *tests_of(args.room)]
+        subprocess.run(whole, **run)  # all pass
         subprocess.run([*command, "init", str(config), str(session)], **run)
     with use_db(str(session), WorkDB.Mode.open) as database:
         sample(database, args.count)
     subprocess.run([*command, "exec", str(config), str(session)], **run)
     with use_db(str(session), WorkDB.Mode.open) as database:
         report(database, args.room)
+
+
+def tests_of(room: str) -> list[str]:
+    return [f"tests/{name}" for name in ROOMS[room][1]]
+
+
+def meet(room: str) -> int:
+    """Run the tests that the changed line's coverage names, until one fails."""
+    diff = ["git", "diff", "--unified=0", "--", "extrope_kernels"]
+    change = subprocess.run(diff, cwd=TREE, capture_output=True, text=True, check=True).stdout
+    path, line = re.search(r"^--- a/(.*?)$.*?^@@ -(\d+)", change, re.M | re.S).groups()
+    data = CoverageData(os.environ["COVERAGE_FILE"])
+    data.read()
+    contexts = data.contexts_by_lineno(str(TREE / path)).get(int(line), [])
+    chosen = sorted({context.split("|")[0] for context in contexts} - {""})
+    random.Random(0).shuffle(chosen)  # neighbours of a grid fail together
+    listed = FOLDER / "chosen.txt"
+    listed.write_text("\n".join(chosen or tests_of(room)))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"@{listed}"]
+    return subprocess.run(command, cwd=TREE, check=False).returncode
 
 
 def git(*command: str) -> None:
