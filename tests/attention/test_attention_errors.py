@@ -224,3 +224,9 @@ def test_an_odd_rotary_offset_is_the_reference_s(any_backend):
         return
     with pytest.raises(ValueError, match=r"rope_attention: rotary_offset must be even.*, got 3"):
         rope_attention(Q, K, V, **call)
+
+
+def test_heads_before_tokens_are_warned_of():
+    q, k = torch.randn(1, 8, 16, 32), torch.randn(1, 2, 16, 32)  # 8 and 2 heads, 16 tokens
+    with pytest.warns(UserWarning, match="first 6 of q.s 8 tokens .* seqlen, heads, head_dim"):
+        rope_attention(q, k, k, FREQS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -75,6 +76,15 @@ def check_attention(
     _check_options(op, call, q, heads, sequences)
     _check_start(op, "q_start", call.q_start, q, sequences)
     _check_start(op, "k_start", call.k_start, q, sequences)
+    whole = not packed and call.q_start is None and call.k_start is None
+    more = q.shape[1] - k.shape[1]
+    # Tensors of (batch, heads, seqlen, head_dim) with grouped heads look like this.
+    if whole and more > 0 and q.shape[2] == k.shape[2]:
+        warnings.warn(
+            f"{op}: the first {more} of q's {q.shape[1]} tokens see no key: shapes are "
+            "(batch, seqlen, heads, head_dim)",
+            stacklevel=2,
+        )
 
 
 def check_values(op: str, call: AttentionCall, tokens: int) -> None:
