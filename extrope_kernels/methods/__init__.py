@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .abf import abf as abf
 from .axial import axial as axial
 from .base import RopeFreqs
+from .by_axis import by_axis as by_axis
 from .cope import cope as cope
 from .dynamic_ntk import dynamic_ntk as dynamic_ntk
 from .dynamic_yarn import dynamic_yarn as dynamic_yarn
@@ -63,7 +64,7 @@ METHODS: dict[str, Callable[..., RopeFreqs]] = {
 }
 # These change the frequencies of any method.
 WRAPPERS: dict[str, Callable[..., RopeFreqs]] = {
-    wrapper.__name__: wrapper for wrapper in (with_sections, resonance, ms_poe)
+    wrapper.__name__: wrapper for wrapper in (with_sections, by_axis, resonance, ms_poe)
 }
 
 __all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", "trained", "trained_length"]

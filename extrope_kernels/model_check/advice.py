@@ -17,8 +17,12 @@ from ..evaluation.models import PACKAGES
 from ..evaluation.options import method_params
 from ..evaluation.search.candidates import Candidate
 from ..integrations._shared.choice import choose_method
-from ..integrations._shared.parameters import score_values_in, trained_in
+from ..integrations._shared.parameters import trained_in
+from ..integrations.vllm.auto import choose_entry
+from ..integrations.vllm.dual_chunks import adopt_dual_chunk_config
 from ..integrations.vllm.engine import make_engine
+from ..integrations.vllm.latent import adopt_scaling
+from ..integrations.vllm.settings import AUTO, NAME
 from ..scores import SCORES
 from .facts import Facts
 from .source import Source
@@ -189,22 +193,23 @@ def _lines(
 
 
 def _plugin_line(model: str, source: Source, length: int, first: Candidate) -> str:
-    def additional(**values: Any) -> dict[str, Any]:
-        entry = {"method": first.method, **values, **first.params}
-        return {"extrope": {"score": entry} if first.method in SCORES else entry}
-
+    """Return vLLM's line with what our plugin makes of "auto" for such an engine."""
+    config = _engine_config(source, length)
     try:
-        entry = additional(**score_values_in(source.config, first.method))
-        make_engine(_engine_config(source, length, entry))
+        said = choose_entry(config, lambda _: None) or ""
+        chosen = json.dumps(config.additional_config)
+        if NAME in config.additional_config:  # as the plugin goes on
+            adopt_dual_chunk_config(config)
+            adopt_scaling(config)
+            make_engine(config)
     except (TypeError, ValueError) as error:
-        return f"refused: {str(error).removeprefix('extrope: ')}"
-    # Tokens of images have several positions, for which a score method has no distance.
-    several = "mrope_section" in (getattr(source.config, "rope_parameters", None) or {})
-    alone = source.config is not source.whole and several and first.method in SCORES
-    return (
-        f"vllm serve {model} --max-model-len {length} {'--language-model-only ' * alone}"
-        f"--additional-config '{json.dumps(additional())}'"
-    )
+        return f"refused: {str(error).removeprefix(f'{NAME}: ')}"
+    line = f"vllm serve {model} --max-model-len {length}"
+    if NAME not in config.additional_config:  # vLLM heeds a scaling that transformers ignores
+        return line
+    _, refused, reason = said.partition("no score method: ")
+    note = f"  # no {first.method} here: {reason}" if refused and first.method in SCORES else ""
+    return f"{line} --additional-config '{chosen}'{note}"
 
 
 class _Unset(SimpleNamespace):
@@ -214,11 +219,16 @@ class _Unset(SimpleNamespace):
         return None
 
 
-def _engine_config(source: Source, length: int, additional: Mapping[str, Any]) -> Any:
-    """Return the parts of vLLM's configuration that the plugin reads, for such an engine."""
-    text = source.config
+def _engine_config(source: Source, length: int) -> Any:
+    """Return the parts of vLLM's configuration that the plugin reads, with "auto"."""
+    text, sees = copy.copy(source.config), source.config is not source.whole
+    several = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
     model = _Unset(
         hf_text_config=text,
+        hf_config=text,
+        is_multimodal_model=sees,
+        supports_multimodal_inputs=sees,
+        uses_mrope=several,
         architecture=(source.whole.architectures or [type(text).__name__])[0],
         using_transformers_backend=lambda: False,
         runner_type="generate",
@@ -227,9 +237,10 @@ def _engine_config(source: Source, length: int, additional: Mapping[str, Any]) -
     )
     parallel = _Unset(decode_context_parallel_size=1, prefill_context_parallel_size=1)
     cache = _Unset(cache_dtype="auto")
-    return _Unset(
-        additional_config=additional,
+    return SimpleNamespace(
+        additional_config={NAME: AUTO},
         model_config=model,
         parallel_config=parallel,
         cache_config=cache,
+        speculative_config=None,
     )

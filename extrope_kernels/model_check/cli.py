@@ -85,7 +85,7 @@ def _wrapped(text: str) -> list[str]:
     lines = [line.replace("\0", " ") for line in lines]
     lines[:-1] = [f"{line} \\" if shell else line for line in lines[:-1]]
     if hash_ and len(lines[-1]) + len(hash_ + comment) > width:
-        return [*lines, hash_.lstrip() + comment]
+        return [*lines, *(f"# {line}" for line in textwrap.wrap(comment, width - 2))]
     return [*lines[:-1], lines[-1] + hash_ + comment]
 
 

@@ -350,11 +350,17 @@ def test_dual_chunks_are_ignored_and_advised(check):
 
 
 def test_latent_attention(check):
-    """`extend` attends by a score, the plugin for vLLM does not; indexers forbid score methods."""
+    """`extend` attends by a score; vLLM's plugin takes YaRN; indexers forbid score methods."""
     facts, text = check(DEEPSEEK, "--length", "65536")
     assert facts["scores"]["layers"] == "full" and facts["head_dim"] == 48
     assert "4 heads of 48, keys and values from a latent of 32" in text
-    assert "our plugin refused: keys must be cached whole" in text
+    assert facts["advice"]["first"] == "rerope window=8192"
+    line, _, note = facts["advice"]["lines"]["vLLM, our plugin"].partition("  # ")
+    assert line.endswith(
+        """--additional-config '{"extrope": {"method": "yarn", "factor": 16.0}}'"""
+    )
+    assert note.startswith("no rerope here: keys must be cached whole for a score method")
+    assert "# no rerope here: keys must be" in text
     temperature = 0.1 * math.log(4) + 1
     assert facts["rotations"][0]["attention_factor"] == 1.0
     assert facts["temperature"] == pytest.approx(temperature**2)

@@ -145,6 +145,11 @@ CALLS = {
     "merge_attention": {"outs": [ATTENTION["q"]] * 2, "lses": [LSE] * 2},
     **{f"methods.{name}": {"dim": DIM, **options} for name, options in EXAMPLES.items()},
     "methods.with_sections": {"freqs": FREQS, "sections": [2, 3, 3], "interleaved": False},
+    "methods.by_axis": {
+        "freqs": FREQS,
+        "axes": [0],
+        "over": methods.with_sections(FREQS, [2, 3, 3]),
+    },
     "methods.resonance": {"freqs": FREQS},
     "methods.ms_poe": {
         "freqs": FREQS,

@@ -185,6 +185,10 @@ WRONG = {
     "sections": {"None": None, "number": 8, "text": "233", "empty": [], "sum": [2, 3],
                  "negative": [-2, 5, 5], "half": [2.5, 2.5, 3], "texts": ["2", "3", "3"]},
     "axes": COUNT,
+    "methods.by_axis.axes": {"None": None, "number": 0, "text": "0", "empty": [], "3": [3],
+                             "-1": [-1], "half": [0.5], "True": [True], "texts": ["0"]},
+    "methods.by_axis.over": {k: v for k, v in not_freqs().items() if not isinstance(v, RopeFreqs)}
+    | {"one axis": methods.rope(16), "longer": methods.axial(32)},
     "ladder": NOT_A_NAME | {"None": None},
     "group": COUNT,
     "order": {"number": 8, "text": "01", "empty": [], "twice": [0, 0], "from 1": [1, 2],

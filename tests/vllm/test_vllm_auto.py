@@ -12,6 +12,8 @@ RERO = {"method": "rerope", "window": 64}
 ORIGINAL = "original_max_position_embeddings"
 OF_FILE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, ORIGINAL: 32}
 CHUNKS = {"dual_chunk_attention_config": {"chunk_size": 96, "local_size": 32}}
+# Without the chunks it reaches its training alone, whatever max_position_embeddings says.
+OF_1M = {"dual_chunk_attention_config": {"chunk_size": 48, "local_size": 16, ORIGINAL: 64}}
 
 
 def accepts(made):
@@ -26,6 +28,7 @@ def accepts(made):
         (512, {"kv_lora_rank": 8}, {}, YARN, "no score method: keys must be cached whole"),
         (512, {"rope_parameters": OF_FILE}, {}, {"score": RERO}, "half of 128 tokens"),
         (512, CHUNKS, {}, {"score": {"method": "dual_chunk"}}, "as it was trained"),
+        (128, OF_1M, {}, {"score": {"method": "dual_chunk"}}, "as it was trained"),
     ],
 )
 def test_the_method_that_measured_best_for_a_length(length, text, model, entry, why):

@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ... import RopeFreqs
-from ...methods import METHODS, WRAPPERS, trained, trained_length
+from ...methods import METHODS, WRAPPERS, rope, trained, trained_length
 from ...ops.attention import check_log_n
 from ...scores import SCORES, Score
 
 _FUNCTIONS = METHODS | SCORES
-_RESONANCE = "resonance"
+_RESONANCE, BY_AXIS = "resonance", "by_axis"  # parameters of all frequency methods
 # For dual_chunk: the length from which its temperature grows (`scores.query_scale.qwen_1m`).
 _TRAINED = "original_max_position_embeddings"
 # Every method that an integration takes, with the names of its parameters: its own, and those that
@@ -26,7 +27,7 @@ _TRAINED = "original_max_position_embeddings"
 PARAMETERS: dict[str, tuple[str, ...]] = {
     name: (
         *inspect.signature(function).parameters,
-        "log_n" if name in SCORES else _RESONANCE,
+        *(("log_n",) if name in SCORES else (_RESONANCE, BY_AXIS)),
         *((_TRAINED,) if name == "dual_chunk" else ()),
     )
     for name, function in _FUNCTIONS.items()
@@ -53,11 +54,13 @@ class ModelValues:
     trained: what replaces them for methods that scale, if the model was trained under a scaling:
         `over`, and the length of that training.
     unrotated: number of its last frequencies that are 0: dims that the model has never rotated.
+    axes: the axis of positions of each frequency; None if there is one axis.
     """
 
     values: Mapping[str, Any]
     trained: Mapping[str, Any]
     unrotated: int = 0
+    axes: Tensor | None = None
 
     @property
     def dim(self) -> int:
@@ -125,6 +128,19 @@ def trained_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str
     if length < longest:  # a scaling after the training
         return {}
     return {_TRAINED: length} if dim == 0 else {_TRAINED: length, "over": trained(of_kind)}
+
+
+def axes_in(config: Any, parameters: Mapping[str, Any], dim: int) -> Tensor | None:
+    """Return the axis of positions of each frequency (mRoPE); None if there is one axis."""
+    if parameters.get("mrope_section") is None:
+        return None
+    names = ("mrope_section", "mrope_interleaved")
+    of_kind = {
+        "model_type": getattr(config, "model_type", None),
+        "head_dim": dim,
+        "rope_parameters": {name: parameters.get(name) for name in names},
+    }
+    return trained(of_kind).axes
 
 
 def _saved_extension(config: Any, parameters: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -196,6 +212,11 @@ def bind_method(
     rounded = parameters.pop(_RESONANCE, False)
     if not isinstance(rounded, bool):
         raise TypeError(f"{op}: {_RESONANCE} must be True or False, got {rounded!r}")
+    if (axes := parameters.pop(BY_AXIS, None)) is not None and model.axes is None:
+        raise ValueError(
+            f"{op}: {BY_AXIS} must be left out for a model whose tokens have one position, "
+            f"got {axes!r}"
+        )
     over = parameters.get("over")
     if isinstance(over, Mapping):  # as JSON has it
         if set(over) != {"inv_freq", "attention_factor"}:
@@ -207,6 +228,9 @@ def bind_method(
     bound = partial(METHODS[method], **parameters)
     if method == "rope" and "base" not in given and model.trained:
         bound = partial(_as_trained, model.trained["over"])
+    if axes is not None:
+        plain = model.trained.get("over") or rope(model.dim, base=model.values.get("base", 10000.0))
+        bound = partial(_of_axes, bound, axes, replace(plain, axes=model.axes))
     _check_dim(op, method, bound(seq_len=1) if takes_length else bound(), model.dim)
     if model.unrotated and method != "proportional":
         bound = partial(_without, bound, model.unrotated)
@@ -216,6 +240,13 @@ def bind_method(
 def _as_trained(over: RopeFreqs) -> RopeFreqs:
     """Return the frequencies of the model before any extension: `rope` of a trained scaling."""
     return over
+
+
+def _of_axes(
+    method: Callable[..., RopeFreqs], axes: Any, over: RopeFreqs, **parameters: Any
+) -> RopeFreqs:
+    """Return a method's frequencies for some axes; the model picks the position of each itself."""
+    return replace(WRAPPERS[BY_AXIS](method(**parameters), axes, over=over), axes=None)
 
 
 def _without(method: Callable[..., RopeFreqs], unrotated: int, **parameters: Any) -> RopeFreqs:

@@ -119,12 +119,12 @@ def extend(
     mesh: DeviceMesh of one dimension or ProcessGroup, the ranks that share a sequence.
     strategy, balance: as in `distributed.rope_attention`; cut the tokens with the same balance.
     parameters: the method's parameters. With resonance=True the wavelengths of a frequency method
-        are rounded to whole tokens (`methods.resonance`). By default the model's configuration
-        gives dim, base (its rope_theta; `abf` has its own), original_max_position_embeddings (the
-        length it was trained to), max_position_embeddings, and `over`. A base or a trained length
-        given here means plain RoPE. For dual_chunk it gives its
-        dual_chunk_attention_config (Qwen2.5-1M), with the scale of logits from
-        original_max_position_embeddings on (`query_scale.qwen_1m`).
+        are rounded to whole tokens (`methods.resonance`); with by_axis=[0] it changes mRoPE's axis
+        of time alone (`methods.by_axis`). By default the model's configuration gives dim, base (its
+        rope_theta; `abf` has its own), original_max_position_embeddings (the length it was trained
+        to), max_position_embeddings, and `over`. A base or a trained length given here means plain
+        RoPE. For dual_chunk it gives its dual_chunk_attention_config (Qwen2.5-1M), with the scale
+        of logits from original_max_position_embeddings on (`query_scale.qwen_1m`).
 
     Returns a handle whose `restore()` undoes everything; it is also a context manager.
     Raises ValueError for an unknown method, a model that cannot be extended, a missing or

@@ -25,7 +25,7 @@ from torch import nn
 
 from ...methods import METHODS
 from ...scores import SCORES
-from .._shared.parameters import PARAMETERS, SAVED, bind_method, plain, values_for
+from .._shared.parameters import BY_AXIS, PARAMETERS, SAVED, bind_method, plain, values_for
 from .patch.frequencies import values_of
 from .patch.hooks import ON_OWNER, Applied
 from .probe.rotary import RotaryModule, attribute_of, find_rotary_modules
@@ -288,7 +288,8 @@ def _entries(
 ) -> dict[str, Any] | None:
     """Return the rope_parameters for one kind of layers; None if no type takes them."""
     method, given = extension.method, extension.parameters
-    if method not in _TYPES or given.get("resonance") or given.get("ramp", "index") != "index":
+    wrapped = given.get("resonance") or given.get(BY_AXIS)
+    if method not in _TYPES or wrapped or given.get("ramp", "index") != "index":
         return None
     # Read again with the changed base, its factor would apply twice.
     if "seq_len" in given or (method == "ntk_aware" and "base" not in given):

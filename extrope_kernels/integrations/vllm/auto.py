@@ -9,10 +9,9 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...methods import trained_length
 from ...scores import SCORES
 from .._shared.choice import choose_method
-from .._shared.parameters import is_bounded, score_values_in
+from .._shared.parameters import is_bounded, lengths_in, score_values_in
 from .engine import make_engine
 from .latent import as_stated
 from .settings import AUTO, NAME, Settings, check_config, read_entry, rotations
@@ -32,9 +31,11 @@ def choose_entry(config: Any, check: Callable[[Any], object]) -> str | None:
     text, length = as_stated(model.hf_text_config), model.max_model_len
     check_config(Settings("rope"), config)  # a model that no entry can serve
     trained, reach = _lengths(text)
+    chunks = score_values_in(text, "dual_chunk").keys() >= {"chunk_size", "local_window"}
+    if chunks:  # vLLM itself has none of them
+        reach = trained
     rerope = {"method": "rerope", "window": max(1, reach // 2)}
     refused = _refused(config, {"score": rerope}, check)
-    chunks = score_values_in(text, "dual_chunk").keys() >= {"chunk_size", "local_window"}
     choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
     if choice is None:
         config.additional_config = {k: v for k, v in config.additional_config.items() if k != NAME}
@@ -48,11 +49,10 @@ def choose_entry(config: Any, check: Callable[[Any], object]) -> str | None:
 def _lengths(text: Any) -> tuple[int, int]:
     """Return the trained length, and that reached with the scaling of the configuration."""
     kinds = rotations(text)
-    kind, parameters = next((each for each in kinds if not is_bounded(each[0] or "")), kinds[0])
-    trained = trained_length(text, layer_type=kind)
-    reach = text.max_position_embeddings
-    if parameters.get("rope_type") == "yarn":  # some files leave out the longer length
-        reach = max(reach, int(trained * (parameters.get("factor") or 1.0)))
+    _, parameters = next((each for each in kinds if not is_bounded(each[0] or "")), kinds[0])
+    trained, reach = lengths_in(text, parameters)
+    if trained is None or reach is None:
+        raise ValueError(f"{NAME}: the model must name its max_position_embeddings, got none")
     return trained, reach
 
 

@@ -18,6 +18,7 @@ from ... import RopeFreqs
 from ...methods import from_hf_config
 from .._shared.parameters import (
     ModelValues,
+    axes_in,
     bind_method,
     is_bounded,
     trained_in,
@@ -162,7 +163,8 @@ def _by_method(
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
     values, trained = values_in(text, parameters, dim), trained_in(text, parameters, dim)
-    model = ModelValues(values | mscales_in(text, parameters), trained, still)
+    axes = axes_in(text, parameters, dim)
+    model = ModelValues(values | mscales_in(text, parameters), trained, still, axes)
     with reprefix_error():
         function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
     if not takes_length:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from .... import RopeFreqs
-from ..._shared.parameters import PARAMETERS, ModelValues, bind_method, trained_in, values_in
+from ..._shared.parameters import (
+    PARAMETERS,
+    ModelValues,
+    axes_in,
+    bind_method,
+    trained_in,
+    values_in,
+)
 from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
 from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
 from .hooks import Patches
@@ -82,7 +89,7 @@ def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValue
     unrotated = 0
     if parameters.get("rope_type") == "proportional":
         unrotated = int((attribute_of(rotary_module.module, layer_type, "inv_freq") == 0).sum())
-    return ModelValues(values, trained, unrotated)
+    return ModelValues(values, trained, unrotated, axes_in(config, parameters, dim))
 
 
 class Row(NamedTuple):
