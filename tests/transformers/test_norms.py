@@ -7,14 +7,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import (
-    CountOps,
-    build,
-    generate,
-    gradients,
-    logits,
-    tokens,
-)
+from hf_models import CountOps, build, generate, gradients, logits, tokens
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import (
     ALL_ATTENTION_FUNCTIONS,

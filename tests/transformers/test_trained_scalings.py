@@ -5,16 +5,7 @@ import json
 
 import pytest
 import torch
-from hf_models import (
-    TRAINED,
-    build,
-    freqs_of,
-    logits,
-    rotary_dim,
-    rotary_of,
-    tokens,
-    transformers,
-)
+from hf_models import TRAINED, build, freqs_of, logits, rotary_dim, rotary_of, tokens, transformers
 
 from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend, extend_from_saved
