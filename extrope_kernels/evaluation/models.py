@@ -229,17 +229,13 @@ def find_gguf(name: str) -> Path:
     )
 
 
-def converted_folder(name: str) -> Path:
-    """Return the place of one of PACKAGES in transformers' format, in the user's cache."""
-    return cache_dirs()[0] / Path(PACKAGES[name].file).stem
-
-
 def unpacked(name: str) -> Path:
     """Return the folder of one of PACKAGES in transformers' format; raises UsageError.
 
-    The first call makes it, in float32: it loads in a second, the GGUF file in half a minute.
+    The first call makes it, in float32, in the user's cache: it loads in a second, the GGUF file in
+    half a minute.
     """
-    if (target := converted_folder(name)).exists():
+    if (target := cache_dirs()[0] / Path(PACKAGES[name].file).stem).exists():
         return target
     gguf = find_gguf(name)
     require("gguf", "accelerate", "transformers")

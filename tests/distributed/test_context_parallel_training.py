@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torchrun import answers
+from ranks import SECONDS
 
 pytest.importorskip("transformers", minversion="5")
 
@@ -19,10 +21,37 @@ STEPS, SEQLEN, VOCABULARY = 10, 64, 101
 METHODS = {"yarn": {"factor": 2.0}, "rerope": {"window": 16}}
 
 
+def answers(context, function, size, *arguments):
+    """What `function(*arguments)` returns on each of `size` ranks, alike in their environment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(size):
+        here, there = context.Pipe()
+        given = (there, function, (rank, size, port), arguments)
+        processes.append(context.Process(target=_answer, args=given, daemon=True))
+        processes[-1].start()
+        there.close()
+        pipes.append(here)
+    try:
+        assert all(pipe.poll(SECONDS) for pipe in pipes), "a rank did not end in time"
+        return [pipe.recv() for pipe in pipes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _answer(pipe, function, place, arguments):
+    torch.set_num_threads(1)
+    rank, size, port = place
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "localhost", **{k: str(v) for k, v in where.items()}})
+    pipe.send(function(*arguments))
+
+
 def on_cpus_as_on_gpus(size):
     """accelerate has context parallelism on GPUs alone: let it take these processes for such."""
-    import os
-
     from accelerate import state
     from accelerate.utils import DistributedType
 

@@ -169,16 +169,20 @@ def test_packed_equals_one_process(ranks, score, boundaries):
     ranks.run(packed_equals_one_process, 4, strategies=["gather", "ulysses"], **case)
 
 
-def within_the_budget(mesh, dtype, cases, sinks=None, **options):
+def within_the_budget(mesh, dtype, cases, sinks=None, seqlen=128, device="cpu", **options):
     """Forward and backward no further from float64 than twice the error of one process.
 
     cases: strategies, backends and balances.
     """
-    tensors, grads = leaves(dtype, seqlen=128, heads_q=4)
-    options |= {"freqs": FREQS, "score": SCORES["leaky_rerope"]}
+    tensors, grads = (
+        [x.to(device) for x in each] for each in leaves(dtype, seqlen=seqlen, heads_q=4)
+    )
+    options |= {"freqs": FREQS.to(device), "score": SCORES["leaky_rerope"]}
     exactly = [x.double() for x in (*tensors, *grads)]
     of_exact = None if sinks is None else sinks.double()
-    exact = outcome(rope_attention, exactly[:3], exactly[3:], of_exact, **options)
+    exact = outcome(
+        rope_attention, exactly[:3], exactly[3:], of_exact, backend="reference", **options
+    )
     for strategy, backend, balance in cases:
         one = outcome(rope_attention, tensors, grads, sinks, backend=backend, **options)
         cutting = {"mesh": mesh, "balance": balance}
@@ -188,7 +192,8 @@ def within_the_budget(mesh, dtype, cases, sinks=None, **options):
         for name, got, same, want in zip(NAMES, found, one, exact):
             whole = distributed.unshard(got, dim=2 if name == "lse" else 1, **cutting)
             assert_within_budget(f"{strategy} {balance} {name}", whole, same, want)
-            if strategy == "gather" and name in ("out", "dq") and "sliding_window" not in options:
+            same_call = strategy == "gather" and "sliding_window" not in options
+            if same_call and device == "cpu" and name in ("out", "dq"):
                 assert torch.equal(whole, same), f"{name}: other bits"
             if strategy == "ring" and dtype.itemsize == 2 and name != "lse":
                 # Both round once: over n elements RMS errors spread by 1 / sqrt(2 n), six of them.
@@ -210,22 +215,3 @@ def test_every_option_in_low_precision(ranks, dtype):
     cases = [(strategy, None, "zigzag") for strategy in STRATEGIES]
     options = {"log_n": 7, "softcap": 3.0, "sliding_window": 45, "sinks": random(4)}
     ranks.run(within_the_budget, 4, dtype=dtype, cases=cases, **options)
-
-
-def keys_come_stored(mesh):
-    """As a cache keeps them, where `score.stored` says."""
-    from extrope_kernels import apply_rope
-
-    score, freqs = SCORES["self_extend"], FREQS
-    (q, k, v), _ = leaves(torch.float64)
-    expected = cut([rope_attention(q, k, v, freqs, score)], {"mesh": mesh, "balance": "zigzag"})
-    stored = apply_rope(k, freqs, positions=score.stored(torch.arange(SEQLEN)))
-    mine = [distributed.shard(x, mesh) for x in (q, stored, v)]
-    for strategy in STRATEGIES:
-        options = {"mesh": mesh, "strategy": strategy, "keys_stored": True}
-        found = distributed.rope_attention(*mine, freqs, score, **options)
-        assert_close(("out",), [found], expected)
-
-
-def test_keys_come_stored(ranks):
-    ranks.run(keys_come_stored, 2)

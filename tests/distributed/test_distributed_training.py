@@ -10,7 +10,6 @@ from held import Held
 from sent import Sent, by_formula
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from extrope_kernels import RopeFreqs, distributed, rope_attention, scores
 from extrope_kernels.testing import make_qk
@@ -94,20 +93,6 @@ def test_an_exported_program_is_saved_and_loaded(ranks):
 def each_strategy(mesh, check, **given):
     for strategy in STRATEGIES:
         check(mesh, strategy, **given)
-
-
-def checkpoints(mesh, strategy):
-    attention, tensors = call(mesh, strategy), inputs(mesh, torch.float64)
-
-    def recomputed(*tensors):
-        return checkpoint(attention, *tensors, use_reentrant=False)
-
-    for got, want in zip(gradients(recomputed, tensors), gradients(attention, tensors)):
-        assert torch.equal(got, want)
-
-
-def test_activation_checkpointing(ranks):
-    ranks.run(each_strategy, 4, check=checkpoints)
 
 
 def runs_alike_twice(mesh, strategy):

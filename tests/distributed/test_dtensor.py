@@ -156,23 +156,6 @@ def test_norms_and_rotates(ranks, case):
         ranks.run(norms_and_rotates, 4, placement=placement, case=case)
 
 
-def attends(mesh, placement):
-    q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
-    sinks = torch.linspace(-1, 1, 8)
-
-    def function(q, k, v):
-        return rope_attention(q, k, v, FREQS, scores.rerope(3), sinks=sinks, return_lse=True)
-
-    kept = Shard(1) not in placement
-    douts = [q + 1, None]
-    equals_plain(mesh, function, [q, k, k + 1], douts, [placement] * 3, kept)
-
-
-def test_attends(ranks):
-    for placement in BY_DIM:
-        ranks.run(attends, 4, placement=placement)
-
-
 def attends_by_learned_frequencies(mesh, placement, by_axes):
     q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
     options = {"positions": POSITIONS.expand(3, 4, 8)} if by_axes else {}
@@ -216,12 +199,6 @@ def test_merges(ranks):
     ranks.run(merges, 4)
 
 
-@pytest.mark.parametrize("placement", [[Shard(0), Shard(2)], [Shard(2), Replicate()]], ids=str)
-def test_two_dimensions(ranks, placement):
-    ranks.run(rotates, (2, 2), placement=placement, case="nothing")
-    ranks.run(attends, (2, 2), placement=placement)
-
-
 def attends_by_what_is_given(mesh, placement, rows):
     """Numbers of sequences, or one for all, of their tokens and of heads, and a gradient of lse."""
     q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
@@ -238,17 +215,18 @@ def attends_by_what_is_given(mesh, placement, rows):
         )  # fmt: skip
         return out + (lse * weight).transpose(1, 2).unsqueeze(-1), lse
 
-    of_lse = [Shard(1 if p == Shard(2) else 0) for p in placement]
+    of_lse = [{Shard(1): Shard(2), Shard(2): Shard(1)}.get(p, p) for p in placement]
     placements = [*[placement] * 3, of_lse]
     leaves = [q, k, k + 1, lse_of]
-    equals_plain(mesh, function, leaves, [q + 1, None], placements, kept=True)
+    kept = Shard(1) not in placement
+    equals_plain(mesh, function, leaves, [q + 1, None], placements, kept)
 
 
 @pytest.mark.parametrize("rows", [4, 1])
-@pytest.mark.parametrize("placement", [[Shard(0)], [Shard(2)], [Shard(0), Shard(2)]], ids=str)
-def test_attends_by_what_is_given(ranks, placement, rows):
-    size = 4 if len(placement) == 1 else (2, 2)
-    ranks.run(attends_by_what_is_given, size, placement=placement, rows=rows)
+def test_attends_by_what_is_given(ranks, rows):
+    for placement in (*BY_DIM, [Shard(0), Shard(2)], [Shard(2), Replicate()]):
+        size = 4 if len(placement) == 1 else (2, 2)
+        ranks.run(attends_by_what_is_given, size, placement=placement, rows=rows)
 
 
 def heads_that_do_not_divide(mesh):

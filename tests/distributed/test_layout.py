@@ -7,10 +7,9 @@ import torch
 
 from extrope_kernels.distributed import local_positions, shard, unshard
 
-SIZES = (2, 4)
-
 
 def has_the_tokens_of_torch(mesh, seqlen):
+    """In zigzag those of its head-tail load balancer."""
     from torch.distributed.tensor.experimental._context_parallel import _load_balancer
 
     size = mesh.size()
@@ -21,11 +20,6 @@ def has_the_tokens_of_torch(mesh, seqlen):
     assert torch.equal(local_positions(seqlen, mesh, balance=None), whole)
     with torch.device("meta"):  # of the CPU, whatever the default is
         assert torch.equal(local_positions(seqlen, mesh), expected.long())
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_zigzag_is_the_order_of_torchs_balancer(ranks, size):
-    ranks.run(has_the_tokens_of_torch, size, seqlen=24)
 
 
 def cuts_and_joins(mesh, balance):
@@ -42,12 +36,6 @@ def cuts_and_joins(mesh, balance):
     assert torch.equal(shard(ids, mesh.get_group(), dim=0), shard(ids, mesh, dim=0))
 
 
-@pytest.mark.parametrize("balance", ["zigzag", None])
-@pytest.mark.parametrize("size", SIZES)
-def test_unshard_undoes_shard(ranks, size, balance):
-    ranks.run(cuts_and_joins, size, balance=balance)
-
-
 def sums_gradients(mesh, balance):
     """Every rank's loss is of the whole: a token's gradient is the sum of all ranks' gradients."""
     x = torch.randn(16, 2)
@@ -60,10 +48,16 @@ def sums_gradients(mesh, balance):
     torch.testing.assert_close(part.grad, total * shard(weights, mesh, dim=0, balance=balance))
 
 
-@pytest.mark.parametrize("balance", ["zigzag", None])
-@pytest.mark.parametrize("size", SIZES)
-def test_gradients(ranks, size, balance):
-    ranks.run(sums_gradients, size, balance=balance)
+def of_both_balances(mesh, check):
+    for balance in ("zigzag", None):
+        check(mesh, balance)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_shard_and_unshard_are_each_others_inverse(ranks, size):
+    ranks.run(has_the_tokens_of_torch, size, seqlen=24)
+    for check in (cuts_and_joins, sums_gradients):
+        ranks.run(of_both_balances, size, check=check)
 
 
 X = torch.zeros(2, 12)

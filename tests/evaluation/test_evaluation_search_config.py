@@ -3,13 +3,7 @@
 import pytest
 import torch
 from tiny_model import CONFIG, TRAINED, save_tokenizer
-from transformers import (
-    AutoConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from extrope_cli import main
 from extrope_kernels.evaluation.search import stages

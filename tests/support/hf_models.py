@@ -62,8 +62,7 @@ ATTENDING: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
 }
 # For each score method the parameters that `extend` takes; relative positions are the oracle's.
 SCORE_PARAMETERS: dict[str, dict[str, Any]] = {
-    name: {key: value for key, value in example.parameters.items() if key != "grouped"}
-    for name, example in score_examples.EXAMPLES.items()
+    name: example.parameters for name, example in score_examples.EXAMPLES.items()
 }
 PLAIN = {"rope_type": "default"}
 # What a model's cache is called, as an argument and in its output: it was renamed within version 5.

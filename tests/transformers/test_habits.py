@@ -22,29 +22,17 @@ def test_extend_is_at_the_top_and_loaded_on_first_use():
 
 
 @pytest.mark.parametrize(
-    ("method", "meant"),
+    ("method", "given", "error", "message"),
     [
-        ("Yarn", "yarn"),
-        ("ReRoPE", "rerope"),
-        ("self-extend", "self_extend"),
-        ("NTK-aware", "ntk_aware"),
+        ("ReRoPE", {}, ValueError, "got 'ReRoPE' (did you mean 'rerope'?)"),
+        ("self-extend", {}, ValueError, "got 'self-extend' (did you mean 'self_extend'?)"),
+        (methods.rope(16), {}, TypeError, "as in extend(model, 'yarn', factor=4.0), got RopeFreqs"),
+        ("yarn", {"factor": 2.0, "rope_theta": 1e6}, TypeError, "got rope_theta (base here)"),
     ],
 )
-def test_a_name_in_other_letters_is_answered_with_the_name(method, meant):
-    with pytest.raises(ValueError, match=re.escape(f"got {method!r} (did you mean {meant!r}?)")):
-        extend(build("llama"), method)
-
-
-def test_frequencies_in_place_of_a_name_are_answered_with_what_to_pass():
-    with pytest.raises(
-        TypeError, match=r"as in extend\(model, 'yarn', factor=4.0\), got RopeFreqs"
-    ):
-        extend(build("llama"), methods.rope(16))
-
-
-def test_rope_theta_is_base_here():
-    with pytest.raises(TypeError, match=r"got rope_theta \(base here\)"):
-        extend(build("llama"), "yarn", factor=2.0, rope_theta=1e6)
+def test_a_near_miss_is_answered_with_what_to_write(method, given, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        extend(build("llama"), method, **given)
 
 
 def test_a_handle_says_what_is_in_place():

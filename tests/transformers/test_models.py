@@ -6,16 +6,7 @@ import models_census
 import pytest
 import tiny_models
 import torch
-from hf_models import (
-    build,
-    error,
-    generate,
-    gradients,
-    logits,
-    since,
-    tokens,
-    transformers,
-)
+from hf_models import build, error, generate, gradients, logits, since, tokens, transformers
 
 from extrope_kernels.integrations.transformers import extend, extension
 from extrope_kernels.integrations.transformers.batch import padded

@@ -7,13 +7,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import (
-    build,
-    generate,
-    gradients,
-    logits,
-    tokens,
-)
+from hf_models import CountOps, build, generate, gradients, logits, tokens
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import (
     ALL_ATTENTION_FUNCTIONS,
@@ -52,24 +46,6 @@ def deferred(model: nn.Module) -> list[str]:
     ]
 
 
-def calls(model: nn.Module, ids: torch.Tensor) -> int:
-    """How often the model's norms of queries and keys compute in a forward."""
-    count, norms = 0, [m for n, m in model.named_modules() if n.endswith(("q_norm", "k_norm"))]
-    own = type(norms[0]).forward
-
-    def counted(self, x):
-        nonlocal count
-        count += any(self is norm for norm in norms)
-        return own(self, x)
-
-    type(norms[0]).forward = counted
-    try:
-        logits(model, ids)
-    finally:
-        type(norms[0]).forward = own
-    return count
-
-
 def assert_close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -85,17 +61,18 @@ def assert_close(got, want):
 @pytest.mark.parametrize("family", MODELS)
 def test_the_op_norms(family, method, parameters, monkeypatch):
     model, ids = normed(family), tokens(2, 40)
-    norms, plain = calls(model, ids), logits(model, ids)
+    layers, plain = model.config.num_hidden_layers, logits(model, ids)
     with monkeypatch.context() as patch:
         patch.setattr(extension, "norm_patches", lambda rotary_modules: Patches())
         with extend(model, method, **parameters):
             assert not deferred(model)
             own, text = logits(model, ids), generate(model, ids[:1, :20], max_new_tokens=6)
     with extend(model, method, **parameters):
-        assert len(deferred(model)) == norms == 2 * model.config.num_hidden_layers
+        assert len(deferred(model)) == 2 * layers
+        with CountOps() as count:
+            assert_close(logits(model, ids), own)
         # A sliding layer's tables are the model's own.
-        assert calls(model, ids) == 2 * (family == "gemma3_text")
-        assert_close(logits(model, ids), own)
+        assert count.of("extrope.rope_norm_fwd") == layers - (family == "gemma3_text")
         assert_close(generate(model, ids[:1, :20], max_new_tokens=6), text)
     assert not deferred(model) and torch.equal(logits(model, ids), plain)
 

@@ -5,16 +5,7 @@ import json
 
 import pytest
 import torch
-from hf_models import (
-    TRAINED,
-    build,
-    freqs_of,
-    logits,
-    rotary_dim,
-    rotary_of,
-    tokens,
-    transformers,
-)
+from hf_models import TRAINED, build, freqs_of, logits, rotary_dim, rotary_of, tokens, transformers
 
 from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend, extend_from_saved
@@ -89,11 +80,20 @@ def test_a_method_scales_what_was_trained(family, scaling, method, parameters, l
 
 
 @pytest.mark.parametrize(("family", "scaling"), SCALINGS)
-def test_rope_is_the_model_as_it_was_trained(family, scaling):
+def test_rope_is_the_model_as_it_was_trained_and_saved_so(family, scaling, tmp_path):
     model = build(family, scaling)
     want = logits(with_buffers(model, trained_freqs(model)), IDS)
-    with extend(model, "rope"):
+    with extend(model, "rope") as handle:
         torch.testing.assert_close(logits(model, IDS), want, rtol=2e-4, atol=2e-4)
+        if scaling not in (LLAMA3, LONGROPE):
+            return
+        want = logits(model, IDS)
+        handle.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(plain, IDS), want, rtol=1e-4, atol=1e-4)
+    for again in (plain, model):
+        with extend_from_saved(again, tmp_path):
+            torch.testing.assert_close(logits(again, IDS), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("given", [{"base": 10000.0}, {ORIGINAL: 8}])
@@ -107,25 +107,11 @@ def test_a_base_or_a_length_of_the_callers_means_plain_rope(given):
         torch.testing.assert_close(logits(model, IDS), want, rtol=2e-4, atol=2e-4)
 
 
-def test_yarn_of_the_file_is_replaced_over_its_original_length():
-    scaling = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 8}
-    model = build("llama", scaling)
-    freqs = methods.yarn(16, factor=8.0, **{ORIGINAL: 8})
-    want = logits(with_buffers(model, freqs), IDS)
-    with extend(model, "yarn", factor=8.0) as handle:
-        assert handle.length == 64
-        torch.testing.assert_close(logits(model, IDS), want, rtol=2e-4, atol=2e-4)
-
-
-def test_yarn_reaches_twice_the_whole_training():
-    with extend(build("llama", LLAMA3), "yarn", factor=2.0) as handle:
-        assert handle.length == 2 * TRAINED
-
-
 @pytest.mark.parametrize(("family", "scaling"), SCALINGS[1:3])
 def test_a_saved_folder_has_the_trained_scaling_once(family, scaling, tmp_path):
     model = build(family, scaling)
     handle = extend(model, "yarn", factor=2.0)
+    assert handle.length == 2 * TRAINED  # of the whole training
     want = logits(model, IDS)
     handle.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -154,19 +140,6 @@ def test_a_folder_of_ours_is_not_scaled_twice(method, scaling, tmp_path):
         with extend(reloaded, again, factor=4.0) as handle:
             torch.testing.assert_close(logits(reloaded, IDS), want, rtol=1e-5, atol=1e-5)
             assert handle.length == length
-
-
-@pytest.mark.parametrize(("family", "scaling"), SCALINGS[1:3])
-def test_rope_is_saved_as_the_model_was_trained(family, scaling, tmp_path):
-    model = build(family, scaling)
-    with extend(model, "rope") as handle:
-        want = logits(model, IDS)
-        handle.save_pretrained(tmp_path)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(logits(plain, IDS), want, rtol=1e-4, atol=1e-4)
-    for again in (plain, model):
-        with extend_from_saved(again, tmp_path):
-            torch.testing.assert_close(logits(again, IDS), want, rtol=1e-4, atol=1e-4)
 
 
 def test_dynamic_ntk_counts_from_the_length_before_a_yarn_of_the_file(tmp_path):

@@ -6,13 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hf_models import (
-    SCORE_PARAMETERS,
-    build,
-    generate,
-    tokens,
-    transformers,
-)
+from hf_models import SCORE_PARAMETERS, build, generate, tokens, transformers
 from torch import nn
 
 from extrope_kernels.integrations.transformers import extend
@@ -70,26 +64,20 @@ def assert_equal(got, want):
 
 @pytest.mark.parametrize(("family", "method", "parameters"), CASES)
 def test_a_batch_gives_what_generate_gives(family, method, parameters):
-    model = build(family).double()
-    plain = one_by_one(model)
-    with extend(model, method, **parameters):
-        want = one_by_one(model)
-        assert_equal(batch(model), want)
-    assert max((a[1] - b[1]).abs().max().item() for a, b in zip(want, plain)) > 0.01
-
-
-def test_requests_start_while_others_decode():
-    model, lengths = build("llama"), []
+    """Requests start while others decode."""
+    model, lengths = build(family).double(), []
 
     def note(module, args, kwargs):
         lengths.append(kwargs["cu_seq_lens_q"].diff().tolist())
 
-    with extend(model, "rerope", window=16):
-        handle = model.register_forward_pre_hook(note, with_kwargs=True)
-        batch(model)
-        handle.remove()
+    plain = one_by_one(model)
+    with extend(model, method, **parameters):
+        want = one_by_one(model)
+        model.register_forward_pre_hook(note, with_kwargs=True)
+        assert_equal(batch(model), want)
     assert any(1 in each and max(each) > 1 for each in lengths)
     assert all(sum(each) <= BATCH_TOKENS for each in lengths)
+    assert max((a[1] - b[1]).abs().max().item() for a, b in zip(want, plain)) > 0.01
 
 
 @pytest.mark.parametrize(

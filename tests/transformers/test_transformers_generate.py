@@ -13,7 +13,6 @@ import torch
 from hf_models import (
     ATTENDING,
     CACHE,
-    FAMILIES,
     LAYERS,
     SCORE_PARAMETERS,
     TRAINED,
@@ -23,7 +22,6 @@ from hf_models import (
     build,
     error,
     logits,
-    rotary_dim,
     since,
     tokens,
     transformers,
@@ -37,35 +35,17 @@ PAD = 5
 PROMPT = tokens(2, TRAINED - 4)
 PADDED, MASK = PROMPT.clone(), torch.ones_like(PROMPT)
 PADDED[0, :PAD] = MASK[0, :PAD] = 0
-BY_LENGTH = ("dynamic_ntk", "dynamic_yarn", "longrope")
+BY_LENGTH = {
+    "dynamic_ntk": {"factor": 2.0},
+    "dynamic_yarn": {},
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "factor": 2.0},
+}
 LOG_N = ("leaky_rerope", "dual_chunk", "blockwise_causal")
 SCORES = {
     method: parameters | ({"log_n": 16} if method in LOG_N else {})
     for method, parameters in SCORE_PARAMETERS.items()
 }
-SCORED = [
-    *(("llama", method) for method in SCORES),
-    ("gemma2", "rerope"),  # sliding window layers in between
-    ("gemma3_text", "leaky_rerope"),
-    ("phi", "self_extend"),
-    ("gpt_neox", "dual_chunk"),
-    ("cohere", "leaky_rerope"),
-]
-FREQUENCIES = [
-    *(("llama", method) for method in ("yarn", "xpos", *BY_LENGTH)),
-    *((family, method) for family in FAMILIES if family != "llama" for method in ("longrope",)),
-]
-
-
-def parameters_of(method, family="llama"):
-    if method in SCORES:
-        return SCORES[method]
-    if method in ("dynamic_yarn", "xpos"):
-        return {}
-    if method != "longrope":
-        return {"factor": 2.0}
-    pairs = rotary_dim(family) // 2
-    return {"short_factor": [1.0] * pairs, "long_factor": [3.0] * pairs, "factor": 2.0}
+METHODS = {"yarn": {"factor": 2.0}, "xpos": {}} | BY_LENGTH | SCORES
 
 
 def model_of(family, **sizes):
@@ -79,58 +59,43 @@ def generate(model, ids, **settings):
     return hf_models.generate(model, ids, **settings)
 
 
-@pytest.mark.parametrize(("family", "method"), [*FREQUENCIES, *SCORED])
-def test_cache_equals_no_cache(family, method):
-    model, parameters = model_of(family), parameters_of(method, family)
+@pytest.mark.parametrize("method", METHODS)
+def test_cache_equals_no_cache(method):
+    model = model_of("llama")
     plain = generate(model, PROMPT)
-    with extend(model, method, **parameters):
+    with extend(model, method, **METHODS[method]):
         want = generate(model, PROMPT, use_cache=False)
         assert_same(generate(model, PROMPT), want)
     assert error(want, plain) > 0.01
     if method in SCORES:
-        with extend(model.float(), method, **parameters):
+        with extend(model.float(), method, **SCORES[method]):
             got = generate(model, PROMPT)
             ids = torch.cat((PROMPT, got.argmax(-1)[:, :-1]), 1)
             expected = logits(model, ids)[:, -NEW:]
             assert_as_exact_as(got, expected, logits(model.double(), ids)[:, -NEW:])
 
 
-@pytest.mark.parametrize(
-    ("family", "method"), [("llama", "yarn"), ("phi", "yarn"), ("phi", "dynamic_ntk"), *SCORED]
-)
-def test_left_padded_prompts_generate_as_alone(family, method):
-    model, parameters = model_of(family), parameters_of(method, family)
-    with extend(model, method, **parameters):
-        alone = generate(model, PROMPT[:1, PAD:]), generate(model, PROMPT[1:])
-    with extend(model, method, **parameters):
-        for settings in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}):
-            if "prefill_chunk_size" in settings:
-                since("5.3", "chunks of a prompt are not generated from")
-            got = generate(model, PADDED, attention_mask=MASK, **settings)
-            assert_same(got, torch.cat(alone))
-
-
 WAYS = [
-    {"num_beams": 3},
-    {"num_beams": 3, "prefill_chunk_size": 8},
-    {"prefill_chunk_size": 8, "cache_implementation": "static"},
+    {},
+    {"use_cache": False},
+    {"prefill_chunk_size": 4},
     {"cache_implementation": "static"},
+    {"cache_implementation": "static", "prefill_chunk_size": 8},
 ]
 
 
 @pytest.mark.parametrize("method", ["yarn", "dynamic_ntk", *SCORES])
-def test_other_ways_to_generate(method):
+def test_left_padded_prompts_generate_as_alone_in_every_way(method):
     since("5.3", "chunks of a prompt are not generated from")
-    model, parameters = model_of("llama"), parameters_of(method)
-    plain = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": MASK}
-    with extend(model, method, **parameters):
-        want = {
-            beams: model.generate(PADDED, **plain, use_cache=False, num_beams=beams)
-            for beams in (1, 3)
-        }
+    model = model_of("llama")
+    with extend(model, method, **METHODS[method]):
+        alone = torch.cat((generate(model, PROMPT[:1, PAD:]), generate(model, PROMPT[1:])))
         for settings in WAYS:
-            got = model.generate(PADDED, **plain, **settings)
-            assert torch.equal(got, want[settings.get("num_beams", 1)]), settings
+            assert_same(generate(model, PADDED, attention_mask=MASK, **settings), alone)
+        beams = {"num_beams": 3, "max_new_tokens": NEW, "do_sample": False, "attention_mask": MASK}
+        want = model.generate(PADDED, use_cache=False, **beams)
+        for settings in ({}, {"prefill_chunk_size": 8}):
+            assert torch.equal(model.generate(PADDED, **beams, **settings), want), settings
 
 
 @pytest.mark.parametrize("method", SCORES)
@@ -147,8 +112,9 @@ def test_several_tokens_at_once_and_some_taken_back(method):
 def test_static_caches_with_and_without_sliding_windows(family):
     model = model_of(family)
     with extend(model, "rerope", window=7):
-        got = generate(model, PROMPT, cache_implementation="static")
-        assert_same(got, generate(model, PROMPT))
+        want = generate(model, PROMPT, use_cache=False)
+        for settings in ({}, {"cache_implementation": "static"}):
+            assert_same(generate(model, PROMPT, **settings), want)
 
 
 def test_one_op_a_layer_and_token():
@@ -191,14 +157,14 @@ def test_a_cache_serves_the_method_that_filled_it_alone():
 def test_a_request_is_frozen_at_the_length_it_will_reach(method):
     model, length = model_of("llama"), PROMPT.shape[1] + NEW
     config = transformers.GenerationConfig(max_new_tokens=NEW)
-    with extend(model, method, **parameters_of(method)):
+    with extend(model, method, **BY_LENGTH[method]):
         got = [
             generate(model, PROMPT, **settings)
             for settings in ({}, {"max_length": length}, {"generation_config": config})
         ]
-    with extend(model, method, seq_len=length, **parameters_of(method)):
+    with extend(model, method, seq_len=length, **BY_LENGTH[method]):
         want = generate(model, PROMPT)
-    with extend(model, method, seq_len=TRAINED - 4, **parameters_of(method)):
+    with extend(model, method, seq_len=TRAINED - 4, **BY_LENGTH[method]):
         assert error(generate(model, PROMPT), want) > 0.1
     assert all(torch.equal(each, want) for each in got)
 
@@ -226,15 +192,15 @@ def test_a_request_without_a_limit_is_frozen_at_its_prompt():
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_requests_do_not_influence_one_another(method, use_cache):
     model, short = model_of("llama"), tokens(1, 6, seed=2)
-    with extend(model, method, **parameters_of(method)):
+    with extend(model, method, **BY_LENGTH[method]):
         alone = generate(model, short, use_cache=use_cache)
         generate(model, PROMPT, use_cache=use_cache)
         assert torch.equal(generate(model, short, use_cache=use_cache), alone)
         forward = logits(model, short)
         logits(model, PROMPT.repeat(1, 2))
         assert torch.equal(logits(model, short), forward)
-    longrope = {"seq_len": 16, **parameters_of(method)} if method == "longrope" else {}
-    with extend(model, "longrope" if longrope else "rope", **longrope):
+    within = {"seq_len": 16, **BY_LENGTH[method]} if method == "longrope" else {}
+    with extend(model, method if within else "rope", **within):
         assert torch.equal(generate(model, short, use_cache=use_cache), alone)
 
 

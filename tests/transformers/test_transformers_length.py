@@ -1,6 +1,5 @@
 """`extend` told a length: the method that it chooses, and the factor of a named one."""
 
-import json
 import warnings
 
 import pytest
@@ -8,7 +7,7 @@ import tiny_models
 import torch
 from hf_models import TRAINED, build, logits, tokens, transformers
 
-from extrope_kernels.integrations.transformers import extend, extend_from_saved
+from extrope_kernels.integrations.transformers import extend
 
 ORIGINAL = "original_max_position_embeddings"
 CHUNKS = {"chunk_size": 16, "local_size": 4, ORIGINAL: 24}
@@ -22,18 +21,14 @@ def chosen(model, length, **given):
 
 
 @pytest.mark.parametrize(
-    ("rope", "settings", "length", "method", "parameters", "reason"),
-    [
-        (None, {}, 100, "rerope", {"window": TRAINED // 2}, "exact within its window, half of 32"),
-        # A YaRN of the file reaches four times the length that its factor is counted from.
-        (YARN_IN_FILE, {}, 64, "rerope", {"window": TRAINED // 2}, "half of 32 tokens"),
-    ],
+    ("rope", "length"),
+    # A YaRN of the file reaches four times the length that its factor is counted from.
+    [(None, 100), (YARN_IN_FILE, 64)],
 )
-def test_the_method_is_the_one_that_measured_best(
-    rope, settings, length, method, parameters, reason
-):
-    name, got, why = chosen(build("llama", rope, **settings), length)
-    assert (name, got) == (method, parameters) and reason in why
+def test_the_method_is_the_one_that_measured_best(rope, length):
+    method, parameters, reason = chosen(build("llama", rope), length)
+    assert (method, parameters) == ("rerope", {"window": TRAINED // 2})
+    assert "exact within its window, half of 32" in reason
 
 
 LONG = {"rope_type": "longrope", ORIGINAL: 16, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
@@ -149,18 +144,6 @@ def test_a_length_of_the_training_gets_a_warning_at_the_callers_line():
         with pytest.warns(UserWarning, match=message) as warned:
             extend(build("llama"), method, length=TRAINED).restore()
         assert warned[0].filename == __file__
-
-
-def test_a_chosen_method_is_saved_as_the_method(tmp_path):
-    model, ids = build("llama"), tokens(1, 50)
-    with extend(model, length=4 * TRAINED):
-        want = logits(model, ids)
-        with pytest.warns(UserWarning, match="by rerope"):
-            model.save_pretrained(tmp_path)
-    (saved,) = json.loads((tmp_path / "extrope.json").read_text())["extensions"]
-    assert (saved["method"], saved["parameters"]) == ("rerope", {"window": 16})
-    with extend_from_saved(model, tmp_path):
-        assert torch.equal(logits(model, ids), want)
 
 
 @pytest.mark.thorough  # most of its minutes go into building models

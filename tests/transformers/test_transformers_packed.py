@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import tiny_models
 import torch
@@ -44,15 +42,18 @@ def trained(model, out):
 def test_sequences_of_a_row_are_their_own_forwards(family, method, settings):
     sizes = dict(settings)
     layers = sizes.pop("layers", "full")
-    model = build(family, **sizes).double()
+    are_their_own_forwards(build(family, **sizes).double(), method, layers)
+
+
+def are_their_own_forwards(model, method, layers, **tolerance):
     with extend(model, method, layers=layers, **SCORE_PARAMETERS[method]):
         want = alone(model)
         gradients = trained(model, want)
         for inputs in ({"position_ids": POSITIONS}, FLASH):
             got = model(ROW, **inputs).logits
-            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(got, want, **tolerance)
             for name, gradient in trained(model, got).items():
-                torch.testing.assert_close(gradient, gradients[name])
+                torch.testing.assert_close(gradient, gradients[name], **tolerance)
         assert error(logits(model, ROW), want) > 0.01
 
 
@@ -68,18 +69,10 @@ def test_layers_whose_masks_are_made_without_positions(name, method, layers):
 
     AFMoE computes parts in float32.
     """
-    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
     sizes = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}
     model = tiny_models.build(name, num_hidden_layers=2, **sizes).double()
     model.set_experts_implementation("eager")  # others have no float64
-    with extend(model, method, layers=layers, **SCORE_PARAMETERS[method]):
-        want = alone(model)
-        gradients = trained(model, want)
-        for inputs in ({"position_ids": POSITIONS}, FLASH):
-            got = model(ROW, **inputs).logits
-            close(got, want)
-            for weight, gradient in trained(model, got).items():
-                close(gradient, gradients[weight])
+    are_their_own_forwards(model, method, layers, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["rerope", "dual_chunk"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from hf_models import CACHE, TRAINED, build, tokens
+from transformers import DynamicCache
 
 from extrope_kernels.integrations.transformers import extend, extend_from_saved
 
-TRAINED, STEPS = 32, ((0, 20), (20, 21), (21, 40), (40, 41), (41, 42), (42, 70))
+STEPS = ((0, 20), (20, 21), (21, 40), (40, 41), (41, 42), (42, 70))
 METHODS = {
     "dynamic_ntk": {"factor": 2.0},
     "dynamic_yarn": {},
@@ -18,49 +19,39 @@ METHODS = {
 }
 
 
-def llama(layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 97}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        num_hidden_layers=layers, max_position_embeddings=TRAINED, **sizes, **heads
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def tokens(length: int) -> torch.Tensor:
-    return torch.randint(0, 97, (1, length), generator=torch.Generator().manual_seed(1))
+def llama(layers: int) -> torch.nn.Module:
+    return build("llama", num_hidden_layers=layers).double()
 
 
 def by_steps(model, ids, steps=STEPS):
     """Yield the logits of each step, and the step."""
     cache = DynamicCache(config=model.config)
     for begin, end in steps:
-        yield model(ids[:, begin:end], past_key_values=cache).logits, begin, end
+        yield model(ids[:, begin:end], **{CACHE: cache}).logits, begin, end
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_as_without_a_cache(method):
     """Of one layer, whose keys depend on tokens alone; or where frequencies are the same."""
-    model, ids = llama(1 if "dynamic" in method else 2), tokens(70)
+    model, ids = llama(1 if "dynamic" in method else 2), tokens(1, 70)
     with extend(model, method, cache="raw", **METHODS[method]):
         for got, begin, end in by_steps(model, ids):
             want = model(ids[:, :end], use_cache=False).logits[:, begin:]
-            torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+            torch.testing.assert_close(got, want)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["dynamic_ntk", "dynamic_yarn"])
 def test_short_requests_are_the_plain_model(method):
     """The bits of RoPE by the same ops, and the tokens of the model without them."""
-    model, ids = llama(2), tokens(10)
+    model, ids = llama(2), tokens(1, 10)
     plain = model.generate(ids, max_new_tokens=20, do_sample=False)
     with extend(model, "rope", cache="raw"):
-        steps = [logits for logits, *_ in by_steps(model, tokens(TRAINED), ((0, 20), (20, 32)))]
+        steps = [logits for logits, *_ in by_steps(model, tokens(1, TRAINED), ((0, 20), (20, 32)))]
     with extend(model, method, cache="raw", **METHODS[method]):
         for got, want in zip(
-            by_steps(model, tokens(TRAINED), ((0, 20), (20, 32))), steps, strict=True
+            by_steps(model, tokens(1, TRAINED), ((0, 20), (20, 32))), steps, strict=True
         ):
             assert torch.equal(got[0], want)
         assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), plain)
@@ -69,7 +60,7 @@ def test_short_requests_are_the_plain_model(method):
 @torch.no_grad()
 def test_a_later_step_is_not_frozen():
     """Without raw keys, what was cached first decides."""
-    model, ids = llama(1), tokens(70)
+    model, ids = llama(1), tokens(1, 70)
     with extend(model, "dynamic_ntk", factor=2.0, cache="raw"):
         *_, (raw, _, _) = by_steps(model, ids)
     with extend(model, "dynamic_ntk", factor=2.0):
@@ -79,7 +70,7 @@ def test_a_later_step_is_not_frozen():
 
 @torch.no_grad()
 def test_it_is_saved_and_restored(tmp_path):
-    model, ids = llama(2), tokens(40)
+    model, ids = llama(2), tokens(1, 40)
     plain = model(ids).logits
     handle = extend(model, "dynamic_yarn", cache="raw")
     want = model(ids).logits

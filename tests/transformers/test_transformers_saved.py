@@ -184,8 +184,10 @@ def test_a_model_saved_by_itself_or_by_a_trainer_keeps_its_extension(tmp_path):
     model = build("llama")
     with extend(model, "rerope", window=7):
         want = logits(model, IDS)
-        with pytest.warns(UserWarning, match="is the plain model's; its extension by rerope is in"):
+        message = "is the plain model's; its extension by rerope is in"
+        with pytest.warns(UserWarning, match=message) as warned:
             model.save_pretrained(tmp_path / "whole")
+        assert warned[0].filename == __file__
         adapted = with_lora(model)
     adapted = with_lora(build("llama"))
     with (

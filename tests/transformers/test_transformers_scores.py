@@ -48,10 +48,7 @@ def dense(model, method, formula, log_n=None, freqs=None):
         options = {"scale": scaling, "interleaved": interleaved, "log_n": log_n}
         layer_freqs = freqs
         if sliding_window is not None:
-            relative = score_examples.rerope(q.shape[2], q.shape[2], window=1000)
-            relative.seen[relative.seen >= sliding_window] = torch.nan
-            near = [(mask & ~relative.seen.isnan(), *at) for mask, *at in relative.branches]
-            relative = score_examples.Relative(relative.seen, near)
+            relative = score_examples.PLAIN.relative(q.shape[2], q.shape[2]).within(sliding_window)
             layer_freqs = local
             del options["log_n"]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -6,10 +6,12 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import score_examples
 import torch
+from attention_oracle import closed_form
 from test_vllm_settings import YARN, config
 
-from extrope_kernels import scores
+from extrope_kernels import RopeFreqs, scores
 from extrope_kernels.integrations.vllm.dual_chunks import adopt_dual_chunk_config
 from extrope_kernels.integrations.vllm.engine import make_engine
 
@@ -92,42 +94,23 @@ def tiny(tmp_path_factory):
 
 @torch.no_grad()
 def dense(model, prompt):
-    """Log-probabilities of a prompt's tokens by a layer's formulas, one pair of tokens at a time.
-
-    Chunks of 64, and the temperature: every step of the model but the attention is its own.
-    """
-    from transformers.models.qwen2.modeling_qwen2 import rotate_half
-
-    inv_freq = model.model.rotary_emb.inv_freq.double()
-    i = torch.arange(len(prompt))
-    previous = i[:, None] // 64 - i // 64 == 1
-    same = i[:, None] // 64 == i // 64
-    place = torch.where(previous, (i % 64 + 64).clamp(max=96)[:, None], 96)
-    distance = torch.where(same, i[:, None] % 64, place) - i % 64
-    angles = torch.cat((distance[..., None] * inv_freq,) * 2, -1)
-    scale = (0.1 * ((i + 1.0) / 128).log() + 1).clamp(min=1) ** 2
-
-    def attention(module, query, key, value, mask, scaling, **_):
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        q = query[0, :, :, None]
-        turned = q * angles.cos() + rotate_half(q) * angles.sin()
-        logits = (turned * key[0, :, None]).sum(-1) * scaling * scale[:, None]
-        weights = logits.masked_fill(i > i[:, None], -torch.inf).softmax(-1)
-        return (weights @ value[0]).transpose(0, 1)[None], None
-
-    return run_by(model, attention, prompt)
-
-
-def run_by(model, attention, prompt):
-    """The model with keys and queries as they come before the rotation."""
+    """Log-probabilities of a prompt by dense attention in float64, with the temperature."""
     from transformers import AttentionInterface
     from transformers.models.qwen2 import modeling_qwen2
 
+    seqlen, freqs = len(prompt), RopeFreqs(model.model.rotary_emb.inv_freq)
+    relative = score_examples.dual_chunk(seqlen, seqlen, chunk_size=96, local_window=32)
+    n = torch.arange(1, seqlen + 1).double()
+    scale = (0.1 * (n / 128).log() + 1).clamp(min=1) ** 2
+
+    def attention(module, q, k, v, mask, scaling, **_):
+        qkv = (x.transpose(1, 2) for x in (q, k, v))
+        return closed_form(*qkv, relative, freqs, scale=scaling, query_scale=scale)[0], None
+
     AttentionInterface.register("dense", attention)
-    model = copy.deepcopy(model).double()
+    model, ids = copy.deepcopy(model).double(), torch.tensor([prompt])
     model.set_attn_implementation("dense")
-    ids = torch.tensor([prompt])
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:  # keys and queries as they come
         patch.setattr(modeling_qwen2, "apply_rotary_pos_emb", lambda q, k, *_: (q, k))
         logprobs = model(ids).logits[0].log_softmax(-1)
     return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].float()

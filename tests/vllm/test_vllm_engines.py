@@ -325,9 +325,7 @@ def test_a_model_all_of_whose_layers_have_a_window_is_refused_by_its_configurati
 @pytest.mark.parametrize(
     ("extrope", "options", "message"),
     [
-        ({"method": "yearn"}, {}, "method must be one of rope, abf, .* got 'yearn'"),
         (YARN | {"beta": 1}, {}, "parameters of yarn must be among .* got beta"),
-        ({"method": "yarn"}, {}, "yarn needs factor, which is missing"),
         (YARN, {"model_impl": "transformers"}, "one of vLLM's own"),
         ({"score": RERO}, {"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype must be auto or"),
         ({"method": "xpos"}, {"max_model_len": 1 << 20}, "max_model_len must be at most 72521"),

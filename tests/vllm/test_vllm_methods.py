@@ -13,16 +13,7 @@ import torch
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import (
-    LENGTH,
-    SIZES,
-    build,
-    difference,
-    engine,
-    expected,
-    generated,
-    tokens_of,
-)
+from vllm_engines import LENGTH, SIZES, build, difference, engine, expected, generated, tokens_of
 
 from extrope_kernels.methods import METHODS
 from extrope_kernels.scores import SCORES

@@ -11,15 +11,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import (
-    PROMPTS,
-    build,
-    engine,
-    expected,
-    generated,
-    logits_behind,
-    tokens_of,
-)
+from vllm_engines import PROMPTS, build, engine, expected, generated, logits_behind, tokens_of
 
 from extrope_kernels.integrations.transformers import extend
 

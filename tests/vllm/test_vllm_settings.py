@@ -10,7 +10,7 @@ import torch
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import engine_of, make_engine
-from extrope_kernels.integrations.vllm.settings import describe, read_settings
+from extrope_kernels.integrations.vllm.settings import read_settings
 from extrope_kernels.integrations.vllm.warnings import summary, warnings_for
 
 YARN = {"method": "yarn", "factor": 4.0}
@@ -70,22 +70,6 @@ def test_method_and_score():
     assert read.score == scores.rerope(64) and read.log_n is None
     read = read_settings({"extrope": {"score": RERO | {"log_n": 128}}})
     assert read.method is None and read.log_n == 128
-
-
-@pytest.mark.parametrize(
-    ("extrope", "words"),
-    [
-        (YARN, "yarn factor=4.0"),
-        ({"score": RERO}, "rerope window=64"),
-        (
-            {**YARN, "resonance": True, "score": RERO | {"log_n": 128}},
-            "rerope window=64 log_n=128 over yarn factor=4.0 resonance=True",
-        ),
-        ({"method": "rope", "score": None}, "rope"),
-    ],
-)
-def test_in_words(extrope, words):
-    assert describe({"extrope": extrope}) == words
 
 
 @pytest.mark.parametrize(
@@ -337,10 +321,15 @@ def warnings_of(made):
     return list(warnings_for(made, read_settings(made.additional_config)))
 
 
+NUMBERS = "(trained length 128, base 10000, max_model_len 512)"
+
+
 def test_the_summary_of_an_engine():
     types = ["sliding_attention", "full_attention"]
+    both = {**YARN, "resonance": True, "score": RERO | {"log_n": 128}}
     for extrope, text, want in (
-        (YARN, {}, "yarn factor=4.0 (trained length 128, base 10000, max_model_len 512)"),
+        ({"method": "rope", "score": None}, {}, f"rope {NUMBERS}"),
+        (both, {}, f"rerope window=64 log_n=128 over yarn factor=4.0 resonance=True {NUMBERS}"),
         (
             YARN | {"original_max_position_embeddings": 64},
             {"rope_parameters": TWO_BASES, "layer_types": types},

@@ -12,7 +12,8 @@ patch: what we change. `frequencies` and `scores` make the `Patches` of the two 
 batch: the rows that a forward reads: padded, packed, in pages.
 
 interface: `attn_implementation="extrope"`, also for models that are not extended.
-saved, context_parallel: an extension on disk, and over a mesh. Imported when asked for.
+saved: an extension on disk.
+context_parallel: an extension over a mesh, imported when asked for.
 """
 
 import importlib

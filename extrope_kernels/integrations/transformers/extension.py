@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,11 +33,11 @@ from .patch.score_forward import ScoreRotaryForward
 from .patch.scores import ScoreRequest, read_score, score_patches
 from .probe.layers import first_call, probe_layers, refuse_without_weights
 from .probe.rotary import RotaryModule, find_rotary_modules, owners_of
+from .saved import Saved, describe, read, save, save_beside_adapters, save_plain
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy
     from ...distributed.layout import Balance, Mesh
-    from .saved import Saved
 
 
 @torch.inference_mode(False)  # its tensors would have no part in a later backward
@@ -215,7 +214,7 @@ def _extend(
     patches.overrides.append((owners[0], ON_OWNER, applied))
     for each in dict.fromkeys((model, generation_config_owner(model))):
         if hasattr(each, "save_pretrained"):
-            saving = partial(_save_plain, each, model, applied)
+            saving = partial(save_plain, each, model, applied)
             patches.overrides.append((each, "save_pretrained", saving))
     patches.hooks[:0] = [(owner, TrainingGuard().before_forward, None) for owner in owners[:1]]
     if mesh is None:
@@ -226,10 +225,7 @@ def _extend(
     if has_hooks:
         route_forward_through_hooks(owners, patches)
 
-    if "peft" in sys.modules:
-        from .saved import save_beside_adapters
-
-        save_beside_adapters()
+    save_beside_adapters()
 
     # In place, and tried out.
     extension = Extension(model, patches, applied)
@@ -278,8 +274,6 @@ def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
     Returns a handle as `extend` does; its `restore()` undoes all of them.
     Raises ValueError for a folder without an extension, and as `extend`.
     """
-    from .saved import read
-
     return _extend_by_all(model, read(folder))
 
 
@@ -333,15 +327,6 @@ def _try_patched(model: nn.Module, owners: Sequence[nn.Module], over_mesh: bool)
             ) from error
 
 
-def _save_plain(
-    module: nn.Module, model: nn.Module, applied: Applied, *args: Any, **options: Any
-) -> None:
-    """Replace `save_pretrained` of an extended model; module: the part whose method it is."""
-    from .saved import save_plain
-
-    save_plain(module, model, applied, *args, **options)
-
-
 class Extension:
     """An extension in place: `restore()`, or the end of a `with` block, undoes it.
 
@@ -375,8 +360,6 @@ class Extension:
         say it (another base). `extend` leaves max_position_embeddings alone: tell `length` to
         clients that cut prompts there.
         """
-        from .saved import describe
-
         return describe(self.model, self.applied).length
 
     def extend(self, model: nn.Module) -> Extension:
@@ -427,8 +410,6 @@ class Extension:
         """
         if not self._overrides:
             raise ValueError("extend: save_pretrained must come before restore, got it after")
-        from .saved import save
-
         save(self.model, folder, length, options)
 
     def restore(self) -> None:

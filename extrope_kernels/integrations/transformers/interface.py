@@ -113,7 +113,8 @@ def attention(
 
     window, tokens = call.get("sliding_window"), q.shape[1]
     if attention_mask is None and window and tokens == k.shape[1] and _causal(module, options):
-        attention_mask = _window_mask(tokens, window, q.device)
+        at = torch.arange(tokens, device=q.device)  # the mask that `make_mask` has left out
+        attention_mask = ((at <= at[:, None]) & (at > at[:, None] - window))[None, None]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
@@ -151,12 +152,6 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: dict[str, Any])
         return None
     ends, pads = (x.expand(q.shape[0]).contiguous() for x in rows)
     return rope_attention_with_kvcache(q, k, v, cache_seqlens=ends, cache_leftpad=pads, **call)
-
-
-def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
-    """Make the mask that `make_mask` has left out: (1, 1, tokens, tokens) bool."""
-    at = torch.arange(tokens, device=device)
-    return ((at <= at[:, None]) & (at > at[:, None] - window))[None, None]
 
 
 def _rows(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor] | None:

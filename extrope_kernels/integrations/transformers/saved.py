@@ -16,7 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def save_plain(
     *args: Any,
     **options: Any,
 ) -> None:
-    """Save by a module's own `save_pretrained`, which writes the plain model's config."""
+    """Replace a module's `save_pretrained`, which writes the plain model's config."""
     _refuse_upload(options)
     type(module).save_pretrained(module, save_directory, *args, **options)
     if not options.get("is_main_process", True):
@@ -154,7 +154,7 @@ def save_plain(
         f"extend: config.json in {save_directory} is the plain model's; its extension by "
         f"{applied.method} is in {SAVED}, which extend_from_saved reads. save_pretrained of "
         "what extend returned writes a config that other programs read",
-        stacklevel=3,
+        stacklevel=2,
     )
 
 
@@ -403,9 +403,7 @@ def _same_frequencies(
 
 
 def _write(extensions: Sequence[Saved], folder: str | os.PathLike) -> None:
-    names = ("method", "parameters", "layers", "length", "cache")
-    stored = [{name: getattr(each, name) for name in names} for each in extensions]
-    text = json.dumps({"extensions": stored}, indent=2)
+    text = json.dumps({"extensions": [asdict(each) for each in extensions]}, indent=2)
     Path(folder, SAVED).write_text(text + "\n", encoding="utf-8")
 
 

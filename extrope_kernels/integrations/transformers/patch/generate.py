@@ -62,11 +62,9 @@ def _start_batching(
     if implementation == INTERFACE:
         # The manager takes names that it knows; extended layers keep theirs.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    begin = previous or partial(type(model).init_continuous_batching, model)
     try:
-        if previous is not None:
-            manager = previous(*args, **kwargs)
-        else:
-            manager = type(model).init_continuous_batching(model, *args, **kwargs)
+        manager = begin(*args, **kwargs)
     except BaseException:
         if implementation == INTERFACE:
             model.set_attn_implementation(implementation)
@@ -105,10 +103,9 @@ def _generate_one_request(
     known = isinstance(mask, Tensor) and mask.dim() == 2
     pads = (mask == 0).sum(-1).tolist() if known else None
     in_progress.request = Request(_reach(model, *args, **kwargs), pads)
+    generate = previous or partial(type(model).generate, model)
     try:
-        if previous is not None:
-            return previous(*args, **kwargs)
-        return type(model).generate(model, *args, **kwargs)
+        return generate(*args, **kwargs)
     finally:
         in_progress.request = outer
 
@@ -143,9 +140,8 @@ def _generate_within(
             "reaches",
             stacklevel=2,
         )
-    if previous is not None:
-        return previous(*args, **kwargs)
-    return type(model).generate(model, *args, **kwargs)
+    generate = previous or partial(type(model).generate, model)
+    return generate(*args, **kwargs)
 
 
 def _reach(

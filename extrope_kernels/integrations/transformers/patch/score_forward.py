@@ -421,7 +421,7 @@ def exchange(value: Any, found: Callable[[ScoreAttention], Any]) -> Any:
         return found(value[0])
     if isinstance(value, Mapping):
         exchanged = {key: exchange(each, found) for key, each in value.items()}
-        # LayerProbe share keys by mappings, which must stay the same objects.
+        # Layers share keys by mappings, which must stay the same objects.
         if any(exchanged[key] is not each for key, each in value.items()):
             return exchanged
     return value

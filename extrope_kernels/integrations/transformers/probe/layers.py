@@ -120,7 +120,7 @@ class Recorder:
                 handle.remove()
 
     def note_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note the layer and take its mask's place: forward pre-hook of layers that rotate."""
+        """Note the layer: forward pre-hook of layers that rotate."""
         self.called[layer] = None
 
     def before_layer(

@@ -24,7 +24,6 @@ from ..._shared.parameters import is_bounded
 from ..model import BOUNDED, unsupported
 
 APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate
-_LAYERS = ("full", "all")
 _POSITIONS = [[0, 1, 5, 11]]  # of a probe
 
 
@@ -114,7 +113,7 @@ def find_rotary_modules(model: nn.Module, layers: str = "full") -> list[RotaryMo
     """Return every rotary embedding of `model`; raise ValueError if one cannot be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"extend: model must be a transformers model, got {type(model).__name__}")
-    if layers not in _LAYERS:
+    if layers not in ("full", "all"):
         raise ValueError(f"extend: layers must be full or all, got {layers!r}")
     rotary_modules = [
         _rotary_module(owner, rotary, layers) for owner, rotary in rotary_embeddings(model)
@@ -141,7 +140,9 @@ def rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]
         names = path.split(".")[:-1]
         around = [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
         if isinstance(module.config, _language_configs(around)):
-            yield _owner(around), module
+            # The innermost module around it that takes tokens.
+            takers = (each for each in around if "inputs_embeds" in argument_names(each))
+            yield next(takers, around[0]), module
 
 
 def _language_configs(around: list[nn.Module]) -> tuple[type, ...]:
@@ -161,11 +162,6 @@ def _language_configs(around: list[nn.Module]) -> tuple[type, ...]:
         if not name.startswith(("vision", "audio"))
     ]
     return (type(text), *(type(part) for part in parts if part is not None))
-
-
-def _owner(around: list[nn.Module]) -> nn.Module:
-    """Return the innermost module around a rotary embedding that takes tokens."""
-    return next((each for each in around if "inputs_embeds" in argument_names(each)), around[0])
 
 
 def _rotary_module(owner: nn.Module, rotary: nn.Module, layers: str) -> RotaryModule:
