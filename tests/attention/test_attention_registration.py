@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_oracle import frequencies, make_qkv
+from decode_oracle import Case, make
 from score_examples import EXAMPLES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,6 +25,7 @@ from extrope_kernels.methods import RopeFreqs
 from extrope_kernels.ops.attention import AttentionCall, make_call
 from extrope_kernels.ops.attention.call import read_call
 from extrope_kernels.scores import FIRST_KEY
+from extrope_kernels.testing import device
 
 OPS = torch.ops.extrope
 THETA, FREQS = frequencies(32).inv_freq, frequencies(32)
@@ -57,27 +59,6 @@ def calls() -> dict[str, AttentionCall]:
         ),
         "dual_chunk": call_of(scores.dual_chunk(6, 1), softcap=2.0, sliding_window=7),
     }
-
-
-def arguments(name: str):
-    q, k, v = make_qkv(2, 13, None, 4, 2)
-    if name == "packed":
-        q, k, v = (x[0] for x in (q, k, v))
-    if name == "shorter keys":
-        k, v = k[:, :9], v[:, :9]
-    call = calls()[name]
-    return (q, k, v, *call.tensors), call.options
-
-
-@pytest.mark.parametrize("name", calls())
-def test_opcheck(name):
-    (q, k, v, *others), options = arguments(name)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(OPS.attention_fwd.default, (*leaves, *others), options)
-    q, k, v = (x.detach() for x in leaves)
-    out, lse = OPS.attention_fwd(q, k, v, *others, **options)
-    given = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *others)
-    torch.library.opcheck(OPS.attention_bwd.default, given, options)
 
 
 def test_tensors_without_values_are_not_read():
@@ -262,3 +243,50 @@ def test_which_queries_and_keys_meet(granularity, start, window):
     for end in range(1, tokens):
         last = max(query for query, keys in seen.items() if keys[0] < end)
         assert min(call.queries_end(end), tokens) == last + 1
+
+
+# -------------------------------------------------------------------------------------------------
+# With a cache: no gradient, and autograd knows what is written
+
+
+def test_no_gradient_is_recorded():
+    inputs = make(Case((12, 3)))
+    with torch.no_grad():
+        out, _ = inputs.run(q=inputs.q.clone().requires_grad_())
+    assert not out.requires_grad
+
+
+def test_default_backend_takes_float64():
+    out, lse = make(Case((12, 3), dtype=torch.float64)).run(
+        None if device() == "cpu" else "reference"
+    )
+    assert out.dtype == lse.dtype == torch.float64
+
+
+def test_a_gradient_through_the_raw_op_fails_rather_than_vanish(fast_backend):
+    inputs = make(Case((12, 3)))
+    call = make_call(inputs.freqs, inputs.example.score, keys_stored=True)
+    caches = inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num()
+    tensors = (*call.tensors[:6], inputs.call["cache_seqlens"], *[None] * 4)
+    op = OPS.decode_triton if fast_backend == "triton" else OPS.decode
+    q = inputs.q.clone().requires_grad_()
+    out, _ = op(q, *caches, None, None, *tensors, **call.options)
+    with pytest.raises(NotImplementedError, match="decode: is for inference"):
+        out.sum().backward()
+
+
+def test_autograd_notices_what_is_appended(fast_backend):
+    """To a cache that it has saved; a step that appends nothing writes nothing."""
+    inputs = make(Case((12, 3)))
+    k, v = (torch.randn(2, 1, 2, 32, device=device()) for _ in range(2))
+
+    def reads(**appended):
+        caches = {name: getattr(inputs, name).clone() for name in ("k_cache", "v_cache")}
+        weight = torch.ones((), device=device(), requires_grad=True)
+        loss = sum((weight * x).sum() for x in caches.values())
+        inputs.run(fast_backend, **caches, **appended)
+        loss.backward()
+
+    reads()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        reads(k=k, v=v)

@@ -10,7 +10,7 @@ from attention_cases import INF, Case, caches, cases, rounding
 from generated import LOW, backends, generated, randn, seeds
 from hypothesis import strategies as st
 from rounding import norm
-from test_merge_attention import parts_and_whole
+from test_merge import parts_and_whole
 
 from extrope_kernels import merge_attention
 from extrope_kernels.testing import assert_within_budget, attention_backends

@@ -54,7 +54,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "yarn, to the pair by null": {**YARN, "truncate": None},
     "yarn, to the pair": {**YARN, "truncate": False, "beta_fast": 16.0, "beta_slow": 2.0},
     "yarn, attention_factor": {**YARN, "attention_factor": 1.25},
+    "yarn, shorter": {**YARN, "factor": 0.5},
+    "yarn, mscale alone": {**YARN, "mscale": 0.707},
+    "yarn, mscale_all_dim 0": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0},
     "longrope": {"rope_type": "longrope", **LENGTH, "factor": 8.0},
+    "longrope, shorter": {"rope_type": "longrope", **LENGTH, "factor": 0.5},
+    "longrope, attention_factor": {
+        "rope_type": "longrope", **LENGTH, "factor": 8.0, "attention_factor": 1.5,
+    },
+    "llama3, wide": {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 0.5, "high_freq_factor": 32.0,
+        **LENGTH,
+    },
+    "proportional, none": {"rope_type": "proportional", "partial_rotary_factor": 0.0},
     "llama3": {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -64,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.25},
     "proportional, linear": {"rope_type": "proportional", "factor": 3.0},
-}
+}  # fmt: skip
 # Defaults that no checkpoint has: an odd rotary dimension, layer types without parameters.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "CohereCompassTextConfig": {

@@ -1,10 +1,9 @@
-"""Nonsense is refused with the method's name, what was expected and what came."""
+"""Ranges, and what cannot be together; single wrong arguments are in tests/package."""
 
 import math
 import re
 
 import pytest
-import torch
 from method_examples import DIM, EXAMPLES
 from method_examples import LENGTH as L
 
@@ -28,63 +27,32 @@ def refuse(method, error, message, dim=DIM, **changes):
         METHODS[method](dim, **{**EXAMPLES[method], **changes})
 
 
-@each_method
-def test_dim_must_be_even_and_positive(name):
-    minimum = 4 if name in ("ntk_aware", "dynamic_ntk", "axial") else 2
-    for dim in (0, -2, 1):
-        refuse(name, ValueError, f"dim must be >= {minimum}, got {dim}", dim=dim)
-    refuse(name, ValueError, "dim must be even, got 7", dim=7)
-    refuse(name, ValueError, f"dim must be < 2**31, got {2**31}", dim=2**31)
-
-
-@pytest.mark.parametrize("name", ["ntk_aware", "dynamic_ntk", "ntk_by_parts"])
-def test_dim_2_has_no_ntk_base(name):
+@pytest.mark.parametrize("name", ["ntk_aware", "dynamic_ntk", "ntk_by_parts", "axial"])
+def test_dim_2_has_no_ntk_base_and_no_two_axes(name):
     refuse(name, ValueError, "dim must be >= 4, got 2", dim=2)
-
-
-@each_method
-@pytest.mark.parametrize("dim", ["16", 16.0, True, None])
-def test_dim_must_be_an_int(name, dim):
-    refuse(name, TypeError, f"dim must be an int, got {type(dim).__name__}", dim=dim)
-
-
-@pytest.mark.parametrize("name", [name for name, _ in takes("base")])
-@pytest.mark.parametrize("base", [1, 0.5, 0, -10000.0])
-def test_base_must_exceed_1(name, base):
-    refuse(name, ValueError, f"base must be > 1, got {base}", base=base)
 
 
 @pytest.mark.parametrize(
     ("method", "argument"),
     takes("base", "factor", "power", "exponent", "gamma", "scale_base", "partial_rotary_factor"),
 )
-def test_numbers_are_finite_numbers(method, argument):
+def test_numbers_are_finite(method, argument):
     for value in (math.nan, math.inf, -math.inf):
         refuse(method, ValueError, f"{argument} must be finite, got {value}", **{argument: value})
-    refuse(method, ValueError, f"{argument} must be finite, got one past", **{argument: 10**400})
-    for value in ("4", True, [4]):
-        refuse(
-            method, TypeError, f"{argument} must be a number, got {value!r}", **{argument: value}
-        )
 
 
 @pytest.mark.parametrize(
     ("method", "argument"), takes(L, "max_position_embeddings", "truncate_pos", "seq_len")
 )
-def test_lengths_are_whole_and_positive(method, argument):
-    for value in (0, -1):
-        refuse(method, ValueError, f"{argument} must be > 0, got {value}", **{argument: value})
+def test_lengths_are_whole(method, argument):
     for value in (2**62, 1e300):
         refuse(method, ValueError, f"{argument} must be < 2**62, got {value}", **{argument: value})
     whole = f"{argument} must be a whole number of tokens, got 2.5"
     refuse(method, ValueError, whole, **{argument: 2.5})
-    refuse(method, TypeError, f"{argument} must be a number, got '9'", **{argument: "9"})
 
 
 GIRAFFE = ("giraffe_power", "giraffe_truncation")
 RANGES = [
-    *((name, "factor", 0, "> 0") for name, _ in takes("factor") if name not in GIRAFFE),
-    *((name, "factor", -1, "> 0") for name, _ in takes("factor") if name not in GIRAFFE),
     *((name, "factor", 0.5, ">= 1") for name in GIRAFFE),
     *(
         (name, "factor", value, "between 1e-37 and 1e37")
@@ -95,17 +63,11 @@ RANGES = [
     *((name, "power", -0.5, ">= 0") for name in GIRAFFE),
     ("ntk_mixed", "exponent", -0.1, ">= 0"),
     ("ntk_mixed", "exponent", 1.1, "<= 1"),
-    ("xpos", "gamma", 0, "> 0"),
-    ("xpos", "scale_base", 0, "> 0"),
     ("proportional", "partial_rotary_factor", -0.1, ">= 0"),
     ("proportional", "partial_rotary_factor", 1.5, "<= 1"),
     *(("ntk_by_parts", name, 1.5, "<= 1") for name in ("ntk_factor", "extrapolation_factor")),
     *(("ntk_by_parts", name, -1, ">= 0") for name in ("ntk_factor", "extrapolation_factor")),
-    ("ntk_by_parts", "beta_1", 0, "> 0"),
-    ("ntk_by_parts", "gamma_0", -16, "> 0"),
-    ("llama3", "low_freq_factor", 0, "> 0"),
     *((name, "attention_factor", 0, "> 0") for name, _ in takes("attention_factor")),
-    *((name, "beta_slow", 0, "> 0") for name in ("yarn", "dynamic_yarn")),
     *((name, "mscale", -1, ">= 0") for name in ("yarn", "dynamic_yarn")),
     *((name, "mscale_all_dim", -1, ">= 0") for name in ("yarn", "dynamic_yarn")),
 ]
@@ -127,19 +89,10 @@ OTHERS = [
     ("ntk_by_parts", {"beta_0": 0.5}, "beta_0 must be > beta_1, got 0.5 and 0.75"),
     ("ntk_by_parts", {"gamma_1": 16}, "gamma_0 must be > gamma_1, got 16 and 16"),
     ("ntk_by_parts", {**PAPER, "beta_fast": 0.5}, "beta_fast must be > beta_slow, got 0.5"),
-    ("yarn", {"ramp": "laps"}, "ramp must be one of 'index', 'rotations', got 'laps'"),
-    ("yarn", {"ramp": None}, "ramp must be one of 'index', 'rotations', got None"),
     ("yarn", {L: 1}, f"{L} and base must let some pair of dims make between 1 and 32 rotations"),
-    ("ntk_by_parts", {"variant": "pr2"}, "variant must be one of 'pr1', 'paper', got 'pr2'"),
     ("ntk_by_parts", {"beta_fast": 16.0}, "beta_fast must be left out for variant 'pr1', got 16.0"),
     ("ntk_by_parts", {**PAPER, "gamma_0": 8}, "gamma_0 must be left out for variant 'paper', got"),
-    ("cope", {"clip": -1}, "clip must be >= 0, got -1"),
-    ("longrope", {"short_factor": [1.0] * 7}, "short_factor must have 8 entries, got 7"),
-    ("longrope", {"long_factor": [1.0] * 9}, "long_factor must have 8 entries, got 9"),
     ("longrope", {"long_factor": [1.0] * 7 + [0]}, "long_factor[7] must be > 0, got 0"),
-    ("longrope", {"short_factor": [math.nan] * 8}, "short_factor[0] must be finite, got nan"),
-    ("longrope", {"long_factor": torch.ones(2, 4)}, "long_factor must have one dimension, got 2"),
-    ("longrope", {"long_factor": torch.zeros(8)}, "long_factor[0] must be > 0, got 0"),
     ("longrope", {L: 1}, f"{L} must be > 1, got 1"),
     (
         "longrope",
@@ -157,25 +110,6 @@ OTHERS = [
 @pytest.mark.parametrize(("method", "changes", "message"), OTHERS)
 def test_impossible_together(method, changes, message):
     refuse(method, ValueError, message, **changes)
-
-
-WRONG_KINDS = [
-    ("longrope", {"long_factor": "12345678"}, "long_factor must be a list of numbers, got '12345"),
-    ("longrope", {"short_factor": 1.0}, "short_factor must be a list of numbers, got 1.0"),
-    ("longrope", {"long_factor": ["1"] * 8}, "long_factor[0] must be a number, got '1'"),
-    ("longrope", {"attention_factor": "1"}, "attention_factor must be a number, got '1'"),
-    ("cope", {"clip": 2.5}, "clip must be an int, got float"),
-    ("yarn", {"truncate": 1}, "truncate must be a bool, got 1"),
-    ("yarn", {"beta_fast": "32"}, "beta_fast must be a number, got '32'"),
-    ("yarn", {"mscale": "1"}, "mscale must be a number, got '1'"),
-    ("dynamic_yarn", {"finetuned": "yes"}, "finetuned must be a bool, got 'yes'"),
-    ("llama3", {"high_freq_factor": None}, "high_freq_factor must be a number, got None"),
-]
-
-
-@pytest.mark.parametrize(("method", "changes", "message"), WRONG_KINDS)
-def test_wrong_kinds(method, changes, message):
-    refuse(method, TypeError, message, **changes)
 
 
 @each_method

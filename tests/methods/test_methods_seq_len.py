@@ -112,26 +112,6 @@ def test_dynamic_yarn_cannot_vary_its_amplitude_by_sequence():
         METHODS["dynamic_yarn"](16, **given, attention_factor=0)
 
 
-@each_method
-@pytest.mark.parametrize(
-    ("seq_len", "error", "message"),
-    [
-        (torch.tensor([1.0]), TypeError, "seq_len must hold integers, got a torch.float32 tensor"),
-        (torch.tensor([True]), TypeError, "seq_len must hold integers, got a torch.bool tensor"),
-        (torch.ones(2, 2, dtype=torch.int64), ValueError, r"must have shape \(\) or \(batch,\)"),
-        (0, ValueError, "seq_len must be > 0, got 0"),
-        (-3, ValueError, "seq_len must be > 0, got -3"),
-        (1.5, ValueError, "seq_len must be a whole number of tokens, got 1.5"),
-        ("4", TypeError, "seq_len must be a number, got '4'"),
-        (True, TypeError, "seq_len must be a number, got True"),
-        (None, TypeError, "seq_len must be a number, got None"),
-    ],
-)
-def test_nonsense_seq_len(name, seq_len, error, message):
-    with pytest.raises(error, match=message):
-        freqs_at(name, 16, seq_len)
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
 def test_lengths_in_few_bits(dtype):
     """The trained length is past what they count to."""
@@ -146,3 +126,20 @@ def test_lengths_in_few_bits(dtype):
             for each in (dtype, torch.int64)
         )
         assert torch.equal(got, want), method.__name__
+
+
+def test_a_fresh_length_agrees_with_the_module_of_transformers():
+    # A module keeps the base of a longer input for the shorter ones after it, hence a fresh one.
+    transformers = pytest.importorskip("transformers")
+    rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        num_attention_heads=1,
+        max_position_embeddings=32,
+        rope_parameters=rope_parameters,
+    )
+    for length in (16, 32, 40, 48, 31, 33):
+        module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        module(torch.zeros(1), torch.arange(length)[None])
+        given = {"factor": 2.0, "max_position_embeddings": 32, "seq_len": torch.tensor(length)}
+        assert torch.equal(methods.dynamic_ntk(16, **given).inv_freq, module.inv_freq)

@@ -123,34 +123,21 @@ def test_frequencies_of_a_batch():
         assert torch.equal(row, alone.inv_freq[0])
 
 
-ERRORS = [
-    ({"heads": 0}, ValueError, "heads must be >= 1, got 0"),
-    ({"heads": 2.5}, TypeError, "heads must be an int, got float"),
-    ({"heads": 4, "group": 3}, ValueError, r"heads must be a multiple of group \(3\), got 4"),
-    ({"heads": 4, "group": 0}, ValueError, "group must be >= 1, got 0"),
-    ({"heads": 4, "min_ratio": 0}, ValueError, "min_ratio must be > 0, got 0"),
-    ({"heads": 4, "max_ratio": 1e300}, ValueError, "max_ratio must be <= 1e.37, got 1e.300"),
-    ({"heads": 4, "max_ratio": 1.1}, ValueError, "max_ratio must be >= 1.2, got 1.1"),
-    ({"heads": 4, "max_ratio": "2"}, TypeError, "max_ratio must be a number, got '2'"),
-    ({"heads": 2, "order": "01"}, TypeError, "order must be a list of ints, got '01'"),
-    ({"heads": 2, "order": [0, True]}, TypeError, "order must hold ints"),
-    ({"heads": 2, "order": [0, 0]}, ValueError, r"order must hold each of 0 \.\. 1 once"),
-    ({"heads": 2, "order": [1, 2]}, ValueError, r"order must hold each of 0 \.\. 1 once"),
-    ({"heads": 2, "order": [0]}, ValueError, r"order must hold each of 0 \.\. 1 once"),
-]
-
-
-@pytest.mark.parametrize(("options", "kind", "message"), ERRORS)
-def test_ms_poe_errors(options, kind, message):
-    with pytest.raises(kind, match=f"^ms_poe: {message}"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 4, "group": 3}, r"heads must be a multiple of group \(3\), got 4"),
+        ({"heads": 4, "min_ratio": 0}, "min_ratio must be > 0, got 0"),
+        ({"heads": 4, "max_ratio": 1e300}, "max_ratio must be <= 1e.37, got 1e.300"),
+        ({"heads": 4, "max_ratio": 1.1}, "max_ratio must be >= 1.2, got 1.1"),
+    ],
+)
+def test_ms_poe_errors(options, message):
+    with pytest.raises(ValueError, match=f"^ms_poe: {message}"):
         methods.ms_poe(FREQS, **options)
 
 
 def test_frequencies_that_cannot_be_wrapped():
-    with pytest.raises(TypeError, match="resonance: freqs must be a RopeFreqs, got Tensor"):
-        methods.resonance(FREQS.inv_freq)
-    with pytest.raises(TypeError, match="ms_poe: inv_freq must be a Tensor of frequencies"):
-        methods.ms_poe(replaced(inv_freq=[1.0]), heads=2)
     with pytest.raises(ValueError, match="ms_poe: freqs must have no log_decay"):
         methods.ms_poe(methods.xpos(16), heads=2)
     with pytest.raises(ValueError, match="ms_poe: inv_freq must be the same for all heads"):

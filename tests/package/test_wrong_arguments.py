@@ -1,27 +1,39 @@
-"""Every argument of every public function, given everything that it must not be.
+"""Every argument of every public function, given everything that it must not be, on all backends.
 
 A call with one wrong argument raises TypeError, ValueError or NotImplementedError that names the
-function and the argument, and writes to none of the tensors that it was given.
+function and the argument and says what came, and writes to none of the tensors that it was given.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from itertools import product
 
 import pytest
 import torch
-from right_calls import CALLS
+from right_calls import CALLS, DEVICE
 from wrong_values import WRONG, of_the_kind
 
 import extrope_kernels
 from extrope_kernels import RopeFreqs, positions
 from extrope_kernels.methods import METHODS, WRAPPERS
 from extrope_kernels.scores import SCORES
+from extrope_kernels.testing import available_backends
 
 # Of two arguments that do not fit together, either may be named.
 MISMATCHES = ("meta", "half", "double", "batch", "batch 3", "no sequences", "head_dim", "no dims")
 REFUSALS = (TypeError, ValueError, NotImplementedError)
+# What calls of a kind take, by a word of their names.
+RIGHT = {
+    "packed": {"no batch", "boundaries"},
+    "axes": {"by axes"},
+    "fp8": {"float8", "scale"},
+}
+
+
+# What the reference takes: gradients of decays, values of any size.
+OF_THE_REFERENCE = {("decay", "learned"), ("v", "no dims")}
 
 
 def function(name: str):
@@ -59,10 +71,22 @@ def wrong(name: str, argument: str) -> dict:
     if found is None:
         default = inspect.signature(function(name)).parameters[argument].default
         found = of_the_kind(CALLS[name].get(argument, default))
-    right = {"no batch"} if "packed" in name else set()
+    right = {what for word, several in RIGHT.items() if word in name for what in several}
     if argument == "v" and not ending:
         right.add("head_dim")  # its own
+    if "fp8" not in name:
+        right.add("no scale")
+    if DEVICE == "cuda":
+        right |= {what for what in found if what.startswith("values")}
     return {what: value for what, value in found.items() if what not in right}
+
+
+def backends(name: str, argument: str) -> list[str | None]:
+    """None and, of those that can run here, the reference and Triton: they have own checks."""
+    if argument == "backend" or "backend" not in parameters(name):
+        return [None]
+    known = {"reference", *(available_backends() if "rope" in name else ())}
+    return [None, *sorted(known & {"reference", "triton"})]
 
 
 def leaves(value) -> list[torch.Tensor]:
@@ -89,8 +113,14 @@ def test_the_call_itself_is_right(name):
 @pytest.mark.parametrize(("name", "argument"), arguments())
 def test_is_refused_by_name(name, argument):
     failures = []
-    for what, value in wrong(name, argument).items():
+    values = wrong(name, argument).items()
+    for backend, (what, value) in product(backends(name, argument), values):
         given = {**CALLS[name], argument: value}
+        if backend is not None:
+            given["backend"] = backend
+            if backend == "reference" and (argument, what) in OF_THE_REFERENCE:
+                continue
+        what = what if backend is None else f"{what}, {backend}"
         tensors = leaves(list(given.values()))
         before = [x.clone() for x in tensors]
         try:
@@ -98,12 +128,15 @@ def test_is_refused_by_name(name, argument):
         except REFUSALS as error:
             message = str(error)
             spoken = {"x": r"q|k"}.get(argument, argument)
-            if what in MISMATCHES:
+            if what.split(",")[0] in MISMATCHES:
                 spoken = "|".join(("inv_freq", "head_dim", *parameters(name)))
             if argument == "freqs" and isinstance(value, RopeFreqs):
                 spoken = rf"freqs|{what.split()[0]}"
+                if "axes" in name:  # those of one axis do not go with its positions
+                    spoken += "|positions"
             called = name.split()[0] if argument == "score" else op(name)
-            if not message.startswith(called) or not re.search(rf"\b({spoken})\b", message):
+            told = message.startswith(called) and re.search(r"\b(got|does not$)", message)
+            if not told or not re.search(rf"\b({spoken})\b", message):
                 failures.append(f"{what}: {type(error).__name__}: {message[:150]}")
         except Exception as error:
             failures.append(f"{what}: {type(error).__name__}: {str(error)[:150]}")
@@ -117,4 +150,5 @@ def test_is_refused_by_name(name, argument):
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return torch.equal(x.flatten().clone().view(torch.uint8), y.flatten().clone().view(torch.uint8))
+    x, y = (each.detach().flatten().clone().view(torch.uint8) for each in (x, y))
+    return torch.equal(x, y)

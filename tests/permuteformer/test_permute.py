@@ -111,34 +111,6 @@ def test_vmap(case, in_dims):
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize("case", ("plain", "inverse", "positions", "packed"))
-def test_opcheck(case):
-    _, leaves = build_case(case)
-    options = dict(CASES[case])
-    given = options.pop("positions", None)
-    at = [SMALL, None if isinstance(given, int) else given, options.pop("cu_seqlens", None)]
-    at = [x if x is None else x.to(device()) for x in at]
-    options["offset"] = given if isinstance(given, int) else 2**40
-    torch.library.opcheck(torch.ops.extrope.permute_fwd.default, (*leaves, *at), options)
-    torch.library.opcheck(torch.ops.extrope.permute_fwd.default, (leaves[0], None, *at), options)
-
-
-@pytest.mark.parametrize("positions", (7, "tensor"))
-def test_compile_fullgraph(positions):
-    if positions == "tensor":
-        positions = torch.arange(5, device=device()) + 3
-    q, k = (x.requires_grad_() for x in make_qk(2, 5, 4, 2, head_dim=8))
-
-    def loss(q, k, table):
-        out_q, out_k = permute_qk(q * 1.0, k * 1.0, table, positions=positions)
-        return out_q.pow(2).sum() + (out_k * out_k.detach().flip(1)).sum()
-
-    expected = torch.autograd.grad(loss(q, k, SMALL), (q, k))
-    compiled = torch.compile(loss, fullgraph=True)(q, k, SMALL)
-    for got, want in zip(torch.autograd.grad(compiled, (q, k)), expected, strict=True):
-        torch.testing.assert_close(got, want)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_gather_of_a_gpu(case, monkeypatch):
     """Of blocks of tokens."""

@@ -220,37 +220,6 @@ def test_double_backward_points_to_the_reference():
         torch.autograd.grad(dq.sum(), leaves[1])
 
 
-def test_opcheck():
-    (q, k, v), table = make(2, 6, dim=8, value_dim=8)
-    ops, decay = torch.ops.extrope, torch.tensor([0.5, 0.9], device=device())
-    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32, device=device())
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    for args, options in (
-        ((*leaves, table, None, decay), {"offset": 3}),
-        ((*leaves, table), {"causal": False, "normalize": False}),
-        ((q[0], k[0], v[0], table, None, decay, cu_seqlens), {}),
-    ):
-        torch.library.opcheck(ops.permuteformer_fwd.default, args, options)
-    out, den = ops.permuteformer_fwd(q, k, v, table, None, decay)
-    args = (out, q, k, v, out, den, table, None, decay)
-    torch.library.opcheck(ops.permuteformer_bwd.default, args)
-    _, *state = ops.permuteformer_step(q, k, v, table, None, None, None, decay)
-    torch.library.opcheck(ops.permuteformer_step.default, (q, k, v, table, None, *state, decay))
-
-
-def test_compile_is_one_graph():
-    qkv, permutations = make(2, 6, dim=8, value_dim=8)
-
-    def loss(q, k, v):
-        return permuteformer_attention(q, k, v, permutations=permutations).square().sum()
-
-    leaves = [x.requires_grad_() for x in qkv]
-    want = torch.autograd.grad(loss(*leaves), leaves)
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("narrower", ["baseline", "avx2"])
 def test_narrower_instructions_on_a_wider_processor(narrower, run_narrower):

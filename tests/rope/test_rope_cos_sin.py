@@ -112,16 +112,6 @@ def test_derivatives(backend):
             OPS[backend](q, k, cos.requires_grad_(), sin)
 
 
-def test_opcheck(backend):
-    if backend == "reference":
-        pytest.skip("a function, not an op")
-    q, k = make_qk(2, 5, 3, 1, 16)
-    for of_k in (k, None):
-        torch.library.opcheck(
-            OPS[backend].default, (q.requires_grad_(), of_k, *given(1, 5, 8)), {"interleaved": True}
-        )
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -6,94 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from append_cases import CONTIGUOUS, Step, ints
-from test_rope_norm import call, norm_weights
+from append_cases import Step, ints
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from extrope_kernels import (
-    RopeFreqs,
     apply_rope,
-    apply_rope_qk,
     methods,
     rope_append_kvcache,
-    scores,
 )
-from extrope_kernels.ops._shared.maps import columns_of
 from extrope_kernels.testing import device, make_qk
-
-SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
-
-
-def op(name, backend):
-    return getattr(torch.ops.extrope, name + SUFFIXES[backend])
-
-
-HALF = methods.rope(6).inv_freq.to(device())
-# inv_freq, positions, cu_seqlens, log_decay and axes, as many as a case has, and its options.
-CASES = {
-    "plain": ((HALF,), {}),
-    "no_k": ((HALF,), {}),
-    "positions": (
-        (HALF, torch.arange(10, device=device()).view(2, 5) * 7),
-        {"interleaved": True, "rotary_offset": 2, "attention_factor": 1.2},
-    ),
-    "packed": ((HALF, None, ints(0, 2, 5)), {"offset": 3, "inverse": True}),
-    "per_head_decay": (
-        (torch.rand(2, 2, 3, device=device()), None, None, methods.xpos(6).log_decay.to(device())),
-        {},
-    ),
-    "axes": (
-        (HALF, torch.arange(20, device=device()).view(2, 2, 5), None, None, ints(1, 0, 1)),
-        {},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_opcheck(backend, case):
-    rope_args, options = CASES[case]
-    q, k = make_qk(2, 5, 2, 2, head_dim=8)
-    if case == "packed":
-        q, k = q[0], k[0]
-    saved = (q, None if case == "no_k" else k)
-    torch.library.opcheck(op("rope_inplace", backend).default, (*saved, *rope_args), options)
-    inv_freq, *rest = rope_args
-    rope_args = (inv_freq.clone().requires_grad_(), *rest)
-    leaves = tuple(x if x is None else x.clone().requires_grad_() for x in saved)
-    torch.library.opcheck(op("rope_fwd", backend).default, (*leaves, *rope_args), options)
-    for given in (saved, (None, None)):
-        args = (*leaves, *given, *rope_args)
-        torch.library.opcheck(op("rope_bwd", backend).default, args, options)
-
-
-@pytest.mark.parametrize("together", (False, True))
-def test_opcheck_norm(backend, together):
-    q, k = make_qk(2, 5, 2, 2, head_dim=8)
-    rope_args = (*norm_weights(2, 2, 8, together), HALF)
-    for name, args in {
-        "rope_norm_fwd": (q.clone().requires_grad_(), k),
-        "rope_norm_bwd": (q, k, q, k),
-        "rope_norm_inplace": (q.clone(), k.clone()),
-    }.items():
-        torch.library.opcheck(op(name, backend).default, (*args, *rope_args), {"offset": 3})
-
-
-@pytest.mark.parametrize("case", ("lengths", "slots", "stored"))
-def test_opcheck_append(backend, case):
-    step, options = Step(norms="head", rotary_dim=16), {"rotary_offset": 8}
-    tensors = [step.q, step.k, step.v, *step.caches(torch.float32), *step.weights.values()]
-    tensors.append(step.freqs.inv_freq)
-    if case == "lengths":
-        tensors.append(ints(3, 9))
-        options["attention_factor"] = 1.1
-    elif case == "slots":
-        tensors += [None, None, ints(*range(10)).view(2, 5), None, None, ints(*range(5))]
-    else:
-        tensors[0], tensors[5] = None, None
-        tensors += [ints(3, 9), None, None, None, ints(1, 2)]
-        options |= {**columns_of([scores.rerope(4, 2.0).stored]), "interleaved": True}
-    torch.library.opcheck(op("rope_append", backend), tuple(tensors), options)
 
 
 def test_append_of_tensors_without_values():
@@ -126,28 +48,6 @@ def test_xpos_of_positions_without_values():
 
 # -------------------------------------------------------------------------------------------------
 # torch.compile
-def forward_and_backward(q, k, inv_freq, positions, backend):
-    options = {"positions": positions, "rotary_offset": 2, "backend": backend}
-    out_q, out_k = apply_rope_qk(q * 1.0, k * 1.0, RopeFreqs(inv_freq, 1.1), **options)
-    return (out_q.pow(2).sum() + (out_k * out_k.detach().flip(1)).sum()) / 2
-
-
-@pytest.mark.parametrize("positions", (None, 7, "tensor"))
-def test_compile_fullgraph(backend, positions):
-    if positions == "tensor":
-        positions = torch.arange(5, device=device()) + 3
-    q, k = (x.requires_grad_() for x in make_qk(2, 5, 2, 2, head_dim=8))
-    inv_freq = HALF.clone().requires_grad_()
-    compiled = torch.compile(forward_and_backward, fullgraph=True)
-    eager = torch.autograd.grad(
-        forward_and_backward(q, k, inv_freq, positions, backend), (q, k, inv_freq)
-    )
-    loss = compiled(q, k, inv_freq, positions, backend)
-    graph = torch.autograd.grad(loss, (q, k, inv_freq))
-    for got, want in zip(graph, eager):
-        torch.testing.assert_close(got, want)
-
-
 def test_compile_with_dynamic_lengths_does_not_recompile(backend):
     frames = torch._dynamo.testing.CompileCounter()
     freqs = methods.rope(8).to(device())
@@ -233,32 +133,3 @@ def test_without_a_library(run_python):
         EXTROPE_JIT="0",
         EXTROPE_CACHE_DIR="/nonexistent",
     )
-
-
-def test_compile_norm(backend):
-    q, k = make_qk(2, 5, 2, 2, head_dim=8)
-    freqs = methods.rope(8).to(device())
-    leaves = [x.requires_grad_() for x in (q, k, *norm_weights(2, 2, 8))]
-
-    def loss(*x):
-        return sum(out.pow(3).sum() for out in call(x, freqs, backend))
-
-    graph = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
-    for got, want in zip(graph, torch.autograd.grad(loss(*leaves), leaves)):
-        torch.testing.assert_close(got, want)
-
-
-def test_compile_append(backend):
-    step = Step(norms="head", call=CONTIGUOUS)
-
-    def run(q, k, v, k_cache, v_cache, lengths):
-        call = {"cache_seqlens": lengths, **step.weights, "backend": backend}
-        return rope_append_kvcache(q * 2, k, v, k_cache, v_cache, step.freqs, **call)
-
-    results = []
-    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        caches = step.caches(torch.float32)
-        out = function(step.q, step.k, step.v, *caches, CONTIGUOUS["cache_seqlens"])
-        results.append([out, *caches])
-    for x, y in zip(*results):
-        assert torch.equal(x, y)

@@ -125,34 +125,17 @@ def test_maps_survive_their_columns():
 @pytest.mark.parametrize(
     "name, parameters, refusal",
     [
-        ("rerope", (0,), "rerope: window must be >= 1, got 0"),
-        ("rerope", (True,), "rerope: window must be an int, got bool"),
-        ("rerope", (4, 0.0), "rerope: factor must be > 0"),
-        ("leaky_rerope", (4, float("nan")), r"leaky_rerope: factor must be > 0 .*, got nan"),
-        ("leaky_rerope", (4, "2"), "leaky_rerope: factor must be a number, got str"),
-        ("rerope", (4, 10**400), "rerope: factor must be finite, got one past float64"),
         ("self_extend", (5, 2), "self_extend: window must be a multiple of factor 2, got 5"),
-        ("self_extend", (4, 1.5), "self_extend: factor must be a whole number, got 1.5"),
-        ("self_extend", (4, INF), "self_extend: factor must be a whole number, got inf"),
         ("dual_chunk", (4, 4), "local_window must be less than chunk_size 4, got 4"),
-        ("dual_chunk", (4, -1), "local_window must be >= 0"),
-        ("dual_chunk", (8.0, 1), "dual_chunk: chunk_size must be an int, got float"),
-        ("blockwise_causal", (7,), "block_size must be even, got 7"),
         ("string", (4, 5), "string: window must be at most shift 4, got 5"),
-        ("string", (2**62, 5), r"string: shift must be < 2\*\*62"),
-        ("dpe", (0, [1]), "dpe: window must be >= 1, got 0"),
-        ("dpe", (8, []), r"dpe: group_sizes must be \(pairs,\) or .*, got \[\]"),
         ("dpe", (8, [1.5]), r"dpe: group_sizes must be whole numbers >= 1, got \[1.5\]"),
         ("dpe", (8, [[1, 2], [0, 1]]), r"dpe: group_sizes\[2\] must be > 0, got 0"),
         ("dpe", (8, [1, 2], 5), "dpe: pairs must be a multiple of the 2 group_sizes, got 5"),
         ("dpe", (8, [1, 2, 4, 8], 2**31), r"dpe: pairs must be < 2\*\*20, got 2147483648"),
-        ("far_frequencies", (0, [1]), "far_frequencies: window must be >= 1, got 0"),
-        ("far_frequencies", (8, [1, -1.0]), r"far_frequencies: divisors\[1\] must be > 0, got -1"),
-        ("far_frequencies", (8, [INF]), r"far_frequencies: divisors\[0\] must be finite, got inf"),
     ],
 )
-def test_nonsense_is_refused(name, parameters, refusal):
-    with pytest.raises((TypeError, ValueError), match=refusal):
+def test_parameters_that_do_not_go_together(name, parameters, refusal):
+    with pytest.raises(ValueError, match=refusal):
         SCORES[name](*parameters)
 
 

@@ -22,6 +22,8 @@ def ints(*values: int) -> torch.Tensor:
 
 
 FREQS = RopeFreqs(methods.rope(DIM).inv_freq.to(DEVICE))
+XPOS = methods.xpos(DIM).to(DEVICE)
+SECTIONS = methods.with_sections(FREQS, [2, 3, 3])
 ATTENTION = {
     "q": randn(2, 6, 4, DIM),
     "k": randn(2, 6, 2, DIM),
@@ -112,6 +114,9 @@ LINEAR = {
     "backend": None,
 }
 PACKED = {"q": randn(6, 4, DIM), "k": randn(6, 2, DIM), "cu_seqlens": ints(0, 2, 6)}
+NO_TOKENS = {name: x[:0] for name, x in PACKED.items()} | {"cu_seqlens": ints(0, 0)}
+FP8 = {name: CACHE[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+FP8 |= {name: torch.ones(2, device=DEVICE) for name in ("k_scale", "v_scale")}
 LSE = randn(2, 4, 6)
 # What follows a space in a name tells calls of one function apart.
 CALLS = {
@@ -123,8 +128,18 @@ CALLS = {
         **ROPE,
         "inplace": True,
     },
+    "apply_rope_qk of XPOS": {"q": ATTENTION["q"], "k": ATTENTION["k"], **ROPE, "freqs": XPOS},
+    "apply_rope of several axes": {
+        "x": ATTENTION["q"],
+        **ROPE,
+        "freqs": SECTIONS,
+        "positions": torch.zeros(3, 2, 6, device=DEVICE),
+    },
     "rope_attention": {**ATTENTION, "score": None},
+    "rope_attention of a score": ATTENTION,
+    "rope_attention between starts": {**ATTENTION, "score": None, "q_start": 3, "k_start": 0},
     "rope_attention of packed sequences": {**ATTENTION, **PACKED, "v": PACKED["k"] + 1},
+    "rope_attention of no packed tokens": {**ATTENTION, **NO_TOKENS, "v": NO_TOKENS["k"]},
     "rope_attention_with_kvcache": {**CACHE, "score": None},
     "rope_attention_with_kvcache of packed queries": {
         **CACHE,
@@ -135,8 +150,16 @@ CALLS = {
     },
     **{f"scores.{name}": example.parameters for name, example in SCORES.items()},
     **{f"scores.{name}": parameters(DIM // 2) for name, parameters in OF_PAIRS.items()},
+    "rope_attention_with_kvcache in fp8": {**CACHE, "score": None, **FP8},
     "rope_append_kvcache": APPEND,
+    "rope_append_kvcache of packed tokens": {**APPEND, **PACKED, "v": PACKED["k"] + 1},
     "apply_rope_qk of packed sequences": {**ROPE, **PACKED},
+    "apply_rope_qk of packed sequences after a norm": {
+        **ROPE,
+        **PACKED,
+        "q_norm_weight": randn(DIM),
+    },
+    "apply_rope_qk of no packed tokens": {**ROPE, **NO_TOKENS, "positions": None},
     "permute": {"x": ATTENTION["q"], **PERMUTE, "permutations": permutations(4)},
     "permute_qk": {"q": ATTENTION["q"], "k": ATTENTION["k"], **PERMUTE},
     "permuteformer_attention": {**LINEAR, "causal": True, "cu_seqlens": None},

@@ -19,6 +19,7 @@ NOT_A_NUMBER = {
     "type": int,
     "tensor": torch.ones(2),
 }
+NOT_ABOVE_0 = {"0": 0.0, "-1": -1.0, "nan": math.nan, "inf": math.inf, "huge": 10**400}
 
 
 def not_rows(x: torch.Tensor) -> dict:
@@ -66,7 +67,9 @@ def not_ints(x: torch.Tensor) -> dict:
         "True": True,
         "list": [1, 2],
         "meta": x.to("meta"),
+        "sparse": x.to_sparse(),
         "float": x.double(),
+        "float16": x.half(),
         "bool": x.bool(),
         "complex": x.to(torch.complex64),
         "uint8": x.to(torch.uint8),
@@ -83,6 +86,7 @@ def not_factors(x: torch.Tensor) -> dict:
         "number": 1.0,
         "True": True,
         "meta": x.to("meta"),
+        "sparse": x.to_sparse(),
         "half": x.half(),
         "double": x.double(),
         "int": x.int(),
@@ -110,10 +114,11 @@ def not_freqs() -> dict:
             "empty": inv_freq[:0],
             "longer": torch.cat((inv_freq, inv_freq)),
             "rows": inv_freq.expand(5, 8).contiguous(),
+            "heads": inv_freq.expand(1, 3, 8).contiguous(),
             "4-D": inv_freq.view(1, 1, 1, 8),
             "strided": torch.stack((inv_freq, inv_freq), -1)[..., 0],
         },
-        "attention_factor": {**NOT_A_NUMBER, "None": None, "0": 0.0, "-1": -1.0, "nan": math.nan},
+        "attention_factor": {**NOT_A_NUMBER, **NOT_ABOVE_0, "None": None, "True": True},
         "log_decay": {
             "number": 1.0,
             "list": [0.0] * 8,
@@ -127,6 +132,8 @@ def not_freqs() -> dict:
             "meta": inv_freq.int().to("meta"),
             "long": inv_freq.long(),
             "shorter": inv_freq[:3].int(),
+            "rows": inv_freq.int()[None],
+            "strided": inv_freq.int().repeat(2)[::2],
         },
     }
     for field, values in fields.items():

@@ -330,7 +330,8 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
     """Return a start as a tensor for the ops."""
     most = 2**29  # Triton's kernels add starts and windows in int32
     if isinstance(start, Tensor):
-        whole = start.dtype == torch.int32 and start.numel() > 0
+        dense = start.layout == torch.strided and start.numel() > 0
+        whole = dense and start.dtype == torch.int32
         if whole and has_values(start) and start.max() >= most:
             raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start.tolist()}")
         return start

@@ -13,6 +13,7 @@ from .._shared.autograd import call_unrecorded, note_writes, wants_grad
 from .._shared.backends import missing, require
 from .._shared.checks import (
     REFUSALS,
+    check_boundaries,
     check_int,
     narrowed,
     raise_as_value_error,
@@ -187,6 +188,7 @@ def _rotate(
     except REFUSALS as error:  # kernels check their arguments too; this gives the full message
         factor = freqs.attention_factor
         check(q, k, *rope_args, attention_factor=factor, rotary_offset=rotary_offset)
+        check_boundaries("rope", cu_seqlens, len(q))
         if norm is not None:
             check_norm(q, k, *norm)
         raise_as_value_error(error, "rope")
