@@ -47,12 +47,9 @@ def ran(script, folder: Path, capsys) -> list[dict]:
     return results["rows"]
 
 
-QUICK = ("bench_rope", "bench_attention")
-
-
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(x, marks=() if x in QUICK else pytest.mark.thorough) for x in SCRIPTS],
+    [pytest.param(x, marks=() if x == "bench_rope" else pytest.mark.thorough) for x in SCRIPTS],
 )
 def test_every_script_runs(bench, tmp_path, capsys, script):
     bench(script).main(["--quick", "--out", str(tmp_path)])
@@ -209,11 +206,6 @@ def test_a_backend_that_refuses_a_case_is_absent(bench, tmp_path, monkeypatch):
     script.main(["--quick", "--out", str(tmp_path), "--only", "options, forward sinks"])
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert [row["absent"].split(":")[0] for row in rows] == ["NotImplementedError"] * 2
-
-
-def test_the_product_of_the_floor_fills_the_chip(bench):
-    side = bench("compare").product_side
-    assert [side(processors) for processors in (46, 108, 132, 148)] == [5120, 8192, 9216, 9216]
 
 
 def test_verdicts_and_slopes(bench):
