@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +32,15 @@ settings.load_profile("ci")
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """How many cases a thorough run of the generated tests went through."""
+    """Seconds of each folder, and the cases that a thorough run of generated tests went through."""
+    seconds: Counter[str] = Counter()
+    for report in chain(*terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.partition("::")[0].rpartition("/")[0]] += report.duration
+    if len(seconds) > 1:
+        terminalreporter.section("seconds of each folder, over all processes")
+        for folder, total in seconds.most_common():
+            terminalreporter.write_line(f"{total:8.0f} {folder}")
     generated = sys.modules.get("generated")
     if generated is not None and config.getoption("hypothesis_profile", None):
         terminalreporter.section("generated cases")

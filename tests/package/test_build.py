@@ -196,26 +196,6 @@ def test_nvcc_gets_the_compiler_without_launcher_and_its_flags():
     ]
 
 
-def test_a_terminal_sees_the_count_of_steps(monkeypatch, tmp_path):
-    compiler = _build.find_compiler()
-    objects = {}
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.cpp").touch()
-        objects[f"{name}.o"] = [*compiler, "-fPIC", "-c", f"{name}.cpp"]
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    build = (objects, "lib.so", [*compiler, "-shared"], tmp_path, tmp_path / "build.log")
-    _build.run_ninja(*build)
-    assert terminal.getvalue() == "\r[1/3]\r[2/3]\r[3/3]\n"
-    assert (tmp_path / "build.log").read_text().count(" -c ") == 2
-    monkeypatch.setattr(_build, "_TELL_EVERY", -1.0)
-    terminal.isatty = lambda: False
-    terminal.truncate(0)
-    _build.run_ninja(*build[:1], "other.so", *build[2:])
-    assert terminal.getvalue().endswith("[1/1] steps of the build\n")
-
-
 @needs_compiler
 def test_what_does_not_link_is_one_line(tmp_path):
     compiler = _build.find_compiler()

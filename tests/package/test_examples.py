@@ -80,13 +80,6 @@ def test_finetune_longer(run, method):
     assert trained[-1] > extended[-1] > tuned[-1]
 
 
-def test_finetune_longer_knows_its_methods(run, capsys):
-    pytest.importorskip("transformers")
-    with pytest.raises(SystemExit):
-        run("finetune_longer.py", "yarm")
-    assert "invalid choice: 'yarm'" in capsys.readouterr().err
-
-
 def test_own_score(run):
     output, gradient = numbers(run("own_score.py"))
     assert output < 1e-5 and gradient < 1e-4

@@ -41,6 +41,7 @@ def test_every_kernel_is_asked_for():
     assert Counter(names) == Counter(x for kernels in smoke.KERNELS.values() for x in kernels)
 
 
+@pytest.mark.thorough
 def test_every_check_launches_its_kernels(run_python):
     """Launches are counted, and none is made."""
     run_python(

@@ -101,9 +101,9 @@ def test_results_are_filed_under_the_card_and_make_one_table(folder):
     timed = Verdict(True, "all measured", {"table": "| a |"})
     results.save("bench rope", timed, {**about, "when": 1}, folder)
     text = (folder / "README.md").read_text()
-    assert results.folder(CARD) == folder and text.startswith("# NVIDIA H200\n")
+    assert results.folder(CARD) == folder
     assert text.index("| bench rope | yes | all") < text.index("| suite rope | **no** | 3 of")
-    assert "torch 2.15, triton 3.9, commit abc+" in text and "## bench rope\n\n| a |" in text
+    assert "commit abc+" in text and "## bench rope\n\n| a |" in text
 
 
 def test_timings_tell_missed_bars_and_need_rows_of_ours():

@@ -1,6 +1,7 @@
 """Who may import whom, and what `import extrope_kernels` may not load."""
 
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
@@ -92,9 +93,14 @@ def is_module(name):
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
 def imports(path, at_import_time=False):
     """Yield what a file imports, as `absolute` names it."""
-    stack = [ast.parse(path.read_text())]
+    stack = [tree_of(path)]
     while stack:
         node = stack.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -167,6 +173,12 @@ def test_optional_packages_are_imported_inside_functions(path):
         assert (
             top in {PACKAGE, "extrope_cli", *REQUIRED, *sys.stdlib_module_names} or in_its_folder
         ), name
+
+
+def test_one_module_uses_private_functions_of_torch():
+    private = r"torch\._(C|functorch|dynamo)\b|_dynamo_marked_constant|forward_ad\._|_SingleLevel"
+    found = {inside(path) for path in FILES if re.search(private, path.read_text())}
+    assert found == {"ops/_shared/autograd"}
 
 
 def test_importing_the_package_loads_no_optional_package():

@@ -34,34 +34,31 @@ def same(found, expected):
 """
 
 
-@pytest.mark.parametrize("before", ["None", "work(1)"])
-def test_fork(run_python, before):
+def test_forks_and_data_loaders(run_python):
     """A forked child has none of its parent's threads: with one of its own nothing waits for them.
 
     With more, GNU's OpenMP, which PyTorch's wheels bring, hangs in the child's first parallel
     region, be it one of PyTorch's own operations.
     """
-    run_python(SETUP + FORK.replace("BEFORE", before))
+    run_python(SETUP + FORK + LOADER)
 
 
 FORK = """
-before = BEFORE
-child = os.fork()
-if child == 0:
-    signal.alarm(120)
-    torch.set_num_threads(1)
-    found = work(0)
-    os._exit(0 if all(x.isfinite().all() for x in found) else 1)
-_, status = os.waitpid(child, 0)
-assert status == 0, status
-assert same(work(0), work(0))
+def fork():
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        torch.set_num_threads(1)
+        found = work(0)
+        os._exit(0 if all(x.isfinite().all() for x in found) else 1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+    assert same(work(0), work(0))
+
+fork()  # before the parent has called anything, and after
+fork()
 """
-
-
-def test_data_loader_workers(run_python):
-    run_python(
-        SETUP
-        + """
+LOADER = """
 from torch.utils.data import DataLoader, Dataset
 
 class Rotated(Dataset):
@@ -75,7 +72,6 @@ expected = torch.stack([work(index)[1][0] for index in range(6)])
 loader = DataLoader(Rotated(), batch_size=2, num_workers=2, multiprocessing_context="fork")
 assert torch.equal(torch.cat(list(loader)), expected)
 """
-    )
 
 
 def test_first_calls_from_many_threads_at_once(run_python):

@@ -26,12 +26,8 @@ def checkout(tmp_path):
 
 def steps(title):
     """(path, kind of code block, its text) of every block of a section."""
-    section = (
-        (ROOT / "docs" / "guide" / "add_method.md")
-        .read_text()
-        .split(f"## {title}\n")[1]
-        .split("\n## ")[0]
-    )
+    page = (ROOT / "docs" / "guide" / "add_method.md").read_text()
+    section = page.split(f"## {title}\n")[1].split("\n## ")[0]
     path = None
     for found in STEP.finditer(section):
         path = found["path"] or path
@@ -64,20 +60,9 @@ def follow(title, checkout):
 
 def passed(checkout, words, *files):
     """How many tests passed of those that are about `words`."""
+    options = ["-qx", "-p", "no:cacheprovider", "-m", "not thorough", "-k", words]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-qx",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not thorough",
-            "-k",
-            words,
-            *files,
-        ],
+        [sys.executable, "-m", "pytest", *options, *files],
         cwd=checkout,
         env={**os.environ, "PYTHONPATH": str(checkout)},
         capture_output=True,

@@ -56,11 +56,6 @@ def test_bindings_include_the_stable_headers_only():
             assert not [n for n in outside if "aoti_torch/c/" not in n], source.name
 
 
-def test_what_ships_holds_no_emulation():
-    for source in (ROOT / "csrc").rglob("*.*"):
-        assert not re.search(r"emulat", source.read_text(), re.IGNORECASE), source.name
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     "source", sorted((ROOT / "tests/support/arm").glob("*.cpp")), ids=lambda path: path.name

@@ -60,16 +60,17 @@ def check(chip, *sizes, **options):
 
 
 # The tiles of attention's kernels: rows of queries or keys, keys or dims, dims or keys.
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("sizes", [(64, 16, 64, 32), (64, 64, 64, 64), (128, 32, 64, 16)])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [((64, 16, 64, 32), BF16), ((64, 64, 64, 64), FP32), ((128, 32, 64, 16), BF16)],
+)
 def test_tiles(chip, sizes, dtype):
     check(chip, *sizes, dtype)
 
 
-@pytest.mark.parametrize("transposed", [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
-def test_transposed(chip, transposed, dtype):
-    check(chip, 64, 32, 64, 32, dtype, transposed=transposed)
+@pytest.mark.parametrize("transposed", [(True, False), (False, True)])
+def test_transposed(chip, transposed):
+    check(chip, 64, 32, 64, 32, transposed=transposed)
 
 
 def test_pipelined(chip):
@@ -90,6 +91,12 @@ def test_operand_in_registers(chip):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 def test_all_tiles(chip, m, n, dtype):
     check(chip, m, n, 64, 32, dtype, warps=8 if m * n > 128 * 128 else 4)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_both_transposed(chip, dtype):
+    check(chip, 64, 32, 64, 32, dtype, transposed=(True, True))
 
 
 @pytest.mark.thorough

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,13 +42,12 @@ LOG = Log()
 
 
 class Driver:
-    """Answer what Triton asks of a CUDA driver when it compiles."""
+    """Answer what Triton asks of a CUDA driver when it compiles; each chip is a device."""
 
-    def __init__(self, chip: int) -> None:
-        self.chip = chip
+    chip: int
 
     def get_current_device(self) -> int:
-        return 0
+        return self.chip
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -66,19 +66,33 @@ def install(chip: int) -> None:
 
     The package launches on tensors of the CPU where EXTROPE_TRITON_CHIP names the chip.
     """
+    triton.runtime.driver.set_active(Driver())
+    compile_for(chip)
+    leave_out_ptxas()
+    JITFunction.run = functools.partialmethod(run, JITFunction.run)
+
+
+def compile_for(chip: int) -> None:
+    """Execute on another chip; what the package keeps of its launches was for the one before."""
+    if (layouts := sys.modules.get("extrope_kernels.ops._shared.layouts")) is not None:
+        layouts.forget()
+    triton.runtime.driver.active.chip = chip
     os.environ["EXTROPE_TRITON_CHIP"] = str(chip)
-    triton.runtime.driver.set_active(Driver(chip))
-    # ptxas is half of the time to compile, and nobody runs what it makes. Such kernels must not get
-    # into the cache that others use.
+
+
+def leave_out_ptxas() -> None:
+    """Compile as far as PTX: ptxas is half of the time, and nobody runs what it makes.
+
+    Such kernels must not get into the cache that others use.
+    """
     triton.knobs.cache.dir = os.path.join(triton.knobs.cache.dir, "without-ptxas")
     CUDABackend.make_cubin = lambda *args, **kwargs: b""
-    JITFunction.run = functools.partialmethod(run, JITFunction.run)
 
 
 def run(kernel: JITFunction, compile_: Any, *args: Any, grid: Any, warmup: bool = False, **options):
     """Stand in for JITFunction.run: bind, specialise and compile as it does, then execute."""
     compiled = compile_(kernel, *args, grid=grid, warmup=True, **options)
-    binder = kernel.device_caches[0][-1]
+    binder = kernel.device_caches[triton.runtime.driver.active.chip][-1]
     bound, *_ = binder(*args, **{"debug": False, **options})
     if callable(grid):
         grid = grid(bound)

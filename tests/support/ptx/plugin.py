@@ -1,4 +1,4 @@
-"""A pytest plugin: every Triton launch of the tests is executed as PTX for one chip.
+"""A pytest plugin: every Triton launch is executed as PTX, for the `chip` of a test if it has one.
 
 TRITON_INTERPRET=0 EXTROPE_TRITON_CHIP=90 python -m pytest -p ptx.plugin tests/rope -k triton
 
@@ -31,6 +31,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
+    chip = getattr(getattr(item, "callspec", None), "params", {}).get("chip")
+    if chip is not None:
+        launch.compile_for(chip)
     launch.LOG.clear()
     result = yield
     known = known_findings()
@@ -45,5 +48,4 @@ def pytest_runtest_call(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    chip = os.environ["EXTROPE_TRITON_CHIP"]
-    terminalreporter.write_line(f"{launch.LOG.launches} launches executed as PTX for sm_{chip}")
+    terminalreporter.write_line(f"{launch.LOG.launches} launches executed as PTX")
