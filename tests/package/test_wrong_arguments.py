@@ -27,7 +27,7 @@ REFUSALS = (TypeError, ValueError, NotImplementedError)
 # What calls of a kind take, by a word of their names.
 RIGHT = {
     "packed": {"no batch", "boundaries"},
-    "axes": {"by axes"},
+    "axes": {"by axes", "positions of axes"},
     "fp8": {"float8", "scale"},
 }
 

@@ -32,6 +32,7 @@ NOT_A_WEIGHT = {
     if k not in ("None", "half", "double", "longer")
 } | {
     "of three heads": ATTENTION["q"][0, 0, :3].flatten(),
+    "of seven dims": ATTENTION["q"][0, 0, 0, :7],
     "strided": ATTENTION["q"][0, 0, :2].flatten()[::2],
 }
 COUNT = {**NOT_AN_INT, **NOT_POSITIVE, **HUGE, "None": None, "0": 0}
