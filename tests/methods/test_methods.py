@@ -120,7 +120,9 @@ ONES = {"short_factor": [1] * 64, "long_factor": [1] * 64}
 EXACT_REDUCTIONS = {
     "pi at factor 1": (at("pi", factor=1), ROPE),
     "ntk_aware at factor 1": (at("ntk_aware", factor=1), ROPE),
-    "llama3 at factor 1": (at("llama3", factor=1, **SHORT), at("rope", base=500000)),
+    "llama3 at factor 1": (
+        at("llama3", factor=1, original_max_position_embeddings=8192), at("rope", base=500000)
+    ),
     "giraffe_power at power 0": (at("giraffe_power", power=0), ROPE),
     "giraffe_power at power 0 with a factor": (
         at("giraffe_power", power=0, factor=3), at("pi", factor=3)

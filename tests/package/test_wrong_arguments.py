@@ -52,7 +52,9 @@ def op(name: str) -> str:
     for start in ("apply_rope", "permute_qk"):
         if name.startswith(start):
             return start.removeprefix("apply_").removesuffix("_qk")
-    return name.removeprefix("methods.").removeprefix("scores.")
+    for start in ("methods.", "scores.", "query_scale."):
+        name = name.removeprefix(start)
+    return name
 
 
 def arguments() -> list[tuple[str, str]]:

@@ -183,6 +183,21 @@ CALLS = {
         "order": [1, 0],
         "group": 2,
     },
+    "scores.query_scale.log_n": {"positions": ints(3, 9), "length": 64},
+    "scores.query_scale.llama4": {
+        "positions": ints(3, 9),
+        "floor_scale": 64.0,
+        "attn_scale": 0.1,
+    },
+    "scores.query_scale.ministral3": {
+        "positions": ints(3, 9),
+        "original_max_position_embeddings": 64,
+        "beta": 0.1,
+    },
+    "scores.query_scale.qwen_1m": {
+        "positions": ints(3, 9),
+        "original_max_position_embeddings": 64,
+    },
     "positions.shape": {"batch": 2, "seqlen": 5, "max_shift": 3, "eval_shift": "zero"},
     "positions.randomized": {"seqlen": 5, "max_len": 9, "batch": 2},
     "positions.random_padding": {"batch": 2, "num_tokens": 3, "length": 9},

@@ -261,6 +261,12 @@ WRONG = {
     "order": {"number": 8, "text": "01", "empty": [], "twice": [0, 0], "from 1": [1, 2],
               "half": [0.0, 1.0], "one": [0], "bool": [0, True], "texts": ["0", "1"],
               "tensor": torch.arange(2), "dict": {0: 1}},
+    # Temperatures
+    "scores.query_scale.log_n.length": SCALE | {"None": None, "1": 1},
+    "floor_scale": FACTOR,
+    "attn_scale": {**NOT_A_NUMBER, "None": None, "-1": -1.0},
+    "beta": {**NOT_A_NUMBER, "None": None, "-1": -1.0},
+    "dtype": {},
     # Positions
     "batch": {k: v for k, v in SIZE.items() if k != "None"},
     "seqlen": SIZE,
@@ -284,6 +290,13 @@ for _name in "qkv":  # of an append, which writes k and v, and has no gradient
     WRONG[f"rope_append_kvcache.{_name}"] = WRONG[_name] | {"learned": _learned}
 WRONG["rope_append_kvcache.positions"] = WRONG["positions"] | {"int": 3, "offsets": ints(3, 4)}
 WRONG["rope_append_kvcache.cu_seqlens"] = WRONG["cu_seqlens_q"]
+for _name in ("log_n", "llama4", "ministral3", "qwen_1m"):
+    WRONG[f"scores.query_scale.{_name}.positions"] = {
+        "number": 5,
+        "list": [1, 2],
+        "None": None,
+        "bool": torch.ones(2, dtype=torch.bool),
+    }
 WRONG["long_factor"] = WRONG["short_factor"]
 WRONG["group_sizes"] = WRONG["divisors"] = {
     "None": None, "number": 1.0, "text": "1" * 8, "texts": ["1"] * 8, "empty": [],
