@@ -130,8 +130,9 @@ WRONG = {
         "axes of another batch": torch.zeros(3, 3, 6, device=DEVICE),
         "axes of another length": torch.zeros(3, 2, 4, device=DEVICE),
     },
-    "cu_seqlens": not_ints(ints(0, 2, 6))
-    | {**BOUNDARIES, "boundaries": ints(0, 2, 6), "values of another length": ints(0, 2, 5)},
+    "cu_seqlens": {k: v for k, v in not_ints(ints(0, 2, 6)).items() if k != "longer"}
+    | {**BOUNDARIES, "boundaries": ints(0, 2, 6), "values twice": ints(0, 2, 6, 0, 2, 6),
+       "values of another length": ints(0, 2, 5)},
     "cu_seqlens_q": {k: v for k, v in not_ints(ints(0, 2, 6)).items() if k != "longer"}
     | {k: v for k, v in BOUNDARIES.items() if v.dim() != 1 or len(v) != 2}
     | {"batch": ints(0, 2, 4, 6), "values that fall": ints(0, 4, 2),
