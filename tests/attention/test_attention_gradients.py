@@ -1,13 +1,14 @@
-"""Gradients of every score method and option, on every backend, against float64."""
+"""What gradients alone have: strides, rows without keys, the reference's own backward.
 
-import functools
+Those of every score method and option are in test_attention.py.
+"""
+
 import math
 
 import pytest
 import torch
-from attention_oracle import attend, check_gradients, frequencies, make_qkv
-from score_examples import EXAMPLES, Example, blockwise_causal, dual_chunk, example, rerope
-from test_attention import LATENT, LOW, STARTS, SWITCHES, switched
+from attention_oracle import attend, frequencies, make_qkv
+from score_examples import EXAMPLES, Example, rerope
 
 from extrope_kernels import scores
 from extrope_kernels.methods import RopeFreqs, xpos
@@ -15,98 +16,6 @@ from extrope_kernels.ops.attention import AttentionCall, reference
 from extrope_kernels.testing import device
 
 INF = math.inf
-of_rerope = functools.partial(example, scores.rerope, rerope)
-
-
-@pytest.mark.parametrize("factor", [1 / 16, 1.0, 4.0, INF])
-@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 66, 67])
-def test_windows_and_factors(window, factor, any_backend):
-    made = of_rerope(window=window, factor=factor)
-    check_gradients(any_backend, made, make_qkv(seqlen_q=67), with_lse=False)
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_score_method(name, dtype, fast_backend):
-    check_gradients(fast_backend, EXAMPLES[name], make_qkv(2, 45, None, 4, 2, 32, dtype))
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128, 256])
-def test_head_dims(head_dim, dtype, any_backend):
-    tensors = make_qkv(seqlen_q=37, head_dim=head_dim, dtype=dtype)
-    check_gradients(any_backend, of_rerope(window=11, factor=4.0), tensors, with_lse=False)
-
-
-@pytest.mark.parametrize(
-    "head_dim, head_dim_v, dtype", [(24, 8, LOW[0]), (40, 64, LOW[2]), (192, 128, LOW[1])]
-)
-def test_another_head_dim_of_values(head_dim, head_dim_v, dtype, any_backend):
-    tensors = make_qkv(2, 35, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v)
-    check_gradients(any_backend, EXAMPLES["rerope"], tensors, **switched("sinks", 2, 35))
-
-
-@LATENT
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
-def test_rotated_dims_in_their_place(
-    head_dim, rotary_dim, rotary_offset, dtype, interleaved, any_backend
-):
-    tensors = make_qkv(2, 35, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim // 2)
-    freqs = frequencies(head_dim, rotary_dim=rotary_dim)
-    by = {"rotary_offset": rotary_offset, "interleaved": interleaved}
-    check_gradients(any_backend, of_rerope(window=11, factor=4.0), tensors, freqs, **by)
-
-
-@pytest.mark.parametrize("head_dim", [264, 512])
-def test_wide_heads(head_dim, any_backend):
-    if any_backend == "triton":
-        pytest.skip("its kernels take a head_dim up to 256")
-    check_gradients(any_backend, EXAMPLES["rerope"], make_qkv(1, 19, head_dim=head_dim))
-
-
-@pytest.mark.parametrize("heads_q, heads_k", [(1, 1), (3, 1), (4, 2), (9, 3)])
-@pytest.mark.parametrize("seqlens", [(1, 1), (53, 53), (5, 40), (40, 7)], ids=str)
-def test_heads_and_lengths(seqlens, heads_q, heads_k, any_backend):
-    tensors = make_qkv(2, *seqlens, heads_q, heads_k)
-    check_gradients(any_backend, of_rerope(window=7, factor=4.0), tensors, with_lse=False)
-
-
-@pytest.mark.parametrize("options", [{"softmax_scale": 0.3, "log_n": 8}, {"interleaved": True}])
-@pytest.mark.parametrize("name", ["leaky_rerope", "self_extend"])
-def test_options(name, options, any_backend):
-    freqs = frequencies(32, rotary_dim=16, attention_factor=1.3)
-    check_gradients(any_backend, EXAMPLES[name], make_qkv(1, 29, None, 2, 1), freqs, **options)
-
-
-@pytest.mark.parametrize("size", [7, 12, 40])
-def test_chunks_and_half_blocks(size, any_backend):
-    tensors = make_qkv(1, 45, None, 4, 2)
-    chunks = example(scores.dual_chunk, dual_chunk, chunk_size=size, local_window=size // 6)
-    check_gradients(any_backend, chunks, tensors)
-    blocks = example(scores.blockwise_causal, blockwise_causal, block_size=2 * size)
-    check_gradients(any_backend, blocks, tensors, xpos(32).to(device()), with_lse=False)
-
-
-@pytest.mark.parametrize("switch", ["sinks", "sliding_window", "all"])
-@pytest.mark.parametrize("name", ["self_extend", "dual_chunk"])
-def test_every_score_method_with(name, switch, any_backend):
-    check_gradients(any_backend, EXAMPLES[name], make_qkv(2, 67), **switched(switch, 2, 67))
-
-
-@pytest.mark.parametrize(
-    "switch, dtype",
-    [(x, LOW[0]) for x in SWITCHES]
-    + [(x, y) for x in ("softcap", "sinks", "all") for y in LOW[1:]],
-)
-def test_dtypes(switch, dtype, any_backend):
-    tensors = make_qkv(2, 41, 53, head_dim=64, dtype=dtype)
-    check_gradients(any_backend, EXAMPLES["leaky_rerope"], tensors, **switched(switch, 2, 41))
-
-
-@pytest.mark.parametrize("starts", STARTS)
-@pytest.mark.parametrize("name", ["self_extend", "dual_chunk"])
-def test_starts(name, starts, any_backend):
-    check_gradients(any_backend, EXAMPLES[name], make_qkv(2, 23, 29), **STARTS[starts], log_n=16)
 
 
 def test_strided_gradient_and_views(any_backend):

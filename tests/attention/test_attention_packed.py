@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_oracle import attend, check, check_gradients, frequencies, make_qkv
+from attention_oracle import attend, check, check_both, check_gradients, frequencies, make_qkv
 from score_examples import (
     EXAMPLES,
     Example,
@@ -85,8 +85,7 @@ def run_packed(monkeypatch, lengths) -> None:
 def test_a_loop_over_sequences(lengths, name, any_backend, monkeypatch):
     run_packed(monkeypatch, lengths)
     tensors = make_qkv(1, sum(lengths), None, 4, 2)
-    check(any_backend, packed(MADE[name], lengths), tensors)
-    check_gradients(any_backend, packed(MADE[name], lengths), tensors, with_lse=False)
+    check_both(any_backend, packed(MADE[name], lengths), tensors, with_lse=False)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.2])  # as YaRN: keys have tables of their own

@@ -1,4 +1,4 @@
-"""The attention ops as PyTorch sees them: opcheck, torch.compile, torch.func, what is saved."""
+"""The attention ops as PyTorch sees them: torch.compile, torch.func, what is saved."""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ pytest.importorskip("triton")
 
 from attention_oracle import (
     attend,
-    check,
-    check_gradients,
+    check_both,
     frequencies,
     gradients,
     make_qkv,
@@ -75,9 +74,7 @@ def both(
     made: Example, seqlens=(37, 37), heads=(1, 1), head_dim=16, dtype=torch.float32, **options
 ):
     """Outputs and gradients, against the closed form."""
-    tensors = make_qkv(1, *seqlens, *heads, head_dim, dtype)
-    check("triton", made, tensors, **options)
-    check_gradients("triton", made, tensors, **options)
+    check_both("triton", made, make_qkv(1, *seqlens, *heads, head_dim, dtype), **options)
 
 
 def against_reference(made: Example, qkv, freqs, with_gradients=True, **options) -> None:

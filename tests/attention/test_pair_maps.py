@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from attention_oracle import make_qkv, rounding_noise, split, truncation
+from attention_oracle import closed_form, make_qkv, rounding_noise, truncation
+from score_examples import PLAIN, indices
 from torch import Tensor
 
 from extrope_kernels import (
@@ -105,40 +106,15 @@ def oracle(*tensors, **options) -> Tensor:
     return oracle_and_lse(*tensors, **options)[0]
 
 
-def oracle_and_lse(q, k, v, one: Example, interleaved=False, window=None, seen=None):
-    """out and lse in float64: sum over pairs of Re(q conj(k) exp(1j * angle)).
+def oracle_and_lse(q, k, v, one: Example, window=None, seen=None, **known):
+    """out and lse in float64; known: what else the closed form is told.
 
     seen: the distances (batch or 1, heads or 1, i, j, pairs or 1), where `one` does not have them.
     """
-    q, k, v = (x.double().cpu() for x in (q, k, v))
-    group, seqlen_q, seqlen_k = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
-    i = torch.arange(seqlen_q).double()[:, None]
-    i = i + (seqlen_k - seqlen_q)
-    j = torch.arange(seqlen_k).double()[None]
-    i, j = torch.broadcast_tensors(i, j)
-    seen = one.seen(i, j)[None] if seen is None else seen
-    theta = one.freqs.inv_freq.double().cpu()
-    theta = (
-        theta.view(-1, 1, PAIRS)
-        if theta.dim() == 2
-        else theta.view(-1, *theta.shape[-2:])
-        if (theta.dim() == 3)
-        else theta.view(1, 1, PAIRS)
-    )
-    angle = seen * theta[:, :, None, None]  # (batch or 1, heads or 1, i, j, pairs)
-    if angle.shape[1] not in (1, q.shape[2]):
-        angle = angle.repeat_interleave(group, 1)
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    qa, qb, q_rest = split(q, PAIRS, interleaved)
-    ka, kb, k_rest = split(k, PAIRS, interleaved)
-    real = torch.einsum("bihp,bjhp->bhijp", qa, ka) + torch.einsum("bihp,bjhp->bhijp", qb, kb)
-    imag = torch.einsum("bihp,bjhp->bhijp", qb, ka) - torch.einsum("bihp,bjhp->bhijp", qa, kb)
-    scores = (real * angle.cos() - imag * angle.sin()).sum(-1)
-    scores = scores + torch.einsum("bihr,bjhr->bhij", q_rest, k_rest)
-    hidden = j > i if window is None else (j > i) | (i - j >= window)
-    scores = (scores * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
-    out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
-    return out.to(device()), scores.logsumexp(-1).to(device())
+    lengths = q.shape[1], k.shape[1]
+    seen = one.seen(*torch.broadcast_tensors(*indices(*lengths)))[None] if seen is None else seen
+    relative = PLAIN.relative(*lengths).within(window)
+    return closed_form(q, k, v, relative, one.freqs, distances=seen, **known)
 
 
 EXAMPLES = [
@@ -192,6 +168,14 @@ def check_forward(backend, tensors, one: Example, interleaved=False) -> None:
     exact = oracle(*tensors, one, interleaved=interleaved)
     noise = truncation(backend, tensors[0], same, exact)
     assert_within_budget("out", out, same, exact, noise=noise)
+
+
+def test_sinks_of_query_heads_that_have_own_frequencies(any_backend):
+    one, (q, k, v) = example("heads", 4), qkv()
+    sinks = torch.tensor([3.0, -1.0, 0.5, -2.0], device=q.device)
+    out = rope_attention(q, k, v, one.freqs, sinks=sinks, backend=any_backend)
+    exact = oracle(q, k, v, one, sinks=sinks)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["groups", "heads and factors"])
@@ -515,27 +499,17 @@ def test_axes_refuse_queries_without_positions():
 
 
 @pytest.mark.parametrize(
-    ("axes", "positions", "error", "message"),
+    ("axes", "positions", "message"),
     [
-        (AXES, by_axes(19)[:2], ValueError, "axes must be from 0 to 1 for positions of 2 axes"),
-        (AXES - 1, by_axes(19), ValueError, "axes must be from 0 to 2 .*, got .-1, 0"),
-        (AXES[1:], by_axes(19), ValueError, r"axes must be contiguous int32 \(14,\) .*\(13,\)"),
-        (AXES.long(), by_axes(19), ValueError, r"axes must be contiguous int32 .* torch.int64"),
-        (AXES.tolist(), by_axes(19), TypeError, "axes must be a Tensor, got list"),
-        (AXES, by_axes(19).bool(), ValueError, "positions must be int32, .* got torch.bool"),
-        (AXES, by_axes(19).cfloat(), ValueError, "positions must be int32, .* got torch.complex64"),
-        (AXES, by_axes(19).tolist(), TypeError, "positions must be a Tensor .* got list"),
+        (AXES, by_axes(19)[:2], "axes must be from 0 to 1 for positions of 2 axes"),
+        (AXES - 1, by_axes(19), "axes must be from 0 to 2 .*, got .-1, 0"),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("name", ["no score", "groups"])
-def test_axes_refuse(name, axes, positions, error, message):
+)
+def test_axes_are_rows_of_positions(axes, positions, message):
     q, k, v = qkv()
-    axes = axes.to(q.device) if isinstance(axes, Tensor) else axes
-    freqs = dataclasses.replace(methods.rope(2 * PAIRS).to(q.device), axes=axes)
-    score = None if name == "no score" else example(name).score
-    who = "rope_attention" if score is None else score.name
-    with pytest.raises(error, match=f"^{who}: {message}"):
-        rope_attention(q, k, v, freqs, score, positions=positions)
+    freqs = dataclasses.replace(methods.rope(2 * PAIRS).to(q.device), axes=axes.to(q.device))
+    with pytest.raises(ValueError, match=f"^rope_attention: {message}"):
+        rope_attention(q, k, v, freqs, positions=positions)
 
 
 def test_axes_refuse_frequencies_of_heads():

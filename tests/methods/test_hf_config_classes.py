@@ -35,10 +35,15 @@ FILES = {
 # All take minutes. These read what no other does, or are read most.
 READ_MOST = ("llama", "gemma3", "gemma4", "deepseek_v3", "deepseek_v4", "phi3", "gpt_neox", "glm")
 READ_MOST += ("qwen2_vl", "qwen3_vl", "gpt_oss", "stablelm", "ernie4_5_vl_moe", "dinov3_vit")
-THOROUGH = pytest.mark.thorough
-EACH = pytest.mark.parametrize(
-    "model", [x if x in READ_MOST else pytest.param(x, marks=THOROUGH) for x in FILES]
-)
+
+
+def each(quick):
+    """Every model, those that are not `quick` in a thorough run."""
+    thorough = pytest.mark.thorough
+    models = [x if x in quick else pytest.param(x, marks=thorough) for x in FILES]
+    return pytest.mark.parametrize("model", models)
+
+
 DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
 FACTORS = [1.0 + 0.25 * i for i in range(512)]
 LENGTH = {"original_max_position_embeddings": 1024}
@@ -209,7 +214,7 @@ def assert_same_cosines(site: Site, layer_type: str | None, freqs) -> None:
         assert torch.equal(got, halves) or torch.equal(got, turns)
 
 
-@EACH
+@each(READ_MOST)
 def test_defaults(model):
     for site in sites(model):
         several = site.axes > 1 and site.name not in REFUSED
@@ -228,7 +233,7 @@ def test_defaults(model):
             assert_same(stored, table, factor)
 
 
-@EACH
+@each(("llama", "gemma3", "phi3", "deepseek_v3"))
 def test_every_rope_type(model):
     for site in sites(model):
         if site.name in {*REFUSED, *DEFAULT_ONLY, *REORDERED}:

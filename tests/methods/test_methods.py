@@ -109,86 +109,58 @@ def test_xpos_decay(dim):
     assert freqs.attention_factor == 1.0
 
 
+def at(name, **settings):
+    return METHODS[name](128, **settings)
+
+
+ROPE = methods.rope(128)
+SHORT = {"original_max_position_embeddings": 256}
+YARN = at("yarn", factor=4, **SHORT)
+ONES = {"short_factor": [1] * 64, "long_factor": [1] * 64}
 EXACT_REDUCTIONS = {
-    "pi at factor 1": (methods.pi(128, factor=1), methods.rope(128)),
-    "ntk_aware at factor 1": (methods.ntk_aware(128, factor=1), methods.rope(128)),
+    "pi at factor 1": (at("pi", factor=1), ROPE),
+    "ntk_aware at factor 1": (at("ntk_aware", factor=1), ROPE),
     "llama3 at factor 1": (
-        methods.llama3(128, factor=1, original_max_position_embeddings=8192),
-        methods.rope(128, base=500000),
+        at("llama3", factor=1, original_max_position_embeddings=8192), at("rope", base=500000)
     ),
-    "giraffe_power at power 0": (methods.giraffe_power(128, power=0), methods.rope(128)),
+    "giraffe_power at power 0": (at("giraffe_power", power=0), ROPE),
     "giraffe_power at power 0 with a factor": (
-        methods.giraffe_power(128, power=0, factor=3),
-        methods.pi(128, factor=3),
+        at("giraffe_power", power=0, factor=3), at("pi", factor=3)
     ),
-    "giraffe_truncation far away": (
-        methods.giraffe_truncation(128, truncate_pos=10**6),
-        methods.rope(128),
-    ),
-    "proportional at 1": (
-        methods.proportional(128, partial_rotary_factor=1),
-        methods.rope(128),
-    ),
+    "giraffe_truncation far away": (at("giraffe_truncation", truncate_pos=10**6), ROPE),
+    "proportional at 1": (at("proportional", partial_rotary_factor=1), ROPE),
     "proportional at 1 with a factor": (
-        methods.proportional(128, partial_rotary_factor=1, factor=3),
-        methods.pi(128, factor=3),
+        at("proportional", partial_rotary_factor=1, factor=3), at("pi", factor=3)
     ),
-    "longrope with ones": (
-        methods.longrope(
-            128,
-            short_factor=[1] * 64,
-            long_factor=[1] * 64,
-            original_max_position_embeddings=64,
-            seq_len=999,
-            factor=1,
-        ),
-        methods.rope(128),
-    ),
-    "cope with nothing to fade": (methods.cope(128, clip=0), methods.rope(128)),
-    "abf": (methods.abf(128), methods.rope(128, base=500000.0)),
+    "longrope with ones": (at("longrope", **ONES, **SHORT, seq_len=999, factor=1), ROPE),
+    "cope with nothing to fade": (at("cope", clip=0), ROPE),
+    "abf": (at("abf"), at("rope", base=500000.0)),
     "dynamic_ntk within the trained length": (
-        methods.dynamic_ntk(128, factor=3, seq_len=5, max_position_embeddings=2048),
-        methods.rope(128),
+        at("dynamic_ntk", factor=3, seq_len=5, max_position_embeddings=2048), ROPE
     ),
     "dynamic_ntk at factor 1": (
-        methods.dynamic_ntk(128, factor=1, seq_len=8192, max_position_embeddings=2048),
-        methods.ntk_aware(128, factor=4),
+        at("dynamic_ntk", factor=1, seq_len=8192, max_position_embeddings=2048),
+        at("ntk_aware", factor=4),
     ),
-    "dynamic_yarn within the trained length": (
-        methods.dynamic_yarn(128, seq_len=256, original_max_position_embeddings=256),
-        methods.rope(128),
-    ),
-    "dynamic_yarn beyond the trained length": (
-        methods.dynamic_yarn(128, seq_len=1024, original_max_position_embeddings=256),
-        methods.yarn(128, factor=4, original_max_position_embeddings=256),
-    ),
+    "dynamic_yarn within the trained length": (at("dynamic_yarn", seq_len=256, **SHORT), ROPE),
+    "dynamic_yarn beyond the trained length": (at("dynamic_yarn", seq_len=1024, **SHORT), YARN),
     "dynamic_yarn fine-tuned": (
-        methods.dynamic_yarn(
-            128,
-            seq_len=9,
-            original_max_position_embeddings=256,
-            max_position_embeddings=1024,
-            finetuned=True,
-        ),
-        methods.yarn(128, factor=4, original_max_position_embeddings=256),
+        at("dynamic_yarn", seq_len=9, max_position_embeddings=1024, finetuned=True, **SHORT), YARN
     ),
     "ntk_by_parts, the paper's": (
-        methods.ntk_by_parts(128, factor=4, original_max_position_embeddings=256, variant="paper"),
-        methods.yarn(128, factor=4, original_max_position_embeddings=256, attention_factor=1.0),
+        at("ntk_by_parts", factor=4, variant="paper", **SHORT),
+        at("yarn", factor=4, attention_factor=1.0, **SHORT),
     ),
     "ntk_by_parts without its fast part where all pairs rotate often": (
-        methods.ntk_by_parts(
-            128, factor=4, original_max_position_embeddings=100_000, extrapolation_factor=0
-        ),
-        methods.ntk_aware(128, factor=4),
+        at("ntk_by_parts", factor=4, extrapolation_factor=0,
+           original_max_position_embeddings=100_000),
+        at("ntk_aware", factor=4),
     ),
     "yarn, truncate does not concern the rotations ramp": (
-        methods.yarn(
-            128, factor=4, original_max_position_embeddings=256, ramp="rotations", truncate=False
-        ),
-        methods.yarn(128, factor=4, original_max_position_embeddings=256, ramp="rotations"),
+        at("yarn", factor=4, ramp="rotations", truncate=False, **SHORT),
+        at("yarn", factor=4, ramp="rotations", **SHORT),
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXACT_REDUCTIONS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -27,13 +28,15 @@ REFUSALS = (TypeError, ValueError, NotImplementedError)
 # What calls of a kind take, by a word of their names.
 RIGHT = {
     "packed": {"no batch", "boundaries"},
-    "axes": {"by axes"},
+    "axes": {"by axes", "positions of axes"},
     "fp8": {"float8", "scale"},
 }
-
-
-# What the reference takes: gradients of decays, values of any size.
+# What the reference takes, and fakes: gradients of decays, values of any size.
 OF_THE_REFERENCE = {("decay", "learned"), ("v", "no dims")}
+# What tensors without values do not show, as in a graph; layouts are not kept on the way there.
+NOT_ON_META = (
+    *("values", "meta", "sparse", "nested", "strided", "expanded", "the other", "elsewhere"),
+)
 
 
 def function(name: str):
@@ -52,7 +55,9 @@ def op(name: str) -> str:
     for start in ("apply_rope", "permute_qk"):
         if name.startswith(start):
             return start.removeprefix("apply_").removesuffix("_qk")
-    return name.removeprefix("methods.").removeprefix("scores.")
+    for start in ("methods.", "scores.", "query_scale."):
+        name = name.removeprefix(start)
+    return name
 
 
 def arguments() -> list[tuple[str, str]]:
@@ -82,11 +87,19 @@ def wrong(name: str, argument: str) -> dict:
 
 
 def backends(name: str, argument: str) -> list[str | None]:
-    """None and, of those that can run here, the reference and Triton: they have own checks."""
+    """None and, of those that can run here, the reference and Triton; fakes, on meta tensors."""
     if argument == "backend" or "backend" not in parameters(name):
         return [None]
     known = {"reference", *(available_backends() if "rope" in name else ())}
-    return [None, *sorted(known & {"reference", "triton"})]
+    return [None, *sorted(known & {"reference", "triton"}), "meta"]
+
+
+def on_meta(value):
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, RopeFreqs):
+        return replace(value, **{name: on_meta(x) for name, x in vars(value).items()})
+    return value
 
 
 def leaves(value) -> list[torch.Tensor]:
@@ -116,7 +129,11 @@ def test_is_refused_by_name(name, argument):
     values = wrong(name, argument).items()
     for backend, (what, value) in product(backends(name, argument), values):
         given = {**CALLS[name], argument: value}
-        if backend is not None:
+        if backend == "meta":
+            if any(x in what for x in NOT_ON_META) or (argument, what) in OF_THE_REFERENCE:
+                continue
+            given = {key: on_meta(x) for key, x in given.items()}
+        elif backend is not None:
             given["backend"] = backend
             if backend == "reference" and (argument, what) in OF_THE_REFERENCE:
                 continue

@@ -19,6 +19,7 @@ from generated import (
 )
 from hypothesis import strategies as st
 from torch import Tensor
+from truncation import truncation
 
 from extrope_kernels import RopeFreqs, apply_rope_qk
 from extrope_kernels.testing import assert_within_budget, available_backends, device
@@ -103,12 +104,6 @@ LAYOUT = st.sampled_from(LAYOUTS)
 BACKENDS = backends([name for name in available_backends() if name != "reference"])
 
 
-def truncation(backend: str, x: Tensor) -> float:
-    """The units that the interpreter loses by truncating to bfloat16."""
-    interpreted = backend == "triton" and device() == "cpu"
-    return 1.0 if interpreted and x.dtype == torch.bfloat16 else 0.0
-
-
 @generated(case=cases(), backend=BACKENDS)
 def test_rotation(case, backend):
     """The same as the reference in float64, within the budget; nothing that was given changes."""
@@ -116,7 +111,7 @@ def test_rotation(case, backend):
     outs, sames, exacts = case.run(backend=backend), case.run(backend="reference"), case.exact()
     for name, x, out, same, exact in zip("qk", (case.q, case.k), outs, sames, exacts):
         assert out.shape == x.shape and out.dtype == x.dtype
-        assert_within_budget(name, out, same, exact, truncation(backend, x))
+        assert_within_budget(name, out, same, exact, truncation(backend, x.dtype))
     assert torch.equal(case.q, before[0]) and torch.equal(case.k, before[1])
 
 
@@ -158,7 +153,7 @@ def test_gradients(case, backend, seed):
         noise = 0.0
         if name == "dinv_freq":
             noise = _frequency_noise(case, leaves[2], want)
-        assert_within_budget(name, out, same_dtype, want, truncation(backend, case.q), noise)
+        assert_within_budget(name, out, same_dtype, want, truncation(backend, case.q.dtype), noise)
 
 
 def _frequency_noise(case: Case, inv_freq: Tensor, exact: Tensor) -> float:

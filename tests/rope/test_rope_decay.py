@@ -100,43 +100,35 @@ def test_float16_reaches_twice_as_far_around_the_middle():
     assert error <= 2 * budget
 
 
-@pytest.mark.parametrize(
-    "options, message",
+OVERFLOWS = (
+    (False, {}, "got 0 to 9000; decay_origin=4500 covers them"),
+    (False, {"positions": -9000}, "got -9000 to 0; decay_origin=-4500 covers them"),
+    (False, {"positions": torch.tensor([5, 80])}, "got 5 to 9080; no origin covers them"),
     (
-        ({}, r"got 0 to 9000; decay_origin=4500 covers them"),
-        (dict(positions=-9000), r"got -9000 to 0; decay_origin=-4500 covers them"),
-        (dict(positions=torch.tensor([5, 80])), r"got 5 to 9080; no origin covers them"),
-        (
-            dict(positions=torch.arange(9001).flip(0) + 7),
-            r"got 7 to 9007; decay_origin=4507 covers them",
-        ),
-        (dict(positions=torch.arange(9001) * 2.5), r"got 0 to 22500; no origin covers them"),
+        False,
+        {"positions": torch.arange(9001).flip(0) + 7},
+        "got 7 to 9007; decay_origin=4507 covers them",
     ),
+    (False, {"positions": torch.arange(9001) * 2.5}, "got 0 to 22500; no origin covers them"),
+    (True, {}, "got 0 to 8999; decay_origin=4499 covers them"),
+    (True, {"positions": -9000}, "got -9000 to -1; decay_origin=-4501 covers them"),
+    (True, {"positions": torch.tensor([80, 5])}, "got 5 to 9004; decay_origin=4504 covers them"),
+    (True, {"positions": torch.arange(9001) * 2.5}, "got 0 to 22500; no origin covers them"),
 )
-def test_an_amplitude_that_overflows_is_refused(options, message):
+
+
+@pytest.mark.parametrize("packed, options, message", OVERFLOWS)
+def test_an_amplitude_that_overflows_is_refused(packed, options, message):
+    """Packed as sequences of 1 and of 9000 tokens; else of 9001."""
     q, k = make_qk(2, 9001, 1, 1, head_dim=2, dtype=torch.float16)
-    if device() == "cuda" and isinstance(options.get("positions"), torch.Tensor):
+    if device() == "cuda" and (packed or isinstance(options.get("positions"), torch.Tensor)):
         pytest.skip("positions on the device are not read back")
+    if packed:
+        q, k, options = q[0], k[0], {**options, "cu_seqlens": torch.tensor([0, 1, 9001])}
     before = q.clone()
     with pytest.raises(ValueError, match=rf"rope: positions .* 4532 of .*float16, {message}"):
         apply_rope_qk(q, k, xpos(2), inplace=True, **options)
     assert torch.equal(q, before)
-
-
-@pytest.mark.skipif(device() == "cuda", reason="boundaries on the device are not read back")
-@pytest.mark.parametrize(
-    "options, message",
-    (
-        ({}, r"got 0 to 8999; decay_origin=4499 covers them"),
-        (dict(positions=-9000), r"got -9000 to -1; decay_origin=-4501 covers them"),
-        (dict(positions=torch.tensor([80, 5])), r"got 5 to 9004; decay_origin=4504 covers them"),
-        (dict(positions=torch.arange(9001) * 2.5), r"got 0 to 22500; no origin covers them"),
-    ),
-)
-def test_an_amplitude_that_overflows_in_packed_sequences(options, message):
-    x, boundaries = torch.zeros(9001, 1, 2, dtype=torch.float16), torch.tensor([0, 1, 9001])
-    with pytest.raises(ValueError, match=rf"rope: positions .* 4532 of .*float16, {message}"):
-        apply_rope(x, xpos(2), cu_seqlens=boundaries, **options)
 
 
 @pytest.mark.skipif(device() == "cuda", reason="boundaries on the device are not read back")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_rope import check
 from torch.autograd import gradcheck, gradgradcheck
 from truncation import truncation
 
@@ -25,11 +26,13 @@ def gradients(q, k, freqs, weights, **options):
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("start", (0, *LONG_POSITIONS))
-def test_backward_against_float64(backend, start, dtype, interleaved):
+def test_forward_and_backward_against_float64(backend, start, dtype, interleaved):
+    """Exact at any position."""
     q, k = make_qk(2, 11, 3, 1, head_dim=72, dtype=dtype)
     weights = make_qk(2, 11, 3, 1, head_dim=72, dtype=dtype, seed=1)
     freqs = methods.yarn(64, factor=4.0, original_max_position_embeddings=4096).to(device())
     options = dict(positions=start, interleaved=interleaved)
+    check(q, k, freqs, backend, **options)
     grads = gradients(q, k, freqs, weights, backend=backend, **options)
     same = gradients(q, k, freqs, weights, backend="reference", **options)
     wide = [w.double() for w in weights]

@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: opcheck, torch.compile, schemas, CUDA graphs, raw calls."""
+"""The ops as PyTorch sees them, beside tests/package/test_registration.py."""
 
 from __future__ import annotations
 

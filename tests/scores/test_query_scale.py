@@ -118,38 +118,3 @@ def test_shapes(name):
     for shape in ((), (0,), (3, 5), (2, 1, 3)):
         positions = torch.full(shape, 1000)
         assert getattr(query_scale, name)(**options | {"positions": positions}).shape == shape
-
-
-ERRORS = [
-    ("log_n", {"length": 1}, ValueError, "log_n: length must be > 1, got 1"),
-    ("log_n", {"length": math.inf}, ValueError, "log_n: length must be finite"),
-    ("llama4", {"floor_scale": 0}, ValueError, "llama4: floor_scale must be > 0, got 0"),
-    ("llama4", {"attn_scale": -1}, ValueError, "llama4: attn_scale must be >= 0, got -1"),
-    ("llama4", {"attn_scale": "1"}, TypeError, "llama4: attn_scale must be a number, got '1'"),
-    (
-        "ministral3",
-        {"original_max_position_embeddings": 0},
-        ValueError,
-        "ministral3: original_max_position_embeddings must be > 0",
-    ),
-    (
-        "qwen_1m",
-        {"original_max_position_embeddings": 1.5},
-        ValueError,
-        "qwen_1m: original_max_position_embeddings must be a whole number of tokens, got 1.5",
-    ),
-    ("ministral3", {"beta": None}, TypeError, "ministral3: beta must be a number, got None"),
-]
-
-
-@pytest.mark.parametrize(("name", "changes", "kind", "message"), ERRORS)
-def test_errors(name, changes, kind, message):
-    with pytest.raises(kind, match=message):
-        getattr(query_scale, name)(**CALLS[name] | changes)
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("positions", [5, [1, 2], None, torch.ones(2, dtype=torch.bool)])
-def test_wrong_positions(name, positions):
-    with pytest.raises(TypeError, match=f"{name}: positions must"):
-        getattr(query_scale, name)(**CALLS[name] | {"positions": positions})

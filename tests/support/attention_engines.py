@@ -2,114 +2,60 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
-from torch import Tensor
 
 from extrope_kernels.methods import rope
 from extrope_kernels.ops.attention import AttentionCall, flash_attn, reference
 from extrope_kernels.ops.attention.flash_attn.engines import Engine
-from extrope_kernels.scores import PositionMap, Region, Score
+from extrope_kernels.scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
 
-
-def band_mask(seqlen_q: int, seqlen_k: int, left: int | None) -> Tensor:
-    """(seqlen_q, seqlen_k) bool, aligned at the end."""
-    i = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
-    j = torch.arange(seqlen_k)
-    visible = j <= i
-    return visible if left is None else visible & (j >= i - left)
-
-
-def dense_forward(q, k, v, scale, mask, softcap=0.0) -> tuple[Tensor, Tensor]:
-    """One sequence: (seqlen, heads, head_dim) -> out and lse (heads, seqlen), in float64."""
-    weights, lse, _ = _softmax(q, k, scale, mask, softcap, None)
-    v = v.double().repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return torch.einsum("hij,jhd->ihd", weights, v), lse
-
-
-def dense_backward(
-    dout, dlse, q, k, v, out, lse, scale, mask, softcap=0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights come from the lse that is given, delta from the out that is given."""
-    group = q.shape[1] // k.shape[1]
-    weights, _, slope = _softmax(q, k, scale, mask, softcap, lse.double())
-    dout = dout.double()
-    delta = (dout * out.double()).sum(-1).T
-    if dlse is not None:
-        delta = delta - dlse
-    d_weights = torch.einsum("ihd,jhd->hij", dout, v.double().repeat_interleave(group, 1))
-    d_scores = weights * (d_weights - delta[..., None]) * scale * slope
-    dq = torch.einsum("hij,jhd->ihd", d_scores, k.double().repeat_interleave(group, 1))
-    dk = torch.einsum("hij,ihd->jhd", d_scores, q.double())
-    dv = torch.einsum("hij,ihd->jhd", weights, dout)
-    return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
-
-
-def _softmax(q, k, scale, mask, softcap, lse):
-    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = torch.einsum("ihd,jhd->hij", q.double(), k) * scale
-    slope = 1.0
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-        slope = 1 - (scores / softcap) ** 2
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if lse is None:
-        lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0.0)[..., None])
-    return weights, lse, slope
+BAND = Score("band", (Region(FIRST_KEY, UNROTATED, UNROTATED),))
 
 
 class TorchEngine(Engine):
-    """Rows without keys, and what is behind the last packed sequence, hold NaN."""
+    """The reference in float64, of a band and without a rotation.
+
+    Rows without keys, and what is behind the last packed sequence, hold NaN.
+    """
 
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-    def __init__(
-        self,
-        name: str,
-        functions=(dense_forward, dense_backward),
-        *,
-        dlse: bool = False,
-    ):
+    def __init__(self, name: str, *, dlse: bool = False):
         self.name, self.takes_dlse = name, dlse
-        self._forward, self._backward = functions
         self.calls: list[int | None] = []  # left bounds
 
-    def forward(self, q, k, v, softmax_scale, left, cu_seqlens, softcap):
+    def _call(self, softmax_scale, left, cu_seqlens, softcap) -> tuple[AttentionCall, slice]:
+        """The call, and the tokens of packed sequences or the whole batch."""
         self.calls.append(left)
-        wide = torch.promote_types(q.dtype, torch.float32)
+        window = None if left is None else left + 1
+        options = {"softmax_scale": softmax_scale, "softcap": softcap, "sliding_window": window}
+        call = AttentionCall(torch.ones(1), cu_seqlens, score=BAND, **options)
+        return call, slice(None if cu_seqlens is None else int(cu_seqlens[-1]))
+
+    def forward(self, q, k, v, *band):
+        call, own = self._call(*band)
+        found, found_lse = reference.forward(*(x[own].double() for x in (q, k, v)), call)
         out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+        wide = torch.promote_types(q.dtype, torch.float32)
         lse = torch.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), torch.nan, dtype=wide)
-        for rows, lse_rows in sequences(q, cu_seqlens):
-            mask = band_mask(q[rows].shape[0], k[rows].shape[0], left)
-            part, part_lse = self._forward(q[rows], k[rows], v[rows], softmax_scale, mask, softcap)
-            out[rows] = part.masked_fill(~mask.any(1)[:, None, None], torch.nan).to(q.dtype)
-            lse[lse_rows] = part_lse.to(wide)
+        empty = (found_lse == -torch.inf).transpose(-1, -2)[..., None]
+        out[own], lse[..., own] = (
+            found.masked_fill(empty, torch.nan).to(q.dtype),
+            found_lse.to(wide),
+        )
         return out, lse
 
-    def backward(self, dout, dlse, q, k, v, out, lse, softmax_scale, left, cu_seqlens, softcap):
-        self.calls.append(left)
+    def backward(self, dout, dlse, q, k, v, out, lse, *band):
+        call, own = self._call(*band)
         assert dlse is None or self.takes_dlse
         assert lse.is_contiguous(), "flash-attention reads lse by its shape"
+        dlse = None if dlse is None else dlse[..., own].double()
+        given = (x[own].double() for x in (q, k, v, out))
+        found = reference.backward(dout[own].double(), dlse, *given, lse[..., own].double(), call)
         grads = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (q, k, v)]
-        for rows, lse_rows in sequences(q, cu_seqlens):
-            mask = band_mask(q[rows].shape[0], k[rows].shape[0], left)
-            saved = (q[rows], k[rows], v[rows], out[rows], lse[lse_rows])
-            row_dlse = None if dlse is None else dlse[lse_rows]
-            parts = self._backward(dout[rows], row_dlse, *saved, softmax_scale, mask, softcap)
-            for grad, part in zip(grads, parts):
-                grad[rows] = part.to(grad.dtype)
+        for grad, part in zip(grads, found):
+            grad[own] = part.to(grad.dtype)
         return tuple(grads)
-
-
-def sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple]:
-    """The index of every sequence that is not empty, in q and in lse."""
-    if cu_seqlens is None:
-        return [(b, b) for b in range(q.shape[0])]
-    ends = cu_seqlens.tolist()
-    spans = [slice(a, b) for a, b in pairwise(ends) if a < b]
-    return [(span, (slice(None), span)) for span in spans]
 
 
 # -------------------------------------------------------------------------------------------------

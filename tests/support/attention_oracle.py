@@ -57,22 +57,29 @@ def closed_form(
     softcap=0.0,
     sinks=None,
     first=None,
+    distances=None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse in float64: sum over pairs of Re(q conj(k) exp(1j * relative * theta)).
 
-    inv_freq: (rotary_dim / 2,). first: the position of row 0, where it is not what bottom-right
-    alignment says. Differentiable in q, k, v and sinks.
+    inv_freq: (rotary_dim / 2,), (batch, rotary_dim / 2) or (batch or 1, heads, rotary_dim / 2), of
+    k's or of q's heads. first: the position of row 0, where it is not what bottom-right alignment
+    says. distances: (batch or 1, heads or 1, i, j, pairs or 1), where they are not relative's.
+    Differentiable in q, k, v and sinks.
     """
     q, k, v = (x.double() for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    theta = freqs.inv_freq.double().to(q.device)
+    theta, pairs = freqs.inv_freq.double().to(q.device), freqs.inv_freq.shape[-1]
+    theta = theta.unsqueeze(-2) if theta.dim() < 3 else theta  # (batch, heads, pairs)
     seen = relative.seen.to(q.device)
-    qa, qb, q_rest = split(q, len(theta), interleaved, rotary_offset)
-    ka, kb, k_rest = split(k, len(theta), interleaved, rotary_offset)
+    distances = seen.nan_to_num()[..., None] if distances is None else distances.to(q.device)
+    qa, qb, q_rest = split(q, pairs, interleaved, rotary_offset)
+    ka, kb, k_rest = split(k, pairs, interleaved, rotary_offset)
     real = torch.einsum("bihp,bjhp->bhijp", qa, ka) + torch.einsum("bihp,bjhp->bhijp", qb, kb)
     imag = torch.einsum("bihp,bjhp->bhijp", qb, ka) - torch.einsum("bihp,bjhp->bhijp", qa, kb)
-    angle = seen.nan_to_num()[..., None] * theta
+    angle = distances * theta[..., None, None, :]
+    if angle.dim() == 5 and angle.shape[1] not in (1, q.shape[2]):
+        angle = angle.repeat_interleave(groups, 1)
     rotated = real * angle.cos() - imag * angle.sin()
     if freqs.log_decay is not None:
         decay = freqs.log_decay.double().to(q.device)
@@ -292,6 +299,12 @@ def check_gradients(
     options = {name: x for name, x in options.items() if name != "sinks"}
     found = gradients(fused, inputs, dout, dlse)
     compare_gradients(found, example, inputs, freqs, dout, dlse, **options)
+
+
+def check_both(backend, example: Example, tensors, freqs=None, with_lse=True, **options) -> None:
+    """`check` and `check_gradients`."""
+    check(backend, example, tensors, freqs, **options)
+    check_gradients(backend, example, tensors, freqs, with_lse, **options)
 
 
 def compare_gradients(

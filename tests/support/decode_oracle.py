@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import rounding
 import torch
-from attention_oracle import rounding_noise, split
+from attention_oracle import closed_form, rounding_noise, split
 from rope_oracle import INTERPRETED
 from score_examples import (
     EXAMPLES,
@@ -226,7 +226,7 @@ def sequences(inputs: Inputs):
         yield inputs.q[b].double(), k, v, freq[b] if freq.dim() == 2 else freq, relative
 
 
-def softmax(logits: Tensor, seen: Tensor, inputs: Inputs, b: int, v: Tensor, dtype=None):
+def softmax(logits: Tensor, seen: Tensor, inputs: Inputs, b: int, v: Tensor, dtype: torch.dtype):
     """(out, lse) of logits (seqlen_q, heads, keys) before their scale; weights rounded to dtype."""
     logits = logits * (inputs.call["softmax_scale"] or inputs.q.shape[-1] ** -0.5)
     if log_n := inputs.call["log_n"]:
@@ -247,24 +247,26 @@ def softmax(logits: Tensor, seen: Tensor, inputs: Inputs, b: int, v: Tensor, dty
         return lse.new_zeros(*lse.shape, v.shape[-1]), lse
     top = logits.max(-1, keepdim=True).values.clamp(min=-1e30)
     weights = torch.exp(logits - top)
-    total = weights.sum(-1, keepdim=True)
-    if dtype is not None:
-        weights = weights.to(dtype).to(v.dtype)
-    out = torch.einsum("ihj,jhd->ihd", weights, v) / total.clamp(min=1e-30)
+    total = weights.sum(-1, keepdim=True).clamp(min=1e-30)
+    out = torch.einsum("ihj,jhd->ihd", weights.to(dtype).to(v.dtype), v) / total
     return out, logits.logsumexp(-1)
 
 
 def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """From the relative positions: keys taken back to raw, queries rotated to what each sees."""
+    """By the closed form of attention, of keys taken back to raw."""
+    names = ("log_n", "interleaved", "rotary_offset", "softcap", "sinks")
+    known = {name: inputs.call[name] for name in names if name in inputs.call}
+    known["scale"] = inputs.call["softmax_scale"]
     outs, lses = [], []
     for b, (q, k, v, freq, relative) in enumerate(sequences(inputs)):
+        if "query_scale" in inputs.call:
+            known["query_scale"] = inputs.call["query_scale"][b]
         j = torch.arange(len(k), dtype=torch.float64, device=k.device)
         raw = inputs.store(k, j, freq, sign=-1)
-        seen = relative.seen.to(k.device)
-        rotated = inputs.rotate_queries(q[:, None], seen.nan_to_num()[..., None], freq)
-        out, lse = softmax(torch.einsum("ijhd,jhd->ihj", rotated, raw), seen, inputs, b, v)
-        outs.append(out)
-        lses.append(lse.T)
+        freqs = replace(inputs.freqs, inv_freq=freq)
+        out, lse = closed_form(q[None], raw[None], v[None], relative, freqs, **known)
+        outs.append(out[0])
+        lses.append(lse[0])
     return torch.stack(outs), torch.stack(lses)
 
 

@@ -32,6 +32,7 @@ NOT_A_WEIGHT = {
     if k not in ("None", "half", "double", "longer")
 } | {
     "of three heads": ATTENTION["q"][0, 0, :3].flatten(),
+    "of seven dims": ATTENTION["q"][0, 0, 0, :7],
     "strided": ATTENTION["q"][0, 0, :2].flatten()[::2],
 }
 COUNT = {**NOT_AN_INT, **NOT_POSITIVE, **HUGE, "None": None, "0": 0}
@@ -129,8 +130,9 @@ WRONG = {
         "axes of another batch": torch.zeros(3, 3, 6, device=DEVICE),
         "axes of another length": torch.zeros(3, 2, 4, device=DEVICE),
     },
-    "cu_seqlens": not_ints(ints(0, 2, 6))
-    | {**BOUNDARIES, "boundaries": ints(0, 2, 6), "values of another length": ints(0, 2, 5)},
+    "cu_seqlens": {k: v for k, v in not_ints(ints(0, 2, 6)).items() if k != "longer"}
+    | {**BOUNDARIES, "boundaries": ints(0, 2, 6), "values twice": ints(0, 2, 6, 0, 2, 6),
+       "values of another length": ints(0, 2, 5)},
     "cu_seqlens_q": {k: v for k, v in not_ints(ints(0, 2, 6)).items() if k != "longer"}
     | {k: v for k, v in BOUNDARIES.items() if v.dim() != 1 or len(v) != 2}
     | {"batch": ints(0, 2, 4, 6), "values that fall": ints(0, 4, 2),
@@ -264,6 +266,12 @@ WRONG = {
     "order": {"number": 8, "text": "01", "empty": [], "twice": [0, 0], "from 1": [1, 2],
               "half": [0.0, 1.0], "one": [0], "bool": [0, True], "texts": ["0", "1"],
               "tensor": torch.arange(2), "dict": {0: 1}},
+    # Temperatures
+    "scores.query_scale.log_n.length": SCALE | {"None": None, "1": 1},
+    "floor_scale": FACTOR,
+    "attn_scale": {**NOT_A_NUMBER, "None": None, "-1": -1.0},
+    "beta": {**NOT_A_NUMBER, "None": None, "-1": -1.0},
+    "dtype": {},
     # Positions
     "batch": {k: v for k, v in SIZE.items() if k != "None"},
     "seqlen": SIZE,
@@ -287,6 +295,13 @@ for _name in "qkv":  # of an append, which writes k and v, and has no gradient
     WRONG[f"rope_append_kvcache.{_name}"] = WRONG[_name] | {"learned": _learned}
 WRONG["rope_append_kvcache.positions"] = WRONG["positions"] | {"int": 3, "offsets": ints(3, 4)}
 WRONG["rope_append_kvcache.cu_seqlens"] = WRONG["cu_seqlens_q"]
+for _name in ("log_n", "llama4", "ministral3", "qwen_1m"):
+    WRONG[f"scores.query_scale.{_name}.positions"] = {
+        "number": 5,
+        "list": [1, 2],
+        "None": None,
+        "bool": torch.ones(2, dtype=torch.bool),
+    }
 WRONG["long_factor"] = WRONG["short_factor"]
 WRONG["group_sizes"] = WRONG["divisors"] = {
     "None": None, "number": 1.0, "text": "1" * 8, "texts": ["1"] * 8, "empty": [],

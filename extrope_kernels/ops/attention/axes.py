@@ -52,7 +52,8 @@ def check_axes(
     if positions.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op_name}: positions must not require grad, got one that does")
     batch, seqlen = k.shape[0], k.shape[1]
-    if positions.dim() != 3 or positions.shape[1] not in (1, batch) or positions.shape[2] != seqlen:
+    fits = positions.dim() == 3 and len(positions) and positions.shape[1] in (1, batch)
+    if not fits or positions.shape[2] != seqlen:
         raise ValueError(
             f"{op_name}: positions must be (axes, 1 or {batch}, {seqlen}) of all keys, "
             f"got shape {tuple(positions.shape)}"
