@@ -72,13 +72,9 @@ if CACHE not in inspect.signature(transformers.LlamaForCausalLM.forward).paramet
 
 
 def pairs(firsts: Iterable[Any], seconds: Iterable[Any]) -> list[Any]:
-    """Every first with every second; all but those of the first ones are thorough."""
-    firsts, seconds = list(firsts), list(seconds)
-    return [
-        pytest.param(a, b, marks=[pytest.mark.thorough] * (a != firsts[0] and b != seconds[0]))
-        for a in firsts
-        for b in seconds
-    ]
+    """The first of each with all of the other: no grid."""
+    (first, *others), (second, *more) = firsts, seconds
+    return [(first, second), *((first, each) for each in more), *((x, second) for x in others)]
 
 
 def since(version: str, reason: str) -> None:
