@@ -61,8 +61,10 @@ ATTENDING: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
     "gemma2": {"attn_logit_softcapping": None},
 }
 # For each score method the parameters that `extend` takes; relative positions are the oracle's.
+# The first, which meets every family, stores rotated keys.
 SCORE_PARAMETERS: dict[str, dict[str, Any]] = {
-    name: example.parameters for name, example in score_examples.EXAMPLES.items()
+    name: score_examples.EXAMPLES[name].parameters
+    for name in sorted(score_examples.EXAMPLES, key=lambda name: name != "self_extend")
 }
 PLAIN = {"rope_type": "default"}
 # What a model's cache is called, as an argument and in its output: it was renamed within version 5.
