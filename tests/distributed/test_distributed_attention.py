@@ -195,7 +195,7 @@ def within_the_budget(mesh, dtype, cases, sinks=None, seqlen=128, device="cpu", 
             same_call = strategy == "gather" and "sliding_window" not in options
             if same_call and device == "cpu" and name in ("out", "dq"):
                 assert torch.equal(whole, same), f"{name}: other bits"
-            if strategy == "ring" and dtype.itemsize == 2 and name != "lse":
+            if strategy != "ulysses" and dtype.itemsize == 2 and name != "lse":
                 # Both round once: over n elements RMS errors spread by 1 / sqrt(2 n), six of them.
                 ours, theirs = ((x.double() - want).square().mean().sqrt() for x in (whole, same))
                 assert ours <= theirs * (1 + 6 / (2 * want.numel()) ** 0.5), name

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import CountOps, build, generate, gradients, logits, tokens
+from hf_models import CountOps, build, generate, gradients, logits, pairs, tokens
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import (
     ALL_ATTENTION_FUNCTIONS,
@@ -50,16 +50,16 @@ def assert_close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("rope", {"base": 10000.0}),
-        ("rerope", {"window": 8}),  # keys are stored as they come
-        ("self_extend", {"window": 8, "factor": 2}),  # and here as the method places them
-    ],
-)
-@pytest.mark.parametrize("family", MODELS)
-def test_the_op_norms(family, method, parameters, monkeypatch):
+METHODS = {
+    "rerope": {"window": 8},  # keys are stored as they come
+    "self_extend": {"window": 8, "factor": 2},  # and here as the method places them
+    "rope": {"base": 10000.0},
+}
+
+
+@pytest.mark.parametrize(("family", "method"), pairs(MODELS, METHODS))
+def test_the_op_norms(family, method, monkeypatch):
+    parameters = METHODS[method]
     model, ids = normed(family), tokens(2, 40)
     layers, plain = model.config.num_hidden_layers, logits(model, ids)
     with monkeypatch.context() as patch:

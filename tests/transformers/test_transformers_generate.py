@@ -160,7 +160,12 @@ def test_a_request_is_frozen_at_the_length_it_will_reach(method):
     with extend(model, method, **BY_LENGTH[method]):
         got = [
             generate(model, PROMPT, **settings)
-            for settings in ({}, {"max_length": length}, {"generation_config": config})
+            for settings in (
+                {},
+                {"attention_mask": None},
+                {"max_length": length},
+                {"generation_config": config},
+            )
         ]
     with extend(model, method, seq_len=length, **BY_LENGTH[method]):
         want = generate(model, PROMPT)

@@ -65,8 +65,6 @@ def test_agrees_with_transformers_own_method(family, method):
     rope, parameters = _transformers_types(rotary_dim(family))[method]
     if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
         pytest.skip(f"transformers {transformers.__version__} has no {method}")
-    if method == "proportional" and "partial" in FAMILIES[family]:
-        pytest.skip("transformers makes proportional frequencies for whole heads")
     theirs, model = build(family, rope), build(family)
     # A dynamic method has a length for each row here, and the longest one for all in transformers.
     rows = slice(1, 2) if method == "dynamic_ntk" else slice(None)
@@ -96,10 +94,7 @@ def _with_tables_of(model, freqs):
 @pytest.mark.parametrize(
     ("family", "method", "resonance"),
     [
-        *(
-            pytest.param(*each.values, False, marks=each.marks)
-            for each in pairs(["llama", "phi"], OTHER_METHODS)
-        ),
+        *((*each, False) for each in pairs(["llama", "phi"], OTHER_METHODS)),
         *(("llama", method, True) for method in ("yarn", "dynamic_yarn", "longrope")),
     ],
 )
