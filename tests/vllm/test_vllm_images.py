@@ -18,7 +18,7 @@ from vllm_images import build, prompt_logprobs
 YARN = {"method": "yarn", "factor": 4.0}
 OPTIONS = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 1}}
 METHODS = {
-    "Qwen2_5_VL": [YARN, {"method": "ntk_aware", "factor": 4.0, "by_axis": [1, 2]}],
+    "Qwen2_5_VL": [YARN, {"method": "ntk_aware", "factor": 4.0}],
     "Qwen3VL": [{**YARN, "by_axis": [0]}],
     "Llava": [YARN, {"method": "rerope", "window": 64}],
 }

@@ -128,6 +128,19 @@ def test_frequencies_are_the_models_where_the_method_has_none():
     assert torch.equal(kind.freqs.inv_freq, methods.rope(32, base=1e4).inv_freq)
 
 
+def test_a_method_for_one_axis_of_mrope():
+    of_time = YARN | {"by_axis": [0]}
+    sections = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 1e4} | sections
+    (kind,) = make_engine(config(of_time, {"rope_parameters": rope})).kinds.values()
+    over = methods.with_sections(methods.rope(32), [6, 5, 5], interleaved=True)
+    yarn = methods.yarn(32, factor=4.0, original_max_position_embeddings=128)
+    assert torch.equal(kind.freqs.inv_freq, methods.by_axis(yarn, [0], over=over).inv_freq)
+    assert kind.freqs.attention_factor == yarn.attention_factor
+    with pytest.raises(ValueError, match=r"^extrope: by_axis must be left out .* got \[0\]"):
+        make_engine(config(of_time))
+
+
 def test_length_is_that_of_the_engine():
     (kind,) = make_engine(config({"method": "dynamic_ntk", "factor": 2.0})).kinds.values()
     want = methods.dynamic_ntk(32, factor=2.0, seq_len=512, max_position_embeddings=128, base=1e4)
