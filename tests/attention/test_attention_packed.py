@@ -1,6 +1,5 @@
 """Packed sequences are a loop over sequences, each with frequencies and starts of its own."""
 
-import functools
 from itertools import pairwise
 
 import pytest
@@ -131,11 +130,11 @@ def test_one_token_behind_an_empty_sequence(any_backend):
     tensors = [x[0] for x in make_qkv(1, 1, None, 2, 1)]
     inv_freq = frequencies(32).inv_freq * torch.tensor([[1.0], [0.5]], device=device())
     starts = [torch.tensor(at, dtype=torch.int32, device=device()) for at in ((3, 40), (3, 37))]
-    run = functools.partial(attend, EXAMPLES["rerope"], *tensors)
     both = {"cu_seqlens": bounds_of((0, 1)), "q_start": starts[0], "k_start": starts[1]}
-    _, found = run(RopeFreqs(inv_freq), any_backend, **both)
-    alone = {"cu_seqlens": bounds_of((1,)), "q_start": 40, "k_start": 37}
-    torch.testing.assert_close(found, run(RopeFreqs(inv_freq[1]), any_backend, **alone)[1])
+    _, found = attend(EXAMPLES["rerope"], *tensors, RopeFreqs(inv_freq), any_backend, **both)
+    alone, freqs = [x[None] for x in tensors], RopeFreqs(inv_freq[1])
+    _, want = attend(EXAMPLES["rerope"], *alone, freqs, any_backend, q_start=40, k_start=37)
+    torch.testing.assert_close(found, want[0])
 
 
 def test_a_batch_of_pieces_of_longer_sequences():

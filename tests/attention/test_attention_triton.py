@@ -248,9 +248,9 @@ def call_of(made: Example, head_dim: int = 16, cu_seqlens=None, **options) -> At
 def test_strides_and_nothing_around(packed, monkeypatch):
     """Heads before tokens, in buffers of NaN; and outputs in such buffers, found whole after."""
 
-    def strided(x: Tensor) -> Tensor:
+    def strided(x: Tensor, gap: int = 8) -> Tensor:
         _, seqlen, heads, dim = x.shape
-        strides = (heads * seqlen * dim + 8, dim, seqlen * dim + 8, 1)
+        strides = (heads * seqlen * dim + gap, dim + gap - 8, seqlen * (dim + gap), 1)
         inside = Guarded(tuple(x.shape), strides, x.dtype).tensor
         inside.copy_(x)
         return inside[0] if packed else inside
@@ -265,7 +265,7 @@ def test_strides_and_nothing_around(packed, monkeypatch):
         return outputs[-1].tensor
 
     qkv = make_qkv(1, 19, None, 2, 1, 24)
-    q, k, v = map(strided, qkv)
+    q, k, v = map(strided, qkv, (8, 8, 16))
     bounds = torch.tensor([0, 11, 19], dtype=torch.int32, device=DEVICE) if packed else None
     call = call_of(MADE["rerope"], 24, bounds)
     dout = torch.randn_like(qkv[0])
