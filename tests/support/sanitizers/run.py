@@ -29,6 +29,7 @@ OPTIONS = {
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 TESTS = (
     "rope/test_rope.py",
+    "rope/test_rope_gradients.py",
     "rope/test_rope_memory.py",
     "rope/test_rope_cos_sin.py",
     "rope/test_rope_norm.py",
