@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import sys
+from functools import partial
 
 import pytest
 import tiny_models
@@ -120,6 +121,18 @@ def test_nested_extensions_restore_last_first():
     assert torch.equal(logits(model, IDS), before)
     with pytest.raises(ValueError, match="a handle must be entered before restore"), outer:
         pass
+
+
+@pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
+def test_a_wrapper_that_generate_got_since_stays(method):
+    """FSDP's, which accelerate registers as it prepares a model."""
+    model = build("llama")
+    want = generate(model, IDS, max_new_tokens=3)
+    with extend(model, method, factor=4.0):
+        model.generate = partial(model.generate)
+        assert not torch.equal(generate(model, IDS, max_new_tokens=3), want)
+    assert isinstance(vars(model)["generate"], partial)
+    assert torch.equal(generate(model, IDS, max_new_tokens=3), want)
 
 
 def test_other_models_of_the_class_are_untouched():

@@ -415,9 +415,15 @@ class Extension:
     def restore(self) -> None:
         """Restore the model as it was before `extend`, to the bit. A second call does nothing.
 
+        If something has wrapped the model's `generate` since (FSDP does), its wrapper stays.
         Raises RuntimeError, and changes nothing, if a later extension of the model is in place.
         """
-        if any(vars(module).get(name) is not value for module, name, value, _ in self._overrides):
+        replaced = {
+            name
+            for module, name, value, _ in self._overrides
+            if vars(module).get(name) is not value
+        }
+        if replaced - {"generate"}:
             raise RuntimeError(
                 f"extend: the extension by {self.method} must be the model's last, "
                 "got one after it; restore that one first"
@@ -425,6 +431,8 @@ class Extension:
         forget_pages(self.model)
         while self._overrides:
             module, name, value, previous = self._overrides.pop()
+            if vars(module).get(name) is not value:
+                continue  # `generate` in a wrapper of FSDP: ours in it does nothing from now on
             if previous is None:
                 del vars(module)[name]
             else:
