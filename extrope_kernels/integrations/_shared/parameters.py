@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import RopeFreqs
-from ...methods import METHODS, WRAPPERS, rope, trained, trained_length
+from ...methods import METHODS, WRAPPERS, trained, trained_length
 from ...ops.attention import check_log_n
 from ...scores import SCORES, Score
 
@@ -229,7 +229,8 @@ def bind_method(
     if method == "rope" and "base" not in given and model.trained:
         bound = partial(_as_trained, model.trained["over"])
     if axes is not None:
-        plain = model.trained.get("over") or rope(model.dim, base=model.values.get("base", 10000.0))
+        base = model.values.get("base", 10000.0)
+        plain = model.trained.get("over") or METHODS["rope"](model.dim, base=base)
         bound = partial(_of_axes, bound, axes, replace(plain, axes=model.axes))
     _check_dim(op, method, bound(seq_len=1) if takes_length else bound(), model.dim)
     if model.unrotated and method != "proportional":
