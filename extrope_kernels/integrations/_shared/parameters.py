@@ -54,13 +54,13 @@ class ModelValues:
     trained: what replaces them for methods that scale, if the model was trained under a scaling:
         `over`, and the length of that training.
     unrotated: number of its last frequencies that are 0: dims that the model has never rotated.
-    axes: the axis of positions of each frequency; None if there is one axis.
+    axes: returns the axis of positions of each frequency, None if there is one axis.
     """
 
     values: Mapping[str, Any]
     trained: Mapping[str, Any]
     unrotated: int = 0
-    axes: Tensor | None = None
+    axes: Callable[[], Tensor | None] = lambda: None
 
     @property
     def dim(self) -> int:
@@ -212,7 +212,9 @@ def bind_method(
     rounded = parameters.pop(_RESONANCE, False)
     if not isinstance(rounded, bool):
         raise TypeError(f"{op}: {_RESONANCE} must be True or False, got {rounded!r}")
-    if (axes := parameters.pop(BY_AXIS, None)) is not None and model.axes is None:
+    axes = parameters.pop(BY_AXIS, None)
+    of_pairs = None if axes is None else model.axes()
+    if axes is not None and of_pairs is None:
         raise ValueError(
             f"{op}: {BY_AXIS} must be left out for a model whose tokens have one position, "
             f"got {axes!r}"
@@ -231,7 +233,7 @@ def bind_method(
     if axes is not None:
         base = model.values.get("base", 10000.0)
         plain = model.trained.get("over") or METHODS["rope"](model.dim, base=base)
-        bound = partial(_of_axes, bound, axes, replace(plain, axes=model.axes))
+        bound = partial(_of_axes, bound, axes, replace(plain, axes=of_pairs))
     _check_dim(op, method, bound(seq_len=1) if takes_length else bound(), model.dim)
     if model.unrotated and method != "proportional":
         bound = partial(_without, bound, model.unrotated)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def _by_method(
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
     values, trained = values_in(text, parameters, dim), trained_in(text, parameters, dim)
-    axes = axes_in(text, parameters, dim)
+    axes = partial(axes_in, text, parameters, dim)
     model = ModelValues(values | mscales_in(text, parameters), trained, still, axes)
     with reprefix_error():
         function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValue
     unrotated = 0
     if parameters.get("rope_type") == "proportional":
         unrotated = int((attribute_of(rotary_module.module, layer_type, "inv_freq") == 0).sum())
-    return ModelValues(values, trained, unrotated, axes_in(config, parameters, dim))
+    return ModelValues(values, trained, unrotated, partial(axes_in, config, parameters, dim))
 
 
 class Row(NamedTuple):
