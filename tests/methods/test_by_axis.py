@@ -112,3 +112,11 @@ def test_a_model_without_such_axes_is_refused():
         extend(build("llama"), "yarn", factor=4.0, by_axis=[0])
     with pytest.raises(ValueError, match=r"^by_axis: axes must be among 0, 1, 2, .*, got \[3\]"):
         extend(seeing("Qwen3VL"), "yarn", factor=4.0, by_axis=[3])
+
+
+def test_sections_go_around_frequencies_of_each_sequence():
+    lengths = torch.tensor([32, 256, 300])
+    freqs = methods.dynamic_ntk(16, factor=2.0, max_position_embeddings=64, seq_len=lengths)
+    found = methods.with_sections(freqs, [4, 2, 2])
+    assert found.axes.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert torch.equal(found.inv_freq, freqs.inv_freq)
