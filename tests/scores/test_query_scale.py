@@ -23,11 +23,10 @@ def test_log_n(length, dtype):
     assert (scale[length > POSITIONS + 1] == 1).all()
 
 
-@pytest.mark.parametrize("settings", [(8192, 0.1), (8, 0.5), (1, 1.0)])
+@pytest.mark.parametrize("settings", [(), (8, 0.5), (1, 1.0)])  # (): both have their defaults
 def test_llama4_is_what_its_layers_multiply_queries_by(settings):
     transformers = pytest.importorskip("transformers")
     modeling = transformers.models.llama4.modeling_llama4
-    floor_scale, attn_scale = settings
     config = transformers.Llama4TextConfig(
         hidden_size=8,
         num_attention_heads=1,
@@ -35,9 +34,8 @@ def test_llama4_is_what_its_layers_multiply_queries_by(settings):
         head_dim=8,
         num_hidden_layers=1,
         no_rope_layers=[0],
-        floor_scale=floor_scale,
-        attn_scale=attn_scale,
         attn_temperature_tuning=True,
+        **dict(zip(("floor_scale", "attn_scale"), settings, strict=False)),
     )
     config._attn_implementation = "recorded"
     seen = []
@@ -53,21 +51,21 @@ def test_llama4_is_what_its_layers_multiply_queries_by(settings):
     positions = {"cache_position": torch.arange(length)}  # which newer versions do not read
     with torch.no_grad():
         attention(torch.ones(1, length, 8), None, None, **positions)
-    scale = query_scale.llama4(torch.arange(length), floor_scale, attn_scale)
+    scale = query_scale.llama4(torch.arange(length), *settings)
     assert scale.dtype == torch.float32
     assert torch.equal(seen[0][0, 0, :, 0], scale)
 
 
 @pytest.mark.parametrize("model", ["ministral3", "mistral4"])
 @pytest.mark.parametrize("length", [8, 16384])
-@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("beta", [0.0, None, 1.0])  # None: the default
 def test_ministral3_has_the_bits_of_transformers(model, length, beta):
     modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     name = "get_llama_4_attn_scale"
     theirs = getattr(modeling, name, None) or getattr(modeling, f"_{name}")  # before 5.4
     positions = torch.stack((POSITIONS, POSITIONS + 5))
-    expected = theirs(positions, beta, length)
-    scale = query_scale.ministral3(positions, length, beta)
+    expected = theirs(positions, 0.1 if beta is None else beta, length)
+    scale = query_scale.ministral3(positions, length, *(() if beta is None else (beta,)))
     assert scale.dtype == torch.float32 and scale.shape == positions.shape
     assert torch.equal(scale, expected.view_as(scale))
 
