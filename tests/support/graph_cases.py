@@ -173,8 +173,8 @@ CACHED = {"q": (2, 1, 4, DIM), "k_cache": PAGES, "v_cache": PAGES}
 APPENDED = CACHED | {"k": (2, 1, 2, DIM), "v": (2, 1, 2, DIM)}
 APPENDED_PACKED = APPENDED | {n: (NEW, *APPENDED[n][2:]) for n in "qkv"}
 NORM = {"q_norm_weight": (DIM,), "k_norm_weight": (DIM,)}
-STATE = {"kv": (2, 2, DIM, DIM), "key_sum": (2, 2, DIM)}
-STEP = {name: (2, 1, *shape[2:]) for name, shape in QKV.items()}
+STATE = {"kv": (3, 2, DIM, DIM), "key_sum": (3, 2, DIM)}
+STEP = {name: (3, 1, *shape[2:]) for name, shape in QKV.items()}
 
 
 def nothing(number: int) -> Tensors:
@@ -214,7 +214,7 @@ CASES = {
         gradients=True,
     ),
     "linear attention, step": Case(
-        step, STEP | STATE, lambda number: {"positions": ints(9 * number, 4 + number)},
+        step, STEP | STATE, lambda number: {"positions": ints(9 * number, 4 + number, 7)},
         PERMUTEFORMER,
     ),
     "merge": Case(
