@@ -16,8 +16,8 @@ def by_axis(freqs: RopeFreqs, axes: Sequence[int], *, over: RopeFreqs) -> RopeFr
     """By axis: any method's frequencies for some axes of mRoPE alone, the others as trained.
 
     A pair keeps its index, so YaRN blends it by its own wavelength, as on a model of one axis. The
-    amplitude of `freqs` stays: it multiplies all dims, hence the whole logit. attention_factor=1
-    turns YaRN's off.
+    amplitude of `freqs` stays: it multiplies all dims, hence the whole logit. YaRN
+    has none with attention_factor=1.
 
     [0] is time alone. Where sections are consecutive (Qwen2.5-VL) its pairs are the fastest, which
     YaRN leaves as they are: only its amplitude is new. [1, 2] with `ntk_aware` is what GIRAFFE's

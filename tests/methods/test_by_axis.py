@@ -10,7 +10,7 @@ from extrope_kernels.integrations.transformers import extend, extend_from_saved
 
 LENGTH = "original_max_position_embeddings"
 AXES = "thw"
-# By model: its sections, if they take turns, and the axis of each pair.
+# By model: its sections, whether they are interleaved, and the axis of each pair.
 MODELS = {
     "Qwen2_5_VL": ([2, 3, 3], False, "tthhhwww"),
     "Qwen3VL": ([4, 2, 2], True, "thwthwtt"),
@@ -19,8 +19,8 @@ over_models = pytest.mark.parametrize("name", MODELS)
 
 
 def trained(name):
-    sections, in_turn, _ = MODELS[name]
-    return methods.with_sections(methods.rope(16), sections, interleaved=in_turn)
+    sections, interleaved, _ = MODELS[name]
+    return methods.with_sections(methods.rope(16), sections, interleaved=interleaved)
 
 
 def expected(name, method, axes):

@@ -59,8 +59,8 @@ class ModelValues:
 
     values: Mapping[str, Any]
     trained: Mapping[str, Any]
-    unrotated: int = 0
-    axes: Callable[[], Tensor | None] = lambda: None
+    unrotated: int
+    axes: Callable[[], Tensor | None]
 
     @property
     def dim(self) -> int:
