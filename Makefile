@@ -16,7 +16,7 @@ LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-confi
 help:
 	@echo "make demo   a real model past its training length: a needle in two minutes, curves in ten"
 	@echo "make test   the test suite, a quarter of an hour on two cores"
-	@echo "make test-all  what no change of one file can break, too: generated cases, every Triton, ARM, sanitizers"
+	@echo "make test-all  what no change of one file can break, too: generated cases, every Triton, ARM, sanitizers, mutants"
 	@echo "make bench  the benchmarks"
 	@echo "make gpu    on a machine with a GPU: kernels checked, tested, timed and tuned, with PYTHON as it is"
 	@echo "make hub    the folder that Hugging Face's kernels loads, into build/hub"
@@ -38,11 +38,12 @@ test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The ARM kernels need g++-aarch64-linux-gnu and qemu-user.
-test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/smollm2 $(OLDER_TRITONS:%=build/triton-%)
+test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/extra-mutants $(VENV)/smollm2 $(OLDER_TRITONS:%=build/triton-%)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "" $(PYTEST_ARGS)
 	$(BIN)/python tests/support/sanitizers/run.py address
 	$(BIN)/python tests/support/sanitizers/run.py thread
 	$(BIN)/python tests/support/arm/run.py
+	$(BIN)/python tests/support/mutants.py changed 40 $(SINCE:%=--since %)
 
 bench: $(VENV)/extra-bench $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels bench
@@ -68,9 +69,9 @@ lint: $(VENV)/linters
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# Of Python and Triton: cosmic-ray changes ROOM's sources in COUNT places and runs its tests.
+# ROOM's sources are changed in COUNT places, and its tests run: a room of tests, changed, or csrc.
 mutants: $(VENV)/extra-test $(VENV)/extra-mutants $(VENV)/smollm2
-	$(BIN)/python tests/support/mutants.py $(ROOM) $(COUNT)
+	$(BIN)/python tests/support/mutants.py $(ROOM) $(COUNT) $(SINCE:%=--since %)
 
 # The C++ library is built once more for each of them, which takes minutes.
 sanitize: $(VENV)/extra-test
