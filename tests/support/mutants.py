@@ -118,15 +118,16 @@ def run(
     coverage = folder / f"{room}.coverage"
     environment = {**os.environ, "PYTHONPATH": path, "COVERAGE_FILE": str(coverage)}
     inside = {"cwd": tree, "env": environment, "check": True}
-    if not coverage.exists():
-        measured = ["--cov", sources, "--cov-context", "test", "--cov-report", ""]
-        whole = [sys.executable, "-m", "pytest", "-q", "-n", "2", *measured, *tests_of(room)]
-        subprocess.run(whole, **inside)  # all pass
     command = [sys.executable, "-m", "cosmic_ray.cli"]
     if not session.exists():
         subprocess.run([*command, "init", str(config), str(session)], **inside)
-        with use_db(str(session), WorkDB.Mode.open) as database:
-            sample(database, tree, known, count, lines)
+    with use_db(str(session), WorkDB.Mode.open) as database:
+        sample(database, tree, known, count, lines)
+        left = any(database.pending_work_items)
+    if left and not coverage.exists():
+        measured = ["--cov", sources, "--cov-context", "test", "--cov-report", ""]
+        whole = [sys.executable, "-m", "pytest", "-q", "-n", "2", *measured, *tests_of(room)]
+        subprocess.run(whole, **inside)  # all pass
     subprocess.run([*command, "exec", str(config), str(session)], **inside)
     with use_db(str(session), WorkDB.Mode.open) as database:
         report(database, tree, room)
@@ -183,7 +184,8 @@ def sample(
     ]
     telling.sort(key=lambda job: keys[job])
     chosen = set(random.Random(0).sample(telling, len(telling))[:count])
-    left = [job for job in keys if job not in chosen]
+    done = {job for job, _ in database.results}
+    left = [job for job in keys if job not in chosen | done]
     database.set_multiple_results(left, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
 
 
