@@ -49,7 +49,9 @@ def test_xpos_of_positions_without_values():
 # -------------------------------------------------------------------------------------------------
 # torch.compile
 def test_compile_with_dynamic_lengths_does_not_recompile(backend):
-    frames = torch._dynamo.testing.CompileCounter()
+    from torch._dynamo.testing import CompileCounter
+
+    frames = CompileCounter()
     freqs = methods.rope(8).to(device())
 
     @torch.compile(fullgraph=True, dynamic=True, backend=frames)
