@@ -23,7 +23,7 @@ from itertools import chain, product
 from typing import NamedTuple
 
 import torch
-from compare import compare, error_of_tail, matmul_floor, trained, why_not
+from compare import by_name, compare, error_of_tail, matmul_floor, trained, why_not
 from harness import Call, Report, Row, arguments, device, memory, name_of
 from peers import attention_peers, dense_rerope, flex_rerope, sdpa
 from scaling import scaling
@@ -93,10 +93,7 @@ def frequencies(head_dim: int) -> RopeFreqs:
 
 
 def backends() -> dict[str, str | None]:
-    """Return the `backend` of each implementation; None is the default."""
-    if device() == "cpu":
-        return {"cpu": None}
-    return {name: name for name in attention_backends() if name != "reference"}
+    return by_name(attention_backends())
 
 
 def exact_tail(
@@ -279,7 +276,6 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--score", action="append", choices=NAMES, help="default: three")
 
     args = arguments(__doc__, argv, add)
-    torch.manual_seed(0)
     report, asked = Report("attention", args, window=WINDOW), args.score or MEASURED
     every = [cases(name, args.quick) for name in asked]
     if "rerope" in asked:

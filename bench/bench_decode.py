@@ -189,26 +189,20 @@ def bench_paged(report: Report, keys: int) -> None:
 # Batches of a server
 
 
-class Sizes:
-    def __init__(self, quick: bool) -> None:
-        unit = 64 if quick else 1024
-        self.chunk, self.keys = unit, 8 * unit
-        self.singles = [2 * unit * n for n in range(1, 17)]
-
-    def floor(self, dtype: torch.dtype) -> Floor:
-        pairs = self.chunk * (self.keys - self.chunk / 2)
-        return matmul_floor(4 * HEADS * 128 * pairs, dtype)
+def floor_of_chunk(chunk: int, dtype: torch.dtype) -> Floor:
+    pairs = chunk * (8 * chunk - chunk / 2)
+    return matmul_floor(4 * HEADS * 128 * pairs, dtype)
 
 
-def bench_chunk(report: Report, sizes: Sizes, page_size: int, dtype: torch.dtype) -> None:
-    case = f"chunk, pages of {page_size}"
+def bench_chunk(report: Report, chunk: int, page_size: int, dtype: torch.dtype) -> None:
+    case, keys = f"chunk, pages of {page_size}", 8 * chunk
     if not report.wants(case, dtype):
         return
-    q, k, v = make_inputs(sizes.keys, 2, 128, dtype)
-    q, freqs, score = q[:, -sizes.chunk :], frequencies(128), scores.rerope(WINDOW)
-    table = torch.randperm(sizes.keys // page_size, device=device()).int()[None]
+    q, k, v = make_inputs(keys, 2, 128, dtype)
+    q, freqs, score = q[:, -chunk:], frequencies(128), scores.rerope(WINDOW)
+    table = torch.randperm(keys // page_size, device=device()).int()[None]
     pages = [x.view(-1, page_size, *x.shape[2:])[table[0].argsort()] for x in (k, v)]
-    lengths = torch.tensor([sizes.keys], dtype=torch.int32, device=device())
+    lengths = torch.tensor([keys], dtype=torch.int32, device=device())
     over = partial(decode, freqs=freqs, score=score, cache_seqlens=lengths)
     others = {
         "contiguous cache": partial(over, q, k, v),
@@ -217,16 +211,16 @@ def bench_chunk(report: Report, sizes: Sizes, page_size: int, dtype: torch.dtype
     compare(
         report, case, {"extrope": partial(over, q, *pages, block_table=table)},
         yardsticks=others, own=others, bars=dict.fromkeys(others, 1.05),
-        shape=f"{sizes.chunk} on {sizes.keys} x {HEADS}/2 x 128",
-        dtype=dtype, floor=sizes.floor(dtype),
+        shape=f"{chunk} on {keys} x {HEADS}/2 x 128",
+        dtype=dtype, floor=floor_of_chunk(chunk, dtype),
     )  # fmt: skip
 
 
-def bench_mixed(report: Report, sizes: Sizes, dtype: torch.dtype) -> None:
+def bench_mixed(report: Report, chunk: int, dtype: torch.dtype) -> None:
     case = "chunk and single tokens"
     if not report.wants(case, dtype):
         return
-    counts, lengths = [sizes.chunk] + [1] * len(sizes.singles), [sizes.keys, *sizes.singles]
+    counts, lengths = [chunk] + [1] * 16, [8 * chunk, *(2 * chunk * n for n in range(1, 17))]
     used = torch.tensor([-(-length // MIXED_PAGE) for length in lengths])
     order, ends = torch.randperm(int(used.sum())).int(), used.cumsum(0)
     table = torch.zeros(len(lengths), int(used.max()), dtype=torch.int32)
@@ -247,21 +241,20 @@ def bench_mixed(report: Report, sizes: Sizes, dtype: torch.dtype) -> None:
             cache_seqlens=seqlens, block_table=blocks, cu_seqlens_q=cu_seqlens,
         )  # fmt: skip
 
-    chunk, singles = part(0, 1), part(1, len(counts))
+    first, singles = part(0, 1), part(1, len(counts))
     compare(
         report, case, {"extrope": part(0, len(counts))},
-        yardsticks={"its parts alone": lambda: (chunk(), singles())},
+        yardsticks={"its parts alone": lambda: (first(), singles())},
         bars={"its parts alone": 1.1}, own=("its parts alone",),
-        shape=f"{sizes.chunk} + {len(sizes.singles)} x 1", dtype=dtype, floor=sizes.floor(dtype),
+        shape=f"{chunk} + 16 x 1", dtype=dtype, floor=floor_of_chunk(chunk, dtype),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
-    torch.manual_seed(0)
     report = Report("decode", args, window=WINDOW if device() == "cpu" else KEYS_WINDOW)
-    dtypes, sizes = (torch.float32, torch.bfloat16), Sizes(args.quick)
+    dtypes, chunk = (torch.float32, torch.bfloat16), 64 if args.quick else 1024
     if device() == "cuda":
         for keys in (PAGE_SIZE * 4,) if args.quick else LENGTHS:
             bench_paged(report, keys)
@@ -275,8 +268,8 @@ def main(argv: list[str] | None = None) -> None:
                 bench_forms(report, f"{case}, {cached}", 128, cached, forms, "stored rotated")
     for dtype in dtypes:
         for page_size in PAGES:
-            bench_chunk(report, sizes, page_size, dtype)
-        bench_mixed(report, sizes, dtype)
+            bench_chunk(report, chunk, page_size, dtype)
+        bench_mixed(report, chunk, dtype)
     report.save()
 
 

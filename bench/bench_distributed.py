@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from held import Held
 from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
 
-from extrope_kernels import RopeFreqs, distributed, methods, rope_attention, scores
+from extrope_kernels import distributed, methods, rope_attention, scores
 
 HEADS_Q, HEADS_K, HEAD_DIM, WINDOW, SEEN = 32, 8, 64, 1024, 2048
 STRATEGIES = ("gather", "ring", "ulysses")
@@ -64,10 +65,6 @@ class Measured(NamedTuple):
     held: int  # bytes
 
 
-def tensors(seqlen: int) -> list[torch.Tensor]:
-    return [torch.randn(1, seqlen, h, HEAD_DIM) for h in (HEADS_Q, HEADS_K, HEADS_K)]
-
-
 def measure(
     mesh: DeviceMesh | None,
     strategy: str,
@@ -78,9 +75,10 @@ def measure(
 ) -> Measured:
     """Measure forward with backward on every rank, with its tokens of a sequence of seqlen."""
     torch.set_num_threads(threads)
-    ranks = 1 if mesh is None else mesh.size()
-    leaves = [x.requires_grad_() for x in tensors(seqlen // ranks)]
-    dout, freqs = torch.randn_like(leaves[0]), RopeFreqs(methods.rope(HEAD_DIM).inv_freq)
+    shape = [1, seqlen // (1 if mesh is None else mesh.size())]
+    heads = (HEADS_Q, HEADS_K, HEADS_K)
+    leaves = [torch.randn(*shape, n, HEAD_DIM, requires_grad=True) for n in heads]
+    dout, freqs = torch.randn_like(leaves[0]), methods.rope(HEAD_DIM)
     attention, options = rope_attention, {"sliding_window": seen}
     if mesh is not None:
         attention = distributed.rope_attention
@@ -92,17 +90,11 @@ def measure(
 
     with Held() as held:
         train()
-    seconds = min(seconds_of(train) for _ in range(repeats))
+    seconds = min(timeit.repeat(train, timer=time.process_time, number=1, repeat=repeats))
     with returned_memory():
         megabytes = peak_megabytes(train)
     torch.set_num_threads(1)
     return Measured(seconds, megabytes, held.most)
-
-
-def seconds_of(train) -> float:
-    start = time.process_time()
-    train()
-    return time.process_time() - start
 
 
 def bench(report: Report, ranks: Ranks, seqlen: int, size: int, seen: int | None) -> None:

@@ -10,6 +10,8 @@ import contextlib
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,19 +48,6 @@ class Row:
     steps_of_plain: float = column("steps' time over plain", ".2f", NAN)
 
 
-class Clock:
-    """A streamer: generate hands it the prompt, then each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, ids: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def load(quick: bool) -> PreTrainedModel:
     if not quick:
         from extrope_kernels.evaluation.models import find_model, load_model
@@ -75,10 +64,12 @@ def load(quick: bool) -> PreTrainedModel:
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float]:
     """Return the seconds for the prompt, and the median of a step."""
-    clock = Clock()
+    times: list[float] = []
+    # generate hands a streamer the prompt, then each token.
+    clock = SimpleNamespace(put=lambda ids: times.append(time.perf_counter()), end=lambda: None)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     model.generate(ids, **options, streamer=clock, pad_token_id=0)
-    prompt, *steps = [b - a for a, b in zip(clock.times, clock.times[1:])]
+    prompt, *steps = [b - a for a, b in pairwise(times)]
     return prompt, statistics.median(steps)
 
 
@@ -104,7 +95,6 @@ def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
-    torch.manual_seed(0)
     report = Report("generate", args)
     register_interface()
     model = load(args.quick).eval()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from compare import Floor, compare, error_of_tail, trained
+from compare import Floor, by_name, compare, error_of_tail, trained
 from harness import Call, Report, arguments, device
 from peers import rotary_peers
 from scaling import scaling
@@ -30,10 +30,7 @@ BACKWARD = {"triton": torch.ops.extrope.rope_bwd_triton}  # the op without a suf
 
 
 def backends() -> dict[str, str | None]:
-    """Return the `backend` of each implementation; None is the default."""
-    if device() == "cpu":
-        return {"cpu": None}
-    return {name: name for name in available_backends() if name != "reference"}
+    return by_name(available_backends())
 
 
 class Calls:
@@ -119,7 +116,6 @@ def by_length(seqlen: int) -> dict[str, Call]:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
-    torch.manual_seed(0)
     report = Report("rope", args)
     for backend in backends():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -36,31 +36,11 @@ if __name__ == "__main__":  # Triton's decorator chooses between interpreter and
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("EXTROPE_TRITON_CHIP", "90")
 
+import machine_code
+import shapes
 import torch
-from machine_code import (
-    AMD_SHARED,
-    CARDS,
-    CHIPS,
-    WIDE,
-    Code,
-    Traffic,
-    amd_resources,
-    code_of,
-    read,
-    seconds,
-)
-from shapes import (
-    BATCH,
-    CHUNK,
-    HEADS_K,
-    HEADS_Q,
-    KEYS,
-    KEYS_WINDOW,
-    LOCAL,
-    PAGE_SIZE,
-    SEQLEN,
-    WINDOW,
-)
+from machine_code import AMD_SHARED, CARDS, CHIPS, Code, Traffic
+from shapes import BATCH, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE, SEQLEN
 from torch import Tensor
 
 import extrope_kernels as ek
@@ -79,8 +59,8 @@ STACK = 16  # bytes that a thread may spill
 SPILLS = {("3.7.1", "decode", "RoPE", 100, 256): 24}
 SCORES = {  # attention's regions of keys: one, two, three
     "no window": None,
-    "ReRoPE": scores.rerope(WINDOW),
-    "dual chunk": scores.dual_chunk(CHUNK, LOCAL),
+    "ReRoPE": scores.rerope(shapes.WINDOW),
+    "dual chunk": scores.dual_chunk(shapes.CHUNK, shapes.LOCAL),
 }
 CACHED = {
     "RoPE": None,
@@ -185,27 +165,21 @@ def merge(case: Case) -> None:
 
 def cases(chip: int | str = 0) -> list[Case]:
     """List the cases: every row of configs.json for 16 bits; more at the usual head_dim."""
+    cached = CACHED | dict.fromkeys(("ReRoPE, chunk", "ReRoPE, fp8"), CACHED["ReRoPE"])
     found = []
     for dim in HEAD_DIMS:
-        found += [Case("half-split", dim, rotate), Case("interleaved", dim, rotate)]
-        found += [
-            Case("with the angles' gradient", dim, rotate_back),
-            Case("by cos and sin", dim, rotate_by_tables),
-        ]
+        found += [Case(words, dim, rotate) for words in ("half-split", "interleaved")]
+        found.append(Case("with the angles' gradient", dim, rotate_back))
+        found.append(Case("by cos and sin", dim, rotate_by_tables))
         found.append(Case("", dim, norm))
         found += [Case(words, dim, append) for words in ("chunk", "one token")]
-        for name, score in SCORES.items():
-            if score is None or len(score.regions) < 3 or dim == 128:
-                found.append(Case(name, dim, attend, score))
-        for name, score in CACHED.items():
-            found.append(Case(name, dim, decode, score))
-        for words in ("ReRoPE, chunk", "ReRoPE, fp8"):
-            found.append(Case(words, dim, decode, CACHED["ReRoPE"]))
+        found += [Case(name, dim, attend, score) for name, score in SCORES.items()
+                  if name != "dual chunk" or dim == 128]  # fmt: skip
+        found += [Case(name, dim, decode, score) for name, score in cached.items()]
         found.append(Case("two sets", dim, merge))
     found.append(Case("ReRoPE, float32", 128, attend, SCORES["ReRoPE"], torch.float32))
     if isinstance(chip, str):  # where float32 has tiles for each head_dim
-        for dim in HEAD_DIMS:
-            found.append(Case("RoPE, float32", dim, decode, None, torch.float32))
+        found += [Case("RoPE, float32", dim, decode, None, torch.float32) for dim in HEAD_DIMS]
     return found
 
 
@@ -236,15 +210,11 @@ def append_traffic(case: Case, launch: Launch) -> Traffic:
     return Traffic(moved, tiles * shares, passes)
 
 
-def layout(score: scores.Score | None) -> tuple[tuple[int, ...], int]:
-    score = score or scores.rerope(SEQLEN, 1.0)
-    return tuple(region.start for region in score.regions), score.granularity
-
-
 def attention_traffic(case: Case, launch: Launch) -> Traffic:
     """Count attention: each tile of own rows goes through all tiles of other rows that it sees."""
     name, size, tile = launch.name.removesuffix("_kernel"), case.dtype.itemsize, launch["BLOCKS"]
-    starts, granularity = layout(case.score)
+    score = case.score or scores.rerope(SEQLEN, 1.0)
+    starts = tuple(region.start for region in score.regions)
     q_rows, k_rows = _rows(case, HEADS_Q), _rows(case, HEADS_K)
     per_row = 4 * SEQLEN * HEADS_Q  # lse, delta
     rotated = len(starts) * (q_rows + k_rows)
@@ -260,7 +230,7 @@ def attention_traffic(case: Case, launch: Launch) -> Traffic:
     return Traffic(
         moved[name],
         -(-SEQLEN // own) * (HEADS_K if by_key else HEADS_Q),
-        (HEADS_Q * tiles(starts, granularity, own, other, by_key),),
+        (HEADS_Q * tiles(starts, score.granularity, own, other, by_key),),
         2 * tile.block_m * tile.block_n * depth,
     )
 
@@ -360,14 +330,26 @@ TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
 
 
 @dataclass
-class Row:
+class AmdRow:
+    """A kernel on an AMD chip; the driver refuses one that takes too much shared memory."""
+
     kernel: str
     variant: str
-    chip: int
+    chip: int | str
     head_dim: int
     registers: int
     stack: int
     shared: int
+
+    def __str__(self) -> str:
+        return "  ".join(map(str, asdict(self).values()))
+
+    def fault(self) -> str:
+        return ""  # these tiles were never tuned: stack is shown, not forbidden
+
+
+@dataclass
+class Row(AmdRow):
     warps_of_sm: int
     widest_load: int
     widest_store: int
@@ -392,32 +374,15 @@ class Row:
             return f"{self.stack} bytes of stack, {most} are allowed"
         if self.warps_of_sm == 0 or self.shared > CHIPS[self.chip].block_shared:
             return "no block fits an SM"
-        if min(self.widest_load, self.widest_store) < WIDE and "append" not in self.kernel:
+        narrow = min(self.widest_load, self.widest_store) < machine_code.WIDE
+        if narrow and "append" not in self.kernel:
             return "rows move by less than 16 bytes a thread"
         return ""
 
 
-@dataclass
-class AmdRow:
-    """A kernel on an AMD chip; the driver refuses one that takes too much shared memory."""
-
-    kernel: str
-    variant: str
-    chip: str
-    head_dim: int
-    registers: int
-    stack: int
-    shared: int
-
-    def __str__(self) -> str:
-        return "  ".join(map(str, asdict(self).values()))
-
-    def fault(self) -> str:
-        return ""  # these tiles were never tuned: stack is shown, not forbidden
-
-
 def row_of(kernel: str, case: Case, variant: str, code: Code, traffic: Traffic, chip: int) -> Row:
-    times = {key: x * 1e6 for key, x in seconds(code, traffic, CARDS[chip]).items()}
+    seconds = machine_code.seconds(code, traffic, CARDS[chip])
+    times = {key: x * 1e6 for key, x in seconds.items()}
     loop = code.loops[0] if code.loops else code.around
     most = max(times, key=times.__getitem__)
     return Row(
@@ -467,11 +432,11 @@ def compiled(chip: int | str, case: Case) -> list[Row | AmdRow] | str:
         elif kernel == "norm and rotation":
             variant = "backward" if "backward" in key else "forward"
         if isinstance(chip, str):
-            used = *amd_resources(launch.cubin), launch.shared
+            used = *machine_code.amd_resources(launch.cubin), launch.shared
             found[kernel, variant] = AmdRow(kernel, variant, chip, case.head_dim, *used)
             continue
-        code = read(launch.cubin, null_driver.TOOLS, warps=launch.warps, shared=launch.shared,
-                    tensor_memory=launch.tensor_memory)  # fmt: skip
+        used = {x: getattr(launch, x) for x in ("warps", "shared", "tensor_memory")}
+        code = machine_code.read(launch.cubin, null_driver.TOOLS, **used)
         found[kernel, variant] = row_of(kernel, case, variant, code, traffic(case, launch), chip)
     return list(found.values())
 
@@ -505,7 +470,7 @@ def cuda_rows() -> Iterator[Row]:
     traffic = Traffic(2 * _rows(case, HEADS_Q + HEADS_K), blocks, passes)
     for (chip, symbol), text in usage.items():
         if chip in CARDS and HALF_SPLIT.search(symbol):
-            code = code_of(text, sass[chip, symbol], warps=BLOCK // 32)
+            code = machine_code.code_of(text, sass[chip, symbol], warps=BLOCK // 32)
             yield row_of("rotation", case, case.variant, code, traffic, chip)
 
 

@@ -111,11 +111,6 @@ def clock(function: Call) -> Callable[[], float]:
     return _replayed(function) if device() == "cuda" else functools.partial(_wall_time, function)
 
 
-def once(function: Call) -> float:
-    """Return the milliseconds of one call."""
-    return clock(function)()
-
-
 def _wall_time(function: Call) -> float:
     """Stop the clock before the result is freed."""
     start = time.perf_counter()
@@ -185,20 +180,18 @@ def peak_megabytes(function: Call) -> float:
     """Return the rise of memory above that held before the call."""
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present resident memory
-    before = _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present memory
+        peak = _peak_of_this_process
+    before = peak()
     function()
-    return (_status("VmHWM") - before) / 1e3
+    return (peak() - before) / 1e6
 
 
-def _status(field: str) -> int:
-    """Read kilobytes from the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+def _peak_of_this_process() -> int:
+    return 1000 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -292,11 +285,16 @@ def arguments(
 
 
 class Report:
-    """A report that prints each row as soon as it is measured, keeps them, and saves them."""
+    """A report that prints each row as soon as it is measured, keeps them, and saves them.
+
+    Inputs that are drawn after it is made are always the same.
+    """
 
     def __init__(self, name: str, args: argparse.Namespace, **about: object):
         self.name, self.args, self.about = name, args, about
+        self.is_part = bool(args.only or getattr(args, "score", None))
         self.rows: list = []
+        torch.manual_seed(0)
         print(" ".join(f"{key}: {value}" for key, value in {**machine(), **about}.items()))
         if device() == "cpu" and not args.quick:
             # A virtual machine's host backs a page at its first write, which must not be timed.
@@ -317,10 +315,6 @@ class Report:
         print(" | ".join(words), getattr(row, "absent", ""), flush=True)
         if self.is_part:  # time may be up before the next
             self.save()
-
-    @property
-    def is_part(self) -> bool:
-        return bool(self.args.only or getattr(self.args, "score", None))
 
     def save(self) -> None:
         """Save: a whole run replaces the file, a part (--only, --score) its own rows."""

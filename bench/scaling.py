@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import Call, Report, column, device, kept_memory, once, paired, peak_megabytes
+from harness import Call, Report, clock, column, device, kept_memory, paired, peak_megabytes
 
 LENGTHS = tuple(2**i for i in range(10, 17))
 SECONDS = 5.0  # after a call this long the next length is left out: it may take four times longer
@@ -59,9 +59,12 @@ def scaling(
 @torch.no_grad()
 @kept_memory()
 def measure(name: str, seqlen: int, threads: int, call: Call, repeats: int) -> ScalingRow:
-    first = once(call)
-    milliseconds = paired(call, repeats=repeats, seconds=2.0) if first < 2000 else [once(call)]
-    return ScalingRow(name, seqlen, threads, milliseconds[0], peak_megabytes(call))
+    milliseconds = clock(call)
+    if milliseconds() < 2000:
+        (median,) = paired(call, repeats=repeats, seconds=2.0)
+    else:
+        median = milliseconds()
+    return ScalingRow(name, seqlen, threads, median, peak_megabytes(call))
 
 
 def slope(rows: list[dict], field: str) -> float:
