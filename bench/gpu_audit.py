@@ -461,8 +461,7 @@ def cuda_rows() -> Iterator[Row]:
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         if done.returncode != 0:
             raise _build.BuildError(done.stdout + done.stderr)
-        usage, sass = (_functions(TOOLS, option, target)
-                       for option in ("--dump-resource-usage", "-sass"))  # fmt: skip
+        usage, sass = (_functions(TOOLS, x, target) for x in ("--dump-resource-usage", "-sass"))
     case, tokens = Case("half-split, CUDA C++", 128, rotate), BLOCK * 2 * 16 // 256  # of a block
     blocks = SEQLEN // tokens
     # Two loops copy; the third rotates, UNROLLED heads a pass.
@@ -476,11 +475,9 @@ def cuda_rows() -> Iterator[Row]:
 
 def _functions(tools: Path, option: str, target: Path) -> dict[tuple[int, str], str]:
     """Yield cuobjdump's text by chip and kernel."""
-    done = subprocess.run([str(tools / "cuobjdump"), option, str(target)], check=True,
-                          capture_output=True, text=True)  # fmt: skip
     sections: dict[tuple[int, str], list[str]] = {}
     chip, lines = 0, []
-    for line in done.stdout.splitlines():
+    for line in machine_code.run(tools / "cuobjdump", option, target).splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
             chip, lines = int(found[1]), []
         elif found := re.search(r"Function\s*:?\s*(\w+)", line):

@@ -185,34 +185,34 @@ def dense_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int)
 # flash-attn 2, 3 and 4 and FlashInfer: the same shapes, rotated beforehand
 
 
+FLASH = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}  # their modules
+
+
 def attention_peers(q: Tensor, k: Tensor, v: Tensor) -> Calls:
     if device() == "cpu":
         return offered("flash-attn", dict)
     if q.dtype not in HALF:
         return {"flash-attn, FlashInfer": "take float16 and bfloat16"}
     leaves = [x.detach().clone() for x in (q, k, v)]
-    return {
-        **offered("flash-attn", partial(_flash, "flash_attn", leaves)),
-        **offered("flash-attn-3", partial(_flash, "flash_attn_interface", leaves)),
-        **offered("flash-attn-4", partial(_flash, "flash_attn.cute", leaves)),
-        **offered("flashinfer-python", partial(_flashinfer, leaves)),
-    }
 
+    def flash(module: str) -> dict[str, Call]:
+        attend = import_module(module).flash_attn_func
 
-def _flash(module: str, leaves: list[Tensor]) -> dict[str, Call]:
-    attend = import_module(module).flash_attn_func
+        def call():
+            out = attend(*leaves, causal=True)
+            return out if isinstance(out, Tensor) else out[0]  # some return the log-sum-exp too
 
-    def call():
-        out = attend(*leaves, causal=True)
-        return out if isinstance(out, Tensor) else out[0]  # some return the log-sum-exp too
+        call.leaves = leaves
+        return {"": call}
 
-    call.leaves = leaves
-    return {"": call}
+    def flashinfer() -> dict[str, Call]:
+        attend = import_module("flashinfer").single_prefill_with_kv_cache
+        return {"": partial(attend, *(x[0] for x in leaves), causal=True)}
 
-
-def _flashinfer(leaves: list[Tensor]) -> dict[str, Call]:
-    attend = import_module("flashinfer").single_prefill_with_kv_cache
-    return {"": partial(attend, *(x[0] for x in leaves), causal=True)}
+    found = offered("flashinfer-python", flashinfer)
+    for package, module in (FLASH | {"flash-attn-4": "flash_attn.cute"}).items():
+        found |= offered(package, partial(flash, module))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------
@@ -246,17 +246,16 @@ def decode_peers(cache: Paged) -> Calls:
     """Return others' plain attention: flash-attn over a contiguous cache, FlashInfer paged."""
     if device() == "cpu" or cache.q.dtype not in HALF:
         return {}
-    return {
-        **offered("flash-attn", partial(_flash_with_kvcache, "flash_attn", cache)),
-        **offered("flash-attn-3", partial(_flash_with_kvcache, "flash_attn_interface", cache)),
-        **offered("flashinfer-python", partial(_flashinfer_paged, cache)),
-    }
-
-
-def _flash_with_kvcache(module: str, cache: Paged) -> dict[str, Call]:
-    attend = import_module(module).flash_attn_with_kvcache
     given = {"cache_seqlens": cache.seqlens, "causal": True}
-    return {"with_kvcache": partial(attend, cache.q, *cache.contiguous(), **given)}
+
+    def flash(module: str) -> dict[str, Call]:
+        attend = import_module(module).flash_attn_with_kvcache
+        return {"with_kvcache": partial(attend, cache.q, *cache.contiguous(), **given)}
+
+    found = offered("flashinfer-python", partial(_flashinfer_paged, cache))
+    for package, module in FLASH.items():
+        found |= offered(package, partial(flash, module))
+    return found
 
 
 def _flashinfer_paged(cache: Paged) -> dict[str, Call]:
