@@ -17,7 +17,7 @@ plain split-KV attention at 32k to 128k tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -30,7 +30,7 @@ from peers import Paged, decode_peers
 from shapes import BATCH, HEAD_DIM, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE
 from torch import Tensor
 
-from extrope_kernels import RopeFreqs, apply_rope, rope_attention, scores
+from extrope_kernels import apply_rope, rope_attention, scores
 from extrope_kernels import rope_attention_with_kvcache as decode
 
 WINDOW = 1024  # on a CPU
@@ -62,11 +62,6 @@ def reading_of(*cache: Tensor) -> Floor:
 # One token, on a CPU
 
 SCALE = 0.01  # of a cache in fp8
-SCALES = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), SCALE))
-
-
-def narrowed(*cache: Tensor) -> list[Tensor]:
-    return [(x / SCALE).to(torch.float8_e4m3fn) for x in cache]
 
 
 def bench_token(report: Report, head_dim: int, dtype: torch.dtype) -> None:
@@ -94,46 +89,31 @@ def bench_token(report: Report, head_dim: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
-Form = tuple[dict, Sequence[Tensor]]  # a cache, and how it is given to a step
+def narrowed(how: dict, cache: Sequence[Tensor]) -> tuple[dict, Sequence[Tensor]]:
+    """Return a step's options and its cache in fp8: half the bytes, which take time to widen."""
+    scales = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), SCALE))
+    return how | scales, [(x / SCALE).to(torch.float8_e4m3fn) for x in cache]
 
 
-def in_fp8(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
-    """Return half the bytes, which take time to widen, and the cache in bfloat16."""
-    score = {"score": scores.rerope(WINDOW)}
-    return (score | SCALES, narrowed(k, v)), (score, (k, v))
-
-
-def raw(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
-    """Return keys that plain RoPE rotates at every step, and keys stored rotated."""
-    return ({"stored": "raw"}, (k, v)), ({}, (apply_rope(k, freqs), v))
-
-
-def raw_in_fp8(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
-    return tuple((how | SCALES, narrowed(*cache)) for how, cache in raw(k, v, freqs))
-
-
-def bench_forms(
-    report: Report,
-    case: str,
-    head_dim: int,
-    cached: int,
-    forms: Callable[..., tuple[Form, Form]],
-    other: str,
-    bar: float = NAN,
-) -> None:
-    """Time a step in bfloat16 over one form of the cache, beside the same over the `other`."""
+def bench_forms(report: Report, case: str, head_dim: int, cached: int, bar: float = NAN) -> None:
+    """Time a step in bfloat16 over raw keys, or over an fp8 cache, beside the same without that."""
+    of_raw, other = "raw" in case, "stored rotated" if "raw" in case else "bfloat16 cache"
     case, dtype = f"decode 8/2 x {head_dim}, {case}", torch.bfloat16
     if not report.wants(case, dtype):
         return
     cached = 64 if report.args.quick else cached
     q, k, v = make_inputs(cached, 2, head_dim, dtype)
     freqs = frequencies(head_dim)
+    ours = theirs = {"score": scores.rerope(WINDOW)}, (k, v)
+    if of_raw:  # keys that plain RoPE rotates at every step
+        ours, theirs = ({"stored": "raw"}, (k, v)), ({}, (apply_rope(k, freqs), v))
+    if "fp8" in case:
+        ours, theirs = narrowed(*ours), narrowed(*theirs) if of_raw else theirs
     step = partial(decode, q[:, -1:], freqs=freqs, cache_seqlens=cached)
-    (ours, cache), (theirs, its_cache) = forms(k, v, freqs)
+    calls = [by_layer(partial(step, **how), layers_of(*cache)) for how, cache in (ours, theirs)]
     compare(
-        report, case, {"extrope": by_layer(partial(step, **ours), layers_of(*cache))},
-        yardsticks={other: by_layer(partial(step, **theirs), layers_of(*its_cache))},
-        bars={other: bar}, own=(other,), floor=reading_of(*cache),
+        report, case, {"extrope": calls[0]}, yardsticks={other: calls[1]},
+        bars={other: bar}, own=(other,), floor=reading_of(*ours[1]),
         dtype=dtype, shape=f"1 on {cached} x 8/2 x {head_dim}", backend="cpu",
     )  # fmt: skip
 
@@ -262,10 +242,10 @@ def main(argv: list[str] | None = None) -> None:
         for head_dim in (64, 128):
             for dtype in dtypes:
                 bench_token(report, head_dim, dtype)
-            bench_forms(report, "fp8 cache", head_dim, KEYS, in_fp8, "bfloat16 cache", bar=1.0)
+            bench_forms(report, "fp8 cache", head_dim, KEYS, bar=1.0)
         for cached in (2048, 8192, 32768):
-            for case, forms in (("raw keys", raw), ("raw keys, fp8 cache", raw_in_fp8)):
-                bench_forms(report, f"{case}, {cached}", 128, cached, forms, "stored rotated")
+            for case in ("raw keys", "raw keys, fp8 cache"):
+                bench_forms(report, f"{case}, {cached}", 128, cached)
     for dtype in dtypes:
         for page_size in PAGES:
             bench_chunk(report, chunk, page_size, dtype)

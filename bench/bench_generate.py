@@ -12,16 +12,12 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import torch
 from harness import NAN, Report, arguments, column, device, kept_memory
-from torch import Tensor
+from torch import Tensor, nn
 
 from extrope_kernels.integrations.transformers import extend, register_interface
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROMPTS, NEW, ROUNDS = (2000, 8000), 32, 2
 PLAIN = "plain"
@@ -48,7 +44,7 @@ class Row:
     steps_of_plain: float = column("steps' time over plain", ".2f", NAN)
 
 
-def load(quick: bool) -> PreTrainedModel:
+def load(quick: bool) -> nn.Module:
     if not quick:
         from extrope_kernels.evaluation.models import find_model, load_model
 
@@ -62,7 +58,7 @@ def load(quick: bool) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(device(), torch.bfloat16)
 
 
-def generate(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float]:
+def generate(model: nn.Module, ids: Tensor, new: int) -> tuple[float, float]:
     """Return the seconds for the prompt, and the median of a step."""
     times: list[float] = []
     # generate hands a streamer the prompt, then each token.
@@ -73,7 +69,7 @@ def generate(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, floa
     return prompt, statistics.median(steps)
 
 
-def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds: int) -> None:
+def bench(report: Report, model: nn.Module, tokens: int, new: int, rounds: int) -> None:
     ids = torch.randint(100, 40000, (1, tokens), device=device())
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in MODELS}
     for _ in range(rounds):

@@ -195,19 +195,14 @@ def _rows(case: Case, heads: int, tokens: int = SEQLEN, itemsize: int = 0) -> in
 def rope_traffic(case: Case, launch: Launch) -> Traffic:
     """Count a rotation: a pass rotates one head in a tile of tokens; a gradient reads more."""
     tiles, shares = launch.grid[:2]
-    read = 2 if case.call is rotate_back or launch.name == "norm_rotate_backward_kernel" else 1
-    moved = _rows(case, HEADS_Q + HEADS_K) * (read + 1)
-    if case.call is rotate_by_tables:  # half a row of each for a token
-        moved += _rows(case, 1)
-    return Traffic(moved, tiles * shares, (tiles * HEADS_Q, tiles * HEADS_K))
-
-
-def append_traffic(case: Case, launch: Launch) -> Traffic:
-    tiles, shares = launch.grid[:2]
-    tokens = BATCH if case.variant == "one token" else SEQLEN
-    moved = 2 * _rows(case, HEADS_Q + 2 * HEADS_K, tokens)
-    passes = (tiles * HEADS_Q, tiles * HEADS_K, tiles * HEADS_K)
-    return Traffic(moved, tiles * shares, passes)
+    heads, tokens, copies = [HEADS_Q, HEADS_K], SEQLEN, 2
+    if case.call is rotate_back or launch.name == "norm_rotate_backward_kernel":
+        copies = 3
+    elif case.call is append:
+        heads, tokens = [*heads, HEADS_K], BATCH if case.variant == "one token" else SEQLEN
+    tables = _rows(case, 1) if case.call is rotate_by_tables else 0  # half a row each for a token
+    moved = copies * _rows(case, sum(heads), tokens) + tables
+    return Traffic(moved, tiles * shares, tuple(tiles * n for n in heads))
 
 
 def attention_traffic(case: Case, launch: Launch) -> Traffic:
@@ -305,8 +300,7 @@ def cache_append_traffic(case: Case, launch: Launch) -> Traffic:
 
 
 def merge_traffic(case: Case, launch: Launch) -> Traffic:
-    moved = 3 * _rows(case, HEADS_Q) + 3 * 4 * SEQLEN * HEADS_Q
-    return Traffic(moved, math.prod(launch.grid[:2]))
+    return Traffic(3 * _rows(case, HEADS_Q) + 3 * 4 * SEQLEN * HEADS_Q, math.prod(launch.grid[:2]))
 
 
 TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
@@ -314,7 +308,7 @@ TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
     "cos_sin_kernel": ("rotation", rope_traffic),
     "norm_rotate_kernel": ("norm and rotation", rope_traffic),
     "norm_rotate_backward_kernel": ("norm and rotation", rope_traffic),
-    "rope_append_kernel": ("norm, rotation and append", append_traffic),
+    "rope_append_kernel": ("norm, rotation and append", rope_traffic),
     "rotate_kernel": ("attention's rotation", rotate_traffic),
     "forward_kernel": ("attention", attention_traffic),
     "dq_kernel": ("attention, dQ", attention_traffic),

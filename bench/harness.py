@@ -325,11 +325,16 @@ class Report:
 def save(name: str, rows: list, folder: Path, merge: bool = False, **more: object) -> Path:
     """Write NAME.json. merge: keep rows of the same machine that were not measured again."""
     path = folder / f"{name}.json"
-    measured = {_identity(row): row for row in map(_plain, rows)}
-    if merge and path.exists():
-        before = json.loads(path.read_text())
-        if before["machine"] == machine():
-            measured = {_identity(row): row for row in before["rows"]} | measured
+    before = json.loads(path.read_text()) if merge and path.exists() else {}
+    every = before["rows"] if before.get("machine") == machine() else []
+    for row in rows:
+        values = {**asdict(row), "verdict": getattr(row, "verdict", "")}
+        # JSON has no NaN: what was not measured is left out.
+        every.append({key: value for key, value in values.items() if cell(value) != ""})
+    measured = {}
+    for row in every:  # words and whole numbers name a row, but for the outcome
+        named = {key: x for key, x in row.items() if isinstance(x, (str, int))}
+        measured[json.dumps(named | {"verdict": "", "absent": ""}, sort_keys=True)] = row
     write(path, {"machine": machine(), **more, "rows": list(measured.values())})
     return path
 
@@ -350,18 +355,3 @@ def short(value):
     if isinstance(value, dict):
         return {key: short(x) for key, x in value.items()}
     return [short(x) for x in value] if isinstance(value, (list, tuple)) else value
-
-
-def _plain(row) -> dict:
-    """Leave out values that are not measured: JSON has no NaN."""
-    values = {**asdict(row), "verdict": getattr(row, "verdict", "")}
-    return {name: value for name, value in values.items() if cell(value) != ""}
-
-
-def _identity(row: dict) -> tuple:
-    """Name a row by its words and whole numbers, without the outcome."""
-    return tuple(
-        (name, value)
-        for name, value in row.items()
-        if isinstance(value, (str, int)) and name not in ("verdict", "absent")
-    )

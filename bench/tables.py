@@ -230,13 +230,6 @@ def tuned(results: Path) -> str:
 # Searches: losses of pieces differ by more than those of methods, so the difference to YaRN counts
 
 
-def searches(results: Path) -> dict[str, dict[str, Any]]:
-    """Return searches by name, the shortest length first."""
-    paths = (results / evaluations.FOLDER).glob("search-*k.json")
-    found = {path.stem: json.loads(path.read_text()) for path in paths}
-    return dict(sorted(found.items(), key=lambda item: item[1]["length"]))
-
-
 def search(found: dict[str, Any]) -> str:
     """Make the finalists, the best first, on text that was not searched on."""
     heads = {"loss": "last quarter", "to_yarn": "to YaRN", "whole": "whole text"}
