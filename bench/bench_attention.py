@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 from compare import by_name, compare, error_of_tail, matmul_floor, trained, why_not
-from harness import Call, Report, Row, arguments, device, memory, name_of
+from harness import Call, Calls, Report, Row, arguments, device, memory, name_of
 from peers import attention_peers, dense_rerope, flex_rerope, sdpa
 from scaling import scaling
 from shapes import BLOCK, CHUNK, HEAD_DIM, HEADS_K, HEADS_Q, LOCAL, LONGER, SEQLEN, WINDOW
@@ -96,9 +96,7 @@ def backends() -> dict[str, str | None]:
     return by_name(attention_backends())
 
 
-def exact_tail(
-    score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, sinks: Tensor | None = None, **options
-) -> Tensor:
+def exact_tail(score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, sinks=None, **options):
     """Compute the last queries in float64, a key head at a time for long sequences."""
     heads_k, options["backend"] = k.shape[2], "reference"
     parts = []
@@ -130,7 +128,7 @@ class Case(NamedTuple):
     forward: dict[str, float]
     training: dict[str, float] | None = None
     given: dict = {}  # noqa: RUF012
-    others: Callable[..., dict[str, Call | str]] = lambda *qkv_and_freqs: {}  # of the same results
+    others: Callable[..., Calls] = lambda *qkv_and_freqs: {}  # of the same results
 
 
 def cases(name: str, quick: bool) -> Iterator[Case]:
@@ -161,7 +159,7 @@ def cases(name: str, quick: bool) -> Iterator[Case]:
             yield case(*sizes, {}, {} if dtype == torch.float32 else None)
 
 
-def others(name: str, seqlen: int) -> Callable[..., dict[str, Call | str]]:
+def others(name: str, seqlen: int) -> Callable[..., Calls]:
     """Return other implementations of a method, from q, k, v and frequencies."""
     if name == "rerope":
         return partial(flex_rerope, window=sized(WINDOW, seqlen))
@@ -208,9 +206,8 @@ def options(quick: bool) -> Iterator[Case]:
         ("softcap", {"softcap": CAP}, seqlen, 1.12, causal),
         ("sliding window", {"sliding_window": window}, 2 * seqlen, 0.2875 * near / causal, near),
     ):
-        for dtype, head_dim in product(
-            (torch.float32, torch.bfloat16), (64,) if quick else (64, 128)
-        ):
+        dims = (64,) if quick else (64, 128)
+        for dtype, head_dim in product((torch.float32, torch.bfloat16), dims):
             sizes = tokens, HEADS, 2, head_dim, dtype, pairs
             score, bars = score_of("rerope", tokens, head_dim), {"without": bar}
             yield Case(f"options, {{}} {name}", score, *sizes, bars, bars, given)

@@ -3,8 +3,7 @@
 One token on 32768 in the cache, 8 query heads on 2, window 1024, over the caches of many layers one
 after another. The floor is a copy of the cache's bytes, halved: they are read once. "no window" is
 our own plain attention over rotated keys; SDPA gets its best cache, heads first, and is measured
-with its groups as rows too. Then the step over a cache in float8_e4m3fn beside one over bfloat16,
-and over raw keys, which it rotates, beside keys that are stored rotated.
+with its groups as rows too. Then the step over a cache in fp8, and over raw keys.
 
 A server's batches, on a paged cache: a chunk of 1,024 tokens at the end of 8,192, through pages of
 16 to 256 slots, may take 1.05 of the same call on a contiguous cache, and of the attention without

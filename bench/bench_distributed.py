@@ -1,10 +1,8 @@
 """Attention of a sequence over 2 and 4 processes: python bench/bench_distributed.py
 
 It compares the CPU seconds of all ranks with one process of as many threads, and the most that a
-rank's tensors take with those of one process divided by the ranks. The peak of its memory also has
-messages that gloo's threads free late. gloo runs on one machine, a thread per rank: times show the
-work, not a network. Past the first length queries see 2,048 keys (a sliding window), which changes
-no tensor's size. The bytes that a rank sends are counted in tests/distributed.
+rank's tensors take with those of one process divided by the ranks: see docs/benchmarks.md. Past the
+first length queries see 2,048 keys (a sliding window), which changes no tensor's size.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ import torch
 from harness import NAN, Report, arguments, column, peak_megabytes, returned_memory, verdict
 from held import Held
 from ranks import Ranks
-from torch.distributed.device_mesh import DeviceMesh
 
 from extrope_kernels import distributed, methods, rope_attention, scores
 
@@ -65,14 +62,7 @@ class Measured(NamedTuple):
     held: int  # bytes
 
 
-def measure(
-    mesh: DeviceMesh | None,
-    strategy: str,
-    seqlen: int,
-    seen: int | None,
-    repeats: int,
-    threads: int,
-) -> Measured:
+def measure(mesh, strategy: str, seqlen: int, seen: int | None, repeats: int, threads: int):
     """Measure forward with backward on every rank, with its tokens of a sequence of seqlen."""
     torch.set_num_threads(threads)
     shape = [1, seqlen // (1 if mesh is None else mesh.size())]

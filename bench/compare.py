@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import harness
 import torch
-from harness import NAN, Call, Report, Row, clock, device, name_of, paired
+from harness import NAN, Call, Calls, Report, Row, clock, device, name_of, paired
 from torch import Tensor
 
 SECONDS = 4.0  # at most for one pairing, so that a slow peer does not take minutes
@@ -55,13 +55,13 @@ def _fastest_product(dtype: torch.dtype, device: str, side: int) -> Call:
 def compare(
     report: Report,
     case: str,
-    calls: dict[str, Call | str],
+    calls: Calls,
     *,
     dtype: torch.dtype,
     shape: str,
     floor: Floor,
     backend: str = "",
-    yardsticks: dict[str, Call | str] | None = None,
+    yardsticks: Calls | None = None,
     error: Callable[[object], float] | None = None,
     few: dict[str, Call] | None = None,
     bars: dict[str, float] | None = None,
@@ -126,9 +126,7 @@ def with_backward(call: Call, leaves: Sequence[Tensor]) -> Call:
     return run
 
 
-def trained(
-    calls: dict[str, Call | str], leaves: Sequence[Tensor] | None = None
-) -> dict[str, Call | str]:
+def trained(calls: Calls, leaves: Sequence[Tensor] | None = None) -> Calls:
     """Return each call with the gradients of its own leaves, or of these; or leave it out."""
     found = {name: getattr(call, "leaves", leaves) for name, call in calls.items()}
     return {

@@ -69,10 +69,8 @@ def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
 def compact(measured: Row, kind: str) -> Row:
     """Return what `eval` measured, with the numbers of tables and plots alone."""
     trained = measured["training_length"]
-    rows = [
-        {"method": row["method"], "params": row["params"], **KEPT[kind](row, trained)}
-        for row in measured["rows"]
-    ]
+    rows = [{"method": row["method"], "params": row["params"], **KEPT[kind](row, trained)}
+            for row in measured["rows"]]  # fmt: skip
     return {key: measured[key] for key in ABOUT if key in measured} | {"rows": rows}
 
 

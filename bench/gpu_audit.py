@@ -1,15 +1,9 @@
 """Compile the shipped Triton kernels without a GPU, and bound their times: bench/gpu_audit.py
 
 Public functions run on CPU tensors as on each chip (EXTROPE_TRITON_CHIP), down to a driver that
-launches nothing and keeps the binaries. Prints registers, stack, shared memory, the shortest main
-loop, and the least time for bytes and instructions on A100, H100 and B200: bounds, not
-measurements. With nvcc it compiles CUDA C++'s rotation too. Ends with status 1 if a kernel does not
-compile or holds too much stack.
-
---chip gfx942, and other AMD chips, compile for these: registers, stack and shared memory, no bound.
-
-A full run writes bench/results/gpu_audit.csv, which bench/readme.py shows in docs/gpu_audit.md.
---triton 3.6.0 compiles with that Triton, installed separately into build/triton-3.6.0.
+launches nothing and keeps the binaries. With nvcc it compiles CUDA C++'s rotation too. A full run
+writes bench/results/gpu_audit.csv, of bounds, not measurements; docs/gpu_audit.md shows them, and
+what --chip and --triton are for. Ends with status 1 if a kernel does not compile or has a fault.
 """
 
 from __future__ import annotations
@@ -30,24 +24,22 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # Triton's decorator chooses between interpreter and compiler at once
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("EXTROPE_TRITON_CHIP", "90")
 
 import machine_code
+import null_driver
 import shapes
 import torch
 from machine_code import AMD_SHARED, CARDS, CHIPS, Code, Traffic
+from null_driver import Launch, NullDriver
 from shapes import BATCH, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE, SEQLEN
 from torch import Tensor
 
 import extrope_kernels as ek
 from extrope_kernels import _build, methods, scores
-
-if TYPE_CHECKING:
-    from null_driver import Launch, NullDriver
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu_audit.csv"
@@ -396,15 +388,11 @@ def prepare(chip: int | str, cache: str) -> None:
 @lru_cache
 def one_driver() -> NullDriver:
     """Install a worker's driver: a kernel that two cases share is launched through its first."""
-    import null_driver
-
     return null_driver.install(keep=True)
 
 
 def compiled(chip: int | str, case: Case) -> list[Row | AmdRow] | str:
     """Return the rows of a case's kernels, or its compiler's error."""
-    import null_driver
-
     driver = one_driver()
     driver.kept.clear()
     try:
@@ -446,8 +434,6 @@ STRICT = ("-Werror=all-warnings", "-Xptxas=-warn-spills")
 def cuda_rows() -> Iterator[Row]:
     """Compile the rotation in CUDA C++; BuildError if nvcc is missing or warns, or on a spill."""
     nvcc, source = _build.find_nvcc(), _build.source_dir() / "cuda" / "rope" / "rope.cu"
-    from null_driver import TOOLS
-
     with TemporaryDirectory() as folder:
         target = Path(folder) / "rope.o"
         chips = _build.gencode([str(chip) for chip in CHIPS])
@@ -455,7 +441,7 @@ def cuda_rows() -> Iterator[Row]:
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         if done.returncode != 0:
             raise _build.BuildError(done.stdout + done.stderr)
-        usage, sass = (_functions(TOOLS, x, target) for x in ("--dump-resource-usage", "-sass"))
+        usage, sass = (_functions(x, target) for x in ("--dump-resource-usage", "-sass"))
     case, tokens = Case("half-split, CUDA C++", 128, rotate), BLOCK * 2 * 16 // 256  # of a block
     blocks = SEQLEN // tokens
     # Two loops copy; the third rotates, UNROLLED heads a pass.
@@ -467,11 +453,11 @@ def cuda_rows() -> Iterator[Row]:
             yield row_of("rotation", case, case.variant, code, traffic, chip)
 
 
-def _functions(tools: Path, option: str, target: Path) -> dict[tuple[int, str], str]:
+def _functions(option: str, target: Path) -> dict[tuple[int, str], str]:
     """Yield cuobjdump's text by chip and kernel."""
     sections: dict[tuple[int, str], list[str]] = {}
     chip, lines = 0, []
-    for line in machine_code.run(tools / "cuobjdump", option, target).splitlines():
+    for line in machine_code.run(null_driver.TOOLS / "cuobjdump", option, target).splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
             chip, lines = int(found[1]), []
         elif found := re.search(r"Function\s*:?\s*(\w+)", line):

@@ -29,6 +29,7 @@ import torch._dynamo
 RESULTS = Path(__file__).parent / "results"
 NAN = float("nan")
 Call = Callable[[], object]
+Calls = dict[str, Call | str]  # by name; a string says why one cannot run
 
 
 # -------------------------------------------------------------------------------------------------
@@ -48,12 +49,8 @@ def machine() -> dict[str, str | int]:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
         amx = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
         name += f", {torch.backends.cpu.get_cpu_capability()}{amx}"
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": name, "threads": torch.get_num_threads(), **versions}
 
 
 def folder_of(name: str) -> str:

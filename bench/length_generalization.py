@@ -32,6 +32,7 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import tables
 import torch
@@ -198,19 +199,19 @@ class Run:
     setup: Setup
     folder: Path
 
-    def trained(self, name: str) -> dict:
-        path = self.path("trained", name)
+    def result(self, kind: str, name: str) -> Any:
+        """Train or read, unless it is kept."""
+        path, (train, test) = self.path(kind, name), read_text()
         if not path.exists():
-            before = TRAININGS[name].starts_from
-            weights = self.trained(before)["weights"] if before else None
-            keep(path, train_model(name, self.setup, read_text()[0], weights))
-        return torch.load(path)
-
-    def read(self, name: str) -> list[dict]:
-        path, method = self.path("read", name), METHODS[name]
-        if not path.exists():
-            weights = self.trained(method.trained)["weights"]
-            keep(path, read_lengths(method, self.setup, read_text()[1], weights))
+            before = METHODS[name].trained if kind == "read" else TRAININGS[name].starts_from
+            weights = self.result("trained", before)["weights"] if before else None
+            if kind == "read":
+                made = read_lengths(METHODS[name], self.setup, test, weights)
+            else:
+                made = train_model(name, self.setup, train, weights)
+            unfinished = path.with_suffix(".unfinished")  # a file is whole or not there
+            torch.save(made, unfinished)
+            unfinished.replace(path)
         return torch.load(path)
 
     def path(self, kind: str, name: str) -> Path:
@@ -223,13 +224,6 @@ class Run:
         return self.folder / f"{stem}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}.pt"
 
 
-def keep(path: Path, content: object) -> None:
-    """Write a file, which is whole or not there."""
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(content, unfinished)
-    unfinished.replace(path)
-
-
 def lineage(name: str) -> tuple[str, ...]:
     """Return a training's description, after those it starts from."""
     training = TRAININGS[name]
@@ -238,10 +232,11 @@ def lineage(name: str) -> tuple[str, ...]:
 
 def do(run: Run, kind: str, name: str) -> str:
     """Train or read, in a worker; return a line about the result."""
+    found = run.result(kind, name)
     if kind == "read":
-        said = " ".join(f"{read['last']:.3f}" for read in run.read(name))
+        said = " ".join(f"{read['last']:.3f}" for read in found)
     else:
-        said = "loss {loss:.3f}, {seconds:.0f} s of a core".format(**run.trained(name))
+        said = "loss {loss:.3f}, {seconds:.0f} s of a core".format(**found)
     return f"{kind} {name}, seed {run.setup.seed}: {said}"
 
 
@@ -269,7 +264,7 @@ def collect(runs: list[Run]) -> dict:
     del setup["seed"]
     rows = []
     for name, method in METHODS.items():
-        reads = [run.read(name) for run in runs]
+        reads = [run.result("read", name) for run in runs]
         last = [[read["last"] for read in of_length] for of_length in zip(*reads)]
         own = {"name": name, "family": method.family, "paper": method.paper}
         own |= {"trained": TRAININGS[method.trained].about, "run": method.run}
@@ -279,7 +274,7 @@ def collect(runs: list[Run]) -> dict:
         "text": {"train_bytes": train, "test_bytes": test, "sha256": digest()},
         "setup": setup,
         "trainings": len(TRAININGS),
-        "seconds": sum(run.trained(name)["seconds"] for run in runs for name in TRAININGS),
+        "seconds": sum(run.result("trained", x)["seconds"] for run in runs for x in TRAININGS),
         "lengths": [read["length"] for read in reads[0]],
         "rows": rows,
     }

@@ -59,33 +59,25 @@ Attention = Callable[[Setup, int, torch.Generator], Attend]
 # -------------------------------------------------------------------------------------------------
 # Attentions
 
-# From L, and the length of the text, to a frequency method's parameters.
-PARAMETERS: dict[str, Callable[[int, int], dict]] = {
-    "rope": lambda L, length: {},
-    "pi": lambda L, length: {"factor": FACTOR},
-    "ntk_aware": lambda L, length: {"factor": FACTOR},
-    "ntk_mixed": lambda L, length: {"factor": FACTOR},
-    "ntk_by_parts": lambda L, length: {"factor": FACTOR, "original_max_position_embeddings": L},
-    "yarn": lambda L, length: {"factor": FACTOR, "original_max_position_embeddings": L},
-    "llama3": lambda L, length: {
-        "factor": FACTOR, "original_max_position_embeddings": L, "base": 10000.0
-    },
-    "dynamic_ntk": lambda L, length: {
-        "factor": 1.0, "max_position_embeddings": L, "seq_len": length
-    },
-    "dynamic_yarn": lambda L, length: {"original_max_position_embeddings": L, "seq_len": length},
-    "giraffe_power": lambda L, length: {"power": 0.5},
-    "giraffe_truncation": lambda L, length: {"truncate_pos": L},
-    "abf": lambda L, length: {},
-    "cope": lambda L, length: {"clip": 5},  # of 16 pairs: the authors' 20 of 64
-    # The paper's 512 is half of its training length.
-    "xpos": lambda L, length: {"scale_base": L / 2},
-}  # fmt: skip
+
+def parameters(L: int, length: int) -> dict[str, dict]:
+    """Return the parameters of each frequency method, from L and the length of the text."""
+    trained, factor = {"original_max_position_embeddings": L}, {"factor": FACTOR}
+    return {
+        "rope": {}, "abf": {}, "pi": factor, "ntk_aware": factor, "ntk_mixed": factor,
+        "ntk_by_parts": factor | trained, "yarn": factor | trained,
+        "llama3": factor | trained | {"base": 10000.0},
+        "dynamic_ntk": {"factor": 1.0, "max_position_embeddings": L, "seq_len": length},
+        "dynamic_yarn": trained | {"seq_len": length},
+        "giraffe_power": {"power": 0.5},
+        "giraffe_truncation": {"truncate_pos": L},
+        "cope": {"clip": 5},  # of 16 pairs: the authors' 20 of 64
+        "xpos": {"scale_base": L / 2},  # the paper's 512 is half of its training length
+    }  # fmt: skip
 
 
 def frequencies(name: str, setup: Setup, length: int) -> RopeFreqs:
-    given = PARAMETERS[name](setup.length, length)
-    return methods.METHODS[name](setup.head_dim, **given)
+    return methods.METHODS[name](setup.head_dim, **parameters(setup.length, length)[name])
 
 
 def rotated(freqs: RopeFreqs, at: Tensor | None = None) -> Attend:

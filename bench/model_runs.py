@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from extrope_kernels.evaluation import evaluate, models
 
 BUILD = Path(__file__).parents[1] / "build" / "model_runs"
 TRAINED = 8192
-
 
 # For each method first `eval`'s parameters, or its required ones; then some that may be better.
 METHODS: dict[str, list[dict[str, Any]]] = {
@@ -114,12 +112,6 @@ RUNS = {
 }  # fmt: skip
 
 
-def rounds(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
-    """Yield parameters by method, one set at a time: `evaluate` takes no more."""
-    for index in range(max(map(len, run.methods.values()))):
-        yield {method: sets[index] for method, sets in run.methods.items() if index < len(sets)}
-
-
 def measure(run: Run, texts: list[str], given: dict[str, dict[str, Any]], out: Path) -> None:
     """Evaluate methods with their given parameters, and keep the results."""
     models.stay_offline()
@@ -137,7 +129,8 @@ def main() -> None:
     given = parser.parse_args()
     run = RUNS[given.run]
     texts = ["pydocs"] if given.run == "short" else ["pydocs", given.text]
-    for params in rounds(run):
+    for index in range(max(map(len, run.methods.values()))):  # one set of parameters each
+        params = {method: sets[index] for method, sets in run.methods.items() if sets[index:]}
         measure(run, texts, params, BUILD / run.name)
 
 

@@ -1,17 +1,9 @@
 """Try `extend` on all models: python bench/models_census.py [--check]
 
 It builds every causal and image-text class of the installed transformers with rotary parameters,
-tiny and random, extends it by methods of every sort, and compares:
-
-- `rope` with the model's own base, and a score method whose window is never exceeded, with the
-  plain model;
-- by `yarn`, `dynamic_ntk`, `rerope`, `self_extend` and `dual_chunk`: generation with a cache with a
-  forward without one; by `rerope` also a padded row with the row alone;
-- logits after `restore` with those before, bit by bit.
-
-Each class has its own process, 7 GiB and a time limit. Prints a line per class and writes
-bench/results/models/census.json (a missing field is "ok"), from which bench/readme.py makes
-docs/models.md. With --check it writes nothing, and fails if a class is no longer served.
+tiny and random, and compares it with itself as docs/models.md says. Each class has its own process,
+7 GiB and a time limit. Prints a line per class and writes bench/results/models/census.json (a
+missing field is "ok"). With --check it writes nothing, and fails if a class is no longer served.
 """
 
 from __future__ import annotations
@@ -96,14 +88,12 @@ def census(name: str) -> dict[str, Any]:
     return row
 
 
-def attempt(
-    check: Callable[..., None], model: nn.Module, method: str, parameters: dict, plain: Plain
-) -> str:
+def attempt(check: Callable, model: nn.Module, method: str, given: dict, plain: Plain) -> str:
     """Try again with layers="all" if a score method finds nothing to extend by default."""
     said = ""
     for more, ok in (({}, "ok"), ({"layers": "all"}, 'ok, layers="all"')):
         try:
-            check(model, method, parameters | more, plain)
+            check(model, method, given | more, plain)
         except Exception as error:
             said = short(error)
             if WINDOWED not in said:

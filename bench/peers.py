@@ -14,12 +14,11 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from harness import Call, device
+from harness import Call, Calls, device
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, merge_attention
 
-Calls = dict[str, Call | str]
 ONLY_GPU = "needs a GPU (Triton)"
 MOST_MASKED = 32_768  # tokens
 HALF = (torch.float16, torch.bfloat16)
@@ -52,12 +51,9 @@ def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> C
     tables = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
     fast = offered("flash-attn", partial(flash_attn_rotary, q, k, *tables, interleaved))
     if interleaved:
-        return {**offered("rotary-embedding-torch", partial(lucidrains, q, k), False), **fast}
-    return {
-        **offered("transformers", partial(transformers_rotary, q, k, *tables), False),
-        **offered("liger-kernel", partial(liger, q, k, *tables)),
-        **fast,
-    }
+        return offered("rotary-embedding-torch", partial(lucidrains, q, k), False) | fast
+    theirs = offered("transformers", partial(transformers_rotary, q, k, *tables), False)
+    return theirs | offered("liger-kernel", partial(liger, q, k, *tables)) | fast
 
 
 def transformers_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
@@ -106,9 +102,7 @@ def liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
     return {"": call}
 
 
-def flash_attn_rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
-) -> dict[str, Call]:
+def flash_attn_rotary(q: Tensor, k: Tensor, cos, sin, interleaved: bool) -> dict[str, Call]:
     from flash_attn.layers.rotary import apply_rotary_emb
 
     halves = [x[0, :, : q.shape[-1] // 2].contiguous() for x in (cos, sin)]

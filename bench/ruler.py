@@ -190,9 +190,7 @@ def names(method: str | None, parameters: dict[str, Any]) -> tuple[str, str]:
     return method or "rope", named(parameters)
 
 
-def missing(
-    kept: dict[tuple, Cell], wanted: Sequence[Cell], samples: int
-) -> Iterator[tuple[Cell, int]]:
+def missing(kept: dict, wanted: Sequence[Cell], samples: int) -> Iterator[tuple[Cell, int]]:
     """Return cells, as they are when their turn comes, and how many samples they are to have.
 
     All cells go on together, so that methods are compared on the same samples whenever it ends.

@@ -6,11 +6,11 @@ quarter of the range: 1 is linear, 2 quadratic.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from harness import Call, Report, clock, column, device, kept_memory, paired, peak_megabytes
@@ -30,12 +30,7 @@ class ScalingRow:
     megabytes: float = column("peak MB", ".1f")
 
 
-def scaling(
-    name: str,
-    calls_of_length: Callable[[int], dict[str, Call]],
-    args: argparse.Namespace,
-    about: str,
-) -> None:
+def scaling(name: str, calls: Callable[[int], dict[str, Call]], args: Any, about: str) -> None:
     """Measure each call at all lengths, on one thread and on all. --only "scaling" selects it."""
     if args.only and not any(text in f"scaling {name}" for text in args.only):
         return
@@ -45,7 +40,7 @@ def scaling(
         torch.set_num_threads(threads)
         slow: set[str] = set()
         for n in (16, 32, 64) if args.quick else LENGTHS:
-            for implementation, call in calls_of_length(n).items():
+            for implementation, call in calls(n).items():
                 if implementation not in slow:
                     row = measure(implementation, n, threads, call, args.repeats)
                     report.add(row)
