@@ -27,7 +27,7 @@ from compare import by_name, compare, error_of_tail, matmul_floor, trained, why_
 from harness import Call, Calls, Report, Row, arguments, device, memory, name_of
 from peers import attention_peers, dense_rerope, flex_rerope, sdpa
 from scaling import scaling
-from shapes import BLOCK, CHUNK, HEAD_DIM, HEADS_K, HEADS_Q, LOCAL, LONGER, SEQLEN, WINDOW
+from shapes import BLOCK, CHUNK, HEAD_DIM, HEADS_K, HEADS_Q, LENGTHS, LOCAL, SEQLEN, WINDOW
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, apply_rope_qk, methods, rope_attention, scores
@@ -76,6 +76,7 @@ def score_of(name: str, seqlen: int, head_dim: int) -> scores.Score | None:
 
 MEASURED = ("rerope", "dual_chunk", "blockwise_causal")  # unless --score asks for others
 NAMES = ("plain", *scores.SCORES)
+backends = partial(by_name, attention_backends)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -90,10 +91,6 @@ def make_inputs(seqlen: int, heads_k: int, head_dim: int, dtype: torch.dtype, he
 
 def frequencies(head_dim: int) -> RopeFreqs:
     return methods.rope(head_dim).to(device())
-
-
-def backends() -> dict[str, str | None]:
-    return by_name(attention_backends())
 
 
 def exact_tail(score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, sinks=None, **options):
@@ -141,7 +138,7 @@ def cases(name: str, quick: bool) -> Iterator[Case]:
         return Case(title, score, *sizes, forward, training, others=others(name, seqlen))
 
     if device() == "cuda" and not quick:
-        for seqlen in dict.fromkeys((SEQLEN, *(n for n, _ in LONGER))):
+        for seqlen in LENGTHS:
             forward = {"no window": 1.03 if seqlen < 32_768 else 1.015}
             training = {"no window": 1.04} if seqlen <= MOST_TRAINED else None
             if name == "rerope" or seqlen == SEQLEN:
@@ -254,9 +251,6 @@ def bench(report: Report, case: Case) -> None:
                     **row)  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------
-
-
 def by_length(seqlen: int) -> dict[str, Call]:
     """Return ours and, while a few N x N logits fit into memory, the two-score formula."""
     inputs, freqs = make_inputs(seqlen, 1, 64, torch.float32, heads=2), frequencies(64)
@@ -269,10 +263,7 @@ def by_length(seqlen: int) -> dict[str, Call]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def add(parser) -> None:
-        parser.add_argument("--score", action="append", choices=NAMES, help="default: three")
-
-    args = arguments(__doc__, argv, add)
+    args = arguments(__doc__, argv, NAMES)
     report, asked = Report("attention", args, window=WINDOW), args.score or MEASURED
     every = [cases(name, args.quick) for name in asked]
     if "rerope" in asked:

@@ -35,6 +35,7 @@ from extrope_kernels import rope_attention_with_kvcache as decode
 WINDOW = 1024  # on a CPU
 LENGTHS = (KEYS, 131_072)  # on a GPU
 PAGES, MIXED_PAGE = (16, 64, 128, 256), 128
+SCALE = 0.01  # of a cache in fp8
 
 
 def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
@@ -59,8 +60,6 @@ def reading_of(*cache: Tensor) -> Floor:
 
 # -------------------------------------------------------------------------------------------------
 # One token, on a CPU
-
-SCALE = 0.01  # of a cache in fp8
 
 
 def bench_token(report: Report, head_dim: int, dtype: torch.dtype) -> None:

@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args = arguments(__doc__, argv)
     driver = null_driver.install()
-    report = Report("launch", args, triton=triton.__version__)
-    unit = NAN
+    report, unit = Report("launch", args, triton=triton.__version__), NAN
     checks.has_values = lambda x: False  # on a GPU the values of integers are not read
     for name, call in calls().items():
         call()

@@ -26,10 +26,7 @@ from extrope_kernels.testing import available_backends
 
 COMPILED = {torch.bfloat16: 1 / 3, torch.float32: 1 / 2}  # our time over torch.compile's, at most
 BACKWARD = {"triton": torch.ops.extrope.rope_bwd_triton}  # the op without a suffix: the best one
-
-
-def backends() -> dict[str, str | None]:
-    return by_name(available_backends())
+backends = partial(by_name, available_backends)
 
 
 class Timed:

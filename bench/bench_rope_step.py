@@ -45,14 +45,12 @@ def bench_norm(report: Report, dtype: torch.dtype, together: bool, name: str) ->
 
     into = [torch.empty_like(x) for x in qk]
     tails = [x[:, -64:].double() for x in qk]
-    exact = apply_rope_qk(
-        *tails, freqs, positions=max(seqlen - 64, 0), backend="reference", **normed
-    )
+    last = {"positions": max(seqlen - 64, 0), "backend": "reference"}
+    exact = apply_rope_qk(*tails, freqs, **last, **normed)
+    rotate = partial(apply_rope_qk, *qk, freqs, backend=backend)
     compare(
-        report, case,
-        {"extrope": lambda: apply_rope_qk(*qk, freqs, backend=backend, **normed),
-         "rms_norm, then extrope": two_passes},
-        yardsticks={"rotation alone": lambda: apply_rope_qk(*qk, freqs, backend=backend)},
+        report, case, {"extrope": partial(rotate, **normed), "rms_norm, then extrope": two_passes},
+        yardsticks={"rotation alone": rotate},
         bars={"rotation alone": 1.15, "rms_norm, then extrope": 1.0},
         error=error_of_tail(list(exact)), dtype=dtype, backend=name,
         shape=f"{seqlen} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}",

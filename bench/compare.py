@@ -153,15 +153,11 @@ def error_of_tail(exact: list[Tensor]) -> Callable[[object], float]:
     return error
 
 
-# -------------------------------------------------------------------------------------------------
-# Backends
-
-
-def by_name(available: list[str]) -> dict[str, str | None]:
+def by_name(available: Callable[[], list[str]]) -> dict[str, str | None]:
     """Return the `backend` of each implementation; None is the default."""
     if device() == "cpu":
         return {"cpu": None}
-    return {name: name for name in available if name != "reference"}
+    return {name: name for name in available() if name != "reference"}
 
 
 # -------------------------------------------------------------------------------------------------

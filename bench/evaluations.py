@@ -117,12 +117,11 @@ def measured(results: Path = RESULTS, name: str = "smollm2-16k") -> dict[str, li
         method, params, far = row["method"], dict(row["params"]), row.get("far")
         if params.pop("resonance", False):
             method, params = "resonance", {"method": method, **params}
-        over = None
-        if far is not None and yarn is not None:
-            over = mean_and_error([a - b for a, b in zip(far, yarn, strict=True)])
-        loss = None if far is None else fmean(far)
-        recall = tuple(row["recall"]) if "recall" in row else None
-        found.setdefault(method, []).append(Measured(params, loss, over, recall))
+        one = Measured(params, recall=tuple(row["recall"]) if "recall" in row else None)
+        if far is not None:
+            over = [a - b for a, b in zip(far, yarn, strict=True)] if yarn else []
+            one = one._replace(loss=fmean(far), over_yarn=mean_and_error(over) if over else None)
+        found.setdefault(method, []).append(one)
     return found
 
 

@@ -234,18 +234,14 @@ def draw_all() -> Figure:
         draw_frequencies(axes, freqs)
         axes.tick_params(labelsize=7)
         axes.label_outer()
-    upper.suptitle(
-        "Frequencies: in how many tokens each pair rotates once,\n"
-        "grey as trained, blue with the method; red: trained length",
-        fontsize=9,
-    )
     for axes, score in panels(lower, maps):
         draw_small(axes, score)
-    lower.suptitle(
-        "Scores: the distance that a query (down) sees of a key (across),\n"
-        "near (yellow) to the trained length (blue), and farther (red)",
-        fontsize=9,
-    )
+    told = """Frequencies: in how many tokens each pair rotates once,
+grey as trained, blue with the method; red: trained length"""
+    upper.suptitle(told, fontsize=9)
+    told = """Scores: the distance that a query (down) sees of a key (across),
+near (yellow) to the trained length (blue), and farther (red)"""
+    lower.suptitle(told, fontsize=9)
     return figure
 
 

@@ -487,7 +487,7 @@ def run(chips: list[int | str], only: str) -> tuple[list[Row | AmdRow], list[str
                     print(found, flush=True)
                 else:
                     rows += found
-                    print("\n".join(map(str, found)), flush=True)
+                    print(*found, sep="\n", flush=True)
     return rows, failed
 
 
@@ -498,8 +498,7 @@ def with_triton(version: str) -> int:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
         subprocess.run([*pip, str(folder), f"triton=={version}"], check=True)
     path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    named = "--triton", version, f"--triton={version}"
-    kept = [word for word in sys.argv[1:] if word not in named]
+    kept = [x for x in sys.argv[1:] if x not in ("--triton", version, f"--triton={version}")]
     command = [sys.executable, __file__, *kept, "--keep-no-results"]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
@@ -522,9 +521,7 @@ def main() -> int:
         except _build.BuildError as error:
             print(f"CUDA C++: {error}")
     faults = [row for row in rows if row.fault()]
-    print(
-        f"{len(rows)} kernels compiled, none run; {len(faults)} with faults; {len(failed)} failed"
-    )
+    print(f"{len(rows)} kernels compiled, none run; {len(faults)} faulty; {len(failed)} failed")
     if not (asked.only or asked.chip or asked.keep_no_results or failed):
         rows.sort(key=lambda row: (row.head_dim != 128, row.head_dim))
         with RESULT.open("w", newline="") as file:

@@ -19,9 +19,10 @@ import re
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -257,18 +258,15 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 # The run
 
 
-def arguments(
-    description: str,
-    argv: list[str] | None = None,
-    add: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> argparse.Namespace:
-    """Parse the options of every benchmark, and those of `add`."""
+def arguments(description: str, argv: list[str] | None = None, scores: Sequence[str] = ()) -> Any:
+    """Parse the options of every benchmark, and --score where it has score methods."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="paired runs of each case")
     parser.add_argument("--only", action="append", metavar="TEXT", help="cases named so")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/PROCESSOR")
-    add(parser)
+    if scores:
+        parser.add_argument("--score", action="append", choices=scores, help="default: three")
     args = parser.parse_args(argv)
     # Past 8 dtypes, sizes and modes of one function torch.compile gives up, and runs it eagerly.
     torch._dynamo.config.recompile_limit = 64
@@ -282,12 +280,9 @@ def arguments(
 
 
 class Report:
-    """A report that prints each row as soon as it is measured, keeps them, and saves them.
+    """Rows, printed as they are measured, kept and saved. Inputs drawn after it are the same."""
 
-    Inputs that are drawn after it is made are always the same.
-    """
-
-    def __init__(self, name: str, args: argparse.Namespace, **about: object):
+    def __init__(self, name: str, args: Any, **about: object):
         self.name, self.args, self.about = name, args, about
         self.is_part = bool(args.only or getattr(args, "score", None))
         self.rows: list = []

@@ -6,12 +6,9 @@ lengths are scored on the same bytes, the last L of each 8 L: a longer text only
 them, so a method that can use them has a loss that falls from left to right. Everything is repeated
 with several seeds (--seeds) of weights, batches and drawn positions.
 
-Trainings run two at a time, each on one thread: a sixth faster than one after the other on two, and
-several times faster beside other load. Results are kept in build/length_generalization, and a
-stopped run continues from there.
-
-Results: bench/results/models/length_generalization.json and docs/length_generalization.png. --quick
-is for tests: its models learn nothing, and it leaves those two files alone.
+Trainings run two at a time, each on one thread: several times faster beside other load. Parts are
+kept in build/length_generalization, and a stopped run continues from there. --quick is for tests:
+its models learn nothing, and the results and the picture of docs/ stay.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Setup:
     batch: int  # sequences of L bytes a step; a tuning step has batch / 8 of 8 L
     steps: int
     tune_steps: int
-    learning_rate: float
     windows: int  # stretches of 8 L bytes in the test
+    learning_rate: float = 3e-3
     seed: int = 0
 
     @property
@@ -41,14 +41,8 @@ class Setup:
         return self.d_model // self.heads
 
 
-FULL = Setup(
-    d_model=128, layers=3, heads=4, length=128, batch=16, steps=800, tune_steps=80,
-    learning_rate=3e-3, windows=128,
-)  # fmt: skip
-QUICK = Setup(
-    d_model=64, layers=2, heads=2, length=32, batch=8, steps=12, tune_steps=3,
-    learning_rate=3e-3, windows=4,
-)  # fmt: skip
+FULL = Setup(128, layers=3, heads=4, length=128, batch=16, steps=800, tune_steps=80, windows=128)
+QUICK = Setup(64, layers=2, heads=2, length=32, batch=8, steps=12, tune_steps=3, windows=4)
 
 # From q, k and v (batch, seqlen, heads, head_dim), not rotated, to the output of the heads.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

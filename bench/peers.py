@@ -72,11 +72,9 @@ def transformers_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[
     def with_tables(q, k, positions):
         return rotate(q, k, *rotary(q, positions))
 
-    return {
-        "eager": lambda: rotate(q, k, cos, sin),
-        "compiled": lambda: compiled(q, k, cos, sin),
-        "compiled, with tables": lambda: with_tables(q, k, positions),
-    }
+    given = q, k, cos, sin
+    calls = {"eager": partial(rotate, *given), "compiled": partial(compiled, *given)}
+    return calls | {"compiled, with tables": partial(with_tables, q, k, positions)}
 
 
 def lucidrains(q: Tensor, k: Tensor) -> dict[str, Call]:

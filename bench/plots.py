@@ -259,11 +259,8 @@ def ruler_shares(path: Path, results: Path = RESULTS) -> None:
 # -------------------------------------------------------------------------------------------------
 # Small models
 
+SMALL = "length_generalization"
 HIGHEST, CLOSEST = 1.5, 0.06  # nats: shown above plain RoPE at 1x; between two labels
-
-
-def length_generalization(path: Path, results: Path = RESULTS) -> None:
-    draw_lengths(evaluations.read("length_generalization", results), path)
 
 
 def draw_lengths(found: dict, path: Path) -> None:
@@ -336,7 +333,7 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "demo": demo,
     "ruler": ruler_shares,
     "tradeoff": tradeoff,
-    "length_generalization": length_generalization,
+    SMALL: lambda path: draw_lengths(evaluations.read(SMALL), path),
 }
 
 

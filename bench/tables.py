@@ -358,7 +358,6 @@ class MethodRow(NamedTuple):
     name: str  # as users write it
     what: str  # one line
     paper: str  # a link
-    measured: str  # its name in the measurements of small models
     method: Callable
 
 
@@ -370,7 +369,7 @@ def method_rows() -> list[MethodRow]:
         "permutations": {"permuteformer_attention": extrope_kernels.permuteformer_attention},
         "positions": {f"positions.{x}": getattr(positions, x) for x in positions.__all__},
     }
-    return [MethodRow(axis, name, *described(x), MEASURED_AS.get(name, x.__name__), x)
+    return [MethodRow(axis, name, *described(x), x)
             for axis, kind in every.items() for name, x in kind.items()]  # fmt: skip
 
 
@@ -441,7 +440,8 @@ def _measurements(rows: list[MethodRow], results: Path) -> str:
     twice, four = (evaluations.measured(results, name) for name in ("smollm2-16k", "smollm2-32k"))
     lines = []
     for row in rows:
-        numbers = [cell(losses.get(row.measured), ".2f"), *[""] * 4]
+        loss = losses.get(MEASURED_AS.get(row.name, row.method.__name__))
+        numbers = [cell(loss, ".2f"), *[""] * 4]
         if row.name in twice:
             best = evaluations.best(twice[row.name])
             numbers[1:4] = named(best.parameters), between(best.over_yarn, 3), between(best.recall)

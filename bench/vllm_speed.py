@@ -111,11 +111,9 @@ def main() -> None:
 
     rounds = [{name: measure(name, args.threads) for name in args.methods} for _ in range(ROUNDS)]
     # The least time of all rounds: other load on the machine only adds to it.
-    rows = [
-        Row(name, *(count / min(each[name][part] for each in rounds)
-                    for part, count in (("prefill", TOKENS), ("decode", 1))))
-        for name in args.methods
-    ]  # fmt: skip
+    best = {name: {part: min(each[name][part] for each in rounds) for part in ("prefill", "decode")}
+            for name in args.methods}  # fmt: skip
+    rows = [Row(name, TOKENS / of["prefill"], 1 / of["decode"]) for name, of in best.items()]
     print("\n".join(map(str, rows)))
     about = {"tokens": TOKENS, "dtype": DTYPE, "threads": args.threads, "rounds": ROUNDS}
     about |= {"vllm": vllm.__version__, "transformers": transformers.__version__}
