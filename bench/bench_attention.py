@@ -23,11 +23,11 @@ from itertools import chain, product
 from typing import NamedTuple
 
 import torch
-from compare import compare, error_of_tail, matmul_floor, trained, why_not
-from harness import Call, Report, Row, arguments, device, memory, name_of
+from compare import by_name, compare, error_of_tail, matmul_floor, trained, why_not
+from harness import Call, Calls, Report, Row, arguments, device, memory, name_of
 from peers import attention_peers, dense_rerope, flex_rerope, sdpa
 from scaling import scaling
-from shapes import BLOCK, CHUNK, HEAD_DIM, HEADS_K, HEADS_Q, LOCAL, LONGER, SEQLEN, WINDOW
+from shapes import BLOCK, CHUNK, HEAD_DIM, HEADS_K, HEADS_Q, LENGTHS, LOCAL, SEQLEN, WINDOW
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, apply_rope_qk, methods, rope_attention, scores
@@ -76,6 +76,7 @@ def score_of(name: str, seqlen: int, head_dim: int) -> scores.Score | None:
 
 MEASURED = ("rerope", "dual_chunk", "blockwise_causal")  # unless --score asks for others
 NAMES = ("plain", *scores.SCORES)
+backends = partial(by_name, attention_backends)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -92,16 +93,7 @@ def frequencies(head_dim: int) -> RopeFreqs:
     return methods.rope(head_dim).to(device())
 
 
-def backends() -> dict[str, str | None]:
-    """Return the `backend` of each implementation; None is the default."""
-    if device() == "cpu":
-        return {"cpu": None}
-    return {name: name for name in attention_backends() if name != "reference"}
-
-
-def exact_tail(
-    score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, sinks: Tensor | None = None, **options
-) -> Tensor:
+def exact_tail(score, q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, sinks=None, **options):
     """Compute the last queries in float64, a key head at a time for long sequences."""
     heads_k, options["backend"] = k.shape[2], "reference"
     parts = []
@@ -133,7 +125,7 @@ class Case(NamedTuple):
     forward: dict[str, float]
     training: dict[str, float] | None = None
     given: dict = {}  # noqa: RUF012
-    others: Callable[..., dict[str, Call | str]] = lambda *qkv_and_freqs: {}  # of the same results
+    others: Callable[..., Calls] = lambda *qkv_and_freqs: {}  # of the same results
 
 
 def cases(name: str, quick: bool) -> Iterator[Case]:
@@ -146,7 +138,7 @@ def cases(name: str, quick: bool) -> Iterator[Case]:
         return Case(title, score, *sizes, forward, training, others=others(name, seqlen))
 
     if device() == "cuda" and not quick:
-        for seqlen in dict.fromkeys((SEQLEN, *(n for n, _ in LONGER))):
+        for seqlen in LENGTHS:
             forward = {"no window": 1.03 if seqlen < 32_768 else 1.015}
             training = {"no window": 1.04} if seqlen <= MOST_TRAINED else None
             if name == "rerope" or seqlen == SEQLEN:
@@ -164,7 +156,7 @@ def cases(name: str, quick: bool) -> Iterator[Case]:
             yield case(*sizes, {}, {} if dtype == torch.float32 else None)
 
 
-def others(name: str, seqlen: int) -> Callable[..., dict[str, Call | str]]:
+def others(name: str, seqlen: int) -> Callable[..., Calls]:
     """Return other implementations of a method, from q, k, v and frequencies."""
     if name == "rerope":
         return partial(flex_rerope, window=sized(WINDOW, seqlen))
@@ -211,9 +203,8 @@ def options(quick: bool) -> Iterator[Case]:
         ("softcap", {"softcap": CAP}, seqlen, 1.12, causal),
         ("sliding window", {"sliding_window": window}, 2 * seqlen, 0.2875 * near / causal, near),
     ):
-        for dtype, head_dim in product(
-            (torch.float32, torch.bfloat16), (64,) if quick else (64, 128)
-        ):
+        dims = (64,) if quick else (64, 128)
+        for dtype, head_dim in product((torch.float32, torch.bfloat16), dims):
             sizes = tokens, HEADS, 2, head_dim, dtype, pairs
             score, bars = score_of("rerope", tokens, head_dim), {"without": bar}
             yield Case(f"options, {{}} {name}", score, *sizes, bars, bars, given)
@@ -260,9 +251,6 @@ def bench(report: Report, case: Case) -> None:
                     **row)  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------
-
-
 def by_length(seqlen: int) -> dict[str, Call]:
     """Return ours and, while a few N x N logits fit into memory, the two-score formula."""
     inputs, freqs = make_inputs(seqlen, 1, 64, torch.float32, heads=2), frequencies(64)
@@ -275,11 +263,7 @@ def by_length(seqlen: int) -> dict[str, Call]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def add(parser) -> None:
-        parser.add_argument("--score", action="append", choices=NAMES, help="default: three")
-
-    args = arguments(__doc__, argv, add)
-    torch.manual_seed(0)
+    args = arguments(__doc__, argv, NAMES)
     report, asked = Report("attention", args, window=WINDOW), args.score or MEASURED
     every = [cases(name, args.quick) for name in asked]
     if "rerope" in asked:

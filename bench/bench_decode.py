@@ -3,8 +3,7 @@
 One token on 32768 in the cache, 8 query heads on 2, window 1024, over the caches of many layers one
 after another. The floor is a copy of the cache's bytes, halved: they are read once. "no window" is
 our own plain attention over rotated keys; SDPA gets its best cache, heads first, and is measured
-with its groups as rows too. Then the step over a cache in float8_e4m3fn beside one over bfloat16,
-and over raw keys, which it rotates, beside keys that are stored rotated.
+with its groups as rows too. Then the step over a cache in fp8, and over raw keys.
 
 A server's batches, on a paged cache: a chunk of 1,024 tokens at the end of 8,192, through pages of
 16 to 256 slots, may take 1.05 of the same call on a contiguous cache, and of the attention without
@@ -17,7 +16,7 @@ plain split-KV attention at 32k to 128k tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -30,12 +29,13 @@ from peers import Paged, decode_peers
 from shapes import BATCH, HEAD_DIM, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE
 from torch import Tensor
 
-from extrope_kernels import RopeFreqs, apply_rope, rope_attention, scores
+from extrope_kernels import apply_rope, rope_attention, scores
 from extrope_kernels import rope_attention_with_kvcache as decode
 
 WINDOW = 1024  # on a CPU
 LENGTHS = (KEYS, 131_072)  # on a GPU
 PAGES, MIXED_PAGE = (16, 64, 128, 256), 128
+SCALE = 0.01  # of a cache in fp8
 
 
 def sdpa_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
@@ -60,13 +60,6 @@ def reading_of(*cache: Tensor) -> Floor:
 
 # -------------------------------------------------------------------------------------------------
 # One token, on a CPU
-
-SCALE = 0.01  # of a cache in fp8
-SCALES = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), SCALE))
-
-
-def narrowed(*cache: Tensor) -> list[Tensor]:
-    return [(x / SCALE).to(torch.float8_e4m3fn) for x in cache]
 
 
 def bench_token(report: Report, head_dim: int, dtype: torch.dtype) -> None:
@@ -94,46 +87,31 @@ def bench_token(report: Report, head_dim: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
-Form = tuple[dict, Sequence[Tensor]]  # a cache, and how it is given to a step
+def narrowed(how: dict, cache: Sequence[Tensor]) -> tuple[dict, Sequence[Tensor]]:
+    """Return a step's options and its cache in fp8: half the bytes, which take time to widen."""
+    scales = dict.fromkeys(("k_scale", "v_scale"), torch.full((2,), SCALE))
+    return how | scales, [(x / SCALE).to(torch.float8_e4m3fn) for x in cache]
 
 
-def in_fp8(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
-    """Return half the bytes, which take time to widen, and the cache in bfloat16."""
-    score = {"score": scores.rerope(WINDOW)}
-    return (score | SCALES, narrowed(k, v)), (score, (k, v))
-
-
-def raw(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
-    """Return keys that plain RoPE rotates at every step, and keys stored rotated."""
-    return ({"stored": "raw"}, (k, v)), ({}, (apply_rope(k, freqs), v))
-
-
-def raw_in_fp8(k: Tensor, v: Tensor, freqs: RopeFreqs) -> tuple[Form, Form]:
-    return tuple((how | SCALES, narrowed(*cache)) for how, cache in raw(k, v, freqs))
-
-
-def bench_forms(
-    report: Report,
-    case: str,
-    head_dim: int,
-    cached: int,
-    forms: Callable[..., tuple[Form, Form]],
-    other: str,
-    bar: float = NAN,
-) -> None:
-    """Time a step in bfloat16 over one form of the cache, beside the same over the `other`."""
+def bench_forms(report: Report, case: str, head_dim: int, cached: int, bar: float = NAN) -> None:
+    """Time a step in bfloat16 over raw keys, or over an fp8 cache, beside the same without that."""
+    of_raw, other = "raw" in case, "stored rotated" if "raw" in case else "bfloat16 cache"
     case, dtype = f"decode 8/2 x {head_dim}, {case}", torch.bfloat16
     if not report.wants(case, dtype):
         return
     cached = 64 if report.args.quick else cached
     q, k, v = make_inputs(cached, 2, head_dim, dtype)
     freqs = frequencies(head_dim)
+    ours = theirs = {"score": scores.rerope(WINDOW)}, (k, v)
+    if of_raw:  # keys that plain RoPE rotates at every step
+        ours, theirs = ({"stored": "raw"}, (k, v)), ({}, (apply_rope(k, freqs), v))
+    if "fp8" in case:
+        ours, theirs = narrowed(*ours), narrowed(*theirs) if of_raw else theirs
     step = partial(decode, q[:, -1:], freqs=freqs, cache_seqlens=cached)
-    (ours, cache), (theirs, its_cache) = forms(k, v, freqs)
+    calls = [by_layer(partial(step, **how), layers_of(*cache)) for how, cache in (ours, theirs)]
     compare(
-        report, case, {"extrope": by_layer(partial(step, **ours), layers_of(*cache))},
-        yardsticks={other: by_layer(partial(step, **theirs), layers_of(*its_cache))},
-        bars={other: bar}, own=(other,), floor=reading_of(*cache),
+        report, case, {"extrope": calls[0]}, yardsticks={other: calls[1]},
+        bars={other: bar}, own=(other,), floor=reading_of(*ours[1]),
         dtype=dtype, shape=f"1 on {cached} x 8/2 x {head_dim}", backend="cpu",
     )  # fmt: skip
 
@@ -189,26 +167,20 @@ def bench_paged(report: Report, keys: int) -> None:
 # Batches of a server
 
 
-class Sizes:
-    def __init__(self, quick: bool) -> None:
-        unit = 64 if quick else 1024
-        self.chunk, self.keys = unit, 8 * unit
-        self.singles = [2 * unit * n for n in range(1, 17)]
-
-    def floor(self, dtype: torch.dtype) -> Floor:
-        pairs = self.chunk * (self.keys - self.chunk / 2)
-        return matmul_floor(4 * HEADS * 128 * pairs, dtype)
+def floor_of_chunk(chunk: int, dtype: torch.dtype) -> Floor:
+    pairs = chunk * (8 * chunk - chunk / 2)
+    return matmul_floor(4 * HEADS * 128 * pairs, dtype)
 
 
-def bench_chunk(report: Report, sizes: Sizes, page_size: int, dtype: torch.dtype) -> None:
-    case = f"chunk, pages of {page_size}"
+def bench_chunk(report: Report, chunk: int, page_size: int, dtype: torch.dtype) -> None:
+    case, keys = f"chunk, pages of {page_size}", 8 * chunk
     if not report.wants(case, dtype):
         return
-    q, k, v = make_inputs(sizes.keys, 2, 128, dtype)
-    q, freqs, score = q[:, -sizes.chunk :], frequencies(128), scores.rerope(WINDOW)
-    table = torch.randperm(sizes.keys // page_size, device=device()).int()[None]
+    q, k, v = make_inputs(keys, 2, 128, dtype)
+    q, freqs, score = q[:, -chunk:], frequencies(128), scores.rerope(WINDOW)
+    table = torch.randperm(keys // page_size, device=device()).int()[None]
     pages = [x.view(-1, page_size, *x.shape[2:])[table[0].argsort()] for x in (k, v)]
-    lengths = torch.tensor([sizes.keys], dtype=torch.int32, device=device())
+    lengths = torch.tensor([keys], dtype=torch.int32, device=device())
     over = partial(decode, freqs=freqs, score=score, cache_seqlens=lengths)
     others = {
         "contiguous cache": partial(over, q, k, v),
@@ -217,16 +189,16 @@ def bench_chunk(report: Report, sizes: Sizes, page_size: int, dtype: torch.dtype
     compare(
         report, case, {"extrope": partial(over, q, *pages, block_table=table)},
         yardsticks=others, own=others, bars=dict.fromkeys(others, 1.05),
-        shape=f"{sizes.chunk} on {sizes.keys} x {HEADS}/2 x 128",
-        dtype=dtype, floor=sizes.floor(dtype),
+        shape=f"{chunk} on {keys} x {HEADS}/2 x 128",
+        dtype=dtype, floor=floor_of_chunk(chunk, dtype),
     )  # fmt: skip
 
 
-def bench_mixed(report: Report, sizes: Sizes, dtype: torch.dtype) -> None:
+def bench_mixed(report: Report, chunk: int, dtype: torch.dtype) -> None:
     case = "chunk and single tokens"
     if not report.wants(case, dtype):
         return
-    counts, lengths = [sizes.chunk] + [1] * len(sizes.singles), [sizes.keys, *sizes.singles]
+    counts, lengths = [chunk] + [1] * 16, [8 * chunk, *(2 * chunk * n for n in range(1, 17))]
     used = torch.tensor([-(-length // MIXED_PAGE) for length in lengths])
     order, ends = torch.randperm(int(used.sum())).int(), used.cumsum(0)
     table = torch.zeros(len(lengths), int(used.max()), dtype=torch.int32)
@@ -247,21 +219,20 @@ def bench_mixed(report: Report, sizes: Sizes, dtype: torch.dtype) -> None:
             cache_seqlens=seqlens, block_table=blocks, cu_seqlens_q=cu_seqlens,
         )  # fmt: skip
 
-    chunk, singles = part(0, 1), part(1, len(counts))
+    first, singles = part(0, 1), part(1, len(counts))
     compare(
         report, case, {"extrope": part(0, len(counts))},
-        yardsticks={"its parts alone": lambda: (chunk(), singles())},
+        yardsticks={"its parts alone": lambda: (first(), singles())},
         bars={"its parts alone": 1.1}, own=("its parts alone",),
-        shape=f"{sizes.chunk} + {len(sizes.singles)} x 1", dtype=dtype, floor=sizes.floor(dtype),
+        shape=f"{chunk} + 16 x 1", dtype=dtype, floor=floor_of_chunk(chunk, dtype),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
-    torch.manual_seed(0)
     report = Report("decode", args, window=WINDOW if device() == "cpu" else KEYS_WINDOW)
-    dtypes, sizes = (torch.float32, torch.bfloat16), Sizes(args.quick)
+    dtypes, chunk = (torch.float32, torch.bfloat16), 64 if args.quick else 1024
     if device() == "cuda":
         for keys in (PAGE_SIZE * 4,) if args.quick else LENGTHS:
             bench_paged(report, keys)
@@ -269,14 +240,14 @@ def main(argv: list[str] | None = None) -> None:
         for head_dim in (64, 128):
             for dtype in dtypes:
                 bench_token(report, head_dim, dtype)
-            bench_forms(report, "fp8 cache", head_dim, KEYS, in_fp8, "bfloat16 cache", bar=1.0)
+            bench_forms(report, "fp8 cache", head_dim, KEYS, bar=1.0)
         for cached in (2048, 8192, 32768):
-            for case, forms in (("raw keys", raw), ("raw keys, fp8 cache", raw_in_fp8)):
-                bench_forms(report, f"{case}, {cached}", 128, cached, forms, "stored rotated")
+            for case in ("raw keys", "raw keys, fp8 cache"):
+                bench_forms(report, f"{case}, {cached}", 128, cached)
     for dtype in dtypes:
         for page_size in PAGES:
-            bench_chunk(report, sizes, page_size, dtype)
-        bench_mixed(report, sizes, dtype)
+            bench_chunk(report, chunk, page_size, dtype)
+        bench_mixed(report, chunk, dtype)
     report.save()
 
 

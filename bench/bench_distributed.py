@@ -1,10 +1,8 @@
 """Attention of a sequence over 2 and 4 processes: python bench/bench_distributed.py
 
 It compares the CPU seconds of all ranks with one process of as many threads, and the most that a
-rank's tensors take with those of one process divided by the ranks. The peak of its memory also has
-messages that gloo's threads free late. gloo runs on one machine, a thread per rank: times show the
-work, not a network. Past the first length queries see 2,048 keys (a sliding window), which changes
-no tensor's size. The bytes that a rank sends are counted in tests/distributed.
+rank's tensors take with those of one process divided by the ranks: see docs/benchmarks.md. Past the
+first length queries see 2,048 keys (a sliding window), which changes no tensor's size.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +23,8 @@ import torch
 from harness import NAN, Report, arguments, column, peak_megabytes, returned_memory, verdict
 from held import Held
 from ranks import Ranks
-from torch.distributed.device_mesh import DeviceMesh
 
-from extrope_kernels import RopeFreqs, distributed, methods, rope_attention, scores
+from extrope_kernels import distributed, methods, rope_attention, scores
 
 HEADS_Q, HEADS_K, HEAD_DIM, WINDOW, SEEN = 32, 8, 64, 1024, 2048
 STRATEGIES = ("gather", "ring", "ulysses")
@@ -64,23 +62,13 @@ class Measured(NamedTuple):
     held: int  # bytes
 
 
-def tensors(seqlen: int) -> list[torch.Tensor]:
-    return [torch.randn(1, seqlen, h, HEAD_DIM) for h in (HEADS_Q, HEADS_K, HEADS_K)]
-
-
-def measure(
-    mesh: DeviceMesh | None,
-    strategy: str,
-    seqlen: int,
-    seen: int | None,
-    repeats: int,
-    threads: int,
-) -> Measured:
+def measure(mesh, strategy: str, seqlen: int, seen: int | None, repeats: int, threads: int):
     """Measure forward with backward on every rank, with its tokens of a sequence of seqlen."""
     torch.set_num_threads(threads)
-    ranks = 1 if mesh is None else mesh.size()
-    leaves = [x.requires_grad_() for x in tensors(seqlen // ranks)]
-    dout, freqs = torch.randn_like(leaves[0]), RopeFreqs(methods.rope(HEAD_DIM).inv_freq)
+    shape = [1, seqlen // (1 if mesh is None else mesh.size())]
+    heads = (HEADS_Q, HEADS_K, HEADS_K)
+    leaves = [torch.randn(*shape, n, HEAD_DIM, requires_grad=True) for n in heads]
+    dout, freqs = torch.randn_like(leaves[0]), methods.rope(HEAD_DIM)
     attention, options = rope_attention, {"sliding_window": seen}
     if mesh is not None:
         attention = distributed.rope_attention
@@ -92,17 +80,11 @@ def measure(
 
     with Held() as held:
         train()
-    seconds = min(seconds_of(train) for _ in range(repeats))
+    seconds = min(timeit.repeat(train, timer=time.process_time, number=1, repeat=repeats))
     with returned_memory():
         megabytes = peak_megabytes(train)
     torch.set_num_threads(1)
     return Measured(seconds, megabytes, held.most)
-
-
-def seconds_of(train) -> float:
-    start = time.process_time()
-    train()
-    return time.process_time() - start
 
 
 def bench(report: Report, ranks: Ranks, seqlen: int, size: int, seen: int | None) -> None:

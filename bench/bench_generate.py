@@ -10,16 +10,14 @@ import contextlib
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 from harness import NAN, Report, arguments, column, device, kept_memory
-from torch import Tensor
+from torch import Tensor, nn
 
 from extrope_kernels.integrations.transformers import extend, register_interface
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROMPTS, NEW, ROUNDS = (2000, 8000), 32, 2
 PLAIN = "plain"
@@ -46,20 +44,7 @@ class Row:
     steps_of_plain: float = column("steps' time over plain", ".2f", NAN)
 
 
-class Clock:
-    """A streamer: generate hands it the prompt, then each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, ids: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def load(quick: bool) -> PreTrainedModel:
+def load(quick: bool) -> nn.Module:
     if not quick:
         from extrope_kernels.evaluation.models import find_model, load_model
 
@@ -73,16 +58,18 @@ def load(quick: bool) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(device(), torch.bfloat16)
 
 
-def generate(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float]:
+def generate(model: nn.Module, ids: Tensor, new: int) -> tuple[float, float]:
     """Return the seconds for the prompt, and the median of a step."""
-    clock = Clock()
+    times: list[float] = []
+    # generate hands a streamer the prompt, then each token.
+    clock = SimpleNamespace(put=lambda ids: times.append(time.perf_counter()), end=lambda: None)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     model.generate(ids, **options, streamer=clock, pad_token_id=0)
-    prompt, *steps = [b - a for a, b in zip(clock.times, clock.times[1:])]
+    prompt, *steps = [b - a for a, b in pairwise(times)]
     return prompt, statistics.median(steps)
 
 
-def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds: int) -> None:
+def bench(report: Report, model: nn.Module, tokens: int, new: int, rounds: int) -> None:
     ids = torch.randint(100, 40000, (1, tokens), device=device())
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in MODELS}
     for _ in range(rounds):
@@ -104,7 +91,6 @@ def bench(report: Report, model: PreTrainedModel, tokens: int, new: int, rounds:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
-    torch.manual_seed(0)
     report = Report("generate", args)
     register_interface()
     model = load(args.quick).eval()

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 if __name__ == "__main__":  # before Triton's decorators choose the interpreter
     os.environ.pop("TRITON_INTERPRET", None)
@@ -51,15 +52,12 @@ class Row:
         return "missed" if many else verdict(self.launches, self.bar)
 
 
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16)
-
-
 def calls() -> dict[str, Callable[[], object]]:
     """Return calls by name; each launches its kernels once."""
     import null_driver
 
-    q, k, v = random(1, 16, 32, 128), random(1, 16, 8, 128), random(1, 16, 8, 128)
+    random = partial(torch.randn, dtype=torch.bfloat16)
+    q, k, v = (random(1, 16, heads, 128) for heads in (32, 8, 8))
     token_q, token_k = random(1, 1, 32, 128), random(1, 1, 8, 128)
     freqs, x, y = methods.rope(128), torch.zeros(64), torch.zeros(64)
     pages = random(2, 64, 16, 8, 128).unbind()
@@ -68,33 +66,32 @@ def calls() -> dict[str, Callable[[], object]]:
     # A chunk of four tokens of one sequence beside one token of another.
     packed_q, packed_k = random(5, 32, 128), random(5, 8, 128)
     boundaries = torch.tensor([0, 4, 5], dtype=torch.int32)
-    two_lengths, two_tables = lengths.repeat(2), table.view(2, 32)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = ek.rope_attention(*leaves, freqs, SCORE, backend="triton")
-    dout = random(*out.shape)
+    leaves, by = [x.clone().requires_grad_() for x in (q, k, v)], {"backend": "triton"}
+    out = ek.rope_attention(*leaves, freqs, SCORE, **by)
+    one = {"cache_seqlens": lengths, "block_table": table, **by}
+    two = {"cache_seqlens": lengths.repeat(2), "block_table": table.view(2, 32), **by}
+    decode = ek.rope_attention_with_kvcache
     return {
         "bare launch": lambda: null_driver.bare_kernel[(1,)](x, y, 3),
-        "apply_rope_qk, Triton": lambda: ek.apply_rope_qk(
-            token_q, token_k, freqs, positions=4096, backend="triton"
+        "apply_rope_qk, Triton": partial(
+            ek.apply_rope_qk, token_q, token_k, freqs, positions=4096, **by
         ),
-        "op rope_fwd_triton": lambda: torch.ops.extrope.rope_fwd_triton(
-            token_q, token_k, freqs.inv_freq
+        "op rope_fwd_triton": partial(
+            torch.ops.extrope.rope_fwd_triton, token_q, token_k, freqs.inv_freq
         ),
-        "rope_attention": lambda: ek.rope_attention(q, k, v, freqs, SCORE, backend="triton"),
-        "rope_attention, backward": lambda: torch.autograd.grad(
-            out, leaves, dout, retain_graph=True
+        "rope_attention": partial(ek.rope_attention, q, k, v, freqs, SCORE, **by),
+        "rope_attention, backward": partial(
+            torch.autograd.grad, out, leaves, random(*out.shape), retain_graph=True
         ),
-        "rope_attention_with_kvcache, with k and v": lambda: ek.rope_attention_with_kvcache(
-            token_q, *pages, freqs, SCORE, cache_seqlens=lengths, k=token_k, v=token_k,
-            block_table=table, backend="triton",
+        "rope_attention_with_kvcache, with k and v": partial(
+            decode, token_q, *pages, freqs, SCORE, k=token_k, v=token_k, **one
         ),
-        "rope_attention_with_kvcache, packed": lambda: ek.rope_attention_with_kvcache(
-            packed_q, *pages, freqs, SCORE, cache_seqlens=two_lengths, k=packed_k, v=packed_k,
-            block_table=two_tables, cu_seqlens_q=boundaries, backend="triton",
+        "rope_attention_with_kvcache, packed": partial(
+            decode, packed_q, *pages, freqs, SCORE, k=packed_k, v=packed_k,
+            cu_seqlens_q=boundaries, **two,
         ),
-        "rope_append_kvcache": lambda: ek.rope_append_kvcache(
-            token_q, token_k, token_k, *pages, freqs, cache_seqlens=lengths, block_table=table,
-            backend="triton",
+        "rope_append_kvcache": partial(
+            ek.rope_append_kvcache, token_q, token_k, token_k, *pages, freqs, **one
         ),
     }  # fmt: skip
 
@@ -105,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args = arguments(__doc__, argv)
     driver = null_driver.install()
-    report = Report("launch", args, triton=triton.__version__)
-    unit = NAN
+    report, unit = Report("launch", args, triton=triton.__version__), NAN
     checks.has_values = lambda x: False  # on a GPU the values of integers are not read
     for name, call in calls().items():
         call()

@@ -4,9 +4,8 @@ q (1, 8192, 32, 128) and k with 8 heads, as in Llama-3 8B. The floor is copy_ of
 existing buffers: the same bytes read and written. Peers get their tables beforehand, except "with
 tables".
 
-On a GPU the floor is bytes / bandwidth: 20 KiB a token in bf16 read and written, so 8192 tokens
-take 50 us at 3.35 TB/s (H100 SXM) and 82 us at 2.04 TB/s (A100 80GB). The target is 90% of the copy
-bandwidth measured on the same card, in one launch, for forward and backward alike.
+On a GPU the target is 90% of the copy bandwidth measured on the same card, in one launch, for
+forward and backward alike; docs/gpu_audit.md has the bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from compare import Floor, compare, error_of_tail, trained
-from harness import Call, Report, arguments, device
+from compare import Floor, by_name, compare, error_of_tail, trained
+from harness import Call, Calls, Report, arguments, device
 from peers import rotary_peers
 from scaling import scaling
 from shapes import HEAD_DIM, HEADS_K, SEQLEN
@@ -27,16 +26,10 @@ from extrope_kernels.testing import available_backends
 
 COMPILED = {torch.bfloat16: 1 / 3, torch.float32: 1 / 2}  # our time over torch.compile's, at most
 BACKWARD = {"triton": torch.ops.extrope.rope_bwd_triton}  # the op without a suffix: the best one
+backends = partial(by_name, available_backends)
 
 
-def backends() -> dict[str, str | None]:
-    """Return the `backend` of each implementation; None is the default."""
-    if device() == "cpu":
-        return {"cpu": None}
-    return {name: name for name in available_backends() if name != "reference"}
-
-
-class Calls:
+class Timed:
     """All timed calls, for one dtype and pairing of dims at one length."""
 
     def __init__(self, dtype: torch.dtype, seqlen: int, interleaved: bool = False, backend=None):
@@ -64,13 +57,6 @@ class Calls:
     def copy(self):
         return [into.copy_(x) for into, x in zip(self.into, self.inputs)]
 
-    def copy_and_rotate(self):
-        self.copy()
-        return self.inplace()
-
-    def clone(self):
-        return [x.clone() for x in self.inputs]
-
     @torch.no_grad()
     def exact_tail(self, inverse: bool = False) -> list[Tensor]:
         """Compute the last 64 tokens in float64."""
@@ -83,11 +69,11 @@ class Calls:
 def bench(report: Report, dtype: torch.dtype, interleaved: bool, backend: str) -> None:
     layout = "interleaved" if interleaved else "half-split"
     seqlen = 64 if report.args.quick else SEQLEN
-    large, one = (Calls(dtype, n, interleaved, backends()[backend]) for n in (seqlen, 1))
+    large, one = (Timed(dtype, n, interleaved, backends()[backend]) for n in (seqlen, 1))
     bar = COMPILED.get(dtype)
     fast = {peer: bar for peer in large.peers if bar is not None and "compiled" in peer}
 
-    def timed(case: str, calls: dict[str, Call | str], few: dict[str, Call | str], **more) -> None:
+    def timed(case: str, calls: Calls, few: Calls, **more) -> None:
         case = f"{case}, {layout}"
         if report.wants(case, dtype):
             compare(report, case, calls, few=few, dtype=dtype, backend=backend, **more,
@@ -97,15 +83,16 @@ def bench(report: Report, dtype: torch.dtype, interleaved: bool, backend: str) -
     forward, first = ({"extrope": x.forward, **x.peers} for x in (large, one))
     exact = error_of_tail(large.exact_tail())
     with torch.no_grad():
-        timed("forward", forward, first, yardsticks={"clone": large.clone},
+        clone = {"clone": lambda: [x.clone() for x in large.inputs]}
+        timed("forward", forward, first, yardsticks=clone,
               bars={"clone": 1.2, **fast}, error=exact)  # fmt: skip
         inplace = partial(large.inplace)
-        inplace.checked = large.copy_and_rotate
+        inplace.checked = lambda: (large.copy(), large.inplace())[1]
         timed("in place", {**forward, "extrope": inplace}, {**first, "extrope": one.inplace},
               yardsticks={"copy_": large.copy}, bars={"copy_": 1.3, **fast},
               error=exact)  # fmt: skip
         timed("backward", {"extrope": large.backward}, {"extrope": one.backward},
-              yardsticks={"clone": large.clone}, bars={"clone": 1.2},
+              yardsticks=clone, bars={"clone": 1.2},
               error=error_of_tail(large.exact_tail(inverse=True)))  # fmt: skip
     timed("forward + backward", *(trained(calls, x.inputs)
           for calls, x in ((forward, large), (first, one))))  # fmt: skip
@@ -113,13 +100,12 @@ def bench(report: Report, dtype: torch.dtype, interleaved: bool, backend: str) -
 
 @torch.no_grad()
 def by_length(seqlen: int) -> dict[str, Call]:
-    calls = Calls(torch.bfloat16, seqlen)
+    calls = Timed(torch.bfloat16, seqlen)
     return {"forward": calls.forward, "in place": calls.inplace, "copy_": calls.copy}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
-    torch.manual_seed(0)
     report = Report("rope", args)
     for backend in backends():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

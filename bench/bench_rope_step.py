@@ -45,14 +45,12 @@ def bench_norm(report: Report, dtype: torch.dtype, together: bool, name: str) ->
 
     into = [torch.empty_like(x) for x in qk]
     tails = [x[:, -64:].double() for x in qk]
-    exact = apply_rope_qk(
-        *tails, freqs, positions=max(seqlen - 64, 0), backend="reference", **normed
-    )
+    last = {"positions": max(seqlen - 64, 0), "backend": "reference"}
+    exact = apply_rope_qk(*tails, freqs, **last, **normed)
+    rotate = partial(apply_rope_qk, *qk, freqs, backend=backend)
     compare(
-        report, case,
-        {"extrope": lambda: apply_rope_qk(*qk, freqs, backend=backend, **normed),
-         "rms_norm, then extrope": two_passes},
-        yardsticks={"rotation alone": lambda: apply_rope_qk(*qk, freqs, backend=backend)},
+        report, case, {"extrope": partial(rotate, **normed), "rms_norm, then extrope": two_passes},
+        yardsticks={"rotation alone": rotate},
         bars={"rotation alone": 1.15, "rms_norm, then extrope": 1.0},
         error=error_of_tail(list(exact)), dtype=dtype, backend=name,
         shape=f"{seqlen} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}",
@@ -80,9 +78,6 @@ class Step:
         options = {**where, **norm, "backend": self.backend}
         return rope_append_kvcache(q, self.k, self.v, *self.caches, self.freqs, **options)
 
-    def all(self) -> Tensor | None:
-        return self.append(self.q, **self.norm)
-
     def apart(self) -> Tensor:
         """Norm and rotate in one pass, then write by PyTorch."""
         q, k = apply_rope_qk(self.q, self.k, self.freqs, **self.norm, backend=self.backend)
@@ -105,15 +100,16 @@ def bench_append(report: Report, dtype: torch.dtype, backend: str) -> None:
         return [a.copy_(b) for a, b in zip(into[:count], rows)]
 
     kv, settings = partial(copy, 2), {"dtype": dtype, "backend": backend}
+    whole, of_one = (partial(each.append, each.q, **each.norm) for each in (step, one))
     compare(
         report, "append of k and v", {"extrope": step.append},
         yardsticks={"copy of k and v": kv}, bars={"copy of k and v": 1.1},
         shape=f"{tokens} x {HEADS_K} x {HEAD_DIM}", floor=Floor(kv), **settings,
     )  # fmt: skip
     compare(
-        report, "norm, rotation and append", {"extrope": step.all},
+        report, "norm, rotation and append", {"extrope": whole},
         yardsticks={"norm and rotation, then index_put": step.apart},
-        bars={"norm and rotation, then index_put": 1.0}, few={"extrope": one.all},
+        bars={"norm and rotation, then index_put": 1.0}, few={"extrope": of_one},
         shape=f"{tokens} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}", floor=Floor(partial(copy, 3)),
         **settings,
     )  # fmt: skip
@@ -122,7 +118,6 @@ def bench_append(report: Report, dtype: torch.dtype, backend: str) -> None:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, argv)
-    torch.manual_seed(0)
     report = Report("rope_step", args)
     for name in set(backends()) - {"cuda"}:  # which has the rotation alone
         for dtype in (torch.bfloat16, torch.float32):

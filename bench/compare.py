@@ -8,20 +8,9 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import harness
 import torch
-from harness import (
-    NAN,
-    Call,
-    Report,
-    Row,
-    device,
-    host_microseconds,
-    kept_memory,
-    name_of,
-    once,
-    paired,
-    peak_megabytes,
-)
+from harness import NAN, Call, Calls, Report, Row, clock, device, name_of, paired
 from torch import Tensor
 
 SECONDS = 4.0  # at most for one pairing, so that a slow peer does not take minutes
@@ -37,18 +26,14 @@ class Floor:
 
 def matmul_floor(flops: float, dtype: torch.dtype) -> Floor:
     """Return the time of `flops` operations at the rate of the fastest square matrix product."""
-    # A product of 2048 would take most of the time of --quick, with its small calls.
-    side = (256 if flops < 2**30 else 2048) if device() == "cpu" else product_side(processors())
+    if device() == "cpu":
+        # A product of 2048 would take most of the time of --quick, with its small calls.
+        side = 256 if flops < 2**30 else 2048
+    else:
+        # Its tiles of 128 x 256 fill the chip 16 times: no last wave shows.
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        side = 1024 * math.ceil(math.sqrt(16 * processors * 128 * 256) / 1024)
     return Floor(_fastest_product(dtype, device(), side), flops / (2 * side**3))
-
-
-def product_side(processors: int) -> int:
-    """Return a side whose tiles of 128 x 256 fill the chip 16 times: no last wave shows."""
-    return 1024 * math.ceil(math.sqrt(16 * processors * 128 * 256) / 1024)
-
-
-def processors() -> int:
-    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 @functools.cache
@@ -66,17 +51,17 @@ def _fastest_product(dtype: torch.dtype, device: str, side: int) -> Call:
     return products[times.index(min(times))]
 
 
-@kept_memory()
+@harness.kept_memory()
 def compare(
     report: Report,
     case: str,
-    calls: dict[str, Call | str],
+    calls: Calls,
     *,
     dtype: torch.dtype,
     shape: str,
     floor: Floor,
     backend: str = "",
-    yardsticks: dict[str, Call | str] | None = None,
+    yardsticks: Calls | None = None,
     error: Callable[[object], float] | None = None,
     few: dict[str, Call] | None = None,
     bars: dict[str, float] | None = None,
@@ -108,17 +93,17 @@ def compare(
             row.bar = (bars or {}).get(name, NAN)
             if error and name in calls:
                 row.error = error(getattr(call, "checked", call)())
-            row.megabytes = peak_megabytes(call)
+            row.megabytes = harness.peak_megabytes(call)
             if few and name in few:
                 calls_and_rounds = (2, 2) if report.args.quick else (100, 20)
-                row.host_microseconds = host_microseconds(few[name], *calls_and_rounds)
+                row.host_microseconds = harness.host_microseconds(few[name], *calls_and_rounds)
         report.add(row)
 
 
 def why_not(call: Call) -> str:
     """Return why a call cannot run here, in a line, or "". Lazy code compiles here."""
     try:
-        once(call)
+        clock(call)()
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
@@ -141,9 +126,7 @@ def with_backward(call: Call, leaves: Sequence[Tensor]) -> Call:
     return run
 
 
-def trained(
-    calls: dict[str, Call | str], leaves: Sequence[Tensor] | None = None
-) -> dict[str, Call | str]:
+def trained(calls: Calls, leaves: Sequence[Tensor] | None = None) -> Calls:
     """Return each call with the gradients of its own leaves, or of these; or leave it out."""
     found = {name: getattr(call, "leaves", leaves) for name, call in calls.items()}
     return {
@@ -161,15 +144,20 @@ def error_of_tail(exact: list[Tensor]) -> Callable[[object], float]:
 
     def error(result: object) -> float:
         outs = [result] if isinstance(result, Tensor) else list(result)
-        return max(_difference(out.detach(), x) for out, x in zip(outs, exact, strict=True))
+        differences = []
+        for out, x in zip(outs, exact, strict=True):
+            out = (out if out.shape[2] == x.shape[2] else out.transpose(1, 2)).detach()
+            differences.append((out[:, -x.shape[1] :].double() - x).abs().max().item())
+        return max(differences)
 
     return error
 
 
-def _difference(out: Tensor, exact: Tensor) -> float:
-    if out.shape[2] != exact.shape[2]:
-        out = out.transpose(1, 2)
-    return (out[:, -exact.shape[1] :].double() - exact).abs().max().item()
+def by_name(available: Callable[[], list[str]]) -> dict[str, str | None]:
+    """Return the `backend` of each implementation; None is the default."""
+    if device() == "cpu":
+        return {"cpu": None}
+    return {name: name for name in available() if name != "reference"}
 
 
 # -------------------------------------------------------------------------------------------------

@@ -54,30 +54,24 @@ def keep(found: Path, name: str, kind: str, results: Path = RESULTS) -> None:
     Raises ValueError if the file's rows are of other texts: rows are compared piece by piece.
     """
     new, path = compact(json.loads(found.read_text()), kind), results / FOLDER / f"{name}.json"
-    content = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    texts = new["texts"]
+    content, texts = read(name, results), new["texts"]
     kept = content.get("texts", texts)
     if len(kept) != len(texts) or any(a.items() - b.items() for a, b in zip(kept, texts)):
         raise ValueError(f"{path} is of other texts than {found}: {kept}, not {texts}")
-    rows = {_key(row): row for row in content["rows"]}
-    for row in new["rows"]:
-        rows[_key(row)] = rows.get(_key(row), {}) | row
+    rows: dict[str, Row] = {}
+    for row in (*content["rows"], *new["rows"]):
+        # A short text has a row for each length.
+        key = json.dumps(short([row["method"], row["params"], row.get("length")]))
+        rows[key] = rows.get(key, {}) | row
     write(path, {**content, **new, "rows": list(rows.values())})
 
 
 def compact(measured: Row, kind: str) -> Row:
     """Return what `eval` measured, with the numbers of tables and plots alone."""
     trained = measured["training_length"]
-    rows = [
-        {"method": row["method"], "params": row["params"], **KEPT[kind](row, trained)}
-        for row in measured["rows"]
-    ]
+    rows = [{"method": row["method"], "params": row["params"], **KEPT[kind](row, trained)}
+            for row in measured["rows"]]  # fmt: skip
     return {key: measured[key] for key in ABOUT if key in measured} | {"rows": rows}
-
-
-def _key(row: Row) -> str:
-    """Tell rows apart; a short text has one for each length."""
-    return json.dumps(short([row["method"], row["params"], row.get("length")]))
 
 
 def keep_search(found: Path, results: Path = RESULTS) -> None:
@@ -87,12 +81,9 @@ def keep_search(found: Path, results: Path = RESULTS) -> None:
     numbers = ("loss", "to_yarn", "whole", "recall")
     fields = ("name", "method", "params", "pieces", *numbers, *(f"{x}_error" for x in numbers))
     read = [row for row in search.get("finalists", []) if row["pieces"]]
-    if not read:
-        return
-    rows = [{key: row[key] for key in fields} for row in read]
-    name = f"search-{search['length'] // 1024}k"
-    content = {key: search[key] for key in about}
-    write(results / FOLDER / f"{name}.json", {**content, "rows": rows})
+    if rows := [{key: row[key] for key in fields} for row in read]:
+        path = results / FOLDER / f"search-{search['length'] // 1024}k.json"
+        write(path, {**{key: search[key] for key in about}, "rows": rows})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -126,12 +117,11 @@ def measured(results: Path = RESULTS, name: str = "smollm2-16k") -> dict[str, li
         method, params, far = row["method"], dict(row["params"]), row.get("far")
         if params.pop("resonance", False):
             method, params = "resonance", {"method": method, **params}
-        over = None
-        if far is not None and yarn is not None:
-            over = mean_and_error([a - b for a, b in zip(far, yarn, strict=True)])
-        loss = None if far is None else fmean(far)
-        recall = tuple(row["recall"]) if "recall" in row else None
-        found.setdefault(method, []).append(Measured(params, loss, over, recall))
+        one = Measured(params, recall=tuple(row["recall"]) if "recall" in row else None)
+        if far is not None:
+            over = [a - b for a, b in zip(far, yarn, strict=True)] if yarn else []
+            one = one._replace(loss=fmean(far), over_yarn=mean_and_error(over) if over else None)
+        found.setdefault(method, []).append(one)
     return found
 
 
@@ -141,15 +131,14 @@ def best(rows: list[Measured]) -> Measured:
 
 
 def named(parameters: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={_number(value)}" for key, value in parameters.items())
-
-
-def _number(value: Any) -> str:
-    """Write a number, a word, or the numbers of all pairs of dims by their ends where many."""
-    if isinstance(value, list):
-        few = value if len(value) <= 8 else [value[0], value[-1]]
-        return (" " if len(value) <= 8 else " to ").join(f"{x:g}" for x in few)
-    return value if isinstance(value, str) else f"{value:g}"
+    """Write parameters; many numbers of all pairs of dims by their ends."""
+    words = []
+    for key, value in parameters.items():
+        few = value if isinstance(value, list) else [value]
+        between = " " if len(few) <= 8 else " to "
+        few = few if len(few) <= 8 else [few[0], few[-1]]
+        words.append(f"{key}={between.join(x if isinstance(x, str) else f'{x:g}' for x in few)}")
+    return ", ".join(words)
 
 
 def between(value: Interval | list | None, digits: int = 2) -> str:

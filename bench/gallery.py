@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
-from tables import api_link, described, link
+from tables import API, api_link, described, link
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, methods, scores
@@ -94,22 +94,21 @@ def frequency_examples() -> dict[str, RopeFreqs]:
     return {name: example(methods.METHODS, FREQUENCIES, name) for name in methods.METHODS}
 
 
-def wavelengths(freqs: RopeFreqs) -> Tensor:
-    """Return after how many tokens each pair has gone round; inf where it does not rotate."""
-    return 2 * math.pi / freqs.inv_freq.double()
-
-
 def draw_frequencies(axes: Axes, freqs: RopeFreqs) -> None:
     """Draw the wavelength of each pair, before and after, and the trained length as a line."""
-    before = wavelengths(methods.rope(DIM, base=BASE))
-    after = wavelengths(freqs).clamp(max=ENDS[1] / 2)  # what does not rotate, under the ceiling
+    before, after = (
+        2 * math.pi / x.inv_freq.double() for x in (methods.rope(DIM, base=BASE), freqs)
+    )
+    after = after.clamp(max=ENDS[1] / 2)  # what does not rotate, under the ceiling
     pairs = np.arange(len(after))
     axes.axhspan(TRAINED, ENDS[1], color=LIMIT, alpha=0.06, linewidth=0)
     axes.axhline(TRAINED, color=LIMIT, linewidth=1)
     axes.plot(before, color=BEFORE, linewidth=1.4)
     axes.fill_between(pairs, before[: len(after)], after, color=AFTER, alpha=0.2, linewidth=0)
     colours = [AXES[0]] * len(after) if freqs.axes is None else [AXES[a] for a in freqs.axes]
-    alpha = amplitudes(freqs).tolist()
+    # What is left of each pair's part of a logit at an eighth of the trained length.
+    decay = torch.zeros(len(after)) if freqs.log_decay is None else freqs.log_decay * TRAINED / 8
+    alpha = decay.exp().tolist()
     axes.scatter(pairs, after, s=8, color=colours, alpha=alpha, linewidths=0, zorder=3)
     still = freqs.inv_freq == 0
     axes.scatter(pairs[still], after[still], s=14, marker="^", color=AFTER, linewidths=0)
@@ -122,18 +121,11 @@ def draw_frequencies(axes: Axes, freqs: RopeFreqs) -> None:
         label.set_horizontalalignment(side)
 
 
-def amplitudes(freqs: RopeFreqs) -> Tensor:
-    """Return what is left of each pair's part of a logit at an eighth of the trained length."""
-    decay = torch.zeros_like(freqs.inv_freq) if freqs.log_decay is None else freqs.log_decay
-    return (decay * TRAINED / 8).exp()
-
-
 def note(freqs: RopeFreqs) -> str:
     """Return what wavelengths do not show."""
-    still = int((freqs.inv_freq == 0).sum())
+    still, factor = int((freqs.inv_freq == 0).sum()), freqs.attention_factor
     notes = {
-        f"logits \N{MULTIPLICATION SIGN} {freqs.attention_factor**2:.2f}": freqs.attention_factor
-        != 1,
+        f"logits \N{MULTIPLICATION SIGN} {factor**2:.2f}": factor != 1,
         f"▲ {still} still": still > 0,
         "pale: decays": freqs.log_decay is not None,
         "a colour an axis": freqs.axes is not None,
@@ -210,13 +202,13 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
 
 def draw_one(name: str, method: RopeFreqs | Score) -> Figure:
     """Draw the picture of one method: a plot, or a map and its curve."""
+    size = (3.6, 2.5) if isinstance(method, RopeFreqs) else (5.4, 2.6)
+    figure = Figure(figsize=size, layout="constrained")
     if isinstance(method, RopeFreqs):
-        figure = Figure(figsize=(3.6, 2.5), layout="constrained")
         axes = figure.subplots()
         draw_frequencies(axes, method)
         axes.set_ylabel("tokens a rotation")
     else:
-        figure = Figure(figsize=(5.4, 2.6), layout="constrained")
         left, axes = figure.subplots(1, 2)
         seen = distances(method)
         draw_map(left, seen)
@@ -242,18 +234,14 @@ def draw_all() -> Figure:
         draw_frequencies(axes, freqs)
         axes.tick_params(labelsize=7)
         axes.label_outer()
-    upper.suptitle(
-        "Frequencies: in how many tokens each pair rotates once,\n"
-        "grey as trained, blue with the method; red: trained length",
-        fontsize=9,
-    )
     for axes, score in panels(lower, maps):
         draw_small(axes, score)
-    lower.suptitle(
-        "Scores: the distance that a query (down) sees of a key (across),\n"
-        "near (yellow) to the trained length (blue), and farther (red)",
-        fontsize=9,
-    )
+    told = """Frequencies: in how many tokens each pair rotates once,
+grey as trained, blue with the method; red: trained length"""
+    upper.suptitle(told, fontsize=9)
+    told = """Scores: the distance that a query (down) sees of a key (across),
+near (yellow) to the trained length (blue), and farther (red)"""
+    lower.suptitle(told, fontsize=9)
     return figure
 
 
@@ -327,21 +315,20 @@ plain RoPE. Where pairs of dims see different distances, the map has their mean.
 def page() -> str:
     """Return docs/gallery.md."""
     parts = [HEAD, OF_FREQUENCIES]
-    parts += [entry("methods", methods.METHODS, FREQUENCIES, name) for name in methods.METHODS]
+    parts += [entry("frequencies", methods.METHODS[x], [f"{DIM}"], FREQUENCIES[x])
+              for x in methods.METHODS]  # fmt: skip
     parts += [OF_SCORES]
-    parts += [entry("scores", scores.SCORES, SCORES, name) for name in scores.SCORES]
+    parts += [entry("scores", scores.SCORES[x], [], SCORES[x]) for x in scores.SCORES]
     return "".join(parts).rstrip() + "\n"
 
 
-def entry(kind: str, registry: Mapping[str, Callable], examples: Mapping, name: str) -> str:
+def entry(axis: str, method: Callable, given: list[str], named: dict[str, Any]) -> str:
     """Return what the page says of a method: its caption, its picture and the call."""
-    what, paper = described(registry[name])
-    given = [f"{DIM}"] * (registry is methods.METHODS)
-    for key, value in examples[name].items():
-        given.append(f"{key}=..." if isinstance(value, list) else f"{key}={value:g}")
-    call = f"{kind}.{name}({', '.join(given)})"
-    axis = {"methods": "frequencies", "scores": "scores"}[kind]
-    links = f"{link(paper)}, {api_link(axis, registry[name])}"
+    (what, paper), name = described(method), method.__name__
+    for key, value in named.items():
+        given = [*given, f"{key}=..." if isinstance(value, list) else f"{key}={value:g}"]
+    call = f"{API.get(axis, axis)}.{name}({', '.join(given)})"
+    links = f"{link(paper)}, {api_link(axis, method)}"
     return f"### `{name}`\n\n{what} ({links}).\n\n![{call}](gallery/{name}.png)\n\n`{call}`\n\n"
 
 

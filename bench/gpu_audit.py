@@ -1,15 +1,9 @@
 """Compile the shipped Triton kernels without a GPU, and bound their times: bench/gpu_audit.py
 
 Public functions run on CPU tensors as on each chip (EXTROPE_TRITON_CHIP), down to a driver that
-launches nothing and keeps the binaries. Prints registers, stack, shared memory, the shortest main
-loop, and the least time for bytes and instructions on A100, H100 and B200: bounds, not
-measurements. With nvcc it compiles CUDA C++'s rotation too. Ends with status 1 if a kernel does not
-compile or holds too much stack.
-
---chip gfx942, and other AMD chips, compile for these: registers, stack and shared memory, no bound.
-
-A full run writes bench/results/gpu_audit.csv, which bench/readme.py shows in docs/gpu_audit.md.
---triton 3.6.0 compiles with that Triton, installed separately into build/triton-3.6.0.
+launches nothing and keeps the binaries. With nvcc it compiles CUDA C++'s rotation too. A full run
+writes bench/results/gpu_audit.csv, of bounds, not measurements; docs/gpu_audit.md shows them, and
+what --chip and --triton are for. Ends with status 1 if a kernel does not compile or has a fault.
 """
 
 from __future__ import annotations
@@ -30,44 +24,22 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # Triton's decorator chooses between interpreter and compiler at once
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("EXTROPE_TRITON_CHIP", "90")
 
+import machine_code
+import null_driver
+import shapes
 import torch
-from machine_code import (
-    AMD_SHARED,
-    CARDS,
-    CHIPS,
-    WIDE,
-    Code,
-    Traffic,
-    amd_resources,
-    code_of,
-    read,
-    seconds,
-)
-from shapes import (
-    BATCH,
-    CHUNK,
-    HEADS_K,
-    HEADS_Q,
-    KEYS,
-    KEYS_WINDOW,
-    LOCAL,
-    PAGE_SIZE,
-    SEQLEN,
-    WINDOW,
-)
+from machine_code import AMD_SHARED, CARDS, CHIPS, Code, Traffic
+from null_driver import Launch, NullDriver
+from shapes import BATCH, HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, PAGE_SIZE, SEQLEN
 from torch import Tensor
 
 import extrope_kernels as ek
 from extrope_kernels import _build, methods, scores
-
-if TYPE_CHECKING:
-    from null_driver import Launch, NullDriver
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu_audit.csv"
@@ -79,8 +51,8 @@ STACK = 16  # bytes that a thread may spill
 SPILLS = {("3.7.1", "decode", "RoPE", 100, 256): 24}
 SCORES = {  # attention's regions of keys: one, two, three
     "no window": None,
-    "ReRoPE": scores.rerope(WINDOW),
-    "dual chunk": scores.dual_chunk(CHUNK, LOCAL),
+    "ReRoPE": scores.rerope(shapes.WINDOW),
+    "dual chunk": scores.dual_chunk(shapes.CHUNK, shapes.LOCAL),
 }
 CACHED = {
     "RoPE": None,
@@ -185,27 +157,21 @@ def merge(case: Case) -> None:
 
 def cases(chip: int | str = 0) -> list[Case]:
     """List the cases: every row of configs.json for 16 bits; more at the usual head_dim."""
+    cached = CACHED | dict.fromkeys(("ReRoPE, chunk", "ReRoPE, fp8"), CACHED["ReRoPE"])
     found = []
     for dim in HEAD_DIMS:
-        found += [Case("half-split", dim, rotate), Case("interleaved", dim, rotate)]
-        found += [
-            Case("with the angles' gradient", dim, rotate_back),
-            Case("by cos and sin", dim, rotate_by_tables),
-        ]
+        found += [Case(words, dim, rotate) for words in ("half-split", "interleaved")]
+        found.append(Case("with the angles' gradient", dim, rotate_back))
+        found.append(Case("by cos and sin", dim, rotate_by_tables))
         found.append(Case("", dim, norm))
         found += [Case(words, dim, append) for words in ("chunk", "one token")]
-        for name, score in SCORES.items():
-            if score is None or len(score.regions) < 3 or dim == 128:
-                found.append(Case(name, dim, attend, score))
-        for name, score in CACHED.items():
-            found.append(Case(name, dim, decode, score))
-        for words in ("ReRoPE, chunk", "ReRoPE, fp8"):
-            found.append(Case(words, dim, decode, CACHED["ReRoPE"]))
+        found += [Case(name, dim, attend, score) for name, score in SCORES.items()
+                  if name != "dual chunk" or dim == 128]  # fmt: skip
+        found += [Case(name, dim, decode, score) for name, score in cached.items()]
         found.append(Case("two sets", dim, merge))
     found.append(Case("ReRoPE, float32", 128, attend, SCORES["ReRoPE"], torch.float32))
     if isinstance(chip, str):  # where float32 has tiles for each head_dim
-        for dim in HEAD_DIMS:
-            found.append(Case("RoPE, float32", dim, decode, None, torch.float32))
+        found += [Case("RoPE, float32", dim, decode, None, torch.float32) for dim in HEAD_DIMS]
     return found
 
 
@@ -221,30 +187,21 @@ def _rows(case: Case, heads: int, tokens: int = SEQLEN, itemsize: int = 0) -> in
 def rope_traffic(case: Case, launch: Launch) -> Traffic:
     """Count a rotation: a pass rotates one head in a tile of tokens; a gradient reads more."""
     tiles, shares = launch.grid[:2]
-    read = 2 if case.call is rotate_back or launch.name == "norm_rotate_backward_kernel" else 1
-    moved = _rows(case, HEADS_Q + HEADS_K) * (read + 1)
-    if case.call is rotate_by_tables:  # half a row of each for a token
-        moved += _rows(case, 1)
-    return Traffic(moved, tiles * shares, (tiles * HEADS_Q, tiles * HEADS_K))
-
-
-def append_traffic(case: Case, launch: Launch) -> Traffic:
-    tiles, shares = launch.grid[:2]
-    tokens = BATCH if case.variant == "one token" else SEQLEN
-    moved = 2 * _rows(case, HEADS_Q + 2 * HEADS_K, tokens)
-    passes = (tiles * HEADS_Q, tiles * HEADS_K, tiles * HEADS_K)
-    return Traffic(moved, tiles * shares, passes)
-
-
-def layout(score: scores.Score | None) -> tuple[tuple[int, ...], int]:
-    score = score or scores.rerope(SEQLEN, 1.0)
-    return tuple(region.start for region in score.regions), score.granularity
+    heads, tokens, copies = [HEADS_Q, HEADS_K], SEQLEN, 2
+    if case.call is rotate_back or launch.name == "norm_rotate_backward_kernel":
+        copies = 3
+    elif case.call is append:
+        heads, tokens = [*heads, HEADS_K], BATCH if case.variant == "one token" else SEQLEN
+    tables = _rows(case, 1) if case.call is rotate_by_tables else 0  # half a row each for a token
+    moved = copies * _rows(case, sum(heads), tokens) + tables
+    return Traffic(moved, tiles * shares, tuple(tiles * n for n in heads))
 
 
 def attention_traffic(case: Case, launch: Launch) -> Traffic:
     """Count attention: each tile of own rows goes through all tiles of other rows that it sees."""
     name, size, tile = launch.name.removesuffix("_kernel"), case.dtype.itemsize, launch["BLOCKS"]
-    starts, granularity = layout(case.score)
+    score = case.score or scores.rerope(SEQLEN, 1.0)
+    starts = tuple(region.start for region in score.regions)
     q_rows, k_rows = _rows(case, HEADS_Q), _rows(case, HEADS_K)
     per_row = 4 * SEQLEN * HEADS_Q  # lse, delta
     rotated = len(starts) * (q_rows + k_rows)
@@ -260,7 +217,7 @@ def attention_traffic(case: Case, launch: Launch) -> Traffic:
     return Traffic(
         moved[name],
         -(-SEQLEN // own) * (HEADS_K if by_key else HEADS_Q),
-        (HEADS_Q * tiles(starts, granularity, own, other, by_key),),
+        (HEADS_Q * tiles(starts, score.granularity, own, other, by_key),),
         2 * tile.block_m * tile.block_n * depth,
     )
 
@@ -335,8 +292,7 @@ def cache_append_traffic(case: Case, launch: Launch) -> Traffic:
 
 
 def merge_traffic(case: Case, launch: Launch) -> Traffic:
-    moved = 3 * _rows(case, HEADS_Q) + 3 * 4 * SEQLEN * HEADS_Q
-    return Traffic(moved, math.prod(launch.grid[:2]))
+    return Traffic(3 * _rows(case, HEADS_Q) + 3 * 4 * SEQLEN * HEADS_Q, math.prod(launch.grid[:2]))
 
 
 TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
@@ -344,7 +300,7 @@ TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
     "cos_sin_kernel": ("rotation", rope_traffic),
     "norm_rotate_kernel": ("norm and rotation", rope_traffic),
     "norm_rotate_backward_kernel": ("norm and rotation", rope_traffic),
-    "rope_append_kernel": ("norm, rotation and append", append_traffic),
+    "rope_append_kernel": ("norm, rotation and append", rope_traffic),
     "rotate_kernel": ("attention's rotation", rotate_traffic),
     "forward_kernel": ("attention", attention_traffic),
     "dq_kernel": ("attention, dQ", attention_traffic),
@@ -360,14 +316,26 @@ TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
 
 
 @dataclass
-class Row:
+class AmdRow:
+    """A kernel on an AMD chip; the driver refuses one that takes too much shared memory."""
+
     kernel: str
     variant: str
-    chip: int
+    chip: int | str
     head_dim: int
     registers: int
     stack: int
     shared: int
+
+    def __str__(self) -> str:
+        return "  ".join(map(str, asdict(self).values()))
+
+    def fault(self) -> str:
+        return ""  # these tiles were never tuned: stack is shown, not forbidden
+
+
+@dataclass
+class Row(AmdRow):
     warps_of_sm: int
     widest_load: int
     widest_store: int
@@ -392,32 +360,15 @@ class Row:
             return f"{self.stack} bytes of stack, {most} are allowed"
         if self.warps_of_sm == 0 or self.shared > CHIPS[self.chip].block_shared:
             return "no block fits an SM"
-        if min(self.widest_load, self.widest_store) < WIDE and "append" not in self.kernel:
+        narrow = min(self.widest_load, self.widest_store) < machine_code.WIDE
+        if narrow and "append" not in self.kernel:
             return "rows move by less than 16 bytes a thread"
         return ""
 
 
-@dataclass
-class AmdRow:
-    """A kernel on an AMD chip; the driver refuses one that takes too much shared memory."""
-
-    kernel: str
-    variant: str
-    chip: str
-    head_dim: int
-    registers: int
-    stack: int
-    shared: int
-
-    def __str__(self) -> str:
-        return "  ".join(map(str, asdict(self).values()))
-
-    def fault(self) -> str:
-        return ""  # these tiles were never tuned: stack is shown, not forbidden
-
-
 def row_of(kernel: str, case: Case, variant: str, code: Code, traffic: Traffic, chip: int) -> Row:
-    times = {key: x * 1e6 for key, x in seconds(code, traffic, CARDS[chip]).items()}
+    seconds = machine_code.seconds(code, traffic, CARDS[chip])
+    times = {key: x * 1e6 for key, x in seconds.items()}
     loop = code.loops[0] if code.loops else code.around
     most = max(times, key=times.__getitem__)
     return Row(
@@ -437,15 +388,11 @@ def prepare(chip: int | str, cache: str) -> None:
 @lru_cache
 def one_driver() -> NullDriver:
     """Install a worker's driver: a kernel that two cases share is launched through its first."""
-    import null_driver
-
     return null_driver.install(keep=True)
 
 
 def compiled(chip: int | str, case: Case) -> list[Row | AmdRow] | str:
     """Return the rows of a case's kernels, or its compiler's error."""
-    import null_driver
-
     driver = one_driver()
     driver.kept.clear()
     try:
@@ -467,11 +414,11 @@ def compiled(chip: int | str, case: Case) -> list[Row | AmdRow] | str:
         elif kernel == "norm and rotation":
             variant = "backward" if "backward" in key else "forward"
         if isinstance(chip, str):
-            used = *amd_resources(launch.cubin), launch.shared
+            used = *machine_code.amd_resources(launch.cubin), launch.shared
             found[kernel, variant] = AmdRow(kernel, variant, chip, case.head_dim, *used)
             continue
-        code = read(launch.cubin, null_driver.TOOLS, warps=launch.warps, shared=launch.shared,
-                    tensor_memory=launch.tensor_memory)  # fmt: skip
+        used = {x: getattr(launch, x) for x in ("warps", "shared", "tensor_memory")}
+        code = machine_code.read(launch.cubin, null_driver.TOOLS, **used)
         found[kernel, variant] = row_of(kernel, case, variant, code, traffic(case, launch), chip)
     return list(found.values())
 
@@ -487,8 +434,6 @@ STRICT = ("-Werror=all-warnings", "-Xptxas=-warn-spills")
 def cuda_rows() -> Iterator[Row]:
     """Compile the rotation in CUDA C++; BuildError if nvcc is missing or warns, or on a spill."""
     nvcc, source = _build.find_nvcc(), _build.source_dir() / "cuda" / "rope" / "rope.cu"
-    from null_driver import TOOLS
-
     with TemporaryDirectory() as folder:
         target = Path(folder) / "rope.o"
         chips = _build.gencode([str(chip) for chip in CHIPS])
@@ -496,8 +441,7 @@ def cuda_rows() -> Iterator[Row]:
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         if done.returncode != 0:
             raise _build.BuildError(done.stdout + done.stderr)
-        usage, sass = (_functions(TOOLS, option, target)
-                       for option in ("--dump-resource-usage", "-sass"))  # fmt: skip
+        usage, sass = (_functions(x, target) for x in ("--dump-resource-usage", "-sass"))
     case, tokens = Case("half-split, CUDA C++", 128, rotate), BLOCK * 2 * 16 // 256  # of a block
     blocks = SEQLEN // tokens
     # Two loops copy; the third rotates, UNROLLED heads a pass.
@@ -505,17 +449,15 @@ def cuda_rows() -> Iterator[Row]:
     traffic = Traffic(2 * _rows(case, HEADS_Q + HEADS_K), blocks, passes)
     for (chip, symbol), text in usage.items():
         if chip in CARDS and HALF_SPLIT.search(symbol):
-            code = code_of(text, sass[chip, symbol], warps=BLOCK // 32)
+            code = machine_code.code_of(text, sass[chip, symbol], warps=BLOCK // 32)
             yield row_of("rotation", case, case.variant, code, traffic, chip)
 
 
-def _functions(tools: Path, option: str, target: Path) -> dict[tuple[int, str], str]:
+def _functions(option: str, target: Path) -> dict[tuple[int, str], str]:
     """Yield cuobjdump's text by chip and kernel."""
-    done = subprocess.run([str(tools / "cuobjdump"), option, str(target)], check=True,
-                          capture_output=True, text=True)  # fmt: skip
     sections: dict[tuple[int, str], list[str]] = {}
     chip, lines = 0, []
-    for line in done.stdout.splitlines():
+    for line in machine_code.run(null_driver.TOOLS / "cuobjdump", option, target).splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
             chip, lines = int(found[1]), []
         elif found := re.search(r"Function\s*:?\s*(\w+)", line):
@@ -545,7 +487,7 @@ def run(chips: list[int | str], only: str) -> tuple[list[Row | AmdRow], list[str
                     print(found, flush=True)
                 else:
                     rows += found
-                    print("\n".join(map(str, found)), flush=True)
+                    print(*found, sep="\n", flush=True)
     return rows, failed
 
 
@@ -556,8 +498,7 @@ def with_triton(version: str) -> int:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
         subprocess.run([*pip, str(folder), f"triton=={version}"], check=True)
     path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    named = "--triton", version, f"--triton={version}"
-    kept = [word for word in sys.argv[1:] if word not in named]
+    kept = [x for x in sys.argv[1:] if x not in ("--triton", version, f"--triton={version}")]
     command = [sys.executable, __file__, *kept, "--keep-no-results"]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
@@ -580,9 +521,7 @@ def main() -> int:
         except _build.BuildError as error:
             print(f"CUDA C++: {error}")
     faults = [row for row in rows if row.fault()]
-    print(
-        f"{len(rows)} kernels compiled, none run; {len(faults)} with faults; {len(failed)} failed"
-    )
+    print(f"{len(rows)} kernels compiled, none run; {len(faults)} faulty; {len(failed)} failed")
     if not (asked.only or asked.chip or asked.keep_no_results or failed):
         rows.sort(key=lambda row: (row.head_dim != 128, row.head_dim))
         with RESULT.open("w", newline="") as file:

@@ -19,9 +19,10 @@ import re
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -29,6 +30,7 @@ import torch._dynamo
 RESULTS = Path(__file__).parent / "results"
 NAN = float("nan")
 Call = Callable[[], object]
+Calls = dict[str, Call | str]  # by name; a string says why one cannot run
 
 
 # -------------------------------------------------------------------------------------------------
@@ -48,12 +50,8 @@ def machine() -> dict[str, str | int]:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
         amx = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
         name += f", {torch.backends.cpu.get_cpu_capability()}{amx}"
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": name, "threads": torch.get_num_threads(), **versions}
 
 
 def folder_of(name: str) -> str:
@@ -109,11 +107,6 @@ def returned_memory() -> contextlib.AbstractContextManager[None]:
 def clock(function: Call) -> Callable[[], float]:
     """Return a function that calls once and gives the milliseconds."""
     return _replayed(function) if device() == "cuda" else functools.partial(_wall_time, function)
-
-
-def once(function: Call) -> float:
-    """Return the milliseconds of one call."""
-    return clock(function)()
 
 
 def _wall_time(function: Call) -> float:
@@ -185,20 +178,18 @@ def peak_megabytes(function: Call) -> float:
     """Return the rise of memory above that held before the call."""
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present resident memory
-    before = _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present memory
+        peak = _peak_of_this_process
+    before = peak()
     function()
-    return (_status("VmHWM") - before) / 1e3
+    return (peak() - before) / 1e6
 
 
-def _status(field: str) -> int:
-    """Read kilobytes from the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+def _peak_of_this_process() -> int:
+    return 1000 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -267,18 +258,15 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 # The run
 
 
-def arguments(
-    description: str,
-    argv: list[str] | None = None,
-    add: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> argparse.Namespace:
-    """Parse the options of every benchmark, and those of `add`."""
+def arguments(description: str, argv: list[str] | None = None, scores: Sequence[str] = ()) -> Any:
+    """Parse the options of every benchmark, and --score where it has score methods."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="paired runs of each case")
     parser.add_argument("--only", action="append", metavar="TEXT", help="cases named so")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/PROCESSOR")
-    add(parser)
+    if scores:
+        parser.add_argument("--score", action="append", choices=scores, help="default: three")
     args = parser.parse_args(argv)
     # Past 8 dtypes, sizes and modes of one function torch.compile gives up, and runs it eagerly.
     torch._dynamo.config.recompile_limit = 64
@@ -292,11 +280,13 @@ def arguments(
 
 
 class Report:
-    """A report that prints each row as soon as it is measured, keeps them, and saves them."""
+    """Rows, printed as they are measured, kept and saved. Inputs drawn after it are the same."""
 
-    def __init__(self, name: str, args: argparse.Namespace, **about: object):
+    def __init__(self, name: str, args: Any, **about: object):
         self.name, self.args, self.about = name, args, about
+        self.is_part = bool(args.only or getattr(args, "score", None))
         self.rows: list = []
+        torch.manual_seed(0)
         print(" ".join(f"{key}: {value}" for key, value in {**machine(), **about}.items()))
         if device() == "cpu" and not args.quick:
             # A virtual machine's host backs a page at its first write, which must not be timed.
@@ -318,10 +308,6 @@ class Report:
         if self.is_part:  # time may be up before the next
             self.save()
 
-    @property
-    def is_part(self) -> bool:
-        return bool(self.args.only or getattr(self.args, "score", None))
-
     def save(self) -> None:
         """Save: a whole run replaces the file, a part (--only, --score) its own rows."""
         if self.args.out is not None and self.rows:
@@ -331,11 +317,16 @@ class Report:
 def save(name: str, rows: list, folder: Path, merge: bool = False, **more: object) -> Path:
     """Write NAME.json. merge: keep rows of the same machine that were not measured again."""
     path = folder / f"{name}.json"
-    measured = {_identity(row): row for row in map(_plain, rows)}
-    if merge and path.exists():
-        before = json.loads(path.read_text())
-        if before["machine"] == machine():
-            measured = {_identity(row): row for row in before["rows"]} | measured
+    before = json.loads(path.read_text()) if merge and path.exists() else {}
+    every = before["rows"] if before.get("machine") == machine() else []
+    for row in rows:
+        values = {**asdict(row), "verdict": getattr(row, "verdict", "")}
+        # JSON has no NaN: what was not measured is left out.
+        every.append({key: value for key, value in values.items() if cell(value) != ""})
+    measured = {}
+    for row in every:  # words and whole numbers name a row, but for the outcome
+        named = {key: x for key, x in row.items() if isinstance(x, (str, int))}
+        measured[json.dumps(named | {"verdict": "", "absent": ""}, sort_keys=True)] = row
     write(path, {"machine": machine(), **more, "rows": list(measured.values())})
     return path
 
@@ -356,18 +347,3 @@ def short(value):
     if isinstance(value, dict):
         return {key: short(x) for key, x in value.items()}
     return [short(x) for x in value] if isinstance(value, (list, tuple)) else value
-
-
-def _plain(row) -> dict:
-    """Leave out values that are not measured: JSON has no NaN."""
-    values = {**asdict(row), "verdict": getattr(row, "verdict", "")}
-    return {name: value for name, value in values.items() if cell(value) != ""}
-
-
-def _identity(row: dict) -> tuple:
-    """Name a row by its words and whole numbers, without the outcome."""
-    return tuple(
-        (name, value)
-        for name, value in row.items()
-        if isinstance(value, (str, int)) and name not in ("verdict", "absent")
-    )

@@ -6,12 +6,9 @@ lengths are scored on the same bytes, the last L of each 8 L: a longer text only
 them, so a method that can use them has a loss that falls from left to right. Everything is repeated
 with several seeds (--seeds) of weights, batches and drawn positions.
 
-Trainings run two at a time, each on one thread: a sixth faster than one after the other on two, and
-several times faster beside other load. Results are kept in build/length_generalization, and a
-stopped run continues from there.
-
-Results: bench/results/models/length_generalization.json and docs/length_generalization.png. --quick
-is for tests: its models learn nothing, and it leaves those two files alone.
+Trainings run two at a time, each on one thread: several times faster beside other load. Parts are
+kept in build/length_generalization, and a stopped run continues from there. --quick is for tests:
+its models learn nothing, and the results and the picture of docs/ stay.
 """
 
 from __future__ import annotations
@@ -28,10 +25,11 @@ import sysconfig
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import tables
 import torch
@@ -70,48 +68,27 @@ def digest() -> str:
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in read_text())).hexdigest()
 
 
-def sample(text: Tensor, batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """Draw random stretches: (batch, length + 1) int64."""
-    starts = torch.randint(len(text) - length, (batch, 1), generator=generator)
-    return text[starts + torch.arange(length + 1)].long()
-
-
-def spread(text: Tensor, windows: int, length: int) -> Tensor:
-    """Return stretches at even distances: (windows, length + 1) int64."""
-    starts = torch.linspace(0, len(text) - length - 1, windows).long()[:, None]
-    return text[starts + torch.arange(length + 1)].long()
+def stretches(text: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Return the bytes from each start on: (starts, length + 1) int64."""
+    return text[starts[:, None] + torch.arange(length + 1)].long()
 
 
 # -------------------------------------------------------------------------------------------------
 # The model, in plain PyTorch; positions enter only through `attend`
 
 
-class Attention(nn.Module):
-    def __init__(self, d_model: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, D) each
-        return self.out(attend(q, k, v).flatten(2))  # (B, T, C)
-
-
 class Block(nn.Module):
     def __init__(self, d_model: int, heads: int) -> None:
         super().__init__()
-        self.norm_1 = nn.RMSNorm(d_model)
-        self.attention = Attention(d_model, heads)
-        self.norm_2 = nn.RMSNorm(d_model)
-        self.mlp = nn.Sequential(
-            nn.Linear(d_model, 4 * d_model, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * d_model, d_model, bias=False),
-        )
+        self.heads, linear = heads, partial(nn.Linear, bias=False)
+        self.norm_1, self.norm_2 = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
+        self.qkv, self.out = linear(d_model, 3 * d_model), linear(d_model, d_model)
+        wider = linear(d_model, 4 * d_model), nn.GELU(), linear(4 * d_model, d_model)
+        self.mlp = nn.Sequential(*wider)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention(self.norm_1(x), attend)
+        qkv = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, D)
+        x = x + self.out(attend(*qkv.unbind(2)).flatten(2))  # (B, T, C)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -121,15 +98,11 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(VOCABULARY, d_model)
         self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(d_model)
-        self.apply(self._initialise)
+        for matrix in (x for x in self.parameters() if x.dim() > 1):
+            nn.init.normal_(matrix, std=0.02)
         for block in self.blocks:  # the residual stream keeps its size however deep the model
-            for last in (block.attention.out, block.mlp[-1]):
+            for last in (block.out, block.mlp[-1]):
                 nn.init.normal_(last.weight, std=0.02 / (2 * layers) ** 0.5)
-
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor, attend: Attend) -> Tensor:
         x = self.embed(tokens)  # (B, T, C)
@@ -177,7 +150,8 @@ def train_model(name: str, setup: Setup, text: Tensor, weights: dict | None) -> 
         for group in optimizer.param_groups:
             group["lr"] = lr * rate(step, steps)
         attend = training.attention(setup, length, draws)
-        loss = loss_of(model, sample(text, batch, length, batches), attend)
+        starts = torch.randint(len(text) - length, (batch,), generator=batches)
+        loss = loss_of(model, stretches(text, starts, length), attend)
         loss = loss[getattr(attend, "counted", ...)].mean()  # random_padding counts a part
         optimizer.zero_grad()
         loss.backward()
@@ -198,7 +172,9 @@ def read_lengths(method: Method, setup: Setup, text: Tensor, weights: dict) -> l
     """Return the loss at each length: of the last L bytes, and of all."""
     model = Transformer(setup.d_model, setup.layers, setup.heads)
     model.load_state_dict(weights)
-    tokens = spread(text, setup.windows, FACTOR * setup.length)
+    longest = FACTOR * setup.length
+    starts = torch.linspace(0, len(text) - longest - 1, setup.windows).long()
+    tokens = stretches(text, starts, longest)
     results = []
     for length in (setup.length * 2**i for i in range(4)):
         attend = method.attention(setup, length, torch.Generator().manual_seed(setup.seed))
@@ -220,19 +196,19 @@ class Run:
     setup: Setup
     folder: Path
 
-    def trained(self, name: str) -> dict:
-        path = self.path("trained", name)
+    def result(self, kind: str, name: str) -> Any:
+        """Train or read, unless it is kept."""
+        path, (train, test) = self.path(kind, name), read_text()
         if not path.exists():
-            before = TRAININGS[name].starts_from
-            weights = self.trained(before)["weights"] if before else None
-            keep(path, train_model(name, self.setup, read_text()[0], weights))
-        return torch.load(path)
-
-    def read(self, name: str) -> list[dict]:
-        path, method = self.path("read", name), METHODS[name]
-        if not path.exists():
-            weights = self.trained(method.trained)["weights"]
-            keep(path, read_lengths(method, self.setup, read_text()[1], weights))
+            before = METHODS[name].trained if kind == "read" else TRAININGS[name].starts_from
+            weights = self.result("trained", before)["weights"] if before else None
+            if kind == "read":
+                made = read_lengths(METHODS[name], self.setup, test, weights)
+            else:
+                made = train_model(name, self.setup, train, weights)
+            unfinished = path.with_suffix(".unfinished")  # a file is whole or not there
+            torch.save(made, unfinished)
+            unfinished.replace(path)
         return torch.load(path)
 
     def path(self, kind: str, name: str) -> Path:
@@ -245,13 +221,6 @@ class Run:
         return self.folder / f"{stem}-{hashlib.sha256(depends.encode()).hexdigest()[:12]}.pt"
 
 
-def keep(path: Path, content: object) -> None:
-    """Write a file, which is whole or not there."""
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(content, unfinished)
-    unfinished.replace(path)
-
-
 def lineage(name: str) -> tuple[str, ...]:
     """Return a training's description, after those it starts from."""
     training = TRAININGS[name]
@@ -260,21 +229,21 @@ def lineage(name: str) -> tuple[str, ...]:
 
 def do(run: Run, kind: str, name: str) -> str:
     """Train or read, in a worker; return a line about the result."""
-    about = f"{kind} {name}, seed {run.setup.seed}"
+    found = run.result(kind, name)
     if kind == "read":
-        losses = (f"{read['last']:.3f}" for read in run.read(name))
-        return f"{about}: {' '.join(losses)}"
-    done = run.trained(name)
-    return f"{about}: loss {done['loss']:.3f}, {done['seconds']:.0f} s of a core"
+        said = " ".join(f"{read['last']:.3f}" for read in found)
+    else:
+        said = "loss {loss:.3f}, {seconds:.0f} s of a core".format(**found)
+    return f"{kind} {name}, seed {run.setup.seed}: {said}"
 
 
 def work(runs: list[Run]) -> None:
     """Do all that is missing: trainings, then those that tune their weights, then readings."""
-    anew = [("trained", name) for name in TRAININGS if not TRAININGS[name].starts_from]
-    tuned = [("trained", name) for name in TRAININGS if TRAININGS[name].starts_from]
+    tuned = [name for name in TRAININGS if TRAININGS[name].starts_from]
+    anew = [name for name in TRAININGS if name not in tuned]
     waves = [
-        [(run, *job) for run in runs for job in wave if not run.path(*job).exists()]
-        for wave in (anew, tuned, [("read", name) for name in METHODS])
+        [(run, kind, name) for run in runs for name in wave if not run.path(kind, name).exists()]
+        for kind, wave in (("trained", anew), ("trained", tuned), ("read", METHODS))
     ]
     # A fork finds torch imported. No thread of torch's has started here by then.
     pool = ProcessPoolExecutor(WORKERS, get_context("fork"), torch.set_num_threads, (1,))
@@ -288,11 +257,11 @@ def work(runs: list[Run]) -> None:
 def collect(runs: list[Run]) -> dict:
     """Collect the JSON file's content: the losses of every method, by length and seed."""
     train, test = map(len, read_text())
-    setup = {key: x for key, x in asdict(runs[0].setup).items() if key != "seed"}
-    seconds = sum(run.trained(name)["seconds"] for run in runs for name in TRAININGS)
+    setup = asdict(runs[0].setup) | {"seeds": len(runs)}
+    del setup["seed"]
     rows = []
     for name, method in METHODS.items():
-        reads = [run.read(name) for run in runs]
+        reads = [run.result("read", name) for run in runs]
         last = [[read["last"] for read in of_length] for of_length in zip(*reads)]
         own = {"name": name, "family": method.family, "paper": method.paper}
         own |= {"trained": TRAININGS[method.trained].about, "run": method.run}
@@ -300,9 +269,9 @@ def collect(runs: list[Run]) -> dict:
     return {
         "machine": machine(),
         "text": {"train_bytes": train, "test_bytes": test, "sha256": digest()},
-        "setup": {**setup, "seeds": len(runs)},
+        "setup": setup,
         "trainings": len(TRAININGS),
-        "seconds": seconds,
+        "seconds": sum(run.result("trained", x)["seconds"] for run in runs for x in TRAININGS),
         "lengths": [read["length"] for read in reads[0]],
         "rows": rows,
     }

@@ -15,15 +15,8 @@ import torch.nn.functional as F
 from tables import described
 from torch import Tensor
 
-from extrope_kernels import (
-    RopeFreqs,
-    head_permutations,
-    methods,
-    permuteformer_attention,
-    positions,
-    rope_attention,
-    scores,
-)
+import extrope_kernels as ek
+from extrope_kernels import RopeFreqs, methods, positions, scores
 
 FACTOR = 8
 
@@ -39,8 +32,8 @@ class Setup:
     batch: int  # sequences of L bytes a step; a tuning step has batch / 8 of 8 L
     steps: int
     tune_steps: int
-    learning_rate: float
     windows: int  # stretches of 8 L bytes in the test
+    learning_rate: float = 3e-3
     seed: int = 0
 
     @property
@@ -48,14 +41,8 @@ class Setup:
         return self.d_model // self.heads
 
 
-FULL = Setup(
-    d_model=128, layers=3, heads=4, length=128, batch=16, steps=800, tune_steps=80,
-    learning_rate=3e-3, windows=128,
-)  # fmt: skip
-QUICK = Setup(
-    d_model=64, layers=2, heads=2, length=32, batch=8, steps=12, tune_steps=3,
-    learning_rate=3e-3, windows=4,
-)  # fmt: skip
+FULL = Setup(128, layers=3, heads=4, length=128, batch=16, steps=800, tune_steps=80, windows=128)
+QUICK = Setup(64, layers=2, heads=2, length=32, batch=8, steps=12, tune_steps=3, windows=4)
 
 # From q, k and v (batch, seqlen, heads, head_dim), not rotated, to the output of the heads.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,33 +53,25 @@ Attention = Callable[[Setup, int, torch.Generator], Attend]
 # -------------------------------------------------------------------------------------------------
 # Attentions
 
-# From L, and the length of the text, to a frequency method's parameters.
-PARAMETERS: dict[str, Callable[[int, int], dict]] = {
-    "rope": lambda L, length: {},
-    "pi": lambda L, length: {"factor": FACTOR},
-    "ntk_aware": lambda L, length: {"factor": FACTOR},
-    "ntk_mixed": lambda L, length: {"factor": FACTOR},
-    "ntk_by_parts": lambda L, length: {"factor": FACTOR, "original_max_position_embeddings": L},
-    "yarn": lambda L, length: {"factor": FACTOR, "original_max_position_embeddings": L},
-    "llama3": lambda L, length: {
-        "factor": FACTOR, "original_max_position_embeddings": L, "base": 10000.0
-    },
-    "dynamic_ntk": lambda L, length: {
-        "factor": 1.0, "max_position_embeddings": L, "seq_len": length
-    },
-    "dynamic_yarn": lambda L, length: {"original_max_position_embeddings": L, "seq_len": length},
-    "giraffe_power": lambda L, length: {"power": 0.5},
-    "giraffe_truncation": lambda L, length: {"truncate_pos": L},
-    "abf": lambda L, length: {},
-    "cope": lambda L, length: {"clip": 5},  # of 16 pairs: the authors' 20 of 64
-    # The paper's 512 is half of its training length.
-    "xpos": lambda L, length: {"scale_base": L / 2},
-}  # fmt: skip
+
+def parameters(L: int, length: int) -> dict[str, dict]:
+    """Return the parameters of each frequency method, from L and the length of the text."""
+    trained, factor = {"original_max_position_embeddings": L}, {"factor": FACTOR}
+    return {
+        "rope": {}, "abf": {}, "pi": factor, "ntk_aware": factor, "ntk_mixed": factor,
+        "ntk_by_parts": factor | trained, "yarn": factor | trained,
+        "llama3": factor | trained | {"base": 10000.0},
+        "dynamic_ntk": {"factor": 1.0, "max_position_embeddings": L, "seq_len": length},
+        "dynamic_yarn": trained | {"seq_len": length},
+        "giraffe_power": {"power": 0.5},
+        "giraffe_truncation": {"truncate_pos": L},
+        "cope": {"clip": 5},  # of 16 pairs: the authors' 20 of 64
+        "xpos": {"scale_base": L / 2},  # the paper's 512 is half of its training length
+    }  # fmt: skip
 
 
 def frequencies(name: str, setup: Setup, length: int) -> RopeFreqs:
-    given = PARAMETERS[name](setup.length, length)
-    return methods.METHODS[name](setup.head_dim, **given)
+    return methods.METHODS[name](setup.head_dim, **parameters(setup.length, length)[name])
 
 
 def rotated(freqs: RopeFreqs, at: Tensor | None = None) -> Attend:
@@ -116,7 +95,7 @@ def rotate(name: str) -> Attention:
 def scored(options: Callable[[int], dict], name: str = "rope") -> Attention:
     """Return attention by a score method, from L to `score` and what goes with it."""
     return lambda setup, length, draws: partial(
-        rope_attention, freqs=frequencies(name, setup, length), **options(setup.length)
+        ek.rope_attention, freqs=frequencies(name, setup, length), **options(setup.length)
     )
 
 
@@ -124,15 +103,15 @@ def blockwise(L: int) -> dict:
     return {"score": scores.blockwise_causal(L)}
 
 
-def inverse_leaky(quarters: int) -> Attention:
+def inverse_leaky(L: int, quarters: int = 1) -> dict:
     """Use Su's rule of thumb: a factor of 1 / (2 * expansion) and a window of L / 4."""
-    return scored(lambda L: {"score": scores.rerope(quarters * L // 4, 1 / (2 * FACTOR))})
+    return {"score": scores.rerope(quarters * L // 4, 1 / (2 * FACTOR))}
 
 
 def permuteformer(setup: Setup, length: int, draws: torch.Generator) -> Attend:
     """Permute in place of rotating; decay and denominator by default."""
-    permutations = head_permutations(setup.heads, setup.head_dim)
-    return partial(permuteformer_attention, permutations=permutations)
+    permutations = ek.head_permutations(setup.heads, setup.head_dim)
+    return partial(ek.permuteformer_attention, permutations=permutations)
 
 
 def randomized(setup: Setup, length: int, draws: torch.Generator) -> Attend:
@@ -181,23 +160,21 @@ def tuned(name: str, tunings: int = 1) -> Training:
     return Training(about, rotate(name), "rope", tunings)
 
 
+TUNED = ("rope", "pi", "yarn", "abf", "giraffe_power", "giraffe_truncation")
 TRAININGS = {
     "rope": Training("rope", rotate("rope")),
     "xpos": Training("own: scale_base L/2", rotate("xpos")),
-    "inverse_leaky": Training("own: leaky, window L/4, factor 1/16", inverse_leaky(1)),
-    "inverse_leaky_wide": Training("own: leaky, window 3L/4, factor 1/16", inverse_leaky(3)),
+    "inverse_leaky": Training("own: leaky, window L/4, factor 1/16", scored(inverse_leaky)),
+    "inverse_leaky_wide": Training(
+        "own: leaky, window 3L/4, factor 1/16", scored(partial(inverse_leaky, quarters=3))
+    ),
     "randomized": Training("own: drawn of 16 L", randomized),
     "permuteformer": Training("own", permuteformer),
     "shape": Training("own: shifts below 8 L", shape),
     "random_padding": Training("own: L/2 .. L tokens in 2 L", random_padding),
     "abf": Training("own: base 500,000", rotate("abf")),
-    "rope_tuned": tuned("rope"),
-    "pi_tuned": tuned("pi"),
+    **{f"{name}_tuned": tuned(name) for name in TUNED},
     "pi_tuned_longer": tuned("pi", tunings=10),
-    "yarn_tuned": tuned("yarn"),
-    "abf_tuned": tuned("abf"),
-    "giraffe_power_tuned": tuned("giraffe_power"),
-    "giraffe_truncation_tuned": tuned("giraffe_truncation"),
 }
 
 
@@ -221,7 +198,8 @@ class Method:
         first = self.name.split(",")[0]
         if first == "inverse_leaky":
             return "https://kexue.fm/archives/9728"
-        own = {"rope, blockwise": scores.blockwise_causal, "permuteformer": permuteformer_attention}
+        own = {"rope, blockwise": scores.blockwise_causal}
+        own["permuteformer"] = ek.permuteformer_attention
         known = own | methods.METHODS | scores.SCORES | vars(positions)
         return described(known.get(self.name) or known[first])[1]
 
@@ -229,6 +207,10 @@ class Method:
 def _at_test(run: str, *names: str) -> list[tuple]:
     """Return frequency methods over plain RoPE's weights."""
     return [(name, "rope", run, rotate(name)) for name in names]
+
+
+def _tuned(*names: str) -> list[tuple]:
+    return [(f"{name}, tuned", f"{name}_tuned", "same", rotate(name)) for name in names]
 
 
 FAMILIES: dict[str, list[tuple]] = {
@@ -267,14 +249,9 @@ FAMILIES: dict[str, list[tuple]] = {
         ("abf", "abf", "same", rotate("abf")),
     ],
     "frequencies, tuned at 8x": [
-        ("rope, tuned", "rope_tuned", "same", rotate("rope")),
-        ("pi, tuned", "pi_tuned", "same", rotate("pi")),
+        *_tuned(*TUNED[:2]),
         ("pi, tuned longer", "pi_tuned_longer", "same", rotate("pi")),
-        ("yarn, tuned", "yarn_tuned", "same", rotate("yarn")),
-        ("abf, tuned", "abf_tuned", "same", rotate("abf")),
-        ("giraffe_power, tuned", "giraffe_power_tuned", "same", rotate("giraffe_power")),
-        ("giraffe_truncation, tuned", "giraffe_truncation_tuned", "same",
-         rotate("giraffe_truncation")),
+        *_tuned(*TUNED[2:]),
     ],
 }  # fmt: skip
 METHODS = {

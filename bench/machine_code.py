@@ -129,8 +129,8 @@ def read(cubin: bytes, tools: Path, *, warps: int, shared: int = 0, tensor_memor
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
-        sass = _run(tools / "nvdisasm", "-c", path)
+        usage = run(tools / "cuobjdump", "--dump-resource-usage", path)
+        sass = run(tools / "nvdisasm", "-c", path)
     return code_of(usage, sass, warps=warps, shared=shared, tensor_memory=tensor_memory)
 
 
@@ -157,18 +157,13 @@ def code_of(usage: str, sass: str, *, warps: int, shared: int = 0, tensor_memory
         {i for start, end in some for i in range(start, end + 1)} for some in (inner, spans)
     )
     whole = count(opcodes)
+    outside = count([opcode for i, opcode in enumerate(opcodes) if i not in within])
+    around = count([opcodes[i] for i in sorted(within - inside)])
+    loops = tuple(_main([count(opcodes[start : end + 1]) for start, end in inner]))
     return Code(
-        registers=used["REG"],
-        stack=used["STACK"] + used["LOCAL"],
-        shared=max(used["SHARED"], shared),
-        warps=warps,
-        tensor_memory=tensor_memory,
-        loads=whole.loads,
-        stores=whole.stores,
-        outside=count([opcode for i, opcode in enumerate(opcodes) if i not in within]),
-        around=count([opcodes[i] for i in sorted(within - inside)]),
-        loops=tuple(_main([count(opcodes[start : end + 1]) for start, end in inner])),
-    )
+        used["REG"], used["STACK"] + used["LOCAL"], max(used["SHARED"], shared), warps,
+        tensor_memory, whole.loads, whole.stores, outside, around, loops,
+    )  # fmt: skip
 
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
@@ -233,7 +228,7 @@ def _width(opcode: str) -> int:
     return 1 if "S8" in fields else 4
 
 
-def _run(tool: Path, *args: object) -> str:
+def run(tool: Path, *args: object) -> str:
     command = [str(tool), *map(str, args)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

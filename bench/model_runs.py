@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import evaluations
 
-from extrope_cli import main as command
 from extrope_kernels import methods
+from extrope_kernels.evaluation import evaluate, models
 
 BUILD = Path(__file__).parents[1] / "build" / "model_runs"
 TRAINED = 8192
-
 
 # For each method first `eval`'s parameters, or its required ones; then some that may be better.
 METHODS: dict[str, list[dict[str, Any]]] = {
@@ -86,72 +84,55 @@ class Run(NamedTuple):
 
     task: str
     name: str
-    lengths: str
+    lengths: int | tuple[int, ...]
     trials: int
     methods: dict[str, list[dict[str, Any]]] = METHODS
-    more: tuple[str, ...] = ()
+    bucket: int = 2048
     model: str = "smollm2"
     kept: str = ""  # the kind of rows, if not the task's
 
 
 RUNS = {
-    "loss": Run("loss", "smollm2-16k", "16384", trials=2),
-    "recall": Run("recall", "smollm2-16k", "16384", trials=1),
-    "pairs": Run("loss", "smollm2-16k", "16384", trials=2, methods=OF_PAIRS),
-    "pairs-recall": Run("recall", "smollm2-16k", "16384", trials=1, methods=OF_PAIRS),
-    "long": Run("loss", "smollm2-32k", "32768", trials=1, methods=LONG),
+    "loss": Run("loss", "smollm2-16k", 16384, trials=2),
+    "recall": Run("recall", "smollm2-16k", 16384, trials=1),
+    "pairs": Run("loss", "smollm2-16k", 16384, trials=2, methods=OF_PAIRS),
+    "pairs-recall": Run("recall", "smollm2-16k", 16384, trials=1, methods=OF_PAIRS),
+    "long": Run("loss", "smollm2-32k", 32768, trials=1, methods=LONG),
     "short": Run(
-        "loss", "short", "1024,2048,4096,8192", trials=2, more=("--bucket", "8192"), kept="short",
+        "loss", "short", (1024, 2048, 4096, 8192), trials=2, bucket=8192, kept="short",
         methods=first("rope", "rerope", "leaky_rerope", "dual_chunk")
         | {"yarn": [{"factor": 2.0}, {"factor": 4.0}]},
     ),
     # Trained to 32,768; 16,384 is half of it.
     "gemma": Run(
-        "loss", "gemma3-270m-48k", "49152", trials=1, model="gemma3-270m",
+        "loss", "gemma3-270m-48k", 49152, trials=1, model="gemma3-270m",
         methods=first("yarn", "rope", "dual_chunk")
         | {"rerope": [{"window": 16384}], "self_extend": [{"window": 16384}]},
     ),
 }  # fmt: skip
 
 
-def rounds(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
-    """Yield parameters by method, one set at a time: `eval` takes no more."""
-    for index in range(max(map(len, run.methods.values()))):
-        yield {method: sets[index] for method, sets in run.methods.items() if index < len(sets)}
+def measure(run: Run, texts: list[str], given: dict[str, dict[str, Any]], out: Path) -> None:
+    """Evaluate methods with their given parameters, and keep the results."""
+    models.stay_offline()
+    evaluate(
+        run.model, given, run.lengths, task=run.task, text=texts, bucket=run.bucket,
+        trials=run.trials, dtype="bfloat16", out=out, table=sys.stdout,
+    )  # fmt: skip
+    evaluations.keep(out / f"{run.task}.json", run.name, run.kept or run.task)
 
 
-def arguments(run: Run, texts: list[str], given: dict[str, dict[str, Any]], out: Path) -> list[str]:
-    """Return the command line of `eval`."""
-    found = ["eval", "--model", run.model, "--dtype", "bfloat16", "--task", run.task, *run.more]
-    found += ["--lengths", run.lengths, "--trials", str(run.trials)]
-    found += ["--methods", ",".join(given), "--out", str(out)]
-    found += [word for text in texts for word in ("--text", text)]
-    for method, params in given.items():
-        for name, value in params.items():
-            found += ["--param", f"{method}.{name}={value!r}"]
-    return found
-
-
-def measure(run: Run, texts: list[str], given: dict[str, dict[str, Any]], out: Path) -> int:
-    """Run `eval`, keep its results, and return its exit code."""
-    code = command(arguments(run, texts, given, out))
-    if code == 0:
-        evaluations.keep(out / f"{run.task}.json", run.name, run.kept or run.task)
-    return code
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", choices=RUNS)
     parser.add_argument("text", help="of the Jargon File")
     given = parser.parse_args()
     run = RUNS[given.run]
     texts = ["pydocs"] if given.run == "short" else ["pydocs", given.text]
-    for params in rounds(run):
-        if code := measure(run, texts, params, BUILD / run.name):
-            return code
-    return 0
+    for index in range(max(map(len, run.methods.values()))):  # one set of parameters each
+        params = {method: sets[index] for method, sets in run.methods.items() if sets[index:]}
+        measure(run, texts, params, BUILD / run.name)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,17 +1,9 @@
-"""Try `extend` on all models: python bench/models_census.py [--only NAME ... | --check]
+"""Try `extend` on all models: python bench/models_census.py [--check]
 
 It builds every causal and image-text class of the installed transformers with rotary parameters,
-tiny and random, extends it by methods of every sort, and compares:
-
-- `rope` with the model's own base, and a score method whose window is never exceeded, with the
-  plain model;
-- by `yarn`, `dynamic_ntk`, `rerope`, `self_extend` and `dual_chunk`: generation with a cache with a
-  forward without one; by `rerope` also a padded row with the row alone;
-- logits after `restore` with those before, bit by bit.
-
-Each class has its own process, 7 GiB and a time limit. Prints a line per class and writes
-bench/results/models/census.json (a missing field is "ok"), from which bench/readme.py makes
-docs/models.md. With --check it writes nothing, and fails if a class is no longer served.
+tiny and random, and compares it with itself as docs/models.md says. Each class has its own process,
+7 GiB and a time limit. Prints a line per class and writes bench/results/models/census.json (a
+missing field is "ok"). With --check it writes nothing, and fails if a class is no longer served.
 """
 
 from __future__ import annotations
@@ -96,21 +88,16 @@ def census(name: str) -> dict[str, Any]:
     return row
 
 
-def attempt(
-    check: Callable[..., None], model: nn.Module, method: str, parameters: dict, plain: Plain
-) -> str:
+def attempt(check: Callable, model: nn.Module, method: str, given: dict, plain: Plain) -> str:
     """Try again with layers="all" if a score method finds nothing to extend by default."""
-    said = ""
-    for more, ok in (({}, "ok"), ({"layers": "all"}, 'ok, layers="all"')):
-        try:
-            check(model, method, parameters | more, plain)
-        except Exception as error:
-            said = short(error)
-            if WINDOWED not in said:
-                break
-        else:
-            return ok
-    return said
+    try:
+        check(model, method, given, plain)
+    except Exception as error:
+        if WINDOWED not in short(error) or "layers" in given:
+            return short(error)
+        said = attempt(check, model, method, given | {"layers": "all"}, plain)
+        return 'ok, layers="all"' if said == "ok" else said
+    return "ok"
 
 
 def same_as_plain(model: nn.Module, method: str, parameters: dict[str, Any], plain: Plain) -> None:
@@ -121,10 +108,10 @@ def same_as_plain(model: nn.Module, method: str, parameters: dict[str, Any], pla
 
 def generates(model: nn.Module, method: str, parameters: dict[str, Any], plain: Plain) -> None:
     length = {"seq_len": PROMPT + NEW} if method == "dynamic_ntk" else {}
-    if not hasattr(model.config.get_text_config(), "max_position_embeddings"):
-        name = "original_max_position_embeddings" if method == "yarn" else "max_position_embeddings"
-        if method in FREQUENCIES:
-            parameters = parameters | {name: tiny_models.TRAINED}
+    trained = "max_position_embeddings"
+    if method in FREQUENCIES and not hasattr(model.config.get_text_config(), trained):
+        name = {"yarn": f"original_{trained}"}.get(method, trained)
+        parameters = parameters | {name: tiny_models.TRAINED}
     with extend(model, method, **parameters):
         changed = logits(model, plain.ids)
         if plain.own is not None:
@@ -202,22 +189,19 @@ def _prepare() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--only", nargs="+", help="names of classes; nothing is written then")
-    either.add_argument("--check", action="store_true", help="compare with the results")
+    parser.add_argument("--check", action="store_true", help="compare with the results")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     rows = []
-    for row in run(args.only or tiny_models.rotary_classes()):
+    for row in run(tiny_models.rotary_classes()):
         rows.append(row)
         bad = {name: said for name, said in row.items() if name != "name" and said != "ok"}
         print(row["name"], bad or "ok", flush=True)
     if args.check:
         sys.exit(lost(rows, json.loads(RESULTS.read_text())["rows"]))
-    if not args.only:
-        rows.sort(key=lambda row: row["name"].lower())
-        rows = [{key: said for key, said in row.items() if said != "ok"} for row in rows]
-        write(RESULTS, {"transformers": transformers.__version__, "rows": rows})
+    rows.sort(key=lambda row: row["name"].lower())
+    rows = [{key: said for key, said in row.items() if said != "ok"} for row in rows]
+    write(RESULTS, {"transformers": transformers.__version__, "rows": rows})
 
 
 def lost(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> str | None:
@@ -226,8 +210,7 @@ def lost(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> str | None
     served = {(row["name"], key) for row in before if "built" not in row for key in keys
               if row.get(key, "ok").startswith("ok")}  # fmt: skip
     now = {(row["name"], key) for row in rows for key in row if row[key].startswith("ok")}
-    gone = sorted(served - now)
-    return "; ".join(f"{name}: {key}" for name, key in gone) or None
+    return "; ".join(f"{name}: {key}" for name, key in sorted(served - now)) or None
 
 
 if __name__ == "__main__":

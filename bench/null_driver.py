@@ -69,15 +69,13 @@ class NullDriver:
         def launch(*args: Any) -> None:
             nonlocal binary
             self.launches.append(metadata.name)
-            if not self.keep:
-                return
-            binary = binary or self._loaded  # Triton loads it right before its first launch
-            tensor_memory = getattr(metadata, "tmem_size", 0) or 0
-            self.kept.append(Launch(
-                metadata.name, source.fn.fn.__module__, args[:3],
-                dict(zip(names, args[-len(names) :])), binary, metadata.num_warps,
-                metadata.shared, tensor_memory,
-            ))  # fmt: skip
+            if self.keep:
+                binary = binary or self._loaded  # Triton loads it right before its first launch
+                self.kept.append(Launch(
+                    metadata.name, source.fn.fn.__module__, args[:3],
+                    dict(zip(names, args[-len(names) :])), binary, metadata.num_warps,
+                    metadata.shared, getattr(metadata, "tmem_size", 0) or 0,
+                ))  # fmt: skip
 
         return launch
 

@@ -14,12 +14,11 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from harness import Call, device
+from harness import Call, Calls, device
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, merge_attention
 
-Calls = dict[str, Call | str]
 ONLY_GPU = "needs a GPU (Triton)"
 MOST_MASKED = 32_768  # tokens
 HALF = (torch.float16, torch.bfloat16)
@@ -52,12 +51,9 @@ def rotary_peers(q: Tensor, k: Tensor, freqs: RopeFreqs, interleaved: bool) -> C
     tables = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
     fast = offered("flash-attn", partial(flash_attn_rotary, q, k, *tables, interleaved))
     if interleaved:
-        return {**offered("rotary-embedding-torch", partial(lucidrains, q, k), False), **fast}
-    return {
-        **offered("transformers", partial(transformers_rotary, q, k, *tables), False),
-        **offered("liger-kernel", partial(liger, q, k, *tables)),
-        **fast,
-    }
+        return offered("rotary-embedding-torch", partial(lucidrains, q, k), False) | fast
+    theirs = offered("transformers", partial(transformers_rotary, q, k, *tables), False)
+    return theirs | offered("liger-kernel", partial(liger, q, k, *tables)) | fast
 
 
 def transformers_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
@@ -76,11 +72,9 @@ def transformers_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[
     def with_tables(q, k, positions):
         return rotate(q, k, *rotary(q, positions))
 
-    return {
-        "eager": lambda: rotate(q, k, cos, sin),
-        "compiled": lambda: compiled(q, k, cos, sin),
-        "compiled, with tables": lambda: with_tables(q, k, positions),
-    }
+    given = q, k, cos, sin
+    calls = {"eager": partial(rotate, *given), "compiled": partial(compiled, *given)}
+    return calls | {"compiled, with tables": partial(with_tables, q, k, positions)}
 
 
 def lucidrains(q: Tensor, k: Tensor) -> dict[str, Call]:
@@ -106,9 +100,7 @@ def liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
     return {"": call}
 
 
-def flash_attn_rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
-) -> dict[str, Call]:
+def flash_attn_rotary(q: Tensor, k: Tensor, cos, sin, interleaved: bool) -> dict[str, Call]:
     from flash_attn.layers.rotary import apply_rotary_emb
 
     halves = [x[0, :, : q.shape[-1] // 2].contiguous() for x in (cos, sin)]
@@ -185,34 +177,34 @@ def dense_rerope(q: Tensor, k: Tensor, v: Tensor, freqs: RopeFreqs, window: int)
 # flash-attn 2, 3 and 4 and FlashInfer: the same shapes, rotated beforehand
 
 
+FLASH = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}  # their modules
+
+
 def attention_peers(q: Tensor, k: Tensor, v: Tensor) -> Calls:
     if device() == "cpu":
         return offered("flash-attn", dict)
     if q.dtype not in HALF:
         return {"flash-attn, FlashInfer": "take float16 and bfloat16"}
     leaves = [x.detach().clone() for x in (q, k, v)]
-    return {
-        **offered("flash-attn", partial(_flash, "flash_attn", leaves)),
-        **offered("flash-attn-3", partial(_flash, "flash_attn_interface", leaves)),
-        **offered("flash-attn-4", partial(_flash, "flash_attn.cute", leaves)),
-        **offered("flashinfer-python", partial(_flashinfer, leaves)),
-    }
 
+    def flash(module: str) -> dict[str, Call]:
+        attend = import_module(module).flash_attn_func
 
-def _flash(module: str, leaves: list[Tensor]) -> dict[str, Call]:
-    attend = import_module(module).flash_attn_func
+        def call():
+            out = attend(*leaves, causal=True)
+            return out if isinstance(out, Tensor) else out[0]  # some return the log-sum-exp too
 
-    def call():
-        out = attend(*leaves, causal=True)
-        return out if isinstance(out, Tensor) else out[0]  # some return the log-sum-exp too
+        call.leaves = leaves
+        return {"": call}
 
-    call.leaves = leaves
-    return {"": call}
+    def flashinfer() -> dict[str, Call]:
+        attend = import_module("flashinfer").single_prefill_with_kv_cache
+        return {"": partial(attend, *(x[0] for x in leaves), causal=True)}
 
-
-def _flashinfer(leaves: list[Tensor]) -> dict[str, Call]:
-    attend = import_module("flashinfer").single_prefill_with_kv_cache
-    return {"": partial(attend, *(x[0] for x in leaves), causal=True)}
+    found = offered("flashinfer-python", flashinfer)
+    for package, module in (FLASH | {"flash-attn-4": "flash_attn.cute"}).items():
+        found |= offered(package, partial(flash, module))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------
@@ -246,17 +238,16 @@ def decode_peers(cache: Paged) -> Calls:
     """Return others' plain attention: flash-attn over a contiguous cache, FlashInfer paged."""
     if device() == "cpu" or cache.q.dtype not in HALF:
         return {}
-    return {
-        **offered("flash-attn", partial(_flash_with_kvcache, "flash_attn", cache)),
-        **offered("flash-attn-3", partial(_flash_with_kvcache, "flash_attn_interface", cache)),
-        **offered("flashinfer-python", partial(_flashinfer_paged, cache)),
-    }
-
-
-def _flash_with_kvcache(module: str, cache: Paged) -> dict[str, Call]:
-    attend = import_module(module).flash_attn_with_kvcache
     given = {"cache_seqlens": cache.seqlens, "causal": True}
-    return {"with_kvcache": partial(attend, cache.q, *cache.contiguous(), **given)}
+
+    def flash(module: str) -> dict[str, Call]:
+        attend = import_module(module).flash_attn_with_kvcache
+        return {"with_kvcache": partial(attend, cache.q, *cache.contiguous(), **given)}
+
+    found = offered("flashinfer-python", partial(_flashinfer_paged, cache))
+    for package, module in FLASH.items():
+        found |= offered(package, partial(flash, module))
+    return found
 
 
 def _flashinfer_paged(cache: Paged) -> dict[str, Call]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import evaluations
 import ruler
@@ -34,6 +34,15 @@ def save(figure: Figure, path: Path, *sources: Path) -> None:
 
 def digest(*sources: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
+def new_plot(width: float, height: float, *grid: int, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure and its axes, which have no upper and right edge."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(*grid, **options)
+    for each in figure.axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 # -------------------------------------------------------------------------------------------------
@@ -69,23 +78,17 @@ SHOWN = (
 def against_the_best(shown: Shown, results: Path = RESULTS) -> tuple[float, str]:
     """Return the fastest other's time over ours, and its name; of those that do as much, if any."""
     rows = json.loads((results / MACHINE / f"{shown.file}.json").read_text())["rows"]
+    own = [row for row in rows if (row["case"], row["dtype"], row["shape"]) == shown[2:5]]
+    left_out = YARDSTICKS if shown.theirs else (*YARDSTICKS, "SDPA", "SDPA, keys repeated")
+    others = [x for x in own if "ratio" in x and x["implementation"] not in left_out]
     # Ratios as in the tables: ours was timed anew beside each of the others.
-    ratios = {
-        row["implementation"]: row["ratio"]
-        for row in rows
-        if (row["case"], row["dtype"], row["shape"]) == shown[2:5] and "ratio" in row
-    }
-    others = [name for name in ratios if name not in YARDSTICKS]
-    if not shown.theirs:
-        others = [name for name in others if "SDPA" not in name]
-    best = max(others, key=ratios.__getitem__)
-    return 1 / ratios[best], best
+    best = max(others, key=lambda row: row["ratio"])
+    return 1 / best["ratio"], best["implementation"]
 
 
 def speed(path: Path, results: Path = RESULTS) -> None:
     """Draw a bar for each case; grey where the others compute less."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_plot(6.4, 4.4)
     colours = {False: "#0072B2", True: "#9a9a9a"}
     found = [against_the_best(shown, results) for shown in SHOWN]
     for place, (shown, (times, best)) in enumerate(zip(SHOWN, found, strict=True)):
@@ -99,7 +102,6 @@ def speed(path: Path, results: Path = RESULTS) -> None:
     axes.set_xlim(0, 1.75 * longest)  # room for the names
     axes.set_xticks(range(int(longest) + 1))
     axes.set_xlabel("times as fast as the fastest other", fontsize=12, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
     told = {"the same result": colours[False], f"it does less: {PLAIN}": colours[True]}
     keys = [Patch(color=colour, label=label) for label, colour in told.items()]
     figure.legend(handles=keys, frameon=False, fontsize=11, loc="outside lower left", ncols=2)
@@ -154,8 +156,7 @@ def demo(path: Path, results: Path = RESULTS) -> None:
 
 def draw_demo(loss: dict, recall: dict) -> Figure:
     """Draw loss by position, and below it recall by distance, of the methods in LOOKS."""
-    figure = Figure(figsize=(6, 6.4), layout="constrained")
-    upper, lower = figure.subplots(2, 1)
+    figure, (upper, lower) = new_plot(6, 6.4, 2, 1)
     bucket, trained = loss["bucket"], loss["training_length"]
     read = bucket * len(loss["rows"][0]["losses"])
     for row in loss["rows"]:
@@ -179,7 +180,6 @@ def draw_demo(loss: dict, recall: dict) -> Figure:
     lower.set_title("What a passage that was read before saves", loc="left", fontsize=12)
     for axes in (upper, lower):
         axes.grid(axis="y", color="0.88")
-        axes.spines[["top", "right"]].set_visible(False)
     keys = upper.get_legend_handles_labels()
     figure.legend(*keys, frameon=False, fontsize=11, loc="outside lower center", ncols=len(LOOKS))
     return figure
@@ -200,26 +200,21 @@ MARKERS = dict(zip(SCORES, cycle("os^Dv*PX")))  # their points lie too close for
 
 def tradeoff(path: Path, results: Path = RESULTS) -> None:
     """Draw loss against recall at twice the training length; a line joins a method's parameters."""
-    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_plot(8.6, 4.6)
     labels: dict[tuple[float, float], list[tuple[str, str]]] = {}  # by place
     for name, every in evaluations.measured(results).items():
         rows = [row for row in every if row.over_yarn and row.recall and row.over_yarn[0] < WORST]
         if not rows:
             continue
         rows.sort(key=lambda row: row.over_yarn[0])
-        (costs, cost_errors), (gains, errors) = (
-            zip(*(getattr(row, measure) for row in rows), strict=True)
-            for measure in ("over_yarn", "recall")
-        )
+        costs, cost_errors = zip(*(row.over_yarn for row in rows), strict=True)
+        gains, errors = zip(*(row.recall for row in rows), strict=True)
         style = {"color": "tab:red", "marker": MARKERS.get(name), "label": name}
         if name not in SCORES:
             style = {"color": "tab:blue", "marker": "."}
-            place = costs[-1], gains[-1]
-            close = (
-                x for x in labels if abs(x[0] - place[0]) < 0.01 and abs(x[1] - place[1]) < 0.1
-            )
-            labels.setdefault(next(close, place), []).append((name, named(rows[-1].parameters)))
+            x, y = costs[-1], gains[-1]
+            close = (at for at in labels if abs(at[0] - x) < 0.01 and abs(at[1] - y) < 0.1)
+            labels.setdefault(next(close, (x, y)), []).append((name, named(rows[-1].parameters)))
         axes.errorbar(costs, gains, errors, cost_errors, linewidth=0.8, elinewidth=0.4, **style)
     for place, here in labels.items():
         # If several share a place, only the first has room for its parameters.
@@ -228,24 +223,18 @@ def tradeoff(path: Path, results: Path = RESULTS) -> None:
         axes.annotate(", ".join(names), place, (5, 4), **text)
     axes.set_xlabel("loss over YaRN's behind 8,192 tokens (nats a token)")
     axes.set_ylabel("recall 15,360 tokens back (nats a token)")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, title="score methods", loc="upper right")
     save(figure, path)
 
 
 def ruler_shares(path: Path, results: Path = RESULTS) -> None:
     """Draw the share of RULER's needles by length, with Wilson's interval of 95%."""
-    cells = [
-        cell
-        for cell in ruler.read(results / "ruler" / "smollm2.csv")
-        if cell.task == ruler.TASKS[0] and cell.length <= 2 * TRAINED
-    ]
+    cells = [cell for cell in ruler.read(results / "ruler" / "smollm2.csv")
+             if cell.task == ruler.TASKS[0] and cell.length <= 2 * TRAINED]  # fmt: skip
     lengths = sorted({cell.length for cell in cells})
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_plot(6, 3.6)
     shown = [each for each in ruler.METHODS["smollm2"] if (each[0] or "rope") in LOOKS]
-    for place, each in enumerate(shown):
-        method, parameters = ruler.names(*each)
+    for place, (method, parameters) in enumerate(ruler.names(*each) for each in shown):
         own = [cell for cell in cells if cell.key[3:] == (method, parameters)]
         beside = [lengths.index(cell.length) + 0.05 * (place - 1.5) for cell in own]
         shares = [fmean(cell.scores) for cell in own]
@@ -263,7 +252,6 @@ def ruler_shares(path: Path, results: Path = RESULTS) -> None:
     axes.set_xlim(-0.3, len(lengths) - 0.5)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=11, loc="lower left")
     save(figure, path, *sources("ruler", results))
 
@@ -271,17 +259,13 @@ def ruler_shares(path: Path, results: Path = RESULTS) -> None:
 # -------------------------------------------------------------------------------------------------
 # Small models
 
+SMALL = "length_generalization"
 HIGHEST, CLOSEST = 1.5, 0.06  # nats: shown above plain RoPE at 1x; between two labels
-
-
-def length_generalization(path: Path, results: Path = RESULTS) -> None:
-    draw_lengths(evaluations.read("length_generalization", results), path)
 
 
 def draw_lengths(found: dict, path: Path) -> None:
     """Draw the loss of the last L bytes by length, with bands of the seeds: a panel per family."""
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    panels = figure.subplots(2, 2, sharey=True)
+    figure, panels = new_plot(11, 9, 2, 2, sharey=True)
     rows, at = found["rows"], found["lengths"]
     plain = rows[0]
     lowest = min(min(losses) for row in rows for losses in row["last"])
@@ -297,7 +281,6 @@ def draw_lengths(found: dict, path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlim(at[0] * 0.93, at[-1] * 1.08)
         axes.grid(axis="y", color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
         _label(axes, top)
     for axes in panels[:, 0]:
         axes.set_ylabel("nats per byte, last L bytes")
@@ -350,7 +333,7 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "demo": demo,
     "ruler": ruler_shares,
     "tradeoff": tradeoff,
-    "length_generalization": length_generalization,
+    SMALL: lambda path: draw_lengths(evaluations.read(SMALL), path),
 }
 
 

@@ -14,7 +14,6 @@ fails if a page is stale.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -28,12 +27,14 @@ from harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
 REAL = ("smollm2-16k", "smollm2-32k", "gemma3-270m-48k")
-# By name a function of the file's content.
+# By name a function of the content of bench/results/models/NAME.json.
 TABLES = {
     "census": tables.census,
     "demo": tables.demo,
     "length_generalization": tables.length_generalization,
     "recall": tables.recall,
+    "search-16k": tables.search,
+    "search-32k": tables.search,
     "short": tables.within,
 }
 
@@ -48,22 +49,19 @@ def measured(results: Path) -> dict[str, Path]:
 def figures(results: Path) -> dict[str, Callable[[str], str]]:
     """Return the figures by name, each a function of the words after it."""
     made = {name: partial(tables.benchmark, path) for name, path in measured(results).items()}
-    for path in (results / evaluations.FOLDER).glob("*.json"):
-        if make := TABLES.get(path.stem):
-            made[path.stem] = lambda only, make=make, path=path: make(json.loads(path.read_text()))
-        elif path.stem in REAL:
-            made[path.stem] = lambda only, name=path.stem: tables.real(results, name)
-    made["smollm2-tuned"] = lambda only: tables.tuned(results)
-    for name, search in tables.searches(results).items():
-        made[name] = lambda only, search=search: tables.search(search)
-    if (audit := results / "gpu_audit.csv").exists():
-        made["gpu_audit"] = lambda only: tables.audit(audit)
-    if (found := results / "ruler" / "smollm2.csv").exists():
-        made["ruler"] = lambda only: tables.ruler_shares(found)
-        made["ruler_tasks"] = lambda only: tables.ruler_tasks(found.parent)
-        made["ruler_command"] = partial(tables.ruler_command, found)
-    made["methods"] = partial(tables.method_table, results)
-    return made
+    for name, make in TABLES.items():
+        made[name] = lambda _, name=name, make=make: make(evaluations.read(name, results))
+    for name in REAL:
+        made[name] = lambda _, name=name: tables.real(results, name)
+    needles = results / "ruler" / "smollm2.csv"
+    return made | {
+        "smollm2-tuned": lambda _: tables.tuned(results),
+        "gpu_audit": lambda _: tables.audit(results / "gpu_audit.csv"),
+        "ruler": lambda _: tables.ruler_shares(needles),
+        "ruler_tasks": lambda _: tables.ruler_tasks(needles.parent),
+        "ruler_command": partial(tables.ruler_command, needles),
+        "methods": partial(tables.method_table, results),
+    }
 
 
 def pages(root: Path) -> list[Path]:

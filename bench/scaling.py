@@ -6,14 +6,14 @@ quarter of the range: 1 is linear, 2 quadratic.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from harness import Call, Report, column, device, kept_memory, once, paired, peak_megabytes
+from harness import Call, Report, clock, column, device, kept_memory, paired, peak_megabytes
 
 LENGTHS = tuple(2**i for i in range(10, 17))
 SECONDS = 5.0  # after a call this long the next length is left out: it may take four times longer
@@ -30,12 +30,7 @@ class ScalingRow:
     megabytes: float = column("peak MB", ".1f")
 
 
-def scaling(
-    name: str,
-    calls_of_length: Callable[[int], dict[str, Call]],
-    args: argparse.Namespace,
-    about: str,
-) -> None:
+def scaling(name: str, calls: Callable[[int], dict[str, Call]], args: Any, about: str) -> None:
     """Measure each call at all lengths, on one thread and on all. --only "scaling" selects it."""
     if args.only and not any(text in f"scaling {name}" for text in args.only):
         return
@@ -45,7 +40,7 @@ def scaling(
         torch.set_num_threads(threads)
         slow: set[str] = set()
         for n in (16, 32, 64) if args.quick else LENGTHS:
-            for implementation, call in calls_of_length(n).items():
+            for implementation, call in calls(n).items():
                 if implementation not in slow:
                     row = measure(implementation, n, threads, call, args.repeats)
                     report.add(row)
@@ -59,9 +54,9 @@ def scaling(
 @torch.no_grad()
 @kept_memory()
 def measure(name: str, seqlen: int, threads: int, call: Call, repeats: int) -> ScalingRow:
-    first = once(call)
-    milliseconds = paired(call, repeats=repeats, seconds=2.0) if first < 2000 else [once(call)]
-    return ScalingRow(name, seqlen, threads, milliseconds[0], peak_megabytes(call))
+    once = clock(call)
+    times = paired(call, repeats=repeats, seconds=2.0) if once() < 2000 else [once()]
+    return ScalingRow(name, seqlen, threads, times[0], peak_megabytes(call))
 
 
 def slope(rows: list[dict], field: str) -> float:

@@ -2,7 +2,7 @@
 
 HEADS_Q, HEADS_K, HEAD_DIM = 32, 8, 128
 SEQLEN, WINDOW = 8192, 1024
-LONGER = ((8192, 4096), (32_768, 4096), (131_072, 4096))  # other lengths, with their windows
+LENGTHS = (SEQLEN, 32_768, 131_072)
 CHUNK, LOCAL, BLOCK = 1536, 512, 2048  # of dual chunk and of blockwise causal attention
 # One token for each of several sequences over a paged cache.
 BATCH, KEYS, KEYS_WINDOW, PAGE_SIZE = 2, 32_768, 4096, 16

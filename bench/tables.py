@@ -11,7 +11,7 @@ import csv
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, stdev
@@ -53,10 +53,9 @@ def machine(results: dict) -> str:
 
 def comparison(results: dict, only: str = "") -> str:
     """Make a line per case with the words of `only`: our time over that of all others."""
-    fields = ("dtype", "shape", "milliseconds", "of_floor", "error", "host_microseconds",
-              "megabytes")  # fmt: skip
-    shown = columns(Row)
-    headings = [shown[field][0].replace("/it", "/ours") for field in fields]
+    left_out = ("case", "implementation", "backend", "ratio", "bar", "verdict")
+    shown = {name: about for name, about in columns(Row).items() if name not in left_out}
+    headings = [head.replace("/it", "/ours") for head, _ in shown.values()]
     lines, absent = [], {}
     cases: dict[tuple, list[dict]] = {}
     for row in results["rows"]:
@@ -65,7 +64,7 @@ def comparison(results: dict, only: str = "") -> str:
             cases.setdefault(name, []).append(row)
     for rows in cases.values():
         for ours in (row for row in rows if row["implementation"] == "extrope"):
-            words = [cell(ours.get(field), shown[field][1]) for field in fields]
+            words = [cell(ours.get(name), form) for name, (_, form) in shown.items()]
             measured = [against(row) for row in rows if row is not ours and "ratio" in row]
             lines.append([ours["case"], *words, "; ".join(measured)])
             absent |= {r["implementation"]: r["absent"] for r in rows if "absent" in r}
@@ -110,29 +109,24 @@ def audit(path: Path) -> str:
         rows = list(csv.DictReader(file))
     held = [f"{r['kernel']} {r['variant']}, sm_{r['chip']}, head_dim {r['head_dim']}: "
             f"{r['stack']} B" for r in rows if int(r["stack"])]  # fmt: skip
-    head = ["bfloat16, head_dim 128", "registers", "stack, bytes", "shared, KiB", "warps of an SM"]
-    head += ["a tile: tensor core instructions", "exponentials", "all instructions"]
-    head += ["at least, us", "bound by"]
+    shown = {"registers": "registers", "stack": "stack, bytes", "shared": "shared, KiB",
+             "warps_of_sm": "warps of an SM", "products": "a tile: tensor core instructions",
+             "special": "exponentials", "instructions": "all instructions",
+             "bound_us": "at least, us", "bound_by": "bound by"}  # fmt: skip
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
+        row["shared"] = f"{int(row['shared']) / 1024:.0f}"
         if row["head_dim"] == "128":
             groups.setdefault((row["kernel"], row["variant"]), []).append(row)
     lines = []
-    for (kernel, variant), found in groups.items():
-        shared = (f"{int(row['shared']) / 1024:.0f}" for row in found)
-        columns = ["registers", "stack", None, "warps_of_sm", "products", "special"]
-        columns += ["instructions", "bound_us", "bound_by"]
-        cells = [_each(row[x] for row in found) if x else _each(shared) for x in columns]
-        lines.append([f"{kernel}, {variant}" if variant else kernel, *cells])
+    for names, found in groups.items():
+        chips = [[row[field] for row in found] for field in shown]
+        cells = [" / ".join(each if len(set(each)) > 1 else each[:1]) for each in chips]
+        lines.append([", ".join(filter(None, names)), *cells])
+    head = ["bfloat16, head_dim 128", *shown.values()]
     stack = f"{len(held)} hold stack ({'; '.join(held)})" if held else "None holds stack (a spill)"
     chips = " / ".join(dict.fromkeys(f"sm_{row['chip']}" for row in rows))
     return f"{len(rows)} kernels compiled, none run; {stack}. {chips}:\n\n{table(head, lines)}"
-
-
-def _each(values: Iterable[object]) -> str:
-    """Join the chips' values; one if they agree."""
-    texts = list(map(str, values))
-    return " / ".join(texts if len(set(texts)) > 1 else texts[:1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -158,26 +152,22 @@ def ruler_shares(found: Path) -> str:
     """Make a column per length: the share of answers, of how many, Wilson's interval of 95%."""
     cells = [cell for cell in ruler.read(found) if cell.task == ruler.TASKS[0]]
     lengths = sorted({cell.length for cell in cells})
-    shares = {(cell.method, cell.parameters, cell.length): ruler.share(cell) for cell in cells}
     lines = []
     for method, parameters in (ruler.names(*each) for each in ruler.METHODS[found.stem]):
-        own = [shares.get((method, parameters, length), "") for length in lengths]
-        if any(own):
-            lines.append([f"`{method}`", parameters, *own])
+        own = {x.length: ruler.share(x) for x in cells if x.key[3:] == (method, parameters)}
+        if own:
+            lines.append([f"`{method}`", parameters, *(own.get(n, "") for n in lengths)])
     return table(["method", "parameters", *(f"{length:,}" for length in lengths)], lines)
 
 
 def ruler_tasks(folder: Path) -> str:
     """Make a line per task: the share of each model as it is, at the shortest length measured."""
-    by_model = {found.stem: ruler.read(found) for found in sorted(folder.glob("*.csv"))}
-    lines = []
-    for task in ruler.TASKS:
-        row = [task]
-        for cells in by_model.values():
-            plain = [cell for cell in cells if (cell.task, cell.method) == (task, "rope")]
-            row.append(ruler.share(min(plain)) if plain else "")
-        lines.append(row)
-    return table(["task", *by_model], lines)
+    models = {found.stem: ruler.read(found) for found in sorted(folder.glob("*.csv"))}
+    plain = {(name, task): [cell for cell in cells if (cell.task, cell.method) == (task, "rope")]
+             for name, cells in models.items() for task in ruler.TASKS}  # fmt: skip
+    shares = {each: ruler.share(min(cells)) for each, cells in plain.items() if cells}
+    lines = [[task, *(shares.get((name, task), "") for name in models)] for task in ruler.TASKS]
+    return table(["task", *models], lines)
 
 
 def ruler_command(found: Path, only: str) -> str:
@@ -240,30 +230,17 @@ def tuned(results: Path) -> str:
 # Searches: losses of pieces differ by more than those of methods, so the difference to YaRN counts
 
 
-def searches(results: Path) -> dict[str, dict[str, Any]]:
-    """Return searches by name, the shortest length first."""
-    paths = (results / evaluations.FOLDER).glob("search-*k.json")
-    found = {path.stem: json.loads(path.read_text()) for path in paths}
-    return dict(sorted(found.items(), key=lambda item: item[1]["length"]))
-
-
 def search(found: dict[str, Any]) -> str:
     """Make the finalists, the best first, on text that was not searched on."""
-    heads = {
-        "loss": "last quarter",
-        "to_yarn": "to YaRN",
-        "whole": "whole text",
-        "recall": "recall",
-    }
+    heads = {"loss": "last quarter", "to_yarn": "to YaRN", "whole": "whole text"}
+    heads |= {"recall": "recall"}
     names = [name for name in heads if name in found["rows"][0]]
     lines = [[f"`{row['name']}`", *(between((row[x], row[f"{x}_error"]), 3) for x in names)]
              for row in found["rows"]]  # fmt: skip
     read, searched = (", ".join(t["name"] for t in found[key]) for key in ("held_out", "texts"))
     count = max(len(row["pieces"]) for row in found["rows"])
-    about = (
-        f"{found['length']:,} tokens, {count} {'piece' if count == 1 else 'pieces'} of {read}; "
-        f"searched on {searched} in {found['dtype']}."
-    )
+    pieces = f"{count} {'piece' if count == 1 else 'pieces'} of {read}"
+    about = f"{found['length']:,} tokens, {pieces}; searched on {searched} in {found['dtype']}."
     return f"{table(['', *(heads[name] for name in names)], lines)}\n\n{about}"
 
 
@@ -323,11 +300,9 @@ def census(found: dict) -> str:
     rotating = [r for r in built if "must have a rotary embedding" not in r.get("yarn", "")]
     served = {sort: [row["name"] for row in rotating if _serves(row, which)]
               for sort, which in SORTS.items()}  # fmt: skip
-    lines = [
-        f"transformers {found['transformers']}: {len(found['rows'])} classes with rotary "
-        f"parameters, of which {len(built)} can be built alone and run on text.",
-        "",
-    ]
+    classes = f"transformers {found['transformers']}: {len(found['rows'])} classes"
+    classes += f" with rotary parameters, of which {len(built)} can be built alone and run on text."
+    lines = [classes, ""]
     for sort, names in served.items():
         share = len(names) / len(rotating)
         lines.append(f"- By {sort}: {len(names)} of the {len(rotating)} that rotate ({share:.0%}).")
@@ -340,11 +315,9 @@ def census(found: dict) -> str:
     others = [[marked[row["name"]], *(_said(row, which) for which in SORTS.values())]
               for row in built if row["name"] not in both]  # fmt: skip
     absent = [[row["name"], _reason(row["built"])] for row in found["rows"] if "built" in row]
-    tables = (
-        table(["the others", "frequencies", "scores"], others),
-        table(["not built", "why"], absent),
-    )
-    return "\n\n".join(["\n".join(lines), *tables])
+    lines += ["", table(["the others", "frequencies", "scores"], others)]
+    lines += ["", table(["not built", "why"], absent)]
+    return "\n".join(lines)
 
 
 def _serves(row: dict, which: tuple[str, ...]) -> bool:
@@ -385,7 +358,6 @@ class MethodRow(NamedTuple):
     name: str  # as users write it
     what: str  # one line
     paper: str  # a link
-    measured: str  # its name in the measurements of small models
     method: Callable
 
 
@@ -397,10 +369,8 @@ def method_rows() -> list[MethodRow]:
         "permutations": {"permuteformer_attention": extrope_kernels.permuteformer_attention},
         "positions": {f"positions.{x}": getattr(positions, x) for x in positions.__all__},
     }
-    return [
-        MethodRow(axis, name, *described(method), MEASURED_AS.get(name, method.__name__), method)
-        for axis, kind in every.items() for name, method in kind.items()
-    ]  # fmt: skip
+    return [MethodRow(axis, name, *described(x), x)
+            for axis, kind in every.items() for name, x in kind.items()]  # fmt: skip
 
 
 def described(method: Callable) -> tuple[str, str]:
@@ -420,19 +390,14 @@ def link(paper: str) -> str:
 
 
 DOCS = Path(__file__).parents[1] / "docs"
-API = {  # the page of each axis
-    "frequencies": "methods",
-    "scores": "scores",
-    "permutations": "permuteformer",
-    "positions": "positions",
-}
+API = {"frequencies": "methods", "permutations": "permuteformer"}  # pages with other names
 
 
 def api_link(axis: str, method: Callable) -> str:
     """Return the link from a page of docs/ to a method in the API."""
     name = method.__name__
     path = "extrope_kernels" if hasattr(extrope_kernels, name) else method.__module__
-    return f"[API](api/{API[axis]}.md#{path}.{name})"
+    return f"[API](api/{API.get(axis, axis)}.md#{path}.{name})"
 
 
 def pictured(row: MethodRow, folder: str = "") -> str:
@@ -475,7 +440,8 @@ def _measurements(rows: list[MethodRow], results: Path) -> str:
     twice, four = (evaluations.measured(results, name) for name in ("smollm2-16k", "smollm2-32k"))
     lines = []
     for row in rows:
-        numbers = [cell(losses.get(row.measured), ".2f"), *[""] * 4]
+        loss = losses.get(MEASURED_AS.get(row.name, row.method.__name__))
+        numbers = [cell(loss, ".2f"), *[""] * 4]
         if row.name in twice:
             best = evaluations.best(twice[row.name])
             numbers[1:4] = named(best.parameters), between(best.over_yarn, 3), between(best.recall)

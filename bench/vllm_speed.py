@@ -48,17 +48,11 @@ def run_engine(name: str) -> None:
         sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
     extrope, cache_dtype = METHODS[name]
     llm = LLM(
-        str(models.unpacked(models.SMOLLM2)),
-        dtype=DTYPE,
-        kv_cache_dtype=cache_dtype,
-        enforce_eager=True,
-        max_model_len=TOKENS + NEW,
-        max_num_batched_tokens=2048,
-        max_num_seqs=4,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
+        str(models.unpacked(models.SMOLLM2)), dtype=DTYPE, kv_cache_dtype=cache_dtype,
+        enforce_eager=True, max_model_len=TOKENS + NEW, max_num_batched_tokens=2048,
+        max_num_seqs=4, skip_tokenizer_init=True, enable_prefix_caching=False,
         additional_config={} if extrope is None else {"extrope": extrope},
-    )
+    )  # fmt: skip
     engine = llm.llm_engine
     prompt = [5 + n * n % 40000 for n in range(TOKENS)]
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
@@ -117,11 +111,9 @@ def main() -> None:
 
     rounds = [{name: measure(name, args.threads) for name in args.methods} for _ in range(ROUNDS)]
     # The least time of all rounds: other load on the machine only adds to it.
-    rows = [
-        Row(name, *(count / min(each[name][part] for each in rounds)
-                    for part, count in (("prefill", TOKENS), ("decode", 1))))
-        for name in args.methods
-    ]  # fmt: skip
+    best = {name: {part: min(each[name][part] for each in rounds) for part in ("prefill", "decode")}
+            for name in args.methods}  # fmt: skip
+    rows = [Row(name, TOKENS / of["prefill"], 1 / of["decode"]) for name, of in best.items()]
     print("\n".join(map(str, rows)))
     about = {"tokens": TOKENS, "dtype": DTYPE, "threads": args.threads, "rounds": ROUNDS}
     about |= {"vllm": vllm.__version__, "transformers": transformers.__version__}

@@ -12,16 +12,7 @@ from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
-from .results import (
-    ROOT,
-    TESTS,
-    Deadline,
-    Verdict,
-    about,
-    folder,
-    kept_since,
-    save,
-)
+from .results import ROOT, TESTS, Deadline, Verdict, about, folder, kept_since, save
 
 RUN = ROOT / "bench" / "gpu" / "run.py"
 KILLED = 530.0  # seconds, after which a step is ended from outside

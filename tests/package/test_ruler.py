@@ -62,14 +62,3 @@ def test_the_command_of_a_cell_is_read_as_it_is_measured(method, given, monkeypa
     assert read.model_args == about | own
     assert (read.tasks, read.metadata) == (["niah_single_1"], {"max_seq_lengths": [4096]})
     assert (read.gen_kwargs, read.limit) == ({"max_gen_toks": 48}, 50)
-
-
-def test_methods_are_chosen_by_name_or_with_parameters():
-    known = ruler.METHODS["smollm2"]
-    factors = {("yarn", "factor=2"): known[1], ("yarn", "factor=4"): known[2]}
-    assert ruler.chosen(known, ["yarn"]) == factors
-    found = ruler.chosen(known, ["yarn factor=4", "rope"])
-    assert list(found) == [("rope", ""), ("yarn", "factor=4")]
-    assert list(ruler.chosen(known, []).values()) == list(known)
-    with pytest.raises(UsageError, match=r"must be among 'rope', .* got 'yarn factor=3'"):
-        ruler.chosen(known, ["rope", "yarn factor=3"])
