@@ -134,7 +134,8 @@ def positions(draw, batch, seqlen, sequences, freqs, packed) -> Tensor | int | N
         shapes["each"] = (batch, seqlen)
     if freqs.axes is not None:
         shapes["axes"] = (3, 1 if packed else batch, seqlen)
-    kind = draw(st.sampled_from(("none", "int", *shapes)))
+    often = ("axes",) * 4 if freqs.axes is not None else ()
+    kind = draw(st.sampled_from(("none", "int", *shapes, *often)))
     if kind == "none":
         return None
     if kind == "int":

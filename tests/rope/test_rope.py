@@ -73,6 +73,6 @@ def test_inverse_undoes(backend, interleaved, decay):
 @pytest.mark.skipif(device() != "cpu", reason="chooses among the CPU's kernels")
 @pytest.mark.parametrize("narrower", ("baseline", "avx2"))
 def test_narrower_instructions(narrower, run_narrower):
-    tests = "cpu and (head_dims or float64 or log_decay or strided)"
+    tests = "cpu and (head_dims or heads or float64 or denormals)"
     files = [f"tests/rope/test_rope{name}.py" for name in ("", "_decay", "_gradients", "_memory")]
     run_narrower(narrower, *files, "-k", tests)
