@@ -2,15 +2,17 @@
 
 import functools
 import math
+from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
 from attention_oracle import (
     attend,
+    by_formula,
     check,
     check_both,
     closed_form,
-    definition,
     frequencies,
     make_qkv,
 )
@@ -22,6 +24,7 @@ from score_examples import (
     example,
     rerope,
     self_extend,
+    string,
 )
 from vectors import load
 
@@ -32,12 +35,13 @@ from extrope_kernels.testing import assert_within_budget, device
 DATA = load("score")
 VECTORS = {v["id"]: v for v in DATA["vectors"]}
 INF = math.inf
-LOW = (torch.float32, torch.bfloat16, torch.float16)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SINKS = (3.0, -1.5)  # one that takes most of the weight, and one that takes little
 of_rerope = functools.partial(example, scores.rerope, rerope)
 of_self_extend = functools.partial(example, scores.self_extend, self_extend)
 of_chunks = functools.partial(example, scores.dual_chunk, dual_chunk)
 of_blocks = functools.partial(example, scores.blockwise_causal, blockwise_causal)
+of_string = functools.partial(example, scores.string, string)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -67,8 +71,7 @@ def test_the_authors_output(name, any_backend):
     freqs = frequencies(vector["params"]["head_dim"])
     x = torch.tensor(vector["x"], device=device()).view(1, tokens, 1, -1)
     check(any_backend, made, (x, x, x), freqs, **options)
-    relative, known = definition(made, x, x, options)
-    exact, _ = closed_form(x, x, x, relative, freqs, **known)
+    exact, _ = by_formula(closed_form, made, (x, x, x), freqs, options)
     original = torch.tensor(vector["out"], device=device()).view_as(x)
     assert (original - exact).abs().max() < 5e-7
 
@@ -104,33 +107,140 @@ def test_the_authors_visibility(any_backend):
 
 
 # -------------------------------------------------------------------------------------------------
-# The closed form: parameters of score methods, shapes, dtypes
+# Outputs and gradients against the closed form: every score method in calls of every kind
+
+
+def query_scale(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (0.5 + torch.rand(shape, generator=generator)).to(device())
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device())
+
+
+def packed(*lengths: int, **sizes) -> dict:
+    return {
+        "batch": 1,
+        "seqlen_q": sum(lengths),
+        "cu_seqlens": ints(0, *accumulate(lengths)),
+        **sizes,
+    }
+
+
+def everything(*rows: int) -> dict:
+    """All that models add; rows: of q."""
+    return {"sinks": torch.tensor(SINKS, device=device()), "softcap": 2.0, "sliding_window": 29,
+            "query_scale": query_scale(*rows), "log_n": 16, "softmax_scale": 0.3}  # fmt: skip
+
+
+SIZES = ("batch", "seqlen_q", "seqlen_k", "heads_q", "heads_k", "head_dim", "head_dim_v", "dtype")
+FREQS = ("rotary_dim", "attention_factor", "rows")
+# Sizes, frequencies and options of a call; rows: a factor of the frequencies of each sequence.
+KINDS = {
+    "a sequence": {"rotary_dim": 16, "attention_factor": 1.2},
+    "one query": {"batch": 3, "seqlen_q": 1, "seqlen_k": 33, "heads_q": 8, "heads_k": 2},
+    "the last queries": {"seqlen_q": 7, "seqlen_k": 41, "heads_q": 6, "heads_k": 3},
+    "in float16": {"seqlen_q": 67, "heads_q": 4, "heads_k": 4, "head_dim": 40, "dtype": F16},
+    "in bfloat16": {"seqlen_q": 130, "heads_q": 3, "head_dim": 64, "dtype": BF16,
+                    "rotary_dim": 32, "attention_factor": 1.2},
+    "everything": {"batch": 2, "seqlen_q": 67, **everything(2, 67)},
+    "a window": {"batch": 2, "seqlen_q": 67, "sliding_window": 13},
+    "packed": packed(5, 0, 17, 1, 33, heads_q=4, heads_k=2),
+    "packed, with everything": packed(17, 0, 1, 30, **everything(48), rows=(0.5, 1, 1.2, 1.5),
+                                      q_start=ints(0, 7, 9, 5), k_start=ints(0, 4, 9, 2)),
+    "a block": {"batch": 2, "seqlen_q": 23, "seqlen_k": 29, "q_start": 11, "k_start": 5,
+                "log_n": 16},
+}  # fmt: skip
+HEADS = {"heads_q": 1}, {"heads_q": 3}, {"heads_q": 4, "heads_k": 2}, {"heads_q": 9, "heads_k": 3}
+FAR = of_rerope(window=7, factor=4.0)
+# Of these only some sequences are long enough for the score's older regions; the first holds more
+# keys than kernels read beside those that are seen.
+ROTATED = {"rotary_dim": 6, "rotary_offset": 8}
+UNEVEN = (
+    of_chunks(chunk_size=80, local_window=30), of_blocks(block_size=150),
+    of_string(shift=90, window=8), of_rerope(window=80, factor=4.0),
+    of_self_extend(window=80, factor=4),
+)  # fmt: skip
+CASES = {
+    **{f"window {w}, factor {f}": {"example": of_rerope(window=w, factor=f), "seqlen_q": 67}
+       for w, f in ((1, 1 / 16), (2, 4.0), (15, INF), (16, 1 / 16), (17, 1.0), (66, 4.0), (67, INF),
+                    (68, 4.0))},
+    **{f"{n} dims": {"seqlen_q": 37, "head_dim": n, "dtype": dtype}
+       for n, dtype in ((8, F32), (40, BF16), (64, F16), (72, F32), (96, BF16), (128, F16),
+                        (256, F32))},
+    **{f"{q} queries of {k} tokens": {"batch": 2, "seqlen_q": q, "seqlen_k": k, **heads}
+       for (q, k), heads in zip(((1, 1), (2, 2), (53, 53), (1, 40), (39, 40), (5, 40), (40, 7),
+                                 (3, 1)), 2 * HEADS)},
+    "interleaved": {"interleaved": True, "log_n": 3, "softmax_scale": 0.1, "rotary_dim": 2,
+                    "attention_factor": 0.7},
+    "a scale": {"softmax_scale": 0.3, "rotary_dim": 16, "attention_factor": 1.3, "dtype": BF16},
+    "values of 8 dims": {"batch": 2, "head_dim": 24, "head_dim_v": 8},
+    "values of 64 dims": {"batch": 2, "head_dim": 40, "head_dim_v": 64, "dtype": F16},
+    "latent attention": {"seqlen_q": 35, "head_dim": 192, "head_dim_v": 128, "rotary_dim": 64,
+                         "rotary_offset": 128, "dtype": BF16, "interleaved": True},
+    "dims 8 to 24": {"head_dim": 64, "rotary_dim": 16, "rotary_offset": 8, "interleaved": True},
+    "dims 42 to 64": {"head_dim": 64, "rotary_dim": 22, "rotary_offset": 42, "dtype": F16},
+    "wide heads": {"seqlen_q": 19, "head_dim": 264},
+    "the widest heads": {"seqlen_q": 19, "head_dim": 512},
+    "sinks": {"sinks": torch.tensor(SINKS, device=device()), "seqlen_k": 53, "dtype": BF16},
+    "a cap": {"softcap": 1.5, "seqlen_k": 53, "dtype": F16},
+    "a window of one": {"sliding_window": 1, "seqlen_k": 53, "dtype": BF16},
+    "temperatures": {"query_scale": query_scale(33), "dtype": F16},
+    "temperatures of each": {"batch": 2, "query_scale": query_scale(2, 33), "dtype": BF16},
+    "everything in bfloat16": {"batch": 2, "seqlen_q": 41, "seqlen_k": 53, "dtype": BF16,
+                               **everything(2, 41)},
+    "everything in float16": {"batch": 2, "seqlen_q": 41, "seqlen_k": 53, "dtype": F16,
+                              **everything(2, 41)},
+    "keys before": {"seqlen_q": 23, "q_start": 40, "k_start": 0},
+    "keys beside": {"seqlen_q": 23, "q_start": 7, "k_start": 7},
+    "keys behind": {"seqlen_q": 23, "q_start": 3, "k_start": 30, "log_n": 16},
+    "keys from 6 on": {"seqlen_q": 23, "k_start": 6},
+    "starts of each sequence": {"batch": 2, "q_start": ints(9, 31), "k_start": ints(9, 20),
+                                "example": of_blocks(block_size=10)},
+    "a batch of pieces": {"batch": 2, "seqlen_q": 100, "seqlen_k": 600, "head_dim": 16,
+                          "example": of_blocks(block_size=256), "q_start": ints(0, 500),
+                          "k_start": 0},
+    "frequencies of each sequence": {"batch": 2, "rows": (1.0, 0.5)},
+    "a token behind an empty sequence": packed(0, 1, rows=(1.0, 0.5), q_start=ints(3, 40),
+                                               k_start=ints(3, 37)),
+    "empty sequences": packed(0, 0, 3),
+    "packed in 16 bits": packed(64, 65, dtype=BF16, example=EXAMPLES["dual_chunk"]),
+    **{f"uneven sequences of {made.score}":
+       packed(70, 0, 200, **ROTATED, head_dim=16, example=made, attention_factor=factor)
+       for made, factor in zip(UNEVEN, (1.0, 1.2, 1.0, 1.2, 1.2))},
+}  # fmt: skip
+
+
+def call_of(case: dict) -> tuple:
+    """Tensors, frequencies and options."""
+    case = dict(case)
+    tensors = make_qkv(**{name: case.pop(name) for name in SIZES if name in case})
+    if "cu_seqlens" in case:
+        tensors = [x[0] for x in tensors]
+    given = {name: case.pop(name) for name in FREQS if name in case}
+    rows = given.pop("rows", None)
+    freqs = frequencies(tensors[0].shape[-1], **given)
+    if rows is not None:
+        rows = torch.tensor(rows, device=device())[:, None]
+        freqs = replace(freqs, inv_freq=freqs.inv_freq * rows)
+    return tensors, freqs, case
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"batch": 2, "seqlen_q": 1},
-        {"seqlen_q": 7, "seqlen_k": 41, "heads_q": 6, "heads_k": 3},
-        {"seqlen_q": 67, "heads_q": 4, "heads_k": 4, "head_dim": 40, "dtype": torch.float16},
-        {"seqlen_q": 130, "heads_q": 3, "head_dim": 64, "dtype": torch.bfloat16},
-    ],
-    ids=range(5),
-)
-def test_every_score_method(name, shape, any_backend):
-    tensors = make_qkv(**shape)
-    head_dim = tensors[0].shape[-1]
-    freqs = frequencies(head_dim, rotary_dim=head_dim // 2, attention_factor=1.2)
-    check_both(any_backend, EXAMPLES[name], tensors, freqs)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_score_method(kind, name, any_backend):
+    tensors, freqs, options = call_of(KINDS[kind])
+    check_both(any_backend, EXAMPLES[name], tensors, freqs, **options)
 
 
-@pytest.mark.parametrize("factor", [1 / 16, 1.0, 4.0, INF])
-@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 66, 67, 68])
-def test_windows_and_factors(window, factor, any_backend):
-    made = of_rerope(window=window, factor=factor)
-    check_both(any_backend, made, make_qkv(seqlen_q=67), with_lse=False)
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_and_options(name, any_backend):
+    if any_backend == "triton" and "wide" in name:
+        pytest.skip("its kernels take a head_dim up to 256")
+    tensors, freqs, options = call_of(CASES[name])
+    made = options.pop("example", FAR)
+    check_both(any_backend, made, tensors, freqs, **options)
 
 
 BLOCKS = [
@@ -142,58 +252,28 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("seqlens", [(1, 1), (61, 61), (1, 50), (7, 50), (9, 4)], ids=str)
-@pytest.mark.parametrize("made", BLOCKS, ids=lambda made: f"{made.score.name}-{made.parameters}")
-def test_blocks_of_positions(made, seqlens, any_backend):
+@pytest.mark.parametrize("made", BLOCKS, ids=lambda made: f"{made.score}")
+def test_blocks_of_positions(made, any_backend):
     """With XPOS, too, where scores keep it within blocks."""
-    tensors = make_qkv(1, *seqlens, 4, 2)
-    compare = check_both if seqlens == (61, 61) else check
-    compare(any_backend, made, tensors, frequencies(32, attention_factor=1.2))
+    freqs = frequencies(32, attention_factor=1.2)
+    for seqlens in ((1, 50), (7, 50), (9, 4)):
+        check(any_backend, made, make_qkv(1, *seqlens, 4, 2), freqs)
+    check_both(any_backend, made, make_qkv(1, 61, 61, 4, 2), freqs)
     if made.score.name == "blockwise_causal":
-        compare(any_backend, made, tensors, xpos(32).to(device()))
+        check_both(any_backend, made, make_qkv(1, 61, 61, 4, 2), xpos(32).to(device()))
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 256])
-def test_head_dims(head_dim, dtype, any_backend):
-    tensors = make_qkv(seqlen_q=37, head_dim=head_dim, dtype=dtype)
-    check_both(any_backend, of_rerope(window=11, factor=4.0), tensors, with_lse=False)
-
-
-@pytest.mark.parametrize("heads_q, heads_k", [(1, 1), (3, 1), (4, 2), (9, 3)])
-@pytest.mark.parametrize(
-    "seqlens", [(1, 1), (2, 2), (53, 53), (1, 40), (39, 40), (5, 40), (40, 7), (3, 1)], ids=str
-)
-def test_heads_and_lengths(seqlens, heads_q, heads_k, any_backend):
-    """Queries are the last of their sequence; with fewer keys the first ones see none."""
-    tensors = make_qkv(2, *seqlens, heads_q, heads_k)
-    check_both(any_backend, of_rerope(window=7, factor=4.0), tensors, with_lse=False)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"softmax_scale": 0.3},
-        {"log_n": 8},
-        {"interleaved": True},
-        {"interleaved": True, "log_n": 3, "softmax_scale": 0.1},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("rotary_dim, attention_factor", [(32, 1.0), (16, 1.3), (2, 0.7)])
-def test_options(options, rotary_dim, attention_factor, any_backend):
-    freqs = frequencies(32, rotary_dim=rotary_dim, attention_factor=attention_factor)
-    made = of_rerope(window=6, factor=2.0)
-    check_both(any_backend, made, make_qkv(seqlen_q=29), freqs, **options)
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)
 def test_strided_views(dtype, any_backend):
     q, k, v = make_qkv(2, 23, None, 4, 2, 32, dtype)
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    padded = torch.full((2, 23, 4, 48), torch.nan, dtype=dtype, device=q.device)
-    padded[..., 8:40] = q
-    check(any_backend, of_rerope(window=5), (padded[..., 8:40], k, v))
+    q = torch.nn.functional.pad(q, (8, 8), value=torch.nan)[..., 8:40]
+    check(any_backend, of_rerope(window=5), (q, k, v))
+    given = of_rerope(window=5), [x.requires_grad_() for x in (q.detach(), k, v)], frequencies(32)
+    out, _ = attend(given[0], *given[1], given[2], any_backend)
+    summed = torch.autograd.grad(out.sum(), given[1], retain_graph=True)  # strides all zero
+    dense = torch.autograd.grad(out, given[1], torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(summed, dense))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0)], ids=str)
@@ -204,37 +284,6 @@ def test_empty(shape, any_backend):
     assert out.shape == q.shape and lse.shape == (shape[0], shape[2], shape[1])
     for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v))):
         assert torch.equal(grad, torch.zeros_like(x))
-
-
-@pytest.mark.parametrize(
-    "head_dim, head_dim_v, dtype", [(24, 8, LOW[0]), (40, 64, LOW[2]), (192, 128, LOW[1])]
-)
-def test_another_head_dim_of_values(head_dim, head_dim_v, dtype, any_backend):
-    tensors = make_qkv(2, 35, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim_v)
-    check_both(any_backend, EXAMPLES["dual_chunk"], tensors)
-
-
-@pytest.mark.parametrize(
-    "head_dim, rotary_dim, rotary_offset, dtype",
-    [(192, 64, 128, LOW[1]), (64, 16, 8, LOW[0]), (64, 22, 42, LOW[2])],
-)
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
-def test_rotated_dims_in_their_place(
-    head_dim, rotary_dim, rotary_offset, dtype, interleaved, any_backend
-):
-    """As in latent attention: 64 of 192 dims from 128 on, and others; of rows with gaps."""
-    tensors = make_qkv(2, 35, head_dim=head_dim, dtype=dtype, head_dim_v=head_dim // 2)
-    tensors = [torch.nn.functional.pad(x, (8, 8), value=torch.nan)[..., 8:-8] for x in tensors]
-    freqs = frequencies(head_dim, rotary_dim=rotary_dim, attention_factor=1.2)
-    by = {"rotary_offset": rotary_offset, "interleaved": interleaved}
-    check_both(any_backend, of_rerope(window=11, factor=4.0), tensors, freqs, **by)
-
-
-@pytest.mark.parametrize("head_dim", [264, 512])
-def test_wide_heads(head_dim, any_backend):
-    if any_backend == "triton":
-        pytest.skip("its kernels take a head_dim up to 256")
-    check_both(any_backend, EXAMPLES["rerope"], make_qkv(1, 19, head_dim=head_dim))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -298,9 +347,9 @@ def test_position_probe(made, any_backend):
 
 
 @pytest.mark.parametrize(
-    "dtype", [LOW[0], *(pytest.param(x, marks=pytest.mark.thorough) for x in LOW[1:])], ids=str
+    "dtype", [F32, *(pytest.param(x, marks=pytest.mark.thorough) for x in (BF16, F16))], ids=str
 )
-@pytest.mark.parametrize("factor", [INF, 16.0])
+@pytest.mark.parametrize("factor", [16.0, pytest.param(INF, marks=pytest.mark.thorough)])
 def test_positions_around_a_million(dtype, factor, fast_backend):
     """Two queries at the end of 1,000,003 keys; those near them have large logits, others none."""
     if fast_backend == "triton" and device() == "cpu":
@@ -323,86 +372,7 @@ def test_finite_where_released_xpos_overflows(dtype, any_backend):
 
 
 # -------------------------------------------------------------------------------------------------
-# What models add: sinks, caps, windows, temperatures, starts
-
-
-def query_scale(*shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return (0.5 + torch.rand(shape, generator=generator)).to(device())
-
-
-def switched(switch: str, batch: int, seqlen_q: int) -> dict:
-    """Options by the name of what they switch on."""
-    sinks = torch.tensor(SINKS, device=device())
-    return {
-        "sinks": {"sinks": sinks},
-        "softcap": {"softcap": 1.5},
-        "sliding_window": {"sliding_window": 13},
-        "window of one": {"sliding_window": 1},
-        "query_scale": {"query_scale": query_scale(seqlen_q)},
-        "query_scale of each": {"query_scale": query_scale(batch, seqlen_q)},
-        "all": {
-            "sinks": sinks, "softcap": 2.0, "sliding_window": 29, "log_n": 16,
-            "query_scale": query_scale(batch, seqlen_q), "softmax_scale": 0.3,
-        },
-    }[switch]  # fmt: skip
-
-
-SWITCHES = ("sinks", "softcap", "sliding_window", "window of one", "query_scale",
-            "query_scale of each", "all")  # fmt: skip
-
-
-@pytest.mark.parametrize("switch", ["sliding_window", "all"])
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_score_method_with(name, switch, any_backend):
-    check_both(any_backend, EXAMPLES[name], make_qkv(2, 67), **switched(switch, 2, 67))
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_dtypes(switch, dtype, any_backend):
-    tensors = make_qkv(2, 41, 53, head_dim=64, dtype=dtype)
-    check_both(any_backend, EXAMPLES["leaky_rerope"], tensors, **switched(switch, 2, 41))
-
-
-STARTS = {
-    "behind": {"q_start": 40, "k_start": 0},  # keys end before the queries begin
-    "beside": {"q_start": 7, "k_start": 7},
-    "before": {"q_start": 3, "k_start": 30},  # no query sees a key
-    "across": {"q_start": 11, "k_start": 5},
-    "keys alone": {"k_start": 6},
-}
-
-
-@pytest.mark.parametrize("starts", STARTS)
-@pytest.mark.parametrize("name", ["self_extend", "dual_chunk"])
-def test_starts(name, starts, any_backend):
-    check_both(any_backend, EXAMPLES[name], make_qkv(2, 23, 29), **STARTS[starts], log_n=16)
-
-
-@pytest.mark.parametrize("name", ["leaky_rerope", "blockwise_causal"])
-def test_starts_of_each_sequence(name, any_backend):
-    """As one sequence after the other; what starts hold counts, not where it lies."""
-    tensors, freqs = make_qkv(2, 23), frequencies(32)
-    starts = torch.tensor((9, 31, 9, 20), dtype=torch.int32, device=device())
-    both = attend(
-        EXAMPLES[name], *tensors, freqs, any_backend, q_start=starts[:2], k_start=starts[2:]
-    )
-    for b in range(2):
-        own = {"q_start": int(starts[b]), "k_start": int(starts[b + 2])}
-        one = attend(EXAMPLES[name], *(x[b : b + 1] for x in tensors), freqs, any_backend, **own)
-        for x, y in zip(both, one):
-            assert torch.equal(x[b : b + 1], y)
-
-
-def test_frequencies_of_each_batch_row(any_backend):
-    q, k, v = make_qkv(2, 20, None, 2, 1)
-    inv_freq = frequencies(32).inv_freq * torch.tensor([[1.0], [0.5]], device=q.device)
-    out, _ = attend(EXAMPLES["rerope"], q, k, v, RopeFreqs(inv_freq), any_backend)
-    for row in range(2):
-        part = [x[row : row + 1] for x in (q, k, v)]
-        one, _ = attend(EXAMPLES["rerope"], *part, RopeFreqs(inv_freq[row]), any_backend)
-        assert torch.equal(out[row : row + 1], one)
+# Sinks, caps and temperatures at their ends, and what is not finite
 
 
 def test_a_row_without_keys_has_its_sink_alone(any_backend):
@@ -418,7 +388,7 @@ def test_a_row_without_keys_has_its_sink_alone(any_backend):
     torch.testing.assert_close(grads[3], torch.full((2,), 5.0, device=device()))
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("dtype", (F32, BF16, F16), ids=str)
 def test_scales_of_any_sign(dtype, any_backend):
     """Keys that a row does not see stay hidden where its logits change their sign, or are all 0."""
     scale = (torch.arange(67, device=device()) - 33) / 20
@@ -483,3 +453,16 @@ def test_nan_stays_nan_whatever_its_bits(bits, any_backend):
     out, lse = attend(EXAMPLES["rerope"], q, k, v, frequencies(32), any_backend)
     assert out[:, 4:].isnan().all() and lse[..., 4:].isnan().all()
     assert out[:, :4].isfinite().all() and lse[..., :4].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_stays_in_its_sequence(name):
+    """In the reference; in kernels, where values share a tile, it may not."""
+    tensors = dict(zip("qkv", (x[0] for x in make_qkv(1, 30, None, 2, 1))))
+    tensors[name][4] = torch.nan
+    tensors = [x.requires_grad_() for x in tensors.values()]
+    options = {"cu_seqlens": ints(0, 10, 30)}
+    out, _ = attend(EXAMPLES["rerope"], *tensors, frequencies(32), "reference", **options)
+    assert out[:10].isnan().any() and out[10:].isfinite().all()
+    for grad in torch.autograd.grad(out.sum(), tensors):
+        assert grad[10:].isfinite().all()

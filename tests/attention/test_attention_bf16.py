@@ -26,7 +26,7 @@ def most_thorough(values, kept):
 
 
 @pytest.mark.parametrize(
-    "window", most_thorough([127, 128, 191, 192, 193, 383, 384, 385], kept=(128, 193))
+    "window", most_thorough([127, 128, 191, 192, 193, 383, 384, 385], kept=(193,))
 )
 def test_windows_around_tiles_of_384_rows_and_heads_and_192_keys(window):
     tensors = make_qkv(seqlen_q=389, heads_q=2, head_dim=16)
@@ -37,7 +37,7 @@ def test_windows_around_tiles_of_384_rows_and_heads_and_192_keys(window):
 @pytest.mark.parametrize("heads_q", [1, 4])
 @pytest.mark.parametrize(
     "window",
-    most_thorough([1, 7, 8, 9, 31, 32, 33, 47, 48, 49, 63, 64, 65, 161], kept=(8, 33, 161)),
+    most_thorough([1, 7, 8, 9, 31, 32, 33, 47, 48, 49, 63, 64, 65, 161], kept=(8, 33)),
 )
 def test_windows_around_blocks_of_4_8_or_32_keys(window, heads_q, dtype):
     """Where some rows of a block of keys are near and others far, or on neither side."""
@@ -65,8 +65,7 @@ def test_every_key_counts_once_for_any_window(dtype):
         assert torch.allclose(out[0].float(), want[:, None].expand(n, 2, n), rtol=2.0**-7), window
 
 
-@pytest.mark.parametrize("window", [31, 257, 513])
-@pytest.mark.parametrize("heads_q, seqlen", [(4, 517), (1, 515)])
+@pytest.mark.parametrize("heads_q, seqlen, window", [(4, 517, 31), (4, 517, 257), (1, 515, 513)])
 def test_windows_around_tiles_of_1024_rows_and_heads(heads_q, seqlen, window):
     check(
         "cpu", of_rerope(window=window, factor=4.0), make_qkv(1, seqlen, None, heads_q, 1, 16, BF16)
@@ -105,8 +104,7 @@ def test_keys_that_no_query_sees_may_be_infinite_in_other_blocks():
     assert torch.equal(attend(made, q, k, v, freqs, "cpu")[0][:, :32], whole)
 
 
-@pytest.mark.parametrize("window", [31, 129, 513])
-@pytest.mark.parametrize("heads_q, seqlen", [(4, 261), (1, 515)])
+@pytest.mark.parametrize("heads_q, seqlen, window", [(4, 261, 31), (4, 261, 129), (1, 515, 513)])
 def test_gradients_around_tiles_of_512_rows_and_heads_and_128_keys(heads_q, seqlen, window):
     tensors = make_qkv(1, seqlen, None, heads_q, 1, 16, BF16)
     check_gradients("cpu", of_rerope(window=window), tensors, with_lse=False)

@@ -1,4 +1,4 @@
-"""What gradients alone have: strides, rows without keys, the reference's own backward.
+"""What gradients alone have: rows without keys, the reference's own backward.
 
 Those of every score method and option are in test_attention.py.
 """
@@ -16,17 +16,6 @@ from extrope_kernels.ops.attention import AttentionCall, reference
 from extrope_kernels.testing import device
 
 INF = math.inf
-
-
-def test_strided_gradient_and_views(any_backend):
-    q, k, v = (
-        x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-        for x in make_qkv(2, 23, None, 4, 2)
-    )
-    out, _ = attend(EXAMPLES["rerope"], q, k, v, frequencies(32), any_backend)
-    summed = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)  # strides all zero
-    dense = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    assert all(torch.equal(a, b) for a, b in zip(summed, dense))
 
 
 def test_a_row_without_keys_or_a_sink(any_backend):
@@ -61,10 +50,10 @@ def test_finite_differences(name):
         freqs = RopeFreqs(inv_freq, attention_factor=1.2)
         return attend(EXAMPLES[name], q, k, v, freqs, "reference", log_n=3)
 
-    assert torch.autograd.gradcheck(run, (*tensors, inv_freq))
+    assert torch.autograd.gradcheck(run, (*tensors, inv_freq), fast_mode=True)
     if name in ("leaky_rerope", "self_extend"):
         tensors = [x[:, :4].detach().requires_grad_() for x in tensors]
-        assert torch.autograd.gradgradcheck(run, (*tensors, inv_freq))
+        assert torch.autograd.gradgradcheck(run, (*tensors, inv_freq), fast_mode=True)
 
 
 def ints(*values):

@@ -95,10 +95,10 @@ def test_compile_is_one_graph(named, compiler):
     leaves = [x.requires_grad_() for x in make_qkv(1, 37, None, 4, 2)]
 
     def loss(q, k, v):
-        near = rope_attention(q, k, v, FREQS, scores.rerope(8, 4.0), log_n=16, backend=named)
-        by = {"rotary_offset": 8, "backend": named}
-        chunks = rope_attention(q, k, v, frequencies(16), scores.dual_chunk(9, 2), **by)
-        return (near * chunks).sum()
+        by = {"rotary_offset": 8, "log_n": 16, "backend": named}
+        return (
+            rope_attention(q, k, v, frequencies(16), scores.dual_chunk(9, 2), **by).square().sum()
+        )
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
     for tokens in (37, 29):

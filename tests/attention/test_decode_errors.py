@@ -5,6 +5,8 @@ Single wrong arguments are in tests/package/test_wrong_arguments.py.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from decode_oracle import Case, make
@@ -33,6 +35,24 @@ def test_pages_have_slots(named):
     cache = {name: randn(3, 0, 2, DIM) for name in ("k_cache", "v_cache")}
     with pytest.raises(ValueError, match=r"^rerope: .* must have a block_size >= 1"):
         make(Case((9, 9), 2)).run(named, **cache, block_table=ints(0, 1)[:, None])
+
+
+@pytest.mark.parametrize("boundaries", [(1, 3, 6), (0, 4, 3), (0, 3, 7)], ids=str)
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_wrong_boundaries(boundaries, named):
+    if not INTERPRETED:
+        pytest.skip("values on a GPU are not looked at")
+    inputs = make(Case((9, 9), counts=(3, 3)))
+    message = (
+        f"rerope: cu_seqlens_q must rise from 0 to q's 6 tokens at most, got {list(boundaries)}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        inputs.run(named, cu_seqlens_q=ints(*boundaries))
+
+
+def test_another_word_than_raw():
+    with pytest.raises(ValueError, match=r"rerope: stored must be None or 'raw', got 'raws'"):
+        make(Case()).run(stored="raws")
 
 
 @pytest.mark.parametrize("name", ("k", "v"))

@@ -122,7 +122,7 @@ def test_any_number_of_splits(most, many_splits):
 
 def test_splits_merge_in_their_order_whoever_comes_last(many_splits):
     many_splits()
-    inputs = make(Case((80, 3, 50), heads_q=2, heads_k=1))
+    inputs = make(Case((80, 3), heads_q=1, heads_k=1, head_dim=16, rotary_dim=16))
     first, again = inputs.run("triton"), inputs.run("triton")
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
@@ -140,7 +140,7 @@ def test_a_nan_reaches_the_log_sum_exp(many_splits):
 def test_packed_queries_are_split(many_splits):
     """Chunks and single tokens in one call; a sequence has no query, another no key before it."""
     many_splits()
-    counts, lengths = (1, 12, 0, 5, 1), (60, 17, 3, 5, 0)
+    counts, lengths = (1, 5, 0, 3, 1), (60, 17, 3, 5, 0)
     case = Case(
         lengths, 1, heads_q=2, heads_k=1, leftpad=(2, 0, 1, 0, 0), head_dim_v=24, sinks=True
     )

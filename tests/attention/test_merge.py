@@ -11,14 +11,14 @@ from extrope_kernels.testing import attention_backends, device
 BACKENDS = ["torch", *(["triton"] if "triton" in attention_backends() else [])]
 F16, B16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 CASES = [
-    *((1, F32, F32), (2, B16, F32), (3, F16, F32), (5, F32, F32), (5, B16, F32)),
-    *((2, F64, F64), (3, F64, F32), (2, B16, F64), (2, F16, F64), (1, B16, F32)),
+    *((1, F32, F32), (3, F16, F32), (5, F32, F32), (5, B16, F32)),
+    *((2, F64, F64), (3, F64, F32), (2, B16, F64), (1, B16, F32)),
 ]
 SHAPES = [
     (2, 5, 3, 8),
     (1, 1, 1, 1),
     (7, 3, 20),
-    (2, 17, 2, 33),
+    (2, 9, 2, 33),
     (0, 3, 8),
     (2, 3, 0, 8),
     (1, 3, 2, 0),
@@ -260,7 +260,7 @@ def test_derivatives(merge, without_keys, results):
         return merge(leaves[: len(outs)], shifted)[results]
 
     assert torch.autograd.gradcheck(merged, leaves)
-    assert torch.autograd.gradgradcheck(merged, leaves)
+    assert torch.autograd.gradgradcheck(merged, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", (F32, B16))
@@ -278,14 +278,13 @@ def test_gradients_of_the_op_are_those_of_the_formula(dtype):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad):
+def test_opcheck():
     """Of ops that no call on a CPU runs."""
     outs, lses = some_sets(2, (2, 5, 3, 8), garbage=1.0)
     fwd, inplace = (getattr(torch.ops.extrope, f"merge_{n}").default for n in ("fwd", "inplace"))
     torch.library.opcheck(inplace, (outs[0].clone(), lses[0].clone(), outs[1:], lses[1:]))
     for x in (*outs, *lses):
-        x.requires_grad_(requires_grad)
+        x.requires_grad_()
     torch.library.opcheck(fwd, (outs, lses))
 
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from truncation import truncation
 from vectors import load
 
-from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
-from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
+from extrope_kernels import apply_rope, apply_rope_qk, methods
+from extrope_kernels.testing import device, make_qk
 
 VECTORS = load("mrope")
 
@@ -35,28 +34,6 @@ def frequencies(**changes):
     freqs = methods.yarn(64, factor=4.0, original_max_position_embeddings=4096)
     freqs = methods.with_sections(freqs, (16, 8, 8))
     return replace(freqs, **changes).to(device())
-
-
-def by_axis(q, k, freqs, positions, **options):
-    """The same rotation by its definition: one for every axis, of which its pairs are kept."""
-    parts = []
-    for axis, given in enumerate(positions):
-        plain = replace(freqs, axes=None)
-        rotated = apply_rope_qk(q, k, plain, positions=given, backend="reference", **options)
-        mine = (freqs.axes == axis).to(q.dtype)
-        mine = mine.repeat_interleave(2) if options.get("interleaved") else mine.tile(2)
-        rest = mine.new_full((q.shape[-1] - len(mine),), float(axis == 0))
-        parts.append([x * torch.cat((mine, rest)) for x in rotated])
-    return tuple(sum(x) for x in zip(*parts))
-
-
-def check(q, k, freqs, backend, positions, **options):
-    outs = apply_rope_qk(q, k, freqs, positions=positions, backend=backend, **options)
-    sames = by_axis(q, k, freqs, positions, **options)
-    exacts = by_axis(q.double(), k.double(), freqs, positions, **options)
-    for name, *values in zip("qk", outs, sames, exacts):
-        assert_within_budget(name, *values, truncation(backend, q.dtype))
-    return outs
 
 
 # -------------------------------------------------------------------------------------------------
@@ -127,28 +104,6 @@ def test_transformers(backend, model, name, rotary, sections):
     for x, y, given in zip(ours, theirs, (q, k)):
         # Their angles, 7 at most, are rounded to float32; then two products and a sum.
         torch.testing.assert_close(x, y, rtol=0, atol=8 * EPS * given.abs().max().item())
-
-
-# -------------------------------------------------------------------------------------------------
-# Against one rotation for each axis
-@pytest.mark.parametrize("interleaved", (False, True))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", (8, 64, 80, 128))
-def test_head_dims(backend, head_dim, dtype, interleaved):
-    q, k = make_qk(head_dim=head_dim, dtype=dtype)
-    pairs = head_dim // 2
-    axes = torch.arange(pairs, dtype=torch.int32, device=device()) % 3
-    freqs = RopeFreqs(methods.rope(head_dim).inv_freq.to(device()), 1.1, axes=axes)
-    check(q, k, freqs, backend, draw(3, 2, 13), interleaved=interleaved)
-
-
-@pytest.mark.parametrize("dtype", (torch.int32, torch.int64, torch.float32, torch.float64))
-@pytest.mark.parametrize("shape", ((3, 2, 5), (3, 1, 5), (1, 2, 5), (4, 2, 5)))
-def test_position_tensors(backend, shape, dtype):
-    q, k = make_qk(seqlen=5)
-    freqs = frequencies()
-    freqs = replace(freqs, axes=freqs.axes % shape[0] if shape[0] < 4 else 3 - freqs.axes)
-    check(q, k, freqs, backend, draw(*shape).to(dtype))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Generated rotations against float64: any shape, stride, dtype, layout, method, position."""
+"""Generated rotations against their formula: any shape, stride, dtype, layout, method, position."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from generated import (
     DTYPES,
@@ -24,6 +25,8 @@ from truncation import truncation
 from extrope_kernels import RopeFreqs, apply_rope_qk
 from extrope_kernels.testing import assert_within_budget, available_backends, device
 
+NORMS = ("q_norm_weight", "k_norm_weight")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -31,13 +34,95 @@ class Case:
     k: Tensor
     freqs: RopeFreqs
     options: dict
+    weights: dict[str, Tensor]  # of norms
 
     def run(self, **changes) -> tuple[Tensor, Tensor]:
-        return apply_rope_qk(self.q, self.k, self.freqs, **{**self.options, **changes})
+        options = {**self.options, **self.weights, **changes}
+        return apply_rope_qk(self.q, self.k, self.freqs, **options)
+
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """What has a gradient: q, k, and the frequencies or the weights of norms."""
+        leaves = {"q": self.q, "k": self.k, **self.weights}
+        if not self.weights:
+            leaves["inv_freq"] = self.freqs.inv_freq
+        return {
+            n: x.detach().to(dtype or x.dtype).clone().requires_grad_() for n, x in leaves.items()
+        }
+
+    def of(self, leaves: dict[str, Tensor]) -> Case:
+        """The same with these leaves."""
+        freqs = replace(self.freqs, inv_freq=leaves.get("inv_freq", self.freqs.inv_freq))
+        weights = {name: leaves[name] for name in self.weights}
+        return replace(self, q=leaves["q"], k=leaves["k"], freqs=freqs, weights=weights)
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        wide = replace(self, q=self.q.double(), k=self.k.double())
-        return wide.run(backend="reference")
+        """By the formula in float64, of angles in long double; differentiable."""
+        sequence, at = self.places()
+        inv_freq, per_head = self.freqs.inv_freq.double().cpu(), self.freqs.inv_freq.dim() == 3
+        if inv_freq.dim() == 1:
+            rows = inv_freq
+        else:
+            rows = inv_freq[sequence if len(inv_freq) > 1 else torch.zeros_like(sequence)]
+        rows = rows if per_head else rows.unsqueeze(-2)  # (batch, seqlen, heads or 1, pairs)
+        angle = at[..., None, :] * rows.detach().numpy().astype(np.longdouble)
+        cos, sin = (torch.from_numpy(f(angle).astype(np.float64)) for f in (np.cos, np.sin))
+        # As the angle moves, so do they.
+        moved = torch.from_numpy(at.astype(np.float64))[..., None, :] * (rows - rows.detach())
+        cos, sin = cos - sin * moved, sin + cos * moved
+        sign = -1 if self.options["inverse"] else 1
+        outs = []
+        for which, x in enumerate((self.q, self.k)):
+            amplitude = torch.full((1,), self.freqs.attention_factor, dtype=torch.float64)
+            if self.freqs.log_decay is not None:
+                decay = (1, -1)[which] * self.freqs.log_decay.double().cpu()
+                at_origin = at.astype(np.float64)[..., None, :] - self.freqs.decay_origin
+                amplitude = amplitude * torch.exp(torch.from_numpy(at_origin) * decay)
+            amplitude = amplitude**sign
+            normed = self.normed(x.double(), self.weights.get(NORMS[which])).cpu()
+            outs.append(self.rotated(normed, cos * amplitude, sign * sin * amplitude).to(x.device))
+        return tuple(outs)
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first = self.options["rotary_offset"]
+        before, rotary, after = x.tensor_split((first, first + 2 * cos.shape[-1]), -1)
+        interleaved = self.options["interleaved"]
+        a, b = (rotary[..., 0::2], rotary[..., 1::2]) if interleaved else rotary.chunk(2, -1)
+        if "cu_seqlens" in self.options:
+            cos, sin = cos[0], sin[0]
+        a, b = a * cos - b * sin, b * cos + a * sin
+        rotary = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+        return torch.cat((before, rotary, after), -1)
+
+    def normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return x
+        rows = x.flatten(-2) if len(weight) > x.shape[-1] else x
+        scale = (rows.square().mean(-1, keepdim=True) + self.options["norm_eps"]).rsqrt()
+        return (rows * scale * weight.double()).view(x.shape)
+
+    def places(self) -> tuple[Tensor, np.ndarray]:
+        """Each token's sequence (batch, seqlen), and its positions (batch, seqlen, pairs or 1)."""
+        given = self.options["positions"]
+        if "cu_seqlens" in self.options:
+            sizes = self.options["cu_seqlens"].diff().long().cpu()
+            sequence = torch.arange(len(sizes)).repeat_interleave(sizes)[None]
+            index = torch.cat([torch.arange(n) for n in sizes.tolist()])[None]
+            sequences = len(sizes)
+        else:
+            sequences, seqlen = self.q.shape[:2]
+            index = torch.arange(seqlen).expand(sequences, seqlen)
+            sequence = torch.arange(sequences)[:, None].expand(sequences, seqlen)
+        at = index.double()
+        if isinstance(given, int):
+            at = at + given
+        elif given is not None:
+            given = given.double().cpu()
+            if given.dim() == 3:
+                at = given[self.freqs.axes.long().cpu()].permute(1, 2, 0)
+                return sequence, at.numpy().astype(np.longdouble)
+            offsets = given.shape == (sequences, 1)
+            at = at + given[:, 0][sequence] if offsets else given.expand(index.shape)
+        return sequence, at[..., None].numpy().astype(np.longdouble)
 
 
 @st.composite
@@ -49,7 +134,8 @@ def positions(draw, batch, seqlen, sequences, freqs, packed) -> Tensor | int | N
         shapes["each"] = (batch, seqlen)
     if freqs.axes is not None:
         shapes["axes"] = (3, 1 if packed else batch, seqlen)
-    kind = draw(st.sampled_from(("none", "int", *shapes)))
+    often = ("axes",) * 4 if freqs.axes is not None else ()
+    kind = draw(st.sampled_from(("none", "int", *shapes, *often)))
     if kind == "none":
         return None
     if kind == "int":
@@ -66,11 +152,11 @@ def positions(draw, batch, seqlen, sequences, freqs, packed) -> Tensor | int | N
 
 
 @st.composite
-def cases(draw, dtypes=DTYPES) -> Case:
+def cases(draw) -> Case:
     batch, seqlen = draw(st.integers(0, 3)), draw(st.integers(0, 20))
     heads_q, heads_k = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     head_dim = draw(st.one_of(st.integers(2, 40), st.sampled_from((64, 80, 128, 256))))
-    dtype = draw(st.sampled_from(dtypes))
+    dtype = draw(st.sampled_from(DTYPES))
     options = {"interleaved": draw(st.booleans()), "inverse": draw(st.booleans())}
     leading, sequences = (batch, seqlen), batch
     packed = draw(st.booleans())
@@ -93,70 +179,79 @@ def cases(draw, dtypes=DTYPES) -> Case:
     if draw(st.booleans()):
         axes = torch.arange(inv_freq.shape[-1], dtype=torch.int32, device=device()) % 3
         freqs = replace(freqs, axes=axes)
+    if freqs.log_decay is not None:
+        freqs = replace(freqs, decay_origin=draw(st.sampled_from((0.0, 7.5))))
     options["positions"] = draw(positions(*(batch, seqlen), sequences, freqs, packed))
     seed = draw(seeds())
     q = laid_out(randn(seed, *leading, heads_q, head_dim, dtype=dtype), draw(LAYOUT))
     k = laid_out(randn(seed + 1, *leading, heads_k, head_dim, dtype=dtype), draw(LAYOUT))
-    return Case(q, k, freqs, options)
+    weights = {}
+    if draw(st.booleans()):
+        options["norm_eps"] = draw(st.sampled_from((1e-6, 0.5)))
+        which = draw(st.sampled_from((NORMS, NORMS, NORMS[:1], NORMS[1:])))
+        together = draw(st.booleans())  # of all heads
+        for name, heads in zip(NORMS, (heads_q, heads_k)):
+            weight = 0.5 + randn(seed, (heads if together else 1) * head_dim).abs()
+            weights[name] = weight.to(draw(st.sampled_from(DTYPES)))
+        weights = {name: weights[name] for name in which}
+    return Case(q, k, freqs, options, weights)
 
 
 LAYOUT = st.sampled_from(LAYOUTS)
-BACKENDS = backends([name for name in available_backends() if name != "reference"])
+BACKENDS = backends(available_backends())
 
 
-@generated(case=cases(), backend=BACKENDS)
-def test_rotation(case, backend):
-    """The same as the reference in float64, within the budget; nothing that was given changes."""
+def check(case: Case, backend: str) -> None:
+    """Within the budget; nothing that was given changes."""
     before = [x.clone() for x in (case.q, case.k)]
     outs, sames, exacts = case.run(backend=backend), case.run(backend="reference"), case.exact()
     for name, x, out, same, exact in zip("qk", (case.q, case.k), outs, sames, exacts):
-        assert out.shape == x.shape and out.dtype == x.dtype
-        assert_within_budget(name, out, same, exact, truncation(backend, x.dtype))
+        assert out.dtype == x.dtype
+        if x.dtype == torch.float64:  # its angles are no better than the formula's
+            furthest = np.abs(case.places()[1]).max(initial=0)
+            noise = torch.finfo(x.dtype).eps * furthest
+            torch.testing.assert_close(same, exact, rtol=1e-12 + noise, atol=1e-12 + 9 * noise)
+            exact = same
+        noise = norm_noise(case, exact)
+        assert_within_budget(name, out, same, exact, truncation(backend, x.dtype), noise)
     assert torch.equal(case.q, before[0]) and torch.equal(case.k, before[1])
 
 
-@generated(case=cases(), backend=BACKENDS)
-def test_in_place_has_the_same_bits(case, backend):
-    expected = case.run(backend=backend)
-    own = replace(case, q=laid_out(case.q, "unaligned"), k=laid_out(case.k, "gaps"))
-    around = [x._base if x._base is not None else x for x in (own.q, own.k)]
-    outside = [x.isnan().sum() for x in around]
-    outs = own.run(backend=backend, inplace=True)
-    assert outs[0] is own.q and outs[1] is own.k
-    assert torch.equal(outs[0], expected[0]) and torch.equal(outs[1], expected[1])
-    assert [x.isnan().sum() for x in around] == outside
+def check_gradients(case: Case, backend: str, seed: int) -> None:
+    """Of all that has one."""
+    douts = [randn(seed + n, *x.shape, dtype=x.dtype) for n, x in enumerate((case.q, case.k))]
+
+    def gradients(leaves, run):
+        outs = run(case.of(leaves))
+        return torch.autograd.grad(
+            outs, list(leaves.values()), [d.to(x) for d, x in zip(douts, outs)]
+        )
+
+    exact = gradients(case.leaves(torch.float64), Case.exact)
+    found, same = (
+        gradients(case.leaves(), lambda one, name=name: one.run(backend=name))
+        for name in (backend, "reference")
+    )
+    for name, *values in zip(case.leaves(), found, same, exact):
+        noise = norm_noise(case, exact[-1] if name == "k" else values[2])
+        if name == "inv_freq":
+            noise = frequency_noise(case, values[2])
+        elif name in NORMS:  # each of so many additions rounds a running sum
+            heads = case.q.shape[-2] if name == "q_norm_weight" else case.k.shape[-2]
+            terms = case.q.shape[:-2].numel() * heads
+            noise *= (10 + terms**0.5) / 10
+        assert_within_budget(name, *values, truncation(backend, case.q.dtype), noise)
 
 
-@generated(case=cases(), backend=BACKENDS, seed=seeds())
-def test_gradients(case, backend, seed):
-    """dq, dk and d inv_freq against those of the reference in float64."""
-
-    def gradients(case, backend):
-        leaves = [x.detach().clone().requires_grad_() for x in (case.q, case.k)]
-        leaves.append(case.freqs.inv_freq.detach().clone().requires_grad_())
-        freqs = replace(case.freqs, inv_freq=leaves[2])
-        outs = replace(case, q=leaves[0], k=leaves[1], freqs=freqs).run(backend=backend)
-        douts = [randn(seed + n, *x.shape).to(x.dtype) for n, x in enumerate(outs)]
-        return torch.autograd.grad(outs, leaves, douts)
-
-    low = case.q.dtype
-    rounded = [randn(seed + n, *x.shape).to(low).double() for n, x in enumerate((case.q, case.k))]
-    wide = replace(case, q=case.q.double(), k=case.k.double())
-    leaves = [x.detach().clone().requires_grad_() for x in (wide.q, wide.k)]
-    leaves.append(case.freqs.inv_freq.double().requires_grad_())
-    outs = replace(
-        wide, q=leaves[0], k=leaves[1], freqs=replace(case.freqs, inv_freq=leaves[2])
-    ).run(backend="reference")
-    exact = torch.autograd.grad(outs, leaves, rounded)
-    found, same = gradients(case, backend), gradients(case, "reference")
-    for name, out, same_dtype, want in zip(("dq", "dk", "dinv_freq"), found, same, exact):
-        noise = 0.0
-        if name == "dinv_freq":
-            noise = _frequency_noise(case, leaves[2], want)
-        assert_within_budget(name, out, same_dtype, want, truncation(backend, case.q.dtype), noise)
+def norm_noise(case: Case, exact: Tensor) -> float:
+    """Mean squares, products, means and differences: ten roundings that a rotation has not."""
+    if not case.weights or not exact.numel():
+        return 0.0
+    ulp = min(torch.finfo(torch.float32).eps, torch.finfo(case.q.dtype).eps)
+    return 5 * ulp * exact.abs().max().item()
 
 
-def _frequency_noise(case: Case, inv_freq: Tensor, exact: Tensor) -> float:
+def frequency_noise(case: Case, exact: Tensor) -> float:
     """d inv_freq sums position * x dx, whose terms may cancel: float32's error of each adds up."""
     if exact.numel() == 0 or case.q.numel() == 0:
         return 0.0
@@ -172,3 +267,25 @@ def _frequency_noise(case: Case, inv_freq: Tensor, exact: Tensor) -> float:
     wide = torch.float64 if case.q.dtype == torch.float64 else torch.float32
     terms = case.q.double().abs().max() * 5.0 * loudest * furthest  # |dout| < 5
     return 8 * torch.finfo(wide).eps * rows**0.5 * terms.item()
+
+
+@generated(examples=80, case=cases(), backend=BACKENDS)
+def test_rotation(case, backend):
+    check(case, backend)
+
+
+@generated(examples=60, case=cases(), backend=BACKENDS, seed=seeds())
+def test_gradients(case, backend, seed):
+    check_gradients(case, backend, seed)
+
+
+@generated(case=cases(), backend=BACKENDS)
+def test_in_place_has_the_same_bits(case, backend):
+    expected = case.run(backend=backend)
+    own = replace(case, q=laid_out(case.q, "unaligned"), k=laid_out(case.k, "gaps"))
+    around = [x._base if x._base is not None else x for x in (own.q, own.k)]
+    outside = [x.isnan().sum() for x in around]
+    outs = own.run(backend=backend, inplace=True)
+    assert outs[0] is own.q and outs[1] is own.k
+    assert torch.equal(outs[0], expected[0]) and torch.equal(outs[1], expected[1])
+    assert [x.isnan().sum() for x in around] == outside

@@ -30,10 +30,9 @@ def gradients(op, tensors, douts, cos, sin, **options):
     return *(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, douts)
 
 
-@pytest.mark.parametrize("conjugate", (False, True))
-@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("interleaved, conjugate", ((False, True), (True, False)))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim, half", ((128, 64), (72, 36), (80, 10), (34, 3), (9, 4)))
+@pytest.mark.parametrize("head_dim, half", ((9, 4), (34, 3), (72, 36), (80, 10), (128, 64)))
 def test_against_float64(backend, head_dim, half, dtype, interleaved, conjugate):
     tensors, (cos, sin) = make_qk(2, 7, 3, 2, head_dim, dtype), given(2, 7, half)
     douts = [torch.randn_like(x) for x in tensors]

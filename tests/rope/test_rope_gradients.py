@@ -23,11 +23,11 @@ def gradients(q, k, freqs, weights, **options):
     return [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("start", (0, *LONG_POSITIONS))
-def test_forward_and_backward_against_float64(backend, start, dtype, interleaved):
+@pytest.mark.parametrize("start", LONG_POSITIONS)
+def test_forward_and_backward_against_float64(backend, start, dtype):
     """Exact at any position."""
+    interleaved = start % 4 == 1
     q, k = make_qk(2, 11, 3, 1, head_dim=72, dtype=dtype)
     weights = make_qk(2, 11, 3, 1, head_dim=72, dtype=dtype, seed=1)
     freqs = methods.yarn(64, factor=4.0, original_max_position_embeddings=4096).to(device())
@@ -112,14 +112,9 @@ def build_case(name):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_finite_differences(backend, case):
+def test_finite_differences_twice(backend, case):
     rotate, leaves = build_case(case)
-    assert gradcheck(lambda *x: rotate(*x, backend), leaves, fast_mode=backend == "triton")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_finite_differences_of_the_gradient(backend, case):
-    rotate, leaves = build_case(case)
+    assert gradcheck(lambda *x: rotate(*x, backend), leaves, fast_mode=True)
     assert gradgradcheck(lambda *x: rotate(*x, backend), leaves, fast_mode=True)
 
 

@@ -13,31 +13,6 @@ from extrope_kernels.testing import device, make_qk
 FREQS = RopeFreqs(methods.rope(64).inv_freq.to(device()), 1.1)
 
 
-def strided_views(x):
-    batch, seqlen, heads, dim = x.shape
-    gap = x.new_full((batch, seqlen + 3, heads + 2, dim + 16), math.nan)
-    gap[:, 1 : seqlen + 1, 1 : heads + 1, 8 : dim + 8] = x
-    return {
-        "heads_first": x.transpose(1, 2).contiguous().transpose(1, 2),
-        "gaps": gap[:, 1 : seqlen + 1, 1 : heads + 1, 8 : dim + 8],
-        "unaligned": torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x),
-        "sequence_first": x.transpose(0, 1).contiguous().transpose(0, 1),
-    }
-
-
-@pytest.mark.parametrize("layout", ("heads_first", "gaps", "unaligned", "sequence_first"))
-@pytest.mark.parametrize("inplace", (False, True))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_strided_views_rotate_to_the_same_bits(backend, layout, inplace, dtype):
-    q, k = make_qk(2, 7, 5, 3, dtype=dtype)
-    expected = apply_rope_qk(q, k, FREQS, positions=50, backend=backend)
-    views = [strided_views(x)[layout] for x in (q, k)]
-    outs = apply_rope_qk(*views, FREQS, positions=50, inplace=inplace, backend=backend)
-    for view, out, want in zip(views, outs, expected):
-        assert torch.equal(out, want)
-        assert not inplace or out is view
-
-
 def test_outputs_keep_the_memory_layout(backend):
     q, k = make_qk(2, 6, 4, 2)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)

@@ -57,14 +57,13 @@ def check(q, k, weights, freqs, backend, **options):
     return got
 
 
-@pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("together", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "head_dim, rotary_dim, first",
-    ((128, 128, 0), (72, 72, 0), (80, 20, 0), (80, 32, 40), (34, 6, 11), (9, 8, 1)),
+    "head_dim, rotary_dim, first, interleaved",
+    ((128, 128, 0, False), (72, 72, 0, True), (80, 20, 0, False), (9, 8, 1, True)),
 )
-def test_against_float64(backend, head_dim, rotary_dim, first, dtype, together, interleaved):
+def test_against_float64(backend, head_dim, rotary_dim, first, interleaved, dtype, together):
     q, k = make_qk(2, 7, 3, 2, head_dim, dtype)
     weights = norm_weights(3, 2, head_dim, together)
     freqs = RopeFreqs(methods.rope(rotary_dim).inv_freq.to(device()), attention_factor=1.1)
@@ -73,57 +72,13 @@ def test_against_float64(backend, head_dim, rotary_dim, first, dtype, together, 
 
 
 @pytest.mark.parametrize("together", (False, True))
-@pytest.mark.parametrize("batch, seqlen", ((1, 1), (3, 1), (1, 131), (2, 0), (0, 5)))
-@pytest.mark.parametrize("heads", ((1, 1), (17, 1), (4, 4)))
-def test_shapes(backend, heads, batch, seqlen, together):
-    q, k = make_qk(batch, seqlen, *heads, head_dim=16)
+@pytest.mark.parametrize("batch, seqlen, heads_q, heads_k", ((1, 131, 4, 4), (3, 1, 17, 1)))
+def test_many_heads_and_tokens(backend, batch, seqlen, heads_q, heads_k, together):
+    if backend == "triton" and device() == "cpu":
+        seqlen = min(seqlen, 35)
+    q, k = make_qk(batch, seqlen, heads_q, heads_k, head_dim=16)
     freqs = methods.rope(16).to(device())
-    check(q, k, norm_weights(*heads, 16, together), freqs, backend)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("of", DTYPES)
-def test_weights_have_their_own_dtype(backend, dtype, of):
-    q, k = make_qk(1, 5, 2, 1, 64, dtype)
-    got = check(q, k, norm_weights(2, 1, 64, dtype=of), methods.rope(64).to(device()), backend)
-    assert [x.dtype for x in got[4:]] == [of, of]
-
-
-@pytest.mark.parametrize("together", (False, True))
-def test_views_of_a_packed_projection(backend, together):
-    """q, k as slices of one tensor, and heads before tokens."""
-    qkv = torch.randn(2, 11, 3 + 2 + 2, 64, device=device())
-    freqs, weights = methods.rope(64).to(device()), norm_weights(3, 2, 64, together)
-    q, k = qkv[:, :, :3], qkv[:, :, 3:5]
-    with torch.no_grad():
-        packed = call([q, k, *weights], freqs, backend)
-        alone = call([q.contiguous(), k.contiguous(), *weights], freqs, backend)
-        transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
-        heads_first = call([*transposed, *weights], freqs, backend)
-    for x, y, z in zip(packed, alone, heads_first):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
-        torch.testing.assert_close(x, z, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("together", (False, True))
-def test_packed_equals_one_by_one(backend, together):
-    q, k = make_qk(1, 13, 4, 2)
-    freqs, weights = methods.rope(64).to(device()), norm_weights(4, 2, 64, together)
-    cu_seqlens = torch.tensor([0, 5, 5, 6, 13], device=device())
-    packed = call([q[0], k[0], *weights], freqs, backend, cu_seqlens=cu_seqlens)
-    for begin, end in ((0, 5), (5, 6), (6, 13)):
-        alone = call([q[:, begin:end], k[:, begin:end], *weights], freqs, backend)
-        for x, y in zip(packed, alone):
-            torch.testing.assert_close(x[begin:end], y[0], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("together", (False, True))
-@pytest.mark.parametrize("shape", ((2, 1, 32), (2, 4, 32)))
-def test_frequencies_per_sequence_and_head(backend, shape, together):
-    q, k = make_qk(2, 5, 4, 4)
-    freqs = RopeFreqs(torch.rand(shape, device=device()))
-    for tensors in ((q, k), [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]):
-        check(*tensors, norm_weights(4, 4, 64, together), freqs, backend, positions=9)
+    check(q, k, norm_weights(heads_q, heads_k, 16, together), freqs, backend)
 
 
 @pytest.mark.parametrize("together", (False, True))
@@ -159,18 +114,6 @@ def test_the_reference_writes_in_place_and_has_the_gradients_of_autograd(togethe
     assert rope_norm_inplace(q, k, *weights, inv_freq) is None
     for x, y in zip((q, k), outs):
         torch.testing.assert_close(x, y.detach())
-
-
-@pytest.mark.parametrize("which", (0, 1))
-def test_one_weight_leaves_the_other_tensor_alone(backend, which):
-    q, k = make_qk(2, 7, 3, 2)
-    freqs, weights = methods.xpos(64).to(device()), norm_weights(3, 2, 64)
-    both = call([q, k, *weights], freqs, backend)
-    plain = apply_rope_qk(q, k, freqs, backend=backend)
-    weights[1 - which] = None
-    mixed = call([q, k, *weights], freqs, backend)
-    assert torch.equal(mixed[which], both[which])
-    torch.testing.assert_close(mixed[1 - which], plain[1 - which], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("together", (False, True))

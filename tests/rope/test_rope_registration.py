@@ -65,7 +65,8 @@ def test_compile_with_dynamic_lengths_does_not_recompile(backend):
     assert frames.frame_count == 1
 
 
-def test_compile_inplace(backend):
+@pytest.mark.thorough
+def test_inductor_in_place(backend):
     freqs = methods.rope(8).to(device())
 
     @torch.compile(fullgraph=True)

@@ -34,6 +34,32 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LAYOUTS = pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
 
 
+def cumulative(*ends: int) -> torch.Tensor:
+    return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+
+
+def rows(*leading: int, pairs: int = 8) -> torch.Tensor:
+    return torch.rand(*leading, pairs, device=DEVICE)
+
+
+def test_every_way_to_say_positions_and_frequencies():
+    """Each beside one that it goes with, on two tensors of (2, 5, 3, 20)."""
+    places = torch.randint(0, 99_999, (2, 5), device=DEVICE)
+    decay = {"log_decay": -rows(1)[0] / 9, "decay_origin": 3.5, "inv_freq": rows(1, 3)}
+    axes = torch.arange(8, dtype=torch.int32, device=DEVICE) % 3
+    for changes in (
+        {"positions": places, "inv_freq": rows(2, 3), "rotary_offset": 3},
+        {"positions": places[:1].double() + 0.25, "amplitude": 1.3, "interleaved": True},
+        {"positions": places[:, 0], "positions_are_offsets": True, "inv_freq": rows(2, 1)},
+        {"positions": torch.stack((places, places + 9, places * 3)), "axes": axes},
+        {"positions": places[:1] % 99, "conjugate": True, "offset": 7, **decay},
+    ):
+        check([randn(2, 5, 3, 20), randn(2, 5, 3, 20)], rope_rotation(16, **changes))
+    packed = {"cu_seqlens": cumulative(0, 2, 2, 5), "inv_freq": rows(3, 1)}
+    offsets = {"positions": places[0, :3].float(), "positions_are_offsets": True}
+    check([randn(1, 5, 3, 20), randn(1, 5, 1, 20)], rope_rotation(16, **packed, **offsets))
+
+
 @LAYOUTS
 @pytest.mark.parametrize("rotary_offset", (0, 8, 15))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,10 +157,6 @@ def test_angle_grad(dtype, per_head, interleaved):
         ("dq", "dk"), dx, reference.rotate(grads, rotation), want_dx, strict=True
     ):
         assert_rotated(name, got, ref, ideal)
-
-
-def cumulative(*ends: int) -> torch.Tensor:
-    return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
 
 
 @pytest.mark.parametrize("ends", ((5, 9, 30, -4), (-3, -2, -1, 0), (7, 7, 7, 7), (90, 2, 60, 1)))

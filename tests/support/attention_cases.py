@@ -5,27 +5,31 @@ And how far off what such a call returns may be.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
 import decode_oracle
 import torch
+from attention_oracle import largest_gain
 from generated import LAYOUTS, LOW, cumulative, frequencies, laid_out, lengths, randn, seeds
 from hypothesis import strategies as st
 from rounding import Rounding
 from score_examples import (
     Example,
-    Relative,
     blockwise_causal,
     dual_chunk,
     example,
+    of_pairs,
     rerope,
     self_extend,
     string,
 )
 from torch import Tensor
 
-from extrope_kernels import RopeFreqs, rope_attention, scores
+from extrope_kernels import RopeFreqs, scores
+from extrope_kernels.scores import PositionMap, Score
+from extrope_kernels.testing import device
 
 INF = math.inf
 SCORES = ("self_extend", "dual_chunk", "blockwise_causal", "string")
@@ -33,43 +37,23 @@ SCORES = ("self_extend", "dual_chunk", "blockwise_causal", "string")
 
 @dataclass(frozen=True)
 class Case:
+    """The arguments of attention_oracle.check."""
+
     example: Example
     tensors: tuple[Tensor, Tensor, Tensor]
     freqs: RopeFreqs
     options: dict
-    bounds: list[int] | None = None  # of packed sequences
 
-    def run(self, *tensors: Tensor, **changes) -> tuple[Tensor, Tensor]:
-        options = {**self.options, **changes}
-        if self.bounds is not None:
-            options["cu_seqlens"] = cumulative([b - a for a, b in self.pairs()])
-        return rope_attention(*tensors, self.freqs, self.example.score, return_lse=True, **options)
-
-    def pairs(self) -> list[tuple[int, int]]:
-        return list(zip(self.bounds, self.bounds[1:]))
-
-    def known(self, part) -> dict:
-        """What the closed form is told of one sequence."""
-        names = {"softmax_scale": "scale"} | {
-            name: name for name in ("log_n", "interleaved", "rotary_offset", "softcap", "sinks")
-        }
-        known = {theirs: self.options[name] for name, theirs in names.items()}
-        if (scale := self.options["query_scale"]) is not None:
-            known["query_scale"] = scale[part] if self.bounds or scale.dim() == 2 else scale
-        return known
-
-    def seen(self, seqlen_q: int, seqlen_k: int) -> Relative:
-        return self.example.relative(seqlen_q, seqlen_k).within(self.options["sliding_window"])
-
-    def sequences(self, *others: Tensor):
-        """The tensors, and others shaped like out, of every sequence with a batch of one; its
-        frequencies, and the rest that the closed form is told.
-        """
-        for n, where in enumerate(self.pairs() if self.bounds else range(len(self.tensors[0]))):
-            part = slice(*where) if self.bounds else where
-            inv_freq = self.freqs.inv_freq
-            freqs = replace(self.freqs, inv_freq=inv_freq[n]) if inv_freq.dim() == 2 else self.freqs
-            yield (*[x[part][None] for x in (*self.tensors, *others)], freqs, self.known(part))
+    @property
+    def error(self) -> Rounding:
+        """How far off results may be."""
+        q, k, _ = self.tensors
+        gain = largest_gain(*vars(self).values())
+        if self.freqs.log_decay is not None:  # within a block and its predecessor
+            decay = self.freqs.log_decay.abs().max()
+            gain *= torch.exp(2 * self.example.parameters["block_size"] * decay).item()
+        scale = self.options["softmax_scale"] or q.shape[-1] ** -0.5
+        return Rounding(q, k, scale * gain * max(self.freqs.attention_factor**2, 1.0))
 
 
 @st.composite
@@ -117,34 +101,69 @@ def offsets(head_dim: int, rotary_dim: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
+def by_pair(draw, pairs: int, heads: int) -> Example:
+    """A score whose pairs of dims, and maybe heads, see other positions, stored so or not."""
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    drawn = torch.rand(draw(st.sampled_from((1, heads))), pairs, generator=generator).double()
+    window = draw(st.integers(1, 50))
+    if draw(st.booleans()):
+        sizes = {"sizes": (1 + 5 * drawn).round()}
+        score = scores.dpe(window, sizes["sizes"])
+    else:
+        sizes = {"divisors": 0.5 + 8 * drawn}
+        score = scores.far_frequencies(window, sizes["divisors"])
+    if draw(st.booleans()):
+        score = Score(score.name, score.regions, stored=PositionMap())
+    return Example(score, functools.partial(of_pairs, window=window, **sizes))
+
+
+def starts(batch: int) -> st.SearchStrategy:
+    """Of no block, of one at a position, of one at a position of each sequence."""
+    one = st.integers(0, 60)
+    each = st.lists(one, min_size=batch, max_size=batch)
+    each = each.map(lambda at: torch.tensor(at, dtype=torch.int32, device=device()))
+    return st.one_of(st.just({}), *(
+        st.fixed_dictionaries({"q_start": at, "k_start": at}) for at in (one, each)
+    ))  # fmt: skip
+
+
+@st.composite
 def cases(draw, dtypes=LOW) -> Case:
-    score = draw(examples())
+    """A call of attention with anything that it takes."""
     heads_k = draw(st.integers(1, 3))
     heads_q = heads_k * draw(st.integers(1, 4))
     head_dim = draw(st.sampled_from((8, 16, 24, 40, 64, 128)))
     dtype, seed = draw(st.sampled_from(dtypes)), draw(seeds())
-    bounds = None
     if draw(st.booleans()):
         sizes = draw(lengths(24))
-        bounds = cumulative(sizes).tolist()
-        batch, leading_q, leading_k = len(sizes), bounds[-1:], bounds[-1:]
+        options = {"cu_seqlens": cumulative(sizes)}
+        batch, leading_q, leading_k = len(sizes), (sum(sizes),), (sum(sizes),)
     else:
-        batch, seqlen = draw(st.integers(0, 2)), draw(st.integers(0, 45))
+        batch, seqlen, options = draw(st.integers(0, 2)), draw(st.integers(0, 45)), {}
         leading_q = (batch, draw(st.one_of(st.just(seqlen), st.integers(0, 45))))
         leading_k = (batch, seqlen)
     freqs = draw(frequencies(head_dim, names=("rope", "yarn", "pi", "ntk_by_parts", "longrope")))
-    if draw(st.booleans()) and batch > 0:
-        rows = torch.linspace(0.5, 1.5, batch, device=freqs.inv_freq.device)[:, None]
-        freqs = replace(freqs, inv_freq=freqs.inv_freq * rows)
-    if score.score.name == "blockwise_causal" and draw(st.booleans()):
-        decay = -torch.linspace(0.0, 0.02, freqs.inv_freq.shape[-1], device=freqs.inv_freq.device)
+    pairs = freqs.inv_freq.shape[-1]
+    example = draw(st.one_of(examples(), examples(), by_pair(pairs, heads_k)))
+    rows = (
+        draw(st.sampled_from((1, max(batch, 1)))),
+        draw(st.sampled_from((0, 0, heads_k, heads_q))),
+    )
+    scale = torch.linspace(0.5, 1.5, rows[0] * max(rows[1], 1), device=freqs.inv_freq.device)
+    if rows[1]:
+        freqs = replace(freqs, inv_freq=freqs.inv_freq * scale.view(*rows, 1))
+    elif rows[0] > 1:
+        freqs = replace(freqs, inv_freq=freqs.inv_freq * scale[:, None])
+    if example.score.name == "blockwise_causal" and not rows[1] and draw(st.booleans()):
+        decay = -torch.linspace(0.0, 0.02, pairs, device=freqs.inv_freq.device)
         freqs = replace(freqs, log_decay=decay)
-    options = {
+    options |= {
         "softmax_scale": draw(st.sampled_from((None, 0.05, 0.4))),
         "log_n": draw(st.sampled_from((None, 2, 16.5))),
         "interleaved": draw(st.booleans()),
-        "rotary_offset": draw(offsets(head_dim, 2 * freqs.inv_freq.shape[-1])),
+        "rotary_offset": draw(offsets(head_dim, 2 * pairs)),
         **draw(softmax_options(heads_q, tuple(leading_q))),
+        **draw(starts(batch)),
     }
     head_dim_v = draw(st.sampled_from((head_dim, head_dim, 8, 64)))
     shapes = (
@@ -156,27 +175,43 @@ def cases(draw, dtypes=LOW) -> Case:
         laid_out(randn(seed + n, *shape, dtype=dtype), draw(st.sampled_from(LAYOUTS)))
         for n, shape in enumerate(shapes)
     )
-    return Case(score, tensors, freqs, options, bounds)
+    return Case(example, tensors, freqs, options)
 
 
 @st.composite
 def caches(draw) -> decode_oracle.Case:
-    """A cache, and the queries at its end."""
-    sizes = draw(st.lists(st.integers(0, 60), min_size=1, max_size=3))
-    heads_k = draw(st.integers(1, 3))
-    head_dim = draw(st.sampled_from((8, 24, 32, 64, 128)))
+    """A cache of any kind, and the queries at its end, packed or not, whose keys it may lack."""
+    batch = draw(st.integers(1, 3))
+    each = {"min_size": batch, "max_size": batch}
+    few = st.one_of(st.integers(0, 4), st.sampled_from((33, 140)))
+    counts = tuple(draw(st.lists(few, **each))) if draw(st.booleans()) else None
+    seqlen_q = draw(st.one_of(st.just(1), st.integers(0, 4), st.sampled_from((33, 140))))
+    appended = draw(st.booleans())
+    sizes = draw(st.lists(st.integers(0, 60), **each))
+    if appended:
+        sizes = [n + new for n, new in zip(sizes, counts or (seqlen_q,) * batch)]
+    short = max((seqlen_q, *(counts or ()))) < 100  # the formula takes its time with others
+    heads_k = draw(st.integers(1, 3 if short else 1))
+    head_dim = draw(st.sampled_from((8, 24, 32, 64, 128) if short else (8, 24, 32)))
     rotary_dim = 2 * draw(st.integers(1, head_dim // 2))
-    pads = st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes))
+    pads = st.lists(st.integers(0, 9), **each)
+    example = draw(st.one_of(examples(), examples(), by_pair(rotary_dim // 2, heads_k)))
+    per_head = draw(st.booleans()) and draw(st.booleans())
+    xpos = example.score.name == "blockwise_causal" and not per_head and draw(st.booleans())
     return decode_oracle.Case(
         lengths=tuple(sizes),
-        seqlen_q=draw(st.integers(0, 4)),
-        heads_q=heads_k * draw(st.integers(1, 8)),
+        seqlen_q=seqlen_q,
+        counts=counts,
+        tail=draw(st.integers(0, 2)) if counts else 0,
+        appended=appended,
+        heads_q=heads_k * draw(st.integers(1, 8 if short else 2)),
         heads_k=heads_k,
         head_dim=head_dim,
         rotary_dim=rotary_dim,
         rotary_offset=draw(offsets(head_dim, rotary_dim)),
         dtype=draw(st.sampled_from(LOW)),
-        example=draw(examples()),
+        example=example,
+        xpos=xpos,
         log_n=draw(st.sampled_from((None, 2, 16.5))),
         softmax_scale=draw(st.sampled_from((None, 0.05, 0.4))),
         interleaved=draw(st.booleans()),
@@ -184,24 +219,13 @@ def caches(draw) -> decode_oracle.Case:
         page_size=draw(st.sampled_from((None, 1, 5, 16))),
         leftpad=tuple(draw(pads)) if draw(st.booleans()) else None,
         freqs_per_sequence=draw(st.booleans()),
+        freqs_per_head=per_head,
         softcap=draw(st.sampled_from((0.0, 0.0, 0.8, 30.0))),
         sliding_window=draw(st.one_of(st.none(), st.integers(1, 50))),
         sinks=draw(st.booleans()),
         query_scale=draw(st.booleans()),
         head_dim_v=draw(st.sampled_from((None, None, 8, 64))),
+        fp8=draw(st.booleans()) and draw(st.booleans()),
+        raw=not xpos and draw(st.booleans()) and draw(st.booleans()),
         seed=draw(seeds()),
     )
-
-
-def rounding(case: Case, q: Tensor, k: Tensor, freqs: RopeFreqs) -> Rounding:
-    gain = 1.0
-    if case.options["log_n"]:
-        gain = max(1.0, math.log(max(k.shape[1], 1)) / math.log(case.options["log_n"]))
-    if case.options["query_scale"] is not None and q.shape[1]:
-        gain *= case.options["query_scale"].max().item()
-    scale = case.options["softmax_scale"] or q.shape[-1] ** -0.5
-    if freqs.log_decay is not None:  # within a block and its predecessor
-        gain *= torch.exp(
-            2 * case.example.parameters["block_size"] * freqs.log_decay.abs().max()
-        ).item()
-    return Rounding(q, k, scale * gain * max(freqs.attention_factor**2, 1.0))

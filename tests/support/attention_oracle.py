@@ -7,8 +7,11 @@ Nothing here knows of regions or position maps.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
+from rounding import Rounding, norm
 from score_examples import Example, Relative
 from torch import Tensor, nn
 
@@ -17,15 +20,12 @@ from extrope_kernels.methods import RopeFreqs, rope
 from extrope_kernels.testing import assert_within_budget, device
 
 
-def split(
-    x: Tensor, half: int, interleaved: bool, rotary_offset: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """First and second dims of the pairs, and the dims beside them."""
+def split(x: Tensor, half: int, interleaved: bool, rotary_offset: int = 0) -> tuple[Tensor, ...]:
+    """First and second dims of the pairs, the dims before them and those behind them."""
     before, rotary, after = x.tensor_split((rotary_offset, rotary_offset + 2 * half), -1)
-    rest = torch.cat((before, after), -1)
     if interleaved:
-        return rotary[..., 0::2], rotary[..., 1::2], rest
-    return rotary[..., :half], rotary[..., half:], rest
+        return rotary[..., 0::2], rotary[..., 1::2], before, after
+    return rotary[..., :half], rotary[..., half:], before, after
 
 
 def row_gain(q, k, log_n, query_scale, first) -> Tensor | None:
@@ -57,14 +57,12 @@ def closed_form(
     softcap=0.0,
     sinks=None,
     first=None,
-    distances=None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse in float64: sum over pairs of Re(q conj(k) exp(1j * relative * theta)).
 
     inv_freq: (rotary_dim / 2,), (batch, rotary_dim / 2) or (batch or 1, heads, rotary_dim / 2), of
     k's or of q's heads. first: the position of row 0, where it is not what bottom-right alignment
-    says. distances: (batch or 1, heads or 1, i, j, pairs or 1), where they are not relative's.
-    Differentiable in q, k, v and sinks.
+    says. Differentiable in q, k, v and sinks.
     """
     q, k, v = (x.double() for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
@@ -72,20 +70,23 @@ def closed_form(
     theta, pairs = freqs.inv_freq.double().to(q.device), freqs.inv_freq.shape[-1]
     theta = theta.unsqueeze(-2) if theta.dim() < 3 else theta  # (batch, heads, pairs)
     seen = relative.seen.to(q.device)
-    distances = seen.nan_to_num()[..., None] if distances is None else distances.to(q.device)
-    qa, qb, q_rest = split(q, pairs, interleaved, rotary_offset)
-    ka, kb, k_rest = split(k, pairs, interleaved, rotary_offset)
+    of_pairs = relative.by_pair
+    distances = seen.nan_to_num()[..., None] if of_pairs is None else of_pairs.to(q.device)
+    qa, qb, *q_rest = split(q, pairs, interleaved, rotary_offset)
+    ka, kb, *k_rest = split(k, pairs, interleaved, rotary_offset)
     real = torch.einsum("bihp,bjhp->bhijp", qa, ka) + torch.einsum("bihp,bjhp->bhijp", qb, kb)
     imag = torch.einsum("bihp,bjhp->bhijp", qb, ka) - torch.einsum("bihp,bjhp->bhijp", qa, kb)
+    theta, distances = (
+        x if x.dim() < dims or x.shape[1] in (1, q.shape[2]) else x.repeat_interleave(groups, 1)
+        for x, dims in ((theta, 3), (distances, 5))
+    )
     angle = distances * theta[..., None, None, :]
-    if angle.dim() == 5 and angle.shape[1] not in (1, q.shape[2]):
-        angle = angle.repeat_interleave(groups, 1)
     rotated = real * angle.cos() - imag * angle.sin()
     if freqs.log_decay is not None:
         decay = freqs.log_decay.double().to(q.device)
         rotated = rotated * torch.exp(seen.nan_to_num()[..., None] * decay)
     scores = rotated.sum(-1) * freqs.attention_factor**2
-    scores = scores + torch.einsum("bihr,bjhr->bhij", q_rest, k_rest)
+    scores = scores + torch.einsum("bihr,bjhr->bhij", torch.cat(q_rest, -1), torch.cat(k_rest, -1))
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     gain = row_gain(q, k, log_n, query_scale, first)
     if gain is not None:
@@ -111,46 +112,49 @@ def plain_formula(
     sinks=None,
     first=None,
     scale_first=False,
+    dtype=None,
 ) -> tuple[Tensor, Tensor]:
     """What one writes without kernels: rotate and multiply in the tensors' own dtype.
 
     The softmax alone is in float32, as in transformers' eager attention. `scale_first` scales q
-    rather than the scores: another order of the same roundings.
+    rather than the scores: another order of the same roundings. dtype: that of rotated rows and
+    weights, where sums are in v's wider one.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype, groups = q.dtype, q.shape[2] // k.shape[2]
+    dtype, groups = dtype or q.dtype, q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    scores = torch.full((), -torch.inf, dtype=dtype, device=q.device)
+    scores = torch.full((), -torch.inf, dtype=v.dtype, device=q.device)
     gain = row_gain(q, k, log_n, query_scale, first)
     if gain is not None:
-        q = q * gain[:, :, None, None].to(dtype)
+        q = q * gain[:, :, None, None].to(q.dtype)
     if scale_first:
         q, scale = q * scale, 1.0
     layout = (interleaved, rotary_offset)
     for mask, at_i, at_j in relative.branches:
-        rotated_q = _rotate(q, at_i.reshape(-1), freqs, *layout, 1)
-        rotated_k = _rotate(k, at_j.reshape(-1), freqs, *layout, -1)
-        branch = torch.einsum("bihd,bjhd->bhij", rotated_q, rotated_k)
+        rotated = rotate(q, at_i, freqs, *layout, 1), rotate(k, at_j.T, freqs, *layout, -1)
+        rotated = [x.to(dtype).to(v.dtype) for x in rotated]
+        branch = torch.einsum("bihd,bjhd->bhij", *rotated)
         scores = torch.where(mask.to(q.device), branch, scores)
     scores = scores * scale
     if softcap:
         scores = (softcap * torch.tanh(scores / softcap)).masked_fill(scores.isneginf(), -torch.inf)
-    return _softmax(scores.float() if dtype != torch.float64 else scores, v, dtype, sinks)
+    return _softmax(scores if v.dtype == torch.float64 else scores.float(), v, dtype, sinks)
 
 
-def _rotate(x, positions, freqs, interleaved, rotary_offset, decay_sign):
-    """Rotate x; the dims that do not rotate come last, for products over all dims."""
-    positions = positions[:, None].to(x.device)
-    angle = (positions * freqs.inv_freq.double().to(x.device))[:, None]
+def rotate(x, positions, freqs, interleaved, rotary_offset, decay_sign):
+    """Rotate x (..., rows, heads, head_dim) to positions (rows, 1) or (rows, heads or 1, pairs)."""
+    positions = positions if positions.dim() == 3 else positions[..., None]
+    positions = positions.to(x.device)
+    angle = positions * freqs.inv_freq.double().to(x.device)
     amplitude = torch.full_like(angle, freqs.attention_factor)
     if freqs.log_decay is not None:
         decay = freqs.log_decay.double().to(x.device)
-        amplitude = amplitude * torch.exp(decay_sign * positions * decay)[:, None]
+        amplitude = amplitude * torch.exp(decay_sign * positions * decay)
     cos, sin = (angle.cos() * amplitude).to(x.dtype), (angle.sin() * amplitude).to(x.dtype)
-    a, b, rest = split(x, freqs.inv_freq.shape[-1], interleaved, rotary_offset)
+    a, b, before, after = split(x, freqs.inv_freq.shape[-1], interleaved, rotary_offset)
     a, b = a * cos - b * sin, b * cos + a * sin
     rotated = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    return torch.cat((rotated, rest), -1)
+    return torch.cat((before, rotated, after), -1)
 
 
 def _softmax(
@@ -162,7 +166,8 @@ def _softmax(
     empty = (scores == -torch.inf).all(-1)
     scores = scores.masked_fill(empty[..., None], 0.0)
     lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse[..., None]).masked_fill(empty[..., None], 0.0).to(dtype)
+    weights = torch.exp(scores - lse[..., None]).masked_fill(empty[..., None], 0.0)
+    weights = weights.to(dtype).to(v.dtype)
     return torch.einsum("bhij,bjhd->bihd", weights, v), lse.masked_fill(empty, -torch.inf)
 
 
@@ -176,14 +181,6 @@ def worse(exact, *spellings) -> tuple[Tensor, ...]:
         if want.numel()
         else found[0]
         for want, *found in zip(exact, *spellings)
-    )
-
-
-def both_orders(q, k, v, relative, freqs, exact, **known) -> tuple[Tensor, ...]:
-    """`plain_formula` in the worse of its two orders."""
-    return worse(
-        exact,
-        *(plain_formula(q, k, v, relative, freqs, **known, scale_first=x) for x in (False, True)),
     )
 
 
@@ -207,16 +204,19 @@ def rounding_noise(name, exact, lse, dout, q, k, v, scale) -> float:
     return relative * terms.item() * scale * largest
 
 
-def check_outputs(backend, q, found, plain, exact, noise: float = 0.0) -> None:
+def check_outputs(backend, q, found, plain, exact, noise=(0.0, 0.0)) -> None:
     """Compare (out, lse) with the closed form, within the error budget of the plain formula.
 
-    noise: what out may be off beside.
+    noise: what each may be off beside.
     """
     seen = exact[1] > -torch.inf
     assert torch.equal(found[1] > -torch.inf, seen)
     outs, lses = zip(found, plain, exact)
-    for name, got, low, want in (("out", *outs), ("lse", *(lse[seen] for lse in lses))):
-        more = truncation(backend, q, low, want) + (noise if name == "out" else 0.0)
+    for name, more, got, low, want in (
+        ("out", noise[0], *outs),
+        ("lse", noise[1], *(lse[seen] for lse in lses)),
+    ):
+        more += truncation(backend, q, low, want)
         assert_within_budget(name, got, low, want, noise=more)
 
 
@@ -242,35 +242,101 @@ def attend(example: Example, q, k, v, freqs, backend=None, **options) -> tuple[T
     )
 
 
-def definition(example: Example, q: Tensor, k: Tensor, options: dict) -> tuple[Relative, dict]:
-    """What a call with these options means: relative positions, and what the formulas are told."""
-    known = dict(options)
-    known["scale"] = known.pop("softmax_scale", None)
-    window, k_start = known.pop("sliding_window", None), known.pop("k_start", 0)
-    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    first = known.pop("q_start", k_start + seqlen_k - seqlen_q)
-    known["first"] = first
-    if k_start == 0 and first == seqlen_k - seqlen_q:
-        return example.relative(seqlen_q, seqlen_k).within(window), known
-    total = max(first + seqlen_q, k_start + seqlen_k)
-    rows, keys = slice(first, first + seqlen_q), slice(k_start, k_start + seqlen_k)
-    return example.relative(total, total).within(window).part(rows, keys), known
+def sequences(example: Example, tensors, freqs: RopeFreqs, options: dict):
+    """Of each sequence: where it lies in the tensors, and the formulas' other arguments."""
+    q, k = tensors[:2]
+    bounds = options.get("cu_seqlens")
+    packed = bounds is not None
+    bounds = bounds.tolist() if packed else range(len(q) + 1)
+    for n, part in enumerate(slice(*pair) for pair in pairwise(bounds)):
+        known = {name: x for name, x in options.items() if name in FORMULA}
+        known["scale"] = options.get("softmax_scale")
+        if (scale := options.get("query_scale")) is not None:
+            known["query_scale"] = scale[part] if packed or scale.dim() == 2 else scale
+            known["query_scale"] = known["query_scale"].view(1, -1)
+        seqlen_q, seqlen_k = (part.stop - part.start if packed else x.shape[1] for x in (q, k))
+        starts = {name: options[name] for name in ("q_start", "k_start") if name in options}
+        starts = {name: int(x[n] if isinstance(x, Tensor) else x) for name, x in starts.items()}
+        k_start = starts.get("k_start", 0)
+        first = known["first"] = starts.get("q_start", k_start + seqlen_k - seqlen_q)
+        window = options.get("sliding_window")
+        if k_start == 0 and first == seqlen_k - seqlen_q:
+            relative = example.relative(seqlen_q, seqlen_k).within(window)
+        else:
+            total = max(first + seqlen_q, k_start + seqlen_k)
+            rows, keys = slice(first, first + seqlen_q), slice(k_start, k_start + seqlen_k)
+            relative = example.relative(total, total).within(window).part(rows, keys)
+        inv_freq, by_pair = freqs.inv_freq, relative.by_pair
+        if inv_freq.dim() > 1 and len(inv_freq) > 1:
+            inv_freq = inv_freq[n : n + 1]
+        if by_pair is not None and len(by_pair) > 1:
+            relative = replace(relative, by_pair=by_pair[n : n + 1])
+        known["freqs"] = replace(freqs, inv_freq=inv_freq)
+        yield part, known | {"relative": relative}
 
 
-def check(backend, example: Example, tensors, freqs: RopeFreqs | None = None, **options) -> None:
-    """Fail where out or lse is out of the error budget. options: of the call."""
+NAMES = ("dq", "dk", "dv", "dsinks")
+FORMULA = ("log_n", "interleaved", "rotary_offset", "softcap", "sinks")
+
+
+def by_formula(formula, example: Example, tensors, freqs, options: dict, **order):
+    """out and lse of `closed_form` or `plain_formula`, for each sequence by itself."""
+    outs, lses, packed = [], [], "cu_seqlens" in options
+    for part, known in sequences(example, tensors, freqs, options):
+        own = (x[part][None] if packed else x[part] for x in tensors)
+        out, lse = formula(*own, **known, **order)
+        outs.append(out)
+        lses.append(lse)
+    if packed:
+        return torch.cat(outs, 1)[0], torch.cat(lses, 2)[0]
+    if not outs:  # empty, but with a gradient
+        q, v, nothing = tensors[0], tensors[2], sum(x.sum() for x in tensors)
+        shapes = (*q.shape[:-1], v.shape[-1]), (0, q.shape[2], q.shape[1])
+        return tuple(nothing * q.new_zeros(shape) for shape in shapes)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def plain_formulas(example: Example, freqs: RopeFreqs, options: dict) -> list:
+    """Functions of q, k, v (and sinks) that set the budget: two orders of the plain formula.
+
+    It knows no pairs, heads or axes that differ: then the reference in the tensors' own dtype.
+    """
+    if example.by_pair or freqs.inv_freq.dim() == 3 or freqs.axes is not None:
+        return [lambda *x: attend(example, *x[:3], freqs, "reference", **options, **_named(x[3:]))]
+    return [
+        lambda *x, order=order: by_formula(
+            plain_formula, example, x[:3], freqs, options | _named(x[3:]), scale_first=order
+        )
+        for order in (False, True)
+    ]
+
+
+def check(
+    backend,
+    example: Example,
+    tensors,
+    freqs: RopeFreqs | None = None,
+    error: Rounding | None = None,
+    **options,
+) -> None:
+    """Fail where out or lse is out of the error budget.
+
+    error: what sets the budget, in place of the plain formula. options: of the call, packed or not.
+    """
     q, k, v = tensors
     freqs = freqs or frequencies(q.shape[-1])
-    relative, known = definition(example, q, k, options)
-    exact = closed_form(q, k, v, relative, freqs, **known)
-    plain = both_orders(q, k, v, relative, freqs, exact, **known)
-    noise = 0.0
+    exact = by_formula(closed_form, example, tensors, freqs, options)
+    if error is None:
+        noise = (0.0, 0.0)
+        plain = worse(exact, *(of(*tensors) for of in plain_formulas(example, freqs, options)))
+    else:
+        noise = error.weight(k.shape[-3]) * norm(v), error.logit
+        plain = [x.to(dtype) for x, dtype in zip(exact, (q.dtype, torch.float32))]
     if q.dtype == torch.float32 and {"sinks", "softcap", "query_scale"} & options.keys():
         # Of weights that are exp2 of a logit less lse: both are rounded.
-        noise = rounding_noise("dv", v, exact[1], None, q, k, v, 1.0)
-    check_outputs(
-        backend, q, attend(example, q, k, v, freqs, backend, **options), plain, exact, noise
-    )
+        noise = noise[0] + rounding_noise("dv", v, exact[1], None, q, k, v, 1.0), noise[1]
+    found = attend(example, q, k, v, freqs, backend, **options)
+    check_outputs(backend, q, found, plain, exact, noise)
 
 
 def gradients(function, leaves, dout: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -280,25 +346,69 @@ def gradients(function, leaves, dout: Tensor, dlse: Tensor | None = None) -> tup
     loss = (out * dout.to(out.dtype)).sum()
     if dlse is not None:
         loss = loss + (lse * dlse.to(lse.dtype)).masked_fill(lse == -torch.inf, 0.0).sum()
-    return torch.autograd.grad(loss, leaves)
+    return torch.autograd.grad(loss, leaves, materialize_grads=True)
 
 
 def check_gradients(
-    backend, example: Example, tensors, freqs=None, with_lse=True, **options
+    backend, example: Example, tensors, freqs=None, with_lse=True, error=None, **options
 ) -> None:
-    """Fail where dq, dk, dv or dsinks is out of the error budget. options: of the call."""
-    q, _, v = tensors
+    """Fail where dq, dk, dv or dsinks is out of the error budget; arguments as of `check`."""
+    q, k, v = tensors
     freqs = freqs or frequencies(q.shape[-1])
     dout = q.new_empty(*q.shape[:-1], v.shape[-1]).normal_()
-    dlse = torch.randn(q.shape[0], q.shape[2], q.shape[1], device=q.device) if with_lse else None
-    inputs = [*tensors, *([options["sinks"]] if "sinks" in options else [])]
-
-    def fused(q, k, v, *sinks):
-        return attend(example, q, k, v, freqs, backend, **options, **_named(sinks))
-
+    dlse = (
+        torch.randn(*q.shape[:-3], q.shape[-2], q.shape[-3], device=q.device) if with_lse else None
+    )
+    inputs = [*tensors, *([options["sinks"]] if options.get("sinks") is not None else [])]
     options = {name: x for name, x in options.items() if name != "sinks"}
+
+    def fused(*x):
+        return attend(example, *x[:3], freqs, backend, **options, **_named(x[3:]))
+
+    def exactly(*x):
+        return by_formula(closed_form, example, x[:3], freqs, options | _named(x[3:]))
+
     found = gradients(fused, inputs, dout, dlse)
-    compare_gradients(found, example, inputs, freqs, dout, dlse, **options)
+    exact = gradients(exactly, [x.double() for x in inputs], dout.double(), dlse)
+    if error is None:
+        noise = dict.fromkeys(NAMES, 0.0)
+        plain = (
+            gradients(of, inputs, dout, dlse) for of in plain_formulas(example, freqs, options)
+        )
+        plain = worse(exact, *plain)
+    else:
+        plain = [want.to(x.dtype) for want, x in zip(exact, inputs)]
+        weight, tokens = error.weight(k.shape[-3]), q.shape[:-2].numel()
+        score = 2 * norm(dout) * norm(v) * error.logit_scale
+        rows = q.shape[-3] * q.shape[-2] / k.shape[-2]  # how many queries add to one key
+        noise = {
+            "dq": weight * score * norm(k),
+            "dk": weight * score * norm(q) * rows,
+            "dv": weight * norm(dout) * rows,
+            "dsinks": weight * norm(dout) * norm(v) * tokens,
+        }
+    out, lse = exactly(*inputs)
+    scale = (options.get("softmax_scale") or q.shape[-1] ** -0.5) * freqs.attention_factor**2
+    scale *= largest_gain(example, tensors, freqs, options)
+    for name, got, low, want in zip(NAMES, found, plain, exact):
+        own = rounding_noise(name, want, lse, dout, q, k, v, scale)
+        own *= q.shape[:-2].numel() if name == "dsinks" else 1
+        own = own if got.dtype == torch.float32 == q.dtype else truncation(backend, q, low, want)
+        if name == "dsinks" and q.dtype in (torch.float16, torch.bfloat16):
+            own = _noise_of_rounded_out(out, lse, inputs[3], dout, q.dtype)
+        assert_within_budget(name, got, low, want, noise=own + noise[name])
+
+
+def largest_gain(example: Example, tensors, freqs: RopeFreqs, options: dict) -> float:
+    """The largest factor of a row's logits, of log-n and a given temperature."""
+    found = [1.0]
+    packed = "cu_seqlens" in options
+    for part, known in sequences(example, tensors, freqs, options):
+        q, k = (x[part][None] if packed else x[part] for x in tensors[:2])
+        gain = row_gain(q, k, known.get("log_n"), known.get("query_scale"), known["first"])
+        if gain is not None and gain.numel():
+            found.append(gain.abs().max().item())
+    return max(found[1:], default=1.0)
 
 
 def check_both(backend, example: Example, tensors, freqs=None, with_lse=True, **options) -> None:
@@ -307,47 +417,15 @@ def check_both(backend, example: Example, tensors, freqs=None, with_lse=True, **
     check_gradients(backend, example, tensors, freqs, with_lse, **options)
 
 
-def compare_gradients(
-    found, example: Example, inputs, freqs: RopeFreqs, dout, dlse=None, **options
-) -> None:
-    """Against autograd through the formulas. inputs: q, k, v and maybe the sinks."""
-    q, k, v = inputs[:3]
-    relative, known = definition(example, q, k, options)
-
-    def of(formula, **order):
-        return lambda q, k, v, *sinks: formula(
-            q, k, v, relative, freqs, **known, **order, **_named(sinks)
-        )
-
-    exact = gradients(of(closed_form), [x.double() for x in inputs], dout.double(), dlse)
-    orders = (
-        gradients(of(plain_formula, scale_first=x), inputs, dout, dlse) for x in (False, True)
-    )
-    plain = worse(exact, *orders)
-    out, lse = of(closed_form)(*inputs)
-    gain = row_gain(q, k, known.get("log_n"), known.get("query_scale"), known["first"])
-    scale = (known["scale"] or q.shape[-1] ** -0.5) * freqs.attention_factor**2
-    scale *= 1.0 if gain is None or not gain.numel() else gain.abs().max().item()
-    for name, got, low, want in zip(
-        ("dq", "dk", "dv", "dsinks"), found, plain, exact, strict=False
-    ):
-        noise = rounding_noise(name, want, lse, dout, q, k, v, scale)
-        noise *= q.shape[0] * q.shape[1] if name == "dsinks" else 1
-        noise = noise if got.dtype == torch.float32 == q.dtype else 0.0
-        if name == "dsinks" and q.dtype in (torch.float16, torch.bfloat16):
-            noise = _noise_of_rounded_out(out, lse, inputs[3], dout, q.dtype)
-        assert_within_budget(name, got, low, want, noise=noise)
-
-
 def _noise_of_rounded_out(
     out: Tensor, lse: Tensor, sinks: Tensor, dout: Tensor, dtype: torch.dtype
 ) -> float:
     """The error of dsinks, the sum of -share * (dout . out - dlse), by an out of 16 bits: half a
     unit in the last place of each of its elements.
     """
-    share = torch.exp(sinks.double()[:, None] - lse.double())
-    terms = torch.linalg.vecdot(dout.double().abs(), out.double().abs()).transpose(1, 2)
-    largest = (share * terms).nan_to_num().sum((0, 2)).max().item()
+    share = torch.exp(sinks.double()[:, None] - lse.double())  # (..., heads, rows)
+    terms = torch.linalg.vecdot(dout.double().abs(), out.double().abs()).mT
+    largest = (share * terms).nan_to_num().movedim(-2, 0).flatten(1).sum(1).max().item()
     return torch.finfo(dtype).eps / 2 * largest
 
 

@@ -1,27 +1,24 @@
-"""Attention over a key/value cache from its definition in float64, and what its tests share."""
+"""Calls over a key/value cache as data: what they must return, and what they must write."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import rounding
 import torch
-from attention_oracle import closed_form, rounding_noise, split
-from rope_oracle import INTERPRETED
+from attention_oracle import check_outputs, closed_form, plain_formula, rotate, rounding_noise
 from score_examples import (
     EXAMPLES,
     PLAIN,
     Example,
     blockwise_causal,
     example,
-    indices,
     rerope,
 )
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, methods, rope_attention_with_kvcache, scores
-from extrope_kernels.testing import assert_within_budget, device
+from extrope_kernels.testing import device
 
 RAW = example(scores.rerope, rerope, window=8)
 # With the examples of score methods, other factors of ReRoPE, and amplitudes that decay.
@@ -40,8 +37,11 @@ SCORES: dict[str, dict] = {
 class Case:
     """A cache and the queries at its end."""
 
-    lengths: tuple[int, ...] = (37, 5)  # keys of each sequence
+    lengths: tuple[int, ...] = (37, 5)  # keys of each sequence, new ones included
     seqlen_q: int = 1
+    counts: tuple[int, ...] | None = None  # of packed queries of each sequence, not seqlen_q
+    tail: int = 0  # rows behind the packed ones, of no sequence
+    appended: bool = False  # the queries' own keys and values are given to the call
     heads_q: int = 4
     heads_k: int = 2
     head_dim: int = 32
@@ -57,6 +57,7 @@ class Case:
     page_size: int | None = None
     leftpad: tuple[int, ...] | None = None
     freqs_per_sequence: bool = False
+    freqs_per_head: bool = False  # of k
     softcap: float = 0.0
     sliding_window: int | None = None
     sinks: bool = False
@@ -65,6 +66,17 @@ class Case:
     fp8: bool = False  # the cache is float8_e4m3fn
     raw: bool = False  # its keys are as they came
     seed: int = 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """How many queries each sequence has."""
+        return self.counts or (self.seqlen_q,) * len(self.lengths)
+
+    def rows(self, *shape: int) -> tuple[int, ...]:
+        """The shape of q, with these last dimensions."""
+        if self.counts is not None:
+            return sum(self.counts) + self.tail, *shape
+        return len(self.lengths), self.seqlen_q, *shape
 
     def options(self, generator: torch.Generator) -> dict:
         names = ("log_n", "softmax_scale", "interleaved", "rotary_offset", "softcap")
@@ -76,9 +88,19 @@ class Case:
             sinks = 2 * torch.randn(self.heads_q, generator=generator)
             options["sinks"] = sinks.to(device(), wide)
         if self.query_scale:
-            scale = 0.5 + torch.rand(len(self.lengths), self.seqlen_q, generator=generator)
+            scale = 0.5 + torch.rand(self.rows(), generator=generator)
             options["query_scale"] = scale.to(device())
         return options
+
+    def frequencies(self, generator: torch.Generator) -> RopeFreqs:
+        freqs = methods.xpos(self.rotary_dim) if self.xpos else methods.rope(self.rotary_dim)
+        inv_freq = freqs.inv_freq
+        if self.freqs_per_sequence:
+            inv_freq = inv_freq * (0.5 + torch.rand(len(self.lengths), 1, generator=generator))
+        if self.freqs_per_head:
+            scale = 0.5 + torch.rand(1, self.heads_k, 1, generator=generator)
+            inv_freq = inv_freq.view(-1, 1, inv_freq.shape[-1]) * scale
+        return replace(freqs, inv_freq=inv_freq, attention_factor=self.attention_factor)
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,7 @@ class Inputs:
     freqs: RopeFreqs
     example: Example
     call: dict  # the keyword arguments of the public function
+    tokens: tuple[int, ...]
 
     def run(self, backend: str | None = None, **changes) -> tuple[Tensor, Tensor]:
         """changes: of tensors or keyword arguments."""
@@ -98,33 +121,37 @@ class Inputs:
             return_lse=True, backend=backend,
         )  # fmt: skip
 
-    def stored(self, j: Tensor) -> Tensor:
-        if self.call["stored"] == "raw":
-            return torch.zeros_like(j)
-        return j if self.example.score is None else self.example.score.stored(j)
+    def of_sequence(self, x: Tensor, b: int) -> Tensor:
+        """Rows of one sequence, of a tensor like q."""
+        if "cu_seqlens_q" not in self.call:
+            return x[b]
+        begin = sum(self.tokens[:b])
+        return x[begin : begin + self.tokens[b]]
 
-    @property
-    def layout(self) -> tuple[bool, int]:
-        return self.call["interleaved"], self.call["rotary_offset"]
+    def span(self, b: int) -> range:
+        """The slots of one sequence's keys, new ones included."""
+        pads, new = self.call.get("cache_leftpad"), "k" in self.call
+        end = self.call["cache_seqlens"][b].item() + (self.tokens[b] if new else 0)
+        return range(0 if pads is None else pads[b].item(), end)
 
-    def store(self, k: Tensor, j: Tensor, inv_freq: Tensor, sign: int = 1) -> Tensor:
+    def inv_freq(self, b: int) -> Tensor:
+        """(pairs,) of one sequence, or (heads, pairs)."""
+        inv_freq = self.freqs.inv_freq
+        return inv_freq if inv_freq.dim() == 1 else inv_freq[b if len(inv_freq) > 1 else 0]
+
+    def store(self, k: Tensor, j: Tensor, b: int, sign: int = 1) -> Tensor:
         """Keys (keys, heads, d) in float64, rotated to where the cache has them; sign -1: back."""
-        return self.rotate_keys(k, sign * self.stored(j), inv_freq)
-
-    def rotate_keys(self, k: Tensor, by: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
-        decay = self.freqs.log_decay
-        decay = None if decay is None else -decay
-        return rotate(k, by[:, None], inv_freq, *self.layout, dtype, decay)
-
-    def rotate_queries(self, q: Tensor, to: Tensor, inv_freq: Tensor, dtype=None) -> Tensor:
-        begin = self.call["rotary_offset"]
-        q = q.clone()
-        q[..., begin : begin + 2 * inv_freq.shape[-1]] *= self.freqs.attention_factor**2
-        return rotate(q, to, inv_freq, *self.layout, dtype, self.freqs.log_decay)
+        places = j if self.example.score is None else self.example.score.stored(j.cpu())
+        places = torch.zeros_like(j) if self.call["stored"] == "raw" else places.to(k.device)
+        # (keys, heads or 1, pairs or 1)
+        places = {1: places[:, None, None], 2: places[:, None], 3: places}[places.dim()]
+        freqs = replace(self.freqs, inv_freq=self.inv_freq(b), attention_factor=1.0)
+        layout = self.call["interleaved"], self.call["rotary_offset"]
+        return rotate(k.double(), sign * places, freqs, *layout, -1)
 
 
 def make(case: Case) -> Inputs:
-    """Random tensors with NaN in every slot that no sequence uses."""
+    """Random tensors with NaN in every slot that no sequence uses, or that the call writes to."""
     generator = torch.Generator().manual_seed(case.seed)
     batch = len(case.lengths)
 
@@ -134,8 +161,10 @@ def make(case: Case) -> Inputs:
     leftpad = case.leftpad or (0,) * batch
     ends = [pad + length for pad, length in zip(leftpad, case.lengths)]
     capacity = max(ends, default=0) + 3
-    q = randn(batch, case.seqlen_q, case.heads_q, case.head_dim)
+    q = randn(*case.rows(case.heads_q, case.head_dim))
     shape = (batch, capacity, case.heads_k, case.head_dim)
+    if case.appended:
+        ends = [end - new for end, new in zip(ends, case.tokens)]
     call = {"cache_seqlens": torch.tensor(ends, dtype=torch.int32, device=device())}
     if case.page_size is not None:
         pages = -(-capacity // case.page_size)
@@ -145,17 +174,18 @@ def make(case: Case) -> Inputs:
     k, v = randn(*shape), randn(*shape[:3], case.head_dim_v or case.head_dim)
     if case.leftpad is not None:
         call["cache_leftpad"] = torch.tensor(leftpad, dtype=torch.int32, device=device())
-    freqs = methods.xpos(case.rotary_dim) if case.xpos else methods.rope(case.rotary_dim)
-    inv_freq = freqs.inv_freq
-    if case.freqs_per_sequence:
-        inv_freq = inv_freq * (0.5 + torch.rand(batch, 1, generator=generator))
-    freqs = replace(freqs, inv_freq=inv_freq, attention_factor=case.attention_factor).to(device())
+    if case.counts is not None:
+        bounds = torch.tensor((0, *case.counts)).cumsum(0)
+        call["cu_seqlens_q"] = bounds.to(torch.int32).to(device())
     call |= case.options(generator)
-    inputs = Inputs(q, k, v, freqs, case.example, call)
+    freqs = case.frequencies(generator).to(device())
+    inputs = Inputs(q, k, v, freqs, case.example, call, case.tokens)
     used = torch.zeros(shape[:2], dtype=torch.bool, device=device())
-    for b, (pad, end) in enumerate(zip(leftpad, ends)):
-        used[index(inputs, b, range(pad, end))] = True
+    for b in range(batch):
+        used[index(inputs, b, inputs.span(b))] = True
     k, v = (x.masked_fill(~used[..., None, None], torch.nan) for x in (k, v))
+    if case.appended:
+        call |= {"k": randn(*case.rows(*k.shape[2:])), "v": randn(*case.rows(*v.shape[2:]))}
     if case.fp8:
         scales = (0.003 + 0.01 * torch.rand(2, case.heads_k, generator=generator)).to(device())
         call |= dict(zip(("k_scale", "v_scale"), scales))
@@ -187,128 +217,97 @@ def index(inputs: Inputs, sequence: int, slots) -> tuple[Tensor, Tensor]:
     return table[sequence].long()[slots // size], slots % size
 
 
-def rotate(
-    x: Tensor,
-    position: Tensor,
-    inv_freq: Tensor,
-    interleaved: bool,
-    rotary_offset: int,
-    dtype=None,
-    decay=None,
-):
-    """x (..., head_dim) in float64 rotated to positions (...), rounded to dtype."""
-    angle = position[..., None] * inv_freq.double()
-    cos, sin = angle.cos(), angle.sin()
-    if decay is not None:
-        amplitude = torch.exp(position[..., None] * decay.double())
-        cos, sin = cos * amplitude, sin * amplitude
-    a, b, rest = split(x.double(), inv_freq.shape[-1], interleaved, rotary_offset)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    pair = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    rest = rest.expand(*pair.shape[:-1], -1)
-    out = torch.cat((rest[..., :rotary_offset], pair, rest[..., rotary_offset:]), -1)
-    return out if dtype is None else out.to(dtype).double()
+def by_formula(formula, inputs: Inputs, wide: torch.dtype, **how) -> tuple[Tensor, Tensor]:
+    """out (rows, heads, d) and lse (rows, heads) of all sequences, of keys taken back to raw.
 
-
-def sequences(inputs: Inputs):
-    """For each: float64 q (seqlen_q, heads_q, d), cached k and v (keys, heads_q, d), frequencies,
-    and what the queries see of the keys.
+    wide: the dtype of values, and of sums with `plain_formula`.
     """
-    pads, caches = inputs.call.get("cache_leftpad"), dequantized(inputs)
-    group = inputs.q.shape[2] // inputs.k_cache.shape[2]
-    for b, end in enumerate(inputs.call["cache_seqlens"].tolist()):
-        pad = 0 if pads is None else pads[b].item()
-        rows = index(inputs, b, range(pad, end))
-        k, v = (x[rows].repeat_interleave(group, 1) for x in caches)
-        relative = inputs.example.relative(inputs.q.shape[1], len(k))
-        relative = relative.within(inputs.call["sliding_window"])
-        freq = inputs.freqs.inv_freq
-        yield inputs.q[b].double(), k, v, freq[b] if freq.dim() == 2 else freq, relative
-
-
-def softmax(logits: Tensor, seen: Tensor, inputs: Inputs, b: int, v: Tensor, dtype: torch.dtype):
-    """(out, lse) of logits (seqlen_q, heads, keys) before their scale; weights rounded to dtype."""
-    logits = logits * (inputs.call["softmax_scale"] or inputs.q.shape[-1] ** -0.5)
-    if log_n := inputs.call["log_n"]:
-        i, _ = indices(*seen.shape)
-        scale = (torch.log(i.clamp(min=0) + 1) / math.log(log_n)).clamp(min=1)
-        logits = logits * scale[..., None].to(logits.device)
-    if "query_scale" in inputs.call:
-        logits = logits * inputs.call["query_scale"][b].to(logits.dtype)[:, None, None]
-    if softcap := inputs.call["softcap"]:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(seen.isnan()[:, None].to(logits.device), -torch.inf)
-    if "sinks" in inputs.call:  # as one more key, whose value is zero
-        sink = inputs.call["sinks"].to(logits.dtype)[:, None].expand(len(logits), -1, 1)
-        logits = torch.cat((logits, sink), -1)
-        v = torch.cat((v, v.new_zeros(1, v.shape[1] or sink.shape[1], v.shape[2])))
-    if logits.shape[-1] == 0:
-        lse = logits.sum(-1) - torch.inf
-        return lse.new_zeros(*lse.shape, v.shape[-1]), lse
-    top = logits.max(-1, keepdim=True).values.clamp(min=-1e30)
-    weights = torch.exp(logits - top)
-    total = weights.sum(-1, keepdim=True).clamp(min=1e-30)
-    out = torch.einsum("ihj,jhd->ihd", weights.to(dtype).to(v.dtype), v) / total
-    return out, logits.logsumexp(-1)
-
-
-def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """By the closed form of attention, of keys taken back to raw."""
     names = ("log_n", "interleaved", "rotary_offset", "softcap", "sinks")
     known = {name: inputs.call[name] for name in names if name in inputs.call}
     known["scale"] = inputs.call["softmax_scale"]
-    outs, lses = [], []
-    for b, (q, k, v, freq, relative) in enumerate(sequences(inputs)):
+    caches = dequantized(inputs)
+    outs = [inputs.q.new_zeros(0, inputs.q.shape[-2], caches[1].shape[-1], dtype=wide)]
+    lses = [inputs.q.new_zeros(0, inputs.q.shape[-2], dtype=wide)]
+    for b, tokens in enumerate(inputs.tokens):
+        span = inputs.span(b)
+        k, v = (x[index(inputs, b, span)] for x in caches)
+        relative = inputs.example.relative(tokens, len(k))
+        relative = relative.within(inputs.call["sliding_window"])
         if "query_scale" in inputs.call:
-            known["query_scale"] = inputs.call["query_scale"][b]
+            known["query_scale"] = inputs.of_sequence(inputs.call["query_scale"], b)[None]
         j = torch.arange(len(k), dtype=torch.float64, device=k.device)
-        raw = inputs.store(k, j, freq, sign=-1)
-        freqs = replace(inputs.freqs, inv_freq=freq)
-        out, lse = closed_form(q[None], raw[None], v[None], relative, freqs, **known)
+        inv_freq = inputs.inv_freq(b)
+        freqs = replace(inputs.freqs, inv_freq=inv_freq if inv_freq.dim() < 2 else inv_freq[None])
+        own = inputs.of_sequence(inputs.q, b).double(), inputs.store(k, j, b, sign=-1), v.to(wide)
+        out, lse = formula(*(x[None] for x in own), relative, freqs, **known, **how)
         outs.append(out[0])
-        lses.append(lse[0])
-    return torch.stack(outs), torch.stack(lses)
+        lses.append(lse[0].T)
+    return torch.cat(outs), torch.cat(lses)
 
 
-def same_dtype(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The usual way in q's dtype: rotated q and k and the weights are rounded, sums are float32."""
-    dtype, outs, lses = inputs.q.dtype, [], []
-    wide = torch.promote_types(dtype, torch.float32)
-    for b, (q, k, v, freq, relative) in enumerate(sequences(inputs)):
-        stored = inputs.stored(torch.arange(len(k), dtype=torch.float64))
-        logits = torch.zeros((), dtype=wide, device=k.device)
-        for mask, at_i, at_j in relative.branches:
-            on = (at_j.reshape(-1) - stored).to(k.device)
-            keys = inputs.rotate_keys(k, on, freq, dtype).to(wide)
-            queries = inputs.rotate_queries(q, at_i.to(k.device), freq, dtype).to(wide)
-            scores = torch.einsum("ihd,jhd->ihj", queries, keys)
-            logits = torch.where(mask[:, None].to(k.device), scores, logits)
-        out, lse = softmax(logits.float(), relative.seen, inputs, b, v.float(), dtype)
-        outs.append(out.to(dtype))
-        lses.append(lse.T.float())
-    return torch.stack(outs), torch.stack(lses)
+def in_rows(inputs: Inputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse of a call as `by_formula` has them; what belongs to no sequence is 0."""
+    if "cu_seqlens_q" not in inputs.call:
+        return out.flatten(0, 1), lse.mT.flatten(0, 1)
+    rows = sum(inputs.tokens)
+    assert not out[rows:].any() and (lse[:, rows:] == -torch.inf).all()
+    return out[:rows], lse.T[:rows]
 
 
 def check(case: Case, backend: str, inputs: Inputs | None = None, noise=(0.0, 0.0)) -> None:
-    """Fail where out or lse is out of the error budget, `noise` added to that of each."""
+    """Fail where out or lse is out of the error budget, `noise` added to that of each, or the
+    cache is not as it has to be.
+    """
     inputs = inputs or make(case)
+    before = [bits(x).clone() for x in (inputs.k_cache, inputs.v_cache)]
     out, lse = inputs.run(backend)
-    want_out, want_lse = exact(inputs)
-    near_out, near_lse = same_dtype(inputs)
-    if rounding.is_counted(backend) and noise == (0.0, 0.0):
+    check_caches(inputs, before)
+    wide = torch.promote_types(case.dtype, torch.float32)
+    assert out.dtype == case.dtype and lse.dtype == wide
+    out, lse = in_rows(inputs, out, lse)
+    exact = by_formula(closed_form, inputs, torch.float64)
+    of_pairs = case.example.by_pair or case.freqs_per_head
+    if of_pairs:  # which the plain formula does not know
+        reads = {name: x for name, x in inputs.call.items() if name not in ("k", "v")}
+        ends = [inputs.span(b).stop for b in range(len(case.lengths))]
+        reads["cache_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device())
+        same = in_rows(inputs, *replace(inputs, call=reads).run("reference"))
+    else:
+        same = by_formula(plain_formula, inputs, wide, dtype=case.dtype)
+    if noise == (0.0, 0.0) and (rounding.is_counted(backend) or of_pairs):
         of_out, of_lse = rounding.of_cache(case, inputs, *dequantized(inputs))
-        noise = (of_out if case.dtype == torch.float32 else 0.0, of_lse)
-    if case.dtype == torch.float32 and (case.sinks or case.softcap or case.query_scale):
+        counted = rounding.is_counted(backend) and case.dtype == torch.float32
+        noise = of_out if counted else 0.0, of_lse  # the reference's lse is not of rounded rows
+    if case.dtype == torch.float32 and (case.sinks or case.softcap or case.query_scale or of_pairs):
         # Of weights that are exp2 of a logit less lse, as of attention without a cache.
         v = dequantized(inputs)[1].nan_to_num()
-        more = rounding_noise("dv", v, want_lse, None, inputs.q, v, v, 1.0)
-        noise = noise[0] + more, noise[1]
-    empty = want_lse == -torch.inf
-    assert torch.equal(lse == -torch.inf, empty)
-    assert not out.transpose(1, 2)[empty].any()
-    # The interpreter truncates to bfloat16 (triton-lang/triton issue 11584 and its like).
-    truncates = backend == "triton" and case.dtype == torch.bfloat16 and INTERPRETED
-    assert_within_budget("out", out, near_out, want_out, 1.0 if truncates else 0.0, noise[0])
-    assert lse.dtype == torch.promote_types(torch.float32, case.dtype)
-    lse, near_lse, want_lse = (x.masked_fill(empty, 0.0) for x in (lse, near_lse, want_lse))
-    assert_within_budget("lse", lse, near_lse.to(lse.dtype), want_lse, noise=noise[1])
+        of_weights = rounding_noise("dv", v, exact[1], None, inputs.q, v, v, 1.0)
+        noise = noise[0] + of_weights, noise[1]
+    same = same[0].to(case.dtype), same[1].to(wide)
+    check_outputs(backend, inputs.q, (out, lse), same, exact, noise)
+    assert not out[lse == -torch.inf].any()
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8)
+
+
+def check_caches(inputs: Inputs, before: list[Tensor]) -> None:
+    """New keys are where the score stores them, new values as they came; the rest is as before."""
+    caches, fp8 = (inputs.k_cache, inputs.v_cache), "k_scale" in inputs.call
+    for b, new in enumerate(inputs.tokens if "k" in inputs.call else ()):
+        first = len(inputs.span(b)) - new
+        rows = index(inputs, b, inputs.span(b)[first:])
+        k, v = (inputs.of_sequence(inputs.call[name], b) for name in "kv")
+        want = inputs.store(k, first + torch.arange(new, device=k.device).double(), b)
+        if fp8:  # saturates
+            want = quantized(want, scale := inputs.call["k_scale"]).double() * scale[:, None]
+        error = (dequantized(inputs)[0][rows] - want).abs()
+        eps = 2.0**-3 if fp8 else torch.finfo(k.dtype).eps
+        assert not new or error.max() <= eps * want.abs().max()
+        v = quantized(v, inputs.call["v_scale"]) if fp8 else v
+        assert torch.equal(bits(caches[1])[rows], bits(v.contiguous()))
+        for old, now in zip(before, caches):
+            old[rows] = bits(now)[rows]
+    for old, now in zip(before, caches):
+        assert torch.equal(old, bits(now))

@@ -30,8 +30,8 @@ def thorough() -> bool:
     return settings().max_examples >= 200
 
 
-def generated(**strategies):
-    """`hypothesis.given`, and a count of the cases."""
+def generated(examples: int = 20, **strategies):
+    """`hypothesis.given`, and a count of the cases; examples: how many in CI."""
 
     def decorate(test):
         @functools.wraps(test)
@@ -39,7 +39,11 @@ def generated(**strategies):
             CASES[test.__name__] += 1
             test(**drawn)
 
-        return settings(suppress_health_check=list(HealthCheck))(given(**strategies)(counted))
+        many = settings().max_examples if thorough() else examples
+        checks = list(HealthCheck)
+        return settings(suppress_health_check=checks, max_examples=many)(
+            given(**strategies)(counted)
+        )
 
     return decorate
 

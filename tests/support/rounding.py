@@ -52,7 +52,7 @@ class Rounding:
 def of_cache(case, inputs, k: Tensor, v: Tensor) -> tuple[float, float]:
     """Of out and lse of a case of decode_oracle; k, v: the cache in float64."""
     gain = max(1.0, math.log(max(case.lengths) + 1) / math.log(case.log_n)) if case.log_n else 1.0
-    if case.query_scale and case.seqlen_q:
+    if case.query_scale and inputs.q.numel():
         gain *= inputs.call["query_scale"].max().item()
     if case.xpos:  # within a block and its predecessor
         decay = inputs.freqs.log_decay.abs().max()

@@ -21,6 +21,8 @@ class Relative:
 
     seen: Tensor  # (seqlen_q, seqlen_k) float64, NaN where query i does not see key j
     branches: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # mask, q at, k at
+    # (batch or 1, heads or 1, seqlen_q, seqlen_k, pairs or 1): what pairs see, where they differ.
+    by_pair: Tensor | None = None
 
     def within(self, sliding_window: int | None) -> Relative:
         """Without the keys j where i - j >= sliding_window."""
@@ -29,12 +31,13 @@ class Relative:
         i, j = indices(*self.seen.shape)
         outside = i - j >= sliding_window
         branches = [(mask & ~outside, *at) for mask, *at in self.branches]
-        return Relative(self.seen.masked_fill(outside, torch.nan), branches)
+        return Relative(self.seen.masked_fill(outside, torch.nan), branches, self.by_pair)
 
     def part(self, rows: slice, keys: slice) -> Relative:
         """Of these queries and keys alone."""
         branches = [(mask[rows, keys], i[rows], j[:, keys]) for mask, i, j in self.branches]
-        return Relative(self.seen[rows, keys], branches)
+        by_pair = None if self.by_pair is None else self.by_pair[..., rows, keys, :]
+        return Relative(self.seen[rows, keys], branches, by_pair)
 
 
 def indices(seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
@@ -97,6 +100,17 @@ def string(seqlen_q, seqlen_k, shift, window) -> Relative:
     return Relative(seen, [(near & (x >= 0), i, j), (~near, i - shift + window, j)])
 
 
+def of_pairs(seqlen_q, seqlen_k, window, sizes=None, divisors=None) -> Relative:
+    """DPE by sizes, other frequencies far away by divisors: of each pair, and maybe each head."""
+    i, j = (x[..., None] for x in indices(seqlen_q, seqlen_k))
+    x = i - j
+    by = torch.as_tensor(sizes if divisors is None else divisors).double()
+    by = by.view(-1, 1, 1, by.shape[-1])
+    far = window + (x - window) / by if sizes is None else i // by - j // by + window - window // by
+    seen = x[..., 0].masked_fill(x[..., 0] < 0, torch.nan)
+    return Relative(seen, by_pair=torch.where(x < window, x, far)[None])
+
+
 def by_regions(seqlen_q: int, seqlen_k: int, score: Score) -> Relative:
     """What the formula of scores/base.py makes of a score's regions and maps."""
     i, j = indices(seqlen_q, seqlen_k)
@@ -117,6 +131,11 @@ class Example:
     score: Score
     relative: Callable[[int, int], Relative]  # of seqlen_q queries at the end of seqlen_k keys
     parameters: dict = field(default_factory=dict)
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether pairs of dims, or heads, see other positions."""
+        return self.score is not None and self.score.pair_maps is not None
 
 
 def example(score: Callable[..., Score], relative: Callable, **parameters) -> Example:
