@@ -47,10 +47,8 @@ def ran(script, folder: Path, capsys) -> list[dict]:
     return results["rows"]
 
 
-@pytest.mark.parametrize(
-    "script",
-    [pytest.param(x, marks=() if x == "bench_rope" else pytest.mark.thorough) for x in SCRIPTS],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_runs(bench, tmp_path, capsys, script):
     bench(script).main(["--quick", "--out", str(tmp_path)])
     ran(bench(script), tmp_path, capsys)

@@ -140,7 +140,8 @@ def amd_shared(chip: str, only: str) -> dict[str, int]:
     return {kernel: max(int(row[-1]) for row in rows if row[0] == kernel) for kernel, *_ in rows}
 
 
-@pytest.mark.parametrize("chip", ["gfx1201", pytest.param("gfx950", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("chip", ["gfx1201", "gfx950"])
 def test_a_chip_of_amd_without_tiles_takes_the_nearest_ones(chip):
     found = amd_shared(chip, "(decode RoPE|append one token) 64")
     assert set(found) == {"decode", "decode's append", "norm, rotation and append"}

@@ -127,6 +127,7 @@ def test_a_search_is_kept_at_its_end(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", plots.PLOTS)
 def test_every_plot_is_drawn(name, tmp_path):
     plots.PLOTS[name](tmp_path / "plot.png")
