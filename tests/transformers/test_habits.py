@@ -54,15 +54,15 @@ def test_a_printed_model_shows_its_extension():
 def test_generation_past_the_extended_length_warns_at_the_callers_line():
     model, ids = build("llama"), tokens(1, 40)
 
-    def told():
+    def told(new=30):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model.generate(ids, max_new_tokens=30, do_sample=False)
+            model.generate(ids, max_new_tokens=new, do_sample=False)
         return [(str(each.message), each.filename) for each in caught if "extend: " in str(each)]
 
     with extend(model, "yarn", factor=2.0):
         message = "extend: this generation may go past the 64 tokens that yarn reaches"
-        assert told() == [(message, __file__)]
+        assert told() == [(message, __file__)] and told(24) == []
         with extend(model, "rerope", window=16):
             assert told() == []
     with extend(model, "yarn", factor=4.0):
