@@ -16,9 +16,9 @@ COMPILER = ("torch._dynamo.testing", "torch._functorch.aot_autograd")
 
 @pytest.fixture(scope="session")
 def ranks(request):
-    names = {item.path.stem for item in request.session.items}
+    names = {f"{item.path.stem}::{item.name}" for item in request.session.items}
     of_models = any("context_parallel" in name for name in names)
-    compiled = "test_distributed_training" in names
+    compiled = any("compiles" in name or "exported" in name for name in names)
     found = Ranks(preloaded=[*MODELS * of_models, *COMPILER * compiled])
     yield found
     found.stop()

@@ -18,6 +18,8 @@ SCORES = {
     "blockwise_causal": {"block_size": 8},
 }
 EITHER = pytest.mark.parametrize("method", ["yarn", "rerope"])
+# Whether the model is cut before it is extended.
+IN_TURN = pytest.mark.parametrize(("method", "cut_first"), [("yarn", True), ("rerope", False)])
 METHODS = SCORES | {"rope": {}, "yarn": {"factor": 4.0}, "dynamic_ntk": {"factor": 2.0}}
 # The same sums in another order, and a few roundings of float32, in which models compute their
 # norms whatever their weights are.
@@ -121,13 +123,12 @@ def test_equals_one_process(ranks, name, method, strategy, balance):
     ranks.run(equals_one_process, 2, name=f"{name}ForCausalLM", **case)
 
 
-@EITHER
-def test_activation_checkpointing(ranks, method):
+def test_activation_checkpointing(ranks):
     case = {"strategy": "ring", "balance": "zigzag", "checkpoint": True}
-    ranks.run(equals_one_process, 2, name="LlamaForCausalLM", method=method, **case)
+    ranks.run(equals_one_process, 2, name="LlamaForCausalLM", method="rerope", **case)
 
 
-def tensor_parallel_too(mesh, method, first):
+def tensor_parallel_too(mesh, method, cut_first):
     """Heads over the ranks of one dimension, tokens over those of the other."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -140,11 +141,11 @@ def tensor_parallel_too(mesh, method, first):
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
         plan[f"model.layers.*.{name}"] = ColwiseParallel()
     plan["model.layers.*.self_attn.o_proj"] = RowwiseParallel()
-    if first == "parallelize":
+    if cut_first:
         parallelize_module(model, mesh["inner"], plan)
     cp = mesh["outer"]
     with extended(model, method, mesh=cp, **METHODS[method]):
-        if first == "extend":
+        if not cut_first:
             parallelize_module(model, mesh["inner"], plan)
         found = trained(model, *(distributed.shard(x, cp) for x in inputs()))
     assert_close("logits", found, distributed.shard(logits, cp))
@@ -154,13 +155,12 @@ def tensor_parallel_too(mesh, method, first):
         assert_close(n, got, expected[n])
 
 
-@EITHER
-@pytest.mark.parametrize("first", ["parallelize", "extend"])
-def test_tensor_parallel_too(ranks, first, method):
-    ranks.run(tensor_parallel_too, (2, 2), method=method, first=first)
+@IN_TURN
+def test_tensor_parallel_too(ranks, method, cut_first):
+    ranks.run(tensor_parallel_too, (2, 2), method=method, cut_first=cut_first)
 
 
-def fully_sharded(mesh, method, first):
+def fully_sharded(mesh, method, cut_first):
     """FSDP2 over the ranks that share the sequence: gradients are their mean."""
     from torch.distributed.fsdp import fully_shard
 
@@ -171,10 +171,10 @@ def fully_sharded(mesh, method, first):
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh)
 
-    if first == "fully_shard":
+    if cut_first:
         shard_parameters()
     with extended(model, method, mesh=mesh, **METHODS[method]):
-        if first == "extend":
+        if not cut_first:
             shard_parameters()
         assert all(hasattr(p, "full_tensor") for p in model.parameters())  # those to optimize
         found = trained(model, *(distributed.shard(x, mesh) for x in inputs()))
@@ -183,10 +183,9 @@ def fully_sharded(mesh, method, first):
         assert_close(n, mesh.size() * got.full_tensor(), expected[n])
 
 
-@EITHER
-@pytest.mark.parametrize("first", ["fully_shard", "extend"])
-def test_fully_sharded(ranks, first, method):
-    ranks.run(fully_sharded, 2, method=method, first=first)
+@IN_TURN
+def test_fully_sharded(ranks, method, cut_first):
+    ranks.run(fully_sharded, 2, method=method, cut_first=cut_first)
 
 
 def mixed_precision(mesh, method, over_mesh):
@@ -214,8 +213,7 @@ def mixed_precision(mesh, method, over_mesh):
     assert all(grad.dtype == torch.float32 for grad in gradients(model).values())
 
 
-@pytest.mark.parametrize("over_mesh", [True, False], ids=["over a mesh", "alone"])
-@EITHER
+@pytest.mark.parametrize(("method", "over_mesh"), [("rerope", True), ("yarn", False)])
 def test_fully_sharded_in_mixed_precision(ranks, method, over_mesh):
     ranks.run(mixed_precision, 2, method=method, over_mesh=over_mesh)
 

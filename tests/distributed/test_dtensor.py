@@ -42,6 +42,7 @@ def equals_plain(mesh, function, leaves, douts, placements, kept):
 
 
 BY_DIM = [[Shard(0)], [Shard(2)], [Shard(1)], [Replicate()]]
+BY_TWO = [Shard(0), Shard(2)]  # of a grid: rules of both dims at once
 
 
 def of_sequences(*shape):
@@ -87,9 +88,9 @@ def rotates(mesh, placement, case, of_q=True, of_inv_freq=True):
 
 @pytest.mark.parametrize("case", GIVEN)
 def test_rotates(ranks, case):
-    for placement in BY_DIM:
+    for placement in BY_DIM if case == "nothing" else [[Shard(1)]]:
         ranks.run(rotates, 4, placement=placement, case=case)
-    ranks.run(rotates, (2, 2), placement=[Shard(0), Shard(2)], case=case)
+    ranks.run(rotates, (2, 2), placement=BY_TWO, case=case)
 
 
 def test_rotates_without_some_gradients(ranks):
@@ -222,11 +223,11 @@ def attends_by_what_is_given(mesh, placement, rows):
     equals_plain(mesh, function, leaves, [q + 1, None], placements, kept)
 
 
-@pytest.mark.parametrize("rows", [4, 1])
-def test_attends_by_what_is_given(ranks, rows):
-    for placement in (*BY_DIM, [Shard(0), Shard(2)], [Shard(2), Replicate()]):
+def test_attends_by_what_is_given(ranks):
+    for placement in (*BY_DIM, BY_TWO, [Shard(2), Replicate()]):
         size = 4 if len(placement) == 1 else (2, 2)
-        ranks.run(attends_by_what_is_given, size, placement=placement, rows=rows)
+        ranks.run(attends_by_what_is_given, size, placement=placement, rows=4)
+    ranks.run(attends_by_what_is_given, (2, 2), placement=BY_TWO, rows=1)
 
 
 def heads_that_do_not_divide(mesh):

@@ -55,23 +55,8 @@ def test_lines_are_the_numbers_with_their_errors(monkeypatch, task):
     assert first == {"a": both, "b": alone, "b window=8": longer} and second == {"b": longer}
 
 
-def test_progress_is_told_now_and_then_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(report, "_TELL_EVERY", 0.0)
-    table = io.StringIO()
-    with report.Display(table, 2) as display:
-        for name in ("first", "second"):
-            display.begin(name, 2)
-            display.tick()
-            display.line("a row")
-            display.tick()
-    told = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"first: 25% of all, \d\d:\d\d so far", told[1])
-    left = r"second: 100% of all, \d\d:\d\d so far, about 00:00 left"
-    assert re.fullmatch(left, told[-1])
-    assert table.getvalue() == "a row\na row\n"
-
-
-def test_progress_leads_to_an_end_that_is_told(monkeypatch, capsys):
+def test_progress_without_a_terminal_leads_to_an_end_that_is_told(monkeypatch, capsys):
+    """Of rows, or of seconds of which some were thought."""
     monkeypatch.setattr(report, "_TELL_EVERY", 0.0)
     with report.Display(io.StringIO(), 200.0) as display:
         for until in (50.0, 120.0, 100.0, 200.0):  # the third took less than was thought
@@ -79,7 +64,10 @@ def test_progress_leads_to_an_end_that_is_told(monkeypatch, capsys):
             for _ in range(3):  # one more than was told: a model is tried before it is measured
                 display.tick()
             display.line("")
-    told = [int(found) for found in re.findall(r"part: (\d+)% of all", capsys.readouterr().err)]
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"part: 12% of all, \d\d:\d\d so far", lines[1])
+    assert re.fullmatch(r"part: 100% of all, \d\d:\d\d so far, about 00:00 left", lines[-1])
+    told = [int(found) for found in re.findall(r"part: (\d+)% of all", "\n".join(lines))]
     assert told == sorted(told) and {12, 25, 42, 60, 80, 100} == set(told)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import resource
 import sys
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,10 +45,8 @@ def ran(script, folder: Path, capsys) -> list[dict]:
     return results["rows"]
 
 
-@pytest.mark.parametrize(
-    "script",
-    [pytest.param(x, marks=() if x == "bench_rope" else pytest.mark.thorough) for x in SCRIPTS],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_runs(bench, tmp_path, capsys, script):
     bench(script).main(["--quick", "--out", str(tmp_path)])
     ran(bench(script), tmp_path, capsys)
@@ -96,14 +92,6 @@ def test_a_part_replaces_its_own_rows(bench, tmp_path):
     assert len(json.loads(path.read_text())["rows"]) == 1
 
 
-def test_results_are_filed_by_processor(bench):
-    harness = bench("harness")
-    assert harness.folder_of("Intel(R) Xeon(R) Processor, AVX512 and AMX") == "amx"
-    assert harness.folder_of("AMD EPYC, AVX512") == "avx512"
-    assert harness.folder_of("NVIDIA H100 80GB HBM3") == "gpu-h100-80gb-hbm3"
-    assert harness.folder_of("NVIDIA GeForce RTX 4090") == "gpu-rtx-4090"
-
-
 def test_a_peer_that_fails_is_absent_and_ours_ends_the_run(bench):
     harness, compare = bench("harness"), bench("compare")
     report = harness.Report("some", harness.arguments("some", ["--quick"]))
@@ -124,22 +112,6 @@ def test_a_peer_that_fails_is_absent_and_ours_ends_the_run(bench):
     own = {"yardsticks": {"no window": fails}, "own": ("no window",)}
     with pytest.raises(RuntimeError, match="cannot compile"):
         compare.compare(report, "a", {"extrope": works}, **own, **about)
-
-
-def test_one_function_compiles_for_every_dtype_and_size(bench):
-    """By default the ninth is not compiled, and would be timed under the name of the others."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    bench("harness").arguments("some", ["--quick"])
-    with torch._dynamo.config.patch(disable=False):
-        twice = torch.compile(lambda x: x * 2, dynamic=False, backend=backend)
-        for size, dtype in product((2, 3, 4), (torch.float32, torch.bfloat16, torch.float16)):
-            twice(torch.ones(size, dtype=dtype))
-    assert len(graphs) == 9
 
 
 def test_a_peer_that_overwrites_its_input_spoils_no_other(bench, monkeypatch):
@@ -176,24 +148,6 @@ def test_no_timed_call_pays_for_fresh_pages(bench):
     assert report.rows[0].megabytes > 60
 
 
-def test_the_floor_of_a_cache_reads_layers_of_its_own(bench, monkeypatch):
-    decode, compare = bench("bench_decode"), bench("compare")
-    monkeypatch.setattr(compare, "BYTES", 4 * 64)
-    cache = torch.zeros(8), torch.zeros(8)
-    ours, read = compare.layers_of(*cache), []
-    monkeypatch.setattr(decode, "by_layer", lambda step, layers: read.extend(layers))
-    decode.reading_of(*cache)
-    assert len(ours) == len(read) == 4
-    assert not {x.data_ptr() for x, _ in ours[1:]} & {x.data_ptr() for x, _ in read[1:]}
-
-
-def test_a_backend_without_a_norm_is_left_out(bench, tmp_path, monkeypatch, capsys):
-    script, both = bench("bench_rope_step"), {"cpu": None, "cuda": "cuda"}
-    monkeypatch.setattr(script, "backends", lambda: both)
-    script.main(["--quick", "--out", str(tmp_path), "--only", "norm of each head bfloat16"])
-    assert len(ran(script, tmp_path, capsys)) == 3
-
-
 def test_a_backend_that_refuses_a_case_is_absent(bench, tmp_path, monkeypatch):
     script = bench("bench_attention")
     monkeypatch.setattr(script, "backends", lambda: {"flash_attn": "flash_attn"})
@@ -201,17 +155,3 @@ def test_a_backend_that_refuses_a_case_is_absent(bench, tmp_path, monkeypatch):
     script.main(["--quick", "--out", str(tmp_path), "--only", "options, forward sinks"])
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert [row["absent"].split(":")[0] for row in rows] == ["NotImplementedError"] * 2
-
-
-def test_verdicts_and_slopes(bench):
-    harness, scaling = bench("harness"), bench("scaling")
-    assert harness.verdict(1.2, 1.2) == "met" and harness.verdict(1.3, 1.2) == "missed"
-    assert harness.verdict(math.nan, 1.0) == harness.verdict(1.0, math.nan) == ""
-    rows = [
-        {"implementation": "x", "seqlen": n, "threads": t, "milliseconds": n**2 / t, "megabytes": n}
-        for n in (1024, 2048, 4096)
-        for t in (1, 2)
-    ]
-    assert scaling.slope(scaling.curves(rows)[("x", 1)], "milliseconds") == pytest.approx(2)
-    assert scaling.slope(scaling.curves(rows)[("x", 1)], "megabytes") == pytest.approx(1)
-    assert scaling.summary(rows)[1].endswith("2.00 times one thread at 4096 tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -65,21 +66,39 @@ def test_products_of_pairs_are_chosen_where_they_are_fast():
     assert chosen == ("AVX-512" if "GenuineIntel" in processor else "AVX-512 BF16")
 
 
+CHECK_AND_INFO = """
+import extrope_cli
+from extrope_kernels import _ext
+extrope_cli.main(["check", {folder!r}, "--length", "128k"])
+assert not _ext._reasons, _ext._reasons
+extrope_cli.main(["info"])
+"""
+
+
 @pytest.mark.usefixtures("no_library")
-def test_info_without_compiler_or_extras(tmp_path):
+def test_check_asks_for_no_library_and_info_says_why_there_is_none(tmp_path):
+    """In a process without compiler, extras and cache: check's trials are not worth a build."""
+    pytest.importorskip("transformers")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), 64)
+    sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
+    config = sizes | {"model_type": "llama", "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cache = tmp_path / "cache"
     done = subprocess.run(
-        [sys.executable, "-m", "extrope_kernels", "info"],
+        [sys.executable, "-c", CHECK_AND_INFO.format(folder=str(tmp_path))],
         cwd=ROOT,
-        env={"PATH": "/nonexistent", "EXTROPE_CACHE_DIR": str(tmp_path), "EXTROPE_JIT": "0"},
+        env={"PATH": "/nonexistent", "EXTROPE_CACHE_DIR": str(cache), "EXTROPE_JIT": "0"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "no C++ compiler found" in done.stdout
-    assert "EXTROPE_JIT=0 forbids" in done.stdout
-    assert done.stdout.rstrip().endswith("reference")
-    assert ": no CPU kernels: ops run as the reference" in done.stdout.splitlines()[0]
-    assert "Warning" not in done.stderr and not list(tmp_path.iterdir())
+    checked, _, info = done.stdout.partition("extrope_kernels ")
+    assert checked.startswith("to try first     rerope window=2048: ")
+    assert "extend takes them for the layers that see all tokens" in checked
+    assert "no C++ compiler found" in info and "EXTROPE_JIT=0 forbids" in info
+    assert info.rstrip().endswith("reference")
+    assert ": no CPU kernels: ops run as the reference" in info.splitlines()[0]
+    assert "Warning" not in done.stderr and not cache.exists()
 
 
 @pytest.mark.parametrize(

@@ -70,64 +70,76 @@ def test_only_devices_in_use_are_asked(machine):
 # In Python
 
 STAND_IN = """
-#include <cstdlib>
 extern "C" __attribute__((visibility("default")))
 const char* extrope_register(const char*, int has_gpu) {{
   return has_gpu ? {answer} : nullptr;
 }}
 """
-# A packaged library, in a torch with CUDA.
+# A packaged library in each of some folders, in a torch with CUDA, each in a fork of its own.
 LOAD = """
-import torch
+import os, sys, torch
 from extrope_kernels import _ext
 from extrope_kernels.ops._shared.backends import missing
 
 def registered(op, key="CUDA"):
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"extrope::{{op}}", key)
 
-_ext.__file__ = {file!r}
 torch.version.cuda = "13.0"
-torch.cuda.is_available = lambda: {has_gpu}
-print(_ext.load("cuda"))
-print(missing("cuda") == _ext.load("cuda"), registered("rope_fwd"))
-print(_ext._paths.get("cuda"))
-names = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names()
-         if name.startswith("extrope::")]
-loading = [name for name in names if registered(name, "CompositeExplicitAutograd")]
-print(*sorted(name for name in loading if not registered(name)))
+for file, has_gpu in {cases!r}:
+    if os.fork():
+        _, status = os.wait()
+        assert status == 0, (file, status)
+        continue
+    _ext.__file__ = file
+    torch.cuda.is_available = lambda: has_gpu
+    print(_ext.load("cuda"))
+    print(missing("cuda") == _ext.load("cuda"), registered("rope_fwd"))
+    print(_ext._paths.get("cuda"))
+    names = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("extrope::")]
+    loading = [name for name in names if registered(name, "CompositeExplicitAutograd")]
+    print(*sorted(name for name in loading if not registered(name)))
+    sys.stdout.flush()
+    os._exit(0)
 """
+# What a library answers, and whether the machine has a GPU.
+ANSWERS = (('"the driver is old"', True), ("nullptr", True), ('"asked without a GPU"', False))
 
 
-def load(folder: Path, answer: str, has_gpu: bool) -> list[str]:
-    """What _ext says of a library that gives such an answer, and whether fallbacks are there."""
-    source, library = folder / "stand_in.cpp", folder / _build.LIBRARIES["cuda"]
-    source.write_text(STAND_IN.format(answer=answer))
-    command = [*_build.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
-    code = LOAD.format(file=str(folder / "_ext.py"), has_gpu=has_gpu)
-    process = start(code, EXTROPE_JIT="0")
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> list[tuple[Path, list[str]]]:
+    """For each answer the library, and what _ext says of it and whether fallbacks are there."""
+    libraries = []
+    for answer, _ in ANSWERS:
+        folder = tmp_path_factory.mktemp("library")
+        (folder / "stand_in.cpp").write_text(STAND_IN.format(answer=answer))
+        library = folder / _build.LIBRARIES["cuda"]
+        source = str(folder / "stand_in.cpp")
+        command = [*_build.find_compiler(), "-shared", "-fPIC", source, "-o", str(library)]
+        subprocess.run(command, check=True)
+        libraries.append(library)
+    has_gpu = (has_gpu for _, has_gpu in ANSWERS)
+    cases = [(str(x.with_name("_ext.py")), y) for x, y in zip(libraries, has_gpu)]
+    process = start(LOAD.format(cases=cases), EXTROPE_JIT="0")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return out.splitlines()
+    lines = out.splitlines()
+    return [(library, lines[4 * n : 4 * n + 4]) for n, library in enumerate(libraries)]
 
 
-def test_a_library_that_cannot_run_gives_way(tmp_path):
-    reason, fallbacks, path, without = load(tmp_path, '"the driver is old"', has_gpu=True)
+def test_a_library_that_cannot_run_gives_way(loaded):
+    (_, (reason, fallbacks, path, without)), *_ = loaded
     assert reason.startswith("_C_cuda.abi3.so cannot run here: the driver is old; ")
     assert fallbacks == "True True" and path == "None" and without == ""
 
 
-@pytest.mark.parametrize(
-    ("answer", "has_gpu"), [("nullptr", True), ('"asked without a GPU"', False)]
-)
-def test_a_library_that_can_run_serves(tmp_path, answer, has_gpu):
+def test_a_library_that_can_run_serves(loaded):
     """Ops that it does not have do not wait for it."""
-    reason, fallbacks, path, without = load(tmp_path, answer, has_gpu)
-    assert reason == "None" and fallbacks == "True False"
-    assert path == str(tmp_path / _build.LIBRARIES["cuda"])
     bindings = (_build.source_dir() / "cuda").rglob("*bind.cpp")
     text = "".join(binding.read_text() for binding in bindings)
-    assert without.split() == sorted(re.findall(r'\{"(\w+)", TORCH_BOX', text))
+    for library, (reason, fallbacks, path, without) in loaded[1:]:
+        assert reason == "None" and fallbacks == "True False" and path == str(library)
+        assert without.split() == sorted(re.findall(r'\{"(\w+)", TORCH_BOX', text))
 
 
 def test_a_binding_leaves_the_device_to_torch():

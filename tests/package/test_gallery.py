@@ -23,11 +23,6 @@ def test_every_method_has_an_example_and_a_picture(registry, examples):
     assert list(examples) == list(registry)
 
 
-def test_a_method_without_an_example_is_named():
-    with pytest.raises(ValueError, match=r"bench/gallery\.py has no example of another"):
-        gallery.example(scores.SCORES | {"another": scores.rerope}, gallery.SCORES, "another")
-
-
 def test_the_page_is_that_of_the_registries():
     """Or run python bench/gallery.py."""
     assert (gallery.DOCS / "gallery.md").read_text() == gallery.page()
@@ -48,11 +43,3 @@ def test_distances_are_those_of_the_formulas():
         found = gallery.distances(gallery.example(scores.SCORES, gallery.SCORES, name)).squeeze(-1)
         expected = expected.double().where(SEEN, torch.nan)
         torch.testing.assert_close(found, expected, equal_nan=True, msg=name)
-
-
-@pytest.mark.parametrize("name", ["giraffe_truncation", "axial", "dual_chunk"])
-def test_a_picture_is_drawn(name, tmp_path):
-    """Of pairs that do not turn, of axes, of a distance that depends on the query."""
-    method = (gallery.frequency_examples() | gallery.score_examples())[name]
-    gallery.save(gallery.draw_one(name, method), tmp_path / "one.png", 100)
-    assert (tmp_path / "one.png").stat().st_size > 4000

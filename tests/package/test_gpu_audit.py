@@ -140,7 +140,8 @@ def amd_shared(chip: str, only: str) -> dict[str, int]:
     return {kernel: max(int(row[-1]) for row in rows if row[0] == kernel) for kernel, *_ in rows}
 
 
-@pytest.mark.parametrize("chip", ["gfx1201", pytest.param("gfx950", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("chip", ["gfx1201", "gfx950"])
 def test_a_chip_of_amd_without_tiles_takes_the_nearest_ones(chip):
     found = amd_shared(chip, "(decode RoPE|append one token) 64")
     assert set(found) == {"decode", "decode's append", "norm, rotation and append"}
@@ -158,9 +159,3 @@ def test_the_resources_of_an_amd_kernel_are_in_its_notes():
     notes = b"..\xab.vgpr_count\xcc\x80\xbb.private_segment_fixed_size\xcd\x02\x10.."
     assert machine_code.amd_resources(notes) == (128, 528)
     assert machine_code.amd_resources(notes.replace(b"\xcd\x02\x10", b"\x00"))[1] == 0
-
-
-def test_widths_of_accesses():
-    widths = {"LDG.E.128": 16, "LDG.E.ENL2.256": 32, "STG.E.U16": 2, "LDG.E.S8": 1, "LDG.E": 4}
-    for opcode, width in widths.items():
-        assert machine_code._width(opcode) == width

@@ -137,24 +137,6 @@ def table(tmp_path, monkeypatch):
     configs.table.cache_clear()
 
 
-def test_candidates_are_those_of_the_chip_or_the_one_before(table):
-    assert tune.candidates("dq", 89) == {64: [leaf(16), leaf(128)], 128: [leaf(32), leaf(64)]}
-    assert tune.candidates("dq", 90) == {64: [leaf(64), leaf(128), leaf(16)], 128: [leaf(64)]}
-    assert tune.candidates("dq", 75) == {}
-
-
-def test_a_winner_is_written_and_nothing_else_changes(table):
-    tune.replace("dq", 80, 128, leaf(64), "NVIDIA A100")
-    assert table()["80"] == {
-        "64": leaf(16),
-        "128": leaf(64, measured=True, card="NVIDIA A100"),
-    }
-    assert table()["90"] == {"128": leaf(64)}
-    tune.replace("dq", 89, 64, leaf(8), "NVIDIA L4")  # gets rows of its own
-    # What was measured on the A100 was not measured here.
-    assert table()["89"] == {"64": leaf(8, measured=True, card="NVIDIA L4"), "128": leaf(32)}
-
-
 @pytest.mark.parametrize("kernel", tune.KERNELS.values())
 @pytest.mark.parametrize("measured", [80, 89, 103, 121])
 def test_a_winner_changes_no_other_audited_chip(tmp_path, monkeypatch, kernel, measured):
@@ -182,22 +164,6 @@ def test_a_winner_changes_no_other_audited_chip(tmp_path, monkeypatch, kernel, m
     assert changed and {(chip, size) for chip, _, size in changed} == {(measured, 2)}
     assert (measured, 128, 2) in changed and (measured, 256, 2) not in changed
     assert {chip for (chip, _, _), x in after.items() if "measured" in x} == {measured}
-
-
-def test_the_candidates_are_for_the_tuner():
-    """Every kernel that it tunes has some for every audited chip, beside the one that ships."""
-    for kernel in tune.KERNELS.values():
-        for chip in CHIPS:
-            assert len(tune.candidates(kernel, chip)[128]) > 2, (kernel, chip)
-
-
-def test_a_candidate_is_forced_where_launches_look_it_up():
-    before = configs.config("dkv", 128, 2, 90)
-    with tune.forced("dkv", 128, leaf(32)):
-        assert configs.config("dkv", 128, 2, 90) == configs.Config(32, 64, 8, 2)
-        for other in (("dkv", 64, 2), ("dkv", 128, 4), ("dq", 128, 2)):
-            assert configs.config(*other, 90) != configs.Config(32, 64, 8, 2)
-    assert configs.config("dkv", 128, 2, 90) == before
 
 
 def test_each_time_is_kept_and_a_winner_must_gain(table, monkeypatch):

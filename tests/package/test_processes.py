@@ -18,7 +18,6 @@ signal.alarm(240)  # a deadlock ends here
 import torch
 from extrope_kernels import apply_rope, methods, rope_attention, scores
 
-torch.set_num_threads(2)
 FREQS = methods.rope(64)
 
 def work(seed):
@@ -34,15 +33,35 @@ def same(found, expected):
 """
 
 
-def test_forks_and_data_loaders(run_python):
-    """A forked child has none of its parent's threads: with one of its own nothing waits for them.
+def test_forks_data_loaders_and_threads(run_python):
+    """One process shows them all, beginning with what must come before its own first call.
 
-    With more, GNU's OpenMP, which PyTorch's wheels bring, hangs in the child's first parallel
-    region, be it one of PyTorch's own operations.
+    First calls from many threads load the library once, and none runs before it is there. A forked
+    child has none of its parent's threads: with one of its own nothing waits for them. With more,
+    GNU's OpenMP, which PyTorch's wheels bring, hangs in the child's first parallel region, be it
+    one of PyTorch's own operations.
     """
-    run_python(SETUP + FORK + LOADER)
+    run_python(SETUP + THREADS + FORK + LOADER)
 
 
+THREADS = """
+def first(n):
+    ready.wait()
+    found[n] = work(0)
+
+if (child := os.fork()) == 0:  # the parent has called nothing yet, and goes on so
+    signal.alarm(120)
+    torch.set_num_threads(2)
+    ready, found = threading.Barrier(8), [None] * 8
+    threads = [threading.Thread(target=first, args=(n,)) for n in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    expected = work(0)
+    os._exit(0 if all(same(x, expected) for x in found) else 1)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+torch.set_num_threads(2)
+"""
 FORK = """
 def fork():
     child = os.fork()
@@ -72,23 +91,3 @@ expected = torch.stack([work(index)[1][0] for index in range(6)])
 loader = DataLoader(Rotated(), batch_size=2, num_workers=2, multiprocessing_context="fork")
 assert torch.equal(torch.cat(list(loader)), expected)
 """
-
-
-def test_first_calls_from_many_threads_at_once(run_python):
-    """They load the library once, and none of them runs before it is there."""
-    run_python(
-        SETUP
-        + """
-ready, found = threading.Barrier(8), [None] * 8
-
-def first(n):
-    ready.wait()
-    found[n] = work(0)
-
-threads = [threading.Thread(target=first, args=(n,)) for n in range(8)]
-[t.start() for t in threads]
-[t.join() for t in threads]
-expected = work(0)
-assert all(same(x, expected) for x in found)
-"""
-    )

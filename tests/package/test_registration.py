@@ -56,6 +56,12 @@ CHECKED = {
 }
 # All ops of a function share fakes and gradients: interpreted Triton has few cases, and slow ones.
 INTERPRETED = ("rope, packed", "append, packed", "leaky_rerope, packed decode")
+# Traced with sizes that are symbols, by AOTAutograd, which takes seconds: one of each function.
+TRACED = {
+    "rope of learned frequencies", "append, packed", "leaky_rerope", "leaky_rerope, packed decode",
+    "linear attention, packed",
+}  # fmt: skip
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 EVERYWHERE = [
     pytest.param(name, backend, marks=pytest.mark.thorough if backend == "triton" else ())
     for name, case in CHECKED.items()
@@ -102,7 +108,8 @@ def test_opcheck(name, implementation):
                 given = isinstance(x, torch.Tensor) and argument.name in LEAVES
                 if given and not ("norm" in op.name() and argument.name == "inv_freq"):
                     x.requires_grad_()
-        torch.library.opcheck(op, args, options)
+        traced = ("test_aot_dispatch_dynamic",) if name in TRACED else ()
+        torch.library.opcheck(op, args, options, test_utils=(*CHECKS, *traced))
 
 
 COMPILED = (

@@ -35,25 +35,12 @@ def includes(source: Path, seen: set[Path]) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    "source",
-    [*(ROOT / "csrc/cuda").rglob("*.cu"), *(ROOT / "csrc/cpu").rglob("*_kernel.cpp")],
-    ids=lambda path: path.name,
-)
-def test_kernels_include_no_torch_header(source):
-    headers = includes(source, set())
-    assert not [name for name in headers if re.match(r"torch/|ATen/|c10/", name)]
-
-
-def test_bindings_include_the_stable_headers_only():
-    for source in (ROOT / "csrc").rglob("*"):
-        if source.is_file():
-            names = re.findall(r"#include\s*<((?:torch|ATen|c10)/.*)>", source.read_text())
-            outside = [
-                n for n in names if not n.startswith(("torch/csrc/stable/", "torch/headeronly/"))
-            ]
-            # The C shim that the stable headers themselves stand on.
-            assert not [n for n in outside if "aoti_torch/c/" not in n], source.name
+def test_kernels_include_no_torch_header():
+    """What bindings include of it, their symbols tell: test_first_use.py."""
+    kernels = [*(ROOT / "csrc/cuda").rglob("*.cu"), *(ROOT / "csrc/cpu").rglob("*_kernel.cpp")]
+    for source in kernels:
+        headers = includes(source, set())
+        assert not [x for x in headers if re.match(r"torch/|ATen/|c10/", x)], source.name
 
 
 @pytest.mark.thorough

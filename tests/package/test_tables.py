@@ -119,14 +119,7 @@ def test_losses_are_kept_by_piece_and_never_beside_those_of_other_texts(tmp_path
     assert evaluations.read("tiny", tmp_path) == kept
 
 
-def test_a_search_is_kept_at_its_end(tmp_path):
-    path = tmp_path / "search.json"
-    for content in ({"rows": []}, {"rows": [], "finalists": [{"pieces": []}]}):
-        path.write_text(json.dumps(content))
-        evaluations.keep_search(path, tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
-
-
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", plots.PLOTS)
 def test_every_plot_is_drawn(name, tmp_path):
     plots.PLOTS[name](tmp_path / "plot.png")

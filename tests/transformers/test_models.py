@@ -23,14 +23,13 @@ SERVED = [
     "Lfm2MoeForCausalLM",  # convolutions
     "Llama4ForCausalLM",  # complex numbers, chunks
     "MiniMaxForCausalLM",  # linear attention
-    "MistralForCausalLM",
     "Qwen2VLForConditionalGeneration",
-    "StableLmForCausalLM",  # a part of the dims
 ]
 ALIKE = [
     *("ApertusForCausalLM", "DeepseekV2ForCausalLM", "Exaone4ForCausalLM", "Gemma2ForCausalLM"),
     *("Gemma4ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmForCausalLM", "NanoChatForCausalLM"),
-    *("LlavaForConditionalGeneration", "NemotronForCausalLM", "PhimoeForCausalLM"),
+    *("LlavaForConditionalGeneration", "MistralForCausalLM", "NemotronForCausalLM"),
+    *("PhimoeForCausalLM", "StableLmForCausalLM"),
     *("Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM", "SmolLM3ForCausalLM"),
 ]
 REFUSED = {

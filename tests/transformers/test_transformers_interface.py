@@ -23,6 +23,7 @@ from extrope_kernels.integrations.transformers import extend, register_interface
 
 register_interface()
 NEW = 4
+STATIC = {"cache_implementation": "static"}
 PROMPT = tokens(2, 29)
 MASK = torch.ones_like(PROMPT)
 MASK[0, :5] = 0
@@ -46,9 +47,11 @@ def run(model, mask, **settings):
     return generate(model, PROMPT, attention_mask=mask, max_new_tokens=NEW, **settings)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("cache", "padded"),
+    [({}, False), ({}, True), ({"use_cache": False}, True), (STATIC, True)],
+)
 def test_a_plain_model_gives_what_it_gave(family, cache, padded):
     model, mask = build(family), MASK if padded else None
     theirs = run(model, mask, **cache)

@@ -39,6 +39,8 @@ from extrope_kernels.integrations.transformers import extend
 IDS = tokens(4, 44, seed=3)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
 METHODS = {"yarn": {"factor": 4.0}, "rerope": SCORE_PARAMETERS["rerope"]}
+LEAKY = {"window": 7, "factor": 3.5}
+STEPS = 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,7 +84,7 @@ def assert_as_exact(got, expected, want):
         ("llama", "dynamic_ntk", {"factor": 4.0}),
         ("qwen3", "yarn", {"factor": 4.0}),  # which norms, too
         ("qwen3", "rerope", {"window": 6}),
-        ("gemma2", "leaky_rerope", {"window": 7, "factor": 3.5}),
+        ("gemma2", "leaky_rerope", LEAKY),
     ],
 )
 def test_gradient_checkpointing(family, method, parameters, use_reentrant):
@@ -111,18 +113,21 @@ def test_gradient_checkpointing(family, method, parameters, use_reentrant):
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "parameters"),
+    ("family", "method", "parameters", "compiler"),
     [
         *(
-            pytest.param(family, "yarn", {"factor": 4.0}, marks=pytest.mark.thorough)
+            pytest.param(family, "yarn", {"factor": 4.0}, "aot_eager", marks=pytest.mark.thorough)
             for family in ("llama", "gpt_neox")
         ),
-        ("llama", "leaky_rerope", {"window": 7, "factor": 3.5}),
+        *(
+            pytest.param("llama", "leaky_rerope", LEAKY, compiler, marks=marks)
+            for compiler, marks in (("eager", ()), ("aot_eager", pytest.mark.thorough))
+        ),
     ],
 )
-def test_compiles_without_a_graph_break(family, method, parameters):
+def test_compiles_without_a_graph_break(family, method, parameters, compiler):
     model, ids = build(family, num_hidden_layers=1), IDS[:2]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     plain = compiled(ids, use_cache=False).logits.detach()
     with extend(model, method, **parameters):
         want = gradients(model, ids, use_cache=False)
@@ -216,10 +221,10 @@ class Recorder(transformers.Trainer):
         return result
 
 
-def losses_of_ten_steps(model: nn.Module, folder, checkpointing: bool) -> list[float]:
+def losses_of_steps(model: nn.Module, folder, checkpointing: bool) -> list[float]:
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        max_steps=10,
+        max_steps=STEPS,
         per_device_train_batch_size=len(IDS),
         learning_rate=1e-3,
         gradient_checkpointing=checkpointing,
@@ -243,7 +248,7 @@ def test_losses_of_a_trainer(method, lora, tmp_path):
 
     def train(model, checkpointing=False):
         model = with_lora(model) if lora else model
-        return torch.tensor(losses_of_ten_steps(model, tmp_path, checkpointing)).double()
+        return torch.tensor(losses_of_steps(model, tmp_path, checkpointing)).double()
 
     with eager(method, torch.float64) as model:
         want = train(model)
@@ -253,7 +258,7 @@ def test_losses_of_a_trainer(method, lora, tmp_path):
     with extend(model, method, **METHODS[method]):
         got = train(model, checkpointing=lora)
     ulp = torch.finfo(torch.float32).eps * want.abs().max()
-    assert len(want) == 10 and want[-1] < want[0]
+    assert len(want) == STEPS and want[-1] < want[0]
     assert (got - want).abs().max() <= 2 * (expected - want).abs().max() + ulp
 
 

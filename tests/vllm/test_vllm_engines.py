@@ -55,8 +55,11 @@ def llama(tmp_path_factory):
     return build("Llama", folder), folder
 
 
-@pytest.mark.parametrize("methods", [[YARN], [LEAKY], [YARN, RERO]], ids=["yarn", "leaky", "both"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [*((name, [YARN]) for name in MODELS), *((name, [YARN, LEAKY]) for name in MODELS)],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} methods",
+)
 def test_model(tmp_path, name, methods):
     equals_transformers(build(name, tmp_path, **MODELS[name]), tmp_path, methods)
 
@@ -191,24 +194,14 @@ def test_spawned_processes(llama, monkeypatch):
         assert tokens_of(generated(llm)) == tokens_of(want)
 
 
-@pytest.mark.parametrize(
-    ("name", "score"),
-    [
-        ("Llama", RERO),
-        ("Llama", LEAKY),
-        ("Llama", {"method": "self_extend", "window": 64, "factor": 4}),
-        ("Llama", {"method": "dual_chunk", "chunk_size": 96, "local_window": 32}),
-        ("Gemma2", LEAKY),  # every other layer with a sliding window
-    ],
-    ids=lambda value: value if isinstance(value, str) else value["method"],
-)
-def test_cached_prefixes(tmp_path, name, score):
-    model = build(name, tmp_path, **MODELS.get(name, {}))
+def test_cached_prefixes_beside_a_sliding_window(tmp_path):
+    """Every other layer has one; test_vllm_methods.py has caches of every method without."""
+    model = build("Gemma2", tmp_path, **MODELS["Gemma2"])
     model.set_attn_implementation("eager")
     longer = [PROMPTS[0] + PROMPTS[1], PROMPTS[0] + PROMPTS[3]]
-    plain, want = (expected(model, methods, longer) for methods in ([], [score]))
-    ref = expected(copy.deepcopy(model).double(), [score], longer)
-    with engine(tmp_path, {"score": score}, enable_prefix_caching=True) as llm:
+    plain, want = (expected(model, methods, longer) for methods in ([], [LEAKY]))
+    ref = expected(copy.deepcopy(model).double(), [LEAKY], longer)
+    with engine(tmp_path, {"score": LEAKY}, enable_prefix_caching=True) as llm:
         generated(llm, PROMPTS, logprobs=False)
         got = generated(llm, longer, logprobs=False)
     assert all(each.cached >= len(PROMPTS[0]) // 32 * 32 for each in got)

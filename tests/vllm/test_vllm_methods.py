@@ -1,7 +1,9 @@
-"""Every method in an engine of vLLM gives what transformers gives under `extend`.
+"""An engine of vLLM gives what transformers gives under `extend`.
 
 Four prompts at once, in chunks beside decode steps. Log-probabilities are held against the same
 model in float64: the engine's error is at most twice that of transformers in the engine's dtype.
+The frequencies of every method are those of test_vllm_settings.py; here is what an engine does with
+them: amplitudes, decays, its own length.
 """
 
 from __future__ import annotations
@@ -13,7 +15,17 @@ import torch
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import LENGTH, SIZES, build, difference, engine, expected, generated, tokens_of
+from vllm_engines import (
+    LENGTH,
+    PROMPTS,
+    SIZES,
+    build,
+    difference,
+    engine,
+    expected,
+    generated,
+    tokens_of,
+)
 
 from extrope_kernels.methods import METHODS
 from extrope_kernels.scores import SCORES
@@ -21,27 +33,14 @@ from extrope_kernels.scores import SCORES
 PAIRS = SIZES["head_dim"] // 2
 FREQUENCIES = {
     "rope": {},
-    "abf": {},
-    "pi": {"factor": 4.0},
-    "ntk_aware": {"factor": 4.0},
-    "dynamic_ntk": {"factor": 2.0},
-    "ntk_by_parts": {"factor": 4.0},
-    "ntk_mixed": {"factor": 4.0},
     "yarn": {"factor": 4.0},
-    "dynamic_yarn": {},
-    "giraffe_power": {"power": 0.5},
-    "giraffe_truncation": {"truncate_pos": 256},
+    "dynamic_ntk": {"factor": 2.0},
     "xpos": {},
-    "llama3": {"factor": 8.0},
     "longrope": {
         "short_factor": [1 + 0.01 * i for i in range(PAIRS)],
         "long_factor": [2.0 + i for i in range(PAIRS)],
         "factor": 4.0,
     },
-    "proportional": {"partial_rotary_factor": 0.25},
-    "cope": {},
-    "mrrope": {"factor": 4.0},
-    "nope": {},
 }
 # Of the prompts 300 and 181 tokens are past every window, 37 and 33 past none.
 SCORE_METHODS = {
@@ -76,19 +75,24 @@ def for_extend(name, parameters):
 
 
 def check(tiny, methods, extrope, plain, **options):
-    model, folder, exact = tiny
-    want = expected(model, methods)
-    ref = expected(exact, methods)
-    with engine(folder, extrope, **options) as llm:
+    with engine(tiny[1], extrope, **options) as llm:
         got = generated(llm)
-    assert tokens_of(got) == tokens_of(want)
-    error, theirs = difference(got, ref), difference(want, ref)
-    print(f"{extrope}: {error:.1e}, transformers {theirs:.1e}")
-    assert error <= 2 * theirs
+    assert_as_exact(tiny, methods, got)
     return difference(got, plain)
 
 
-@pytest.mark.parametrize("method", METHODS.keys() - {"axial"})
+def assert_as_exact(tiny, methods, got, prompts=PROMPTS, of="of_prompt"):
+    model, _, exact = tiny
+    want, ref = (expected(each, methods, prompts) for each in (model, exact))
+    assert tokens_of(got) == tokens_of(want)
+    # New tokens are few, so their largest error is held against that over the prompts as well.
+    theirs = max(difference(want, ref, each) for each in {of, "of_prompt"})
+    error = difference(got, ref, of)
+    print(f"{methods}: {error:.1e}, transformers {theirs:.1e}")
+    assert error <= 2 * theirs
+
+
+@pytest.mark.parametrize("method", FREQUENCIES)
 def test_frequencies(tiny, plain, method):
     parameters = FREQUENCIES[method]
     changed = check(tiny, [for_extend(method, parameters)], {"method": method, **parameters}, plain)
@@ -101,10 +105,17 @@ def test_resonance(tiny, plain):
 
 
 @pytest.mark.parametrize("method", SCORES)
-def test_scores(tiny, plain, method):
-    parameters = SCORE_METHODS[method]
-    score = {"method": method, **parameters}
-    assert check(tiny, [score], {"score": score}, plain) > 0.1
+def test_scores_and_cached_prefixes(tiny, plain, method):
+    score = {"method": method, **SCORE_METHODS[method]}
+    longer = [PROMPTS[0] + PROMPTS[1], PROMPTS[0] + PROMPTS[3]]
+    with engine(tiny[1], {"score": score}, enable_prefix_caching=True) as llm:
+        got = generated(llm)
+        again = generated(llm, longer, logprobs=False)
+    assert_as_exact(tiny, [score], got)
+    assert difference(got, plain) > 0.1
+    assert all(each.cached >= len(PROMPTS[0]) // 32 * 32 for each in again)
+    assert_as_exact(tiny, [score], again, longer, "of_new")
+    assert difference(again, expected(tiny[0], [], longer), "of_new") > 0.01
 
 
 def test_frequencies_and_score(tiny, plain):

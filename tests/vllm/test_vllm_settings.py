@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from method_examples import example
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import engine_of, make_engine
@@ -117,15 +118,37 @@ def test_wrong_settings(extrope, error, message):
         read_settings({"extrope": extrope})
 
 
-def test_frequencies_are_the_models_where_the_method_has_none():
-    (kind,) = make_engine(config(YARN)).kinds.values()
-    want = methods.yarn(32, factor=4.0, original_max_position_embeddings=128, base=1e4)
-    assert torch.equal(kind.freqs.inv_freq, want.inv_freq)
-    assert kind.freqs.attention_factor == want.attention_factor
-    (kind,) = make_engine(config(YARN | {"resonance": True})).kinds.values()
-    assert torch.equal(kind.freqs.inv_freq, methods.resonance(want).inv_freq)
-    (kind,) = make_engine(config({"score": RERO})).kinds.values()
-    assert torch.equal(kind.freqs.inv_freq, methods.rope(32, base=1e4).inv_freq)
+# What a method takes from the model and the engine, whose requests have 512 tokens at most.
+OF_THE_ENGINE = {
+    **dict.fromkeys(("original_max_position_embeddings", "max_position_embeddings"), 128),
+    "seq_len": 512,
+}
+
+
+@pytest.mark.parametrize("method", methods.METHODS.keys() - {"axial"})
+def test_frequencies_are_those_of_the_method_for_the_model_and_the_engines_length(method):
+    given = example(method, 32)
+    told = {name: OF_THE_ENGINE.get(name, x) for name, x in given.items()}
+    if method == "llama3":
+        told["base"] = 1e4  # the model's, not Llama 3's
+    given = {name: x for name, x in given.items() if name not in OF_THE_ENGINE}
+    want = methods.METHODS[method](32, **told)
+    for resonance in (False, True):
+        entry = {"method": method, **given, "resonance": resonance}
+        (kind,) = make_engine(config(entry)).kinds.values()
+        want = methods.resonance(want) if resonance else want
+        assert torch.equal(kind.freqs.inv_freq, want.inv_freq)
+        assert kind.freqs.attention_factor == want.attention_factor
+        assert (kind.freqs.log_decay is None) == (want.log_decay is None)
+
+
+def test_frequencies_are_the_models_where_no_method_is_named():
+    for base in (1e4, 5e5):
+        text = {"rope_parameters": {"rope_type": "default", "rope_theta": base}}
+        (kind,) = make_engine(config({"score": RERO}, text)).kinds.values()
+        assert torch.equal(kind.freqs.inv_freq, methods.rope(32, base=base).inv_freq)
+        (kind,) = make_engine(config({"method": "pi", "factor": 4.0}, text)).kinds.values()
+        assert torch.equal(kind.freqs.inv_freq, methods.pi(32, factor=4.0, base=base).inv_freq)
 
 
 def test_a_method_for_one_axis_of_mrope():
@@ -139,12 +162,6 @@ def test_a_method_for_one_axis_of_mrope():
     assert kind.freqs.attention_factor == yarn.attention_factor
     with pytest.raises(ValueError, match=r"^extrope: by_axis must be left out .* got \[0\]"):
         make_engine(config(of_time))
-
-
-def test_length_is_that_of_the_engine():
-    (kind,) = make_engine(config({"method": "dynamic_ntk", "factor": 2.0})).kinds.values()
-    want = methods.dynamic_ntk(32, factor=2.0, seq_len=512, max_position_embeddings=128, base=1e4)
-    assert torch.equal(kind.freqs.inv_freq, want.inv_freq)
 
 
 def test_made_in_whatever_default_dtype():
