@@ -63,6 +63,7 @@ GIVEN = {
     ),
     "one row of axes": ({"positions": torch.arange(24).view(3, 1, 8)}, {"axes": AXES}),
     "frequencies of one row": ({}, {"inv_freq": of_sequences(1)}),
+    "frequencies of each sequence": ({}, {"inv_freq": of_sequences(4, 1)}),
     "heads": ({}, {"inv_freq": of_sequences(4, 8)}),
     "heads of one": ({"positions": POSITIONS}, {"inv_freq": of_sequences(1, 8)}),
 }
