@@ -25,7 +25,14 @@ from extrope_kernels.ops.attention.triton.schedule import Lengths, work_of_item 
 from extrope_kernels.testing import device  # noqa: E402
 
 WIDE = example_of(scores.rerope(20))
-ALL = {"sinks": True, "softcap": 2.0, "sliding_window": 29, "query_scale": True, "log_n": 16}
+ALL = {
+    "appended": True,
+    "sinks": True,
+    "softcap": 2.0,
+    "sliding_window": 29,
+    "query_scale": True,
+    "log_n": 16,
+}
 PAGED = {"heads_q": 6, "page_size": 21, "leftpad": (3, 25)}
 
 
