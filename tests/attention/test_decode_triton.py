@@ -98,7 +98,7 @@ SMALL = {"heads_q": 1, "heads_k": 1}
 # A sink counts where splits are merged, not in each; values of another head_dim are merged.
 JOINING = {"sinks": True, "softcap": 2.0, "query_scale": True, "head_dim_v": 40}
 SPLIT = {
-    "one long": ((90, 3, 0, 17), {"leftpad": (0, 3, 0, 2), "page_size": 7}),
+    "one long": ((90, 3, 0), {"leftpad": (0, 3, 0), "page_size": 7, "heads_q": 2, "heads_k": 1}),
     "long last": ((1, 0, 70), {"leftpad": (1, 0, 0), **SMALL}),
     "empty": ((0, 0), {}),
     "alike": ((35, 34), {"page_size": 7}),
