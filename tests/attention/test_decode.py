@@ -10,9 +10,19 @@ import pytest
 import torch
 from attention_oracle import closed_form
 from decode_oracle import SCORES, Case, by_formula, check, in_rows, make
-from score_examples import blockwise_causal, dual_chunk, example, rerope, self_extend, string
+from score_examples import (
+    blockwise_causal,
+    dual_chunk,
+    example,
+    example_of,
+    rerope,
+    self_extend,
+    string,
+)
 
 from extrope_kernels import methods, rope_attention, rope_attention_with_kvcache, scores
+from extrope_kernels.scores import FIRST_KEY, PositionMap, Region, Score
+from extrope_kernels.scores.base import SAME
 from extrope_kernels.testing import device
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,9 +44,8 @@ def of_blocks(block_size):
 
 # Some sequences are shorter than seqlen_q, so that their first rows see no key; some are empty.
 PADDED = {"page_size": 21, "leftpad": (3, 25, 30), "heads_q": 6}
-CHUNK = Case(
-    (170, 60, 0), 132, page_size=21, leftpad=(3, 25, 0)
-)  # in the attention's tiles, on a CPU
+# On a CPU so many queries run in the tiles of the attention.
+CHUNK = Case((170, 60, 0), 132, page_size=21, leftpad=(3, 25, 0))
 KINDS = {
     "one token": Case((29, 1, 7)),
     "one token of 16 bits": Case((29, 1, 7), dtype=BF16),
@@ -79,6 +88,14 @@ def test_reference_in_float64(score):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+# Keys are rotated on by no whole number of steps.
+FRACTIONS = example_of(Score(
+    "fractions",
+    (Region(FIRST_KEY, SAME, PositionMap(divisor=0.7)), Region(-6, SAME, SAME)),
+    stored=PositionMap(divisor=2.0, floor=True),
+))  # fmt: skip
+
+
 def dims(head_dim, rotary_dim, rotary_offset, head_dim_v=None):
     return {"head_dim": head_dim, "rotary_dim": rotary_dim, "rotary_offset": rotary_offset,
             "head_dim_v": head_dim_v, "example": LEAKY}  # fmt: skip
@@ -110,6 +127,7 @@ CASES = {
     "pages of 16": Case((70, 9), 4, page_size=16, leftpad=(3, 25), example=LEAKY),
     "scales": Case((90, 8), 3, log_n=16, softmax_scale=0.3, attention_factor=1.2, rotary_dim=24,
                    freqs_per_sequence=True, example=LEAKY),
+    "rotated on by fractions": Case((70, 9), 2, example=FRACTIONS),
     "a window of one": Case((70, 9, 0), 4, sliding_window=1, dtype=F16, **PADDED),
     "sinks": Case((70, 9), 4, sinks=True, dtype=BF16, head_dim=64, example=LEAKY),
     "a cap": Case((70, 9), 4, softcap=1.5, dtype=F16, head_dim=64, example=LEAKY),

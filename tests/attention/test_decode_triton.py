@@ -25,7 +25,14 @@ from extrope_kernels.ops.attention.triton.schedule import Lengths, work_of_item 
 from extrope_kernels.testing import device  # noqa: E402
 
 WIDE = example_of(scores.rerope(20))
-ALL = {"sinks": True, "softcap": 2.0, "sliding_window": 29, "query_scale": True, "log_n": 16}
+ALL = {
+    "appended": True,
+    "sinks": True,
+    "softcap": 2.0,
+    "sliding_window": 29,
+    "query_scale": True,
+    "log_n": 16,
+}
 PAGED = {"heads_q": 6, "page_size": 21, "leftpad": (3, 25)}
 
 
@@ -91,7 +98,7 @@ SMALL = {"heads_q": 1, "heads_k": 1}
 # A sink counts where splits are merged, not in each; values of another head_dim are merged.
 JOINING = {"sinks": True, "softcap": 2.0, "query_scale": True, "head_dim_v": 40}
 SPLIT = {
-    "one long": ((90, 3, 0, 17), {"leftpad": (0, 3, 0, 2), "page_size": 7}),
+    "one long": ((90, 3, 0), {"leftpad": (0, 3, 0), "page_size": 7, "heads_q": 2, "heads_k": 1}),
     "long last": ((1, 0, 70), {"leftpad": (1, 0, 0), **SMALL}),
     "empty": ((0, 0), {}),
     "alike": ((35, 34), {"page_size": 7}),

@@ -66,14 +66,24 @@ SWITCHES = {
 }
 
 
+OF_PAIRS = PairRow(0, floor=False, row=0)
+SWITCHES["frequencies and divisors of heads"] = {
+    "inv_freq": rope(16).inv_freq * torch.tensor([1.0, 0.5])[None, :, None],
+    "pair_maps": 1 + torch.arange(32).view(1, 2, 2, 8).double().sqrt(),
+}
+
+
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_softmax_options(engine, switch, cu_seqlens):
+def test_options(engine, switch, cu_seqlens):
     """Sinks join as a set of keys of their own, windows as bands, caps are the engine's."""
     options = SWITCHES[switch]
     *tensors, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens)
     if "query_scale" in options:
         options = {"query_scale": torch.linspace(0.5, 1.5, tensors[0].shape[-3])}
+    if "pair_maps" in options:
+        regions = (Region(FIRST_KEY, OF_PAIRS, OF_PAIRS), call.regions[1])
+        options = {**options, "score": replace(call.score, regions=regions)}
     assert_agrees(engine, (*tensors, call._replace(**options), dout, dlse))
 
 
@@ -81,19 +91,6 @@ def test_softmax_options(engine, switch, cu_seqlens):
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
 def test_heads(engine, heads, cu_seqlens):
     assert_agrees(engine, make((FIRST_KEY, -2), heads=heads, cu_seqlens=cu_seqlens))
-
-
-@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["dense", "packed"])
-def test_frequencies_and_divisors_of_heads(engine, cu_seqlens):
-    *tensors, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens)
-    of_pairs = PairRow(0, floor=False, row=0)
-    regions = (Region(FIRST_KEY, of_pairs, of_pairs), call.regions[1])
-    call = call._replace(
-        inv_freq=call.inv_freq * torch.tensor([1.0, 0.5])[None, :, None],
-        pair_maps=1 + torch.arange(32).view(1, 2, 2, 8).double().sqrt(),
-        score=replace(call.score, regions=regions),
-    )
-    assert_agrees(engine, (*tensors, call, dout, dlse))
 
 
 @pytest.mark.parametrize("sizes", [(0, N), (N, 0), (0, 0), None], ids=str)

@@ -64,25 +64,6 @@ def parts_and_whole(sizes, shape=(2, 5, 3, 8), seed=0):
     return [out for out, _ in parts], [lse for _, lse in parts], attention(q, k, v)
 
 
-@pytest.mark.parametrize("sizes", [(4,), (1, 6), (3, 1, 7), (0, 5), (5, 0), (2, 0, 0, 1)])
-def test_equals_attention_over_all_keys(sizes):
-    for shape in ((2, 5, 3, 8), (1, 1, 1, 1), (7, 3, 8), (0, 3, 8), (2, 0, 3, 8)):
-        outs, lses, whole = parts_and_whole(sizes, shape)
-        stacked = merge_attention(torch.stack(outs), torch.stack(lses))
-        alone = merge_attention(outs, lses)
-        over = merge_attention(outs, lses, inplace=True)
-        assert over[0] is outs[0] and over[1] is lses[0]
-        for found in (stacked, alone, over):
-            torch.testing.assert_close(found, whole)
-
-
-@pytest.mark.parametrize("dtype", (F32, B16, F16))
-def test_one_set_stays_as_it_is(dtype):
-    out, lse = torch.randn(2, 3, 4, 8, dtype=dtype), torch.randn(2, 4, 3)
-    merged, merged_lse = merge_attention([out], [lse])
-    assert torch.equal(merged, out) and torch.equal(merged_lse, lse)
-
-
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_large_logits_do_not_overflow(size):
     outs, lses, (out, lse) = parts_and_whole((3, 4))

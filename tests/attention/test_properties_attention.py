@@ -38,6 +38,7 @@ def test_cache(case, backend):
 
 
 @generated(
+    examples=60,
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=5),
     shape=st.tuples(*[st.integers(0, 4)] * 3, st.sampled_from((1, 3, 8))),
     packed=st.booleans(),
@@ -47,7 +48,15 @@ def test_cache(case, backend):
 def test_merge(sizes, shape, packed, dtype, seed):
     """Attention over parts of the keys, merged, is attention over all of them."""
     outs, lses, (out, lse) = parts_and_whole(sizes, shape[packed:], seed)
+    before = [x.clone() for x in (*outs, *lses)]
     merged, merged_lse = merge_attention(outs, lses)
+    assert all(torch.equal(x, y) for x, y in zip(before, (*outs, *lses)))
+    stacked = merge_attention(torch.stack(outs), torch.stack(lses))
+    copies = [[x.clone() for x in sets] for sets in (outs, lses)]
+    over = merge_attention(*copies, inplace=True)
+    assert over[0] is copies[0][0] and over[1] is copies[1][0]
+    for found in (stacked, over):
+        torch.testing.assert_close(found, (merged, merged_lse))
     seen = lse > -INF
     assert torch.equal(merged_lse > -INF, seen)
     torch.testing.assert_close(merged_lse[seen], lse[seen])

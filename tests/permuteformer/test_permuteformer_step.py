@@ -11,6 +11,7 @@ from test_permuteformer import make
 from extrope_kernels import PermuteFormerState, permuteformer_attention, permuteformer_step
 from extrope_kernels.testing import assert_within_budget, device
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FEW = 8  # on a CPU, more make up a chunk
 ON_CPU = pytest.mark.skipif(device() != "cpu", reason="a GPU rounds more, and at infinity")
 
@@ -36,8 +37,7 @@ def test_steps_give_what_the_whole_does(named, normalize):
 
 @ON_CPU
 @pytest.mark.parametrize("tokens", [0, 1, FEW - 1, FEW, FEW + 1])
-@pytest.mark.parametrize("dim, value_dim", [(33, 17), (64, 72), (256, 96)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim, value_dim, dtype", [(33, 17, BF16), (64, 72, F16), (256, 96, F32)])
 def test_few_tokens(dtype, dim, value_dim, tokens):
     """Of two sequences whose four states, two for each head of k, come from a float64 prompt."""
     (q, k, v), permutations = make(2, 60 + tokens, dim=dim, value_dim=value_dim, dtype=dtype)

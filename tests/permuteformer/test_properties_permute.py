@@ -127,7 +127,7 @@ def cases(draw, dtypes=DTYPES) -> Case:
     return Case(q, k, draw(tables(heads_k, head_dim)), at, options)
 
 
-@generated(case=cases(), backend=BACKENDS)
+@generated(examples=40, case=cases(), backend=BACKENDS)
 def test_powers(case, backend):
     """The closed form, of one tensor and of two, and nothing that was given changes."""
     given = (case.q, case.k, case.permutations)

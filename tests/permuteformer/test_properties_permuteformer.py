@@ -174,7 +174,7 @@ def most(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
-@generated(case=cases(), seed=seeds())
+@generated(examples=60, case=cases(), seed=seeds())
 def test_forward(case, seed):
     before = [x.clone() for x in case.tensors]
     out = case.run(*case.tensors)
@@ -186,7 +186,7 @@ def test_forward(case, seed):
     assert_within_budget("out", out, same, exact, noise=noise)
 
 
-@generated(case=cases(), seed=seeds(), layout=st.sampled_from(LAYOUTS))
+@generated(examples=60, case=cases(), seed=seeds(), layout=st.sampled_from(LAYOUTS))
 def test_gradients(case, seed, layout):
     dtype, (q, _, v) = case.tensors[0].dtype, case.tensors
     dout = laid_out(randn(seed, *q.shape[:-1], v.shape[-1], dtype=dtype), layout)

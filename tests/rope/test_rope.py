@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from truncation import truncation
+from rope_cases import Case, check
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
-from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
+from extrope_kernels.testing import DTYPES, device, make_qk
 
 
 def frequencies(dim, **changes):
@@ -16,30 +16,20 @@ def frequencies(dim, **changes):
     return RopeFreqs(changes.get("inv_freq", inv_freq), changes.get("attention_factor", 1.1))
 
 
-def check(q, k, freqs, backend, **options):
-    """apply_rope_qk of `backend` against the reference in the same dtype and in float64."""
-    outs = apply_rope_qk(q, k, freqs, backend=backend, **options)
-    sames = apply_rope_qk(q, k, freqs, backend="reference", **options)
-    exacts = apply_rope_qk(q.double(), k.double(), freqs, backend="reference", **options)
-    slack = truncation(backend, q.dtype)
-    for name, out, same, exact in zip("qk", outs, sames, exacts):
-        assert_within_budget(name, out, same, exact, slack)
-    return outs
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", (2, 8, 64, 72, 80, 96, 128, 256))
 def test_head_dims(backend, head_dim, dtype):
     """Of one pair, of whole registers, and of what is left."""
     q, k = make_qk(head_dim=head_dim, dtype=dtype)
     for interleaved in (False, True):
-        check(q, k, frequencies(head_dim), backend, interleaved=interleaved)
+        check(Case(q, k, frequencies(head_dim), {"interleaved": interleaved}), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_heads_and_tokens(backend, dtype):
     for shape in ((1, 1, 73, 1), (2, 17, 8, 2), (1, 131, 1, 1)):
-        check(*make_qk(*shape, head_dim=16, dtype=dtype), frequencies(16), backend, positions=9)
+        q, k = make_qk(*shape, head_dim=16, dtype=dtype)
+        check(Case(q, k, frequencies(16), {"positions": 9}), backend)
 
 
 def test_one_tensor_is_what_it_is_among_two(backend):
@@ -52,7 +42,7 @@ def test_one_tensor_is_what_it_is_among_two(backend):
 def test_zero_and_large_frequencies(backend):
     q, k = make_qk(head_dim=8)
     inv_freq = torch.tensor([0.0, 1e-30, 6.5, 4000.0], device=device())
-    check(q, k, frequencies(8, inv_freq=inv_freq), backend, positions=77)
+    check(Case(q, k, frequencies(8, inv_freq=inv_freq), {"positions": 77}), backend)
 
 
 @pytest.mark.parametrize("decay", (False, True))

@@ -32,89 +32,118 @@ SLOTS = behind((3, 9), 5)
 POSITIONS = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
 
 
-@pytest.mark.parametrize("norms", ("", "head", "all"))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_contiguous(backend, dtype, norms):
-    step = Step(dtype=dtype, norms=norms, call=CONTIGUOUS)
-    step.check(backend, step.expected(SLOTS, POSITIONS))
+# -------------------------------------------------------------------------------------------------
+# Every way to say where keys go, what they are and how they rotate: one row a call
 
 
-@pytest.mark.parametrize(
-    "dims",
-    ((9, 5, 8, 1), (34, 64, 6, 0), (72, 40, 72, 0), (128, 128, 64, 64), (80, 80, 32, 24)),
-    ids=lambda d: str(d[0]),
-)
-@pytest.mark.parametrize("interleaved", (False, True))
-def test_dims(backend, dims, interleaved):
-    """head_dim, that of v, rotary_dim, rotary_offset: odd and partial ones."""
-    head_dim, head_dim_v, rotary_dim, rotary_offset = dims
+def row(*, slots=SLOTS, positions=POSITIONS, freqs=None, without=None, **step) -> tuple:
+    """A Step; slots: (batch, token, block, place) that are written; positions: of the tokens."""
+    step["call"] = step.get("call", CONTIGUOUS) | ({} if freqs is None else {"freqs": freqs})
+    return step, slots, positions, freqs, without
+
+
+def dims(head_dim: int, head_dim_v: int, rotary_dim: int, rotary_offset: int, **by) -> tuple:
     sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "rotary_dim": rotary_dim}
-    by = {"interleaved": interleaved, "rotary_offset": rotary_offset}
-    step = Step(**sizes, norms="head", call={**CONTIGUOUS, **by})
-    step.check(backend, step.expected(SLOTS, POSITIONS))
+    return row(**sizes, norms="head", call={**CONTIGUOUS, "rotary_offset": rotary_offset, **by})
 
 
-@pytest.mark.parametrize("page_size", (1, 4))
-def test_paged(backend, page_size):
+def paged(page_size: int) -> tuple:
     blocks = 48 // page_size
-    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).int()
-    table = table.view(2, -1).to(device())
-    call = {"cache_seqlens": ints(3, 9), "block_table": table}
-    step = Step(blocks=(blocks, page_size), norms="head", call=call)
-    slots = [(b, t, int(table[b, slot // page_size]), slot % page_size) for b, t, _, slot in SLOTS]
-    step.check(backend, step.expected(slots, POSITIONS))
+    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).int().view(2, -1)
+    slots = [(b, t, int(table[b, n // page_size]), n % page_size) for b, t, _, n in SLOTS]
+    call = {"cache_seqlens": ints(3, 9), "block_table": table.to(device())}
+    return row(blocks=(blocks, page_size), norms="head", call=call, slots=slots)
 
 
-@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
-def test_slot_mapping(backend, dtype):
-    """As serving engines: packed tokens, their positions, and padding that is written nowhere."""
-    slots = ints(17, -1, 4, 40, -1, 2, 11, dtype=dtype)
-    positions = ints(5, 0, 900, 3, 0, 2**24 - 1, 7, dtype=torch.int64)
-    call = {"slot_mapping": slots, "positions": positions}
-    step = Step(blocks=(6, 7), tokens=(7,), norms="head", call=call)
-    written = [(0, t, n // 7, n % 7) for t, n in enumerate(slots.tolist()) if n >= 0]
-    step.check(backend, step.expected(written, positions))
+def in_slots(slots: torch.Tensor, capacity: int, **step) -> tuple:
+    """By a slot of each token, -1 for none."""
+    rows = slots.view(-1, slots.shape[-1]).tolist()
+    written = [(b, t, n // capacity, n % capacity)
+               for b, row in enumerate(rows) for t, n in enumerate(row) if n >= 0]  # fmt: skip
+    step["call"] = {"slot_mapping": slots, **step["call"]}
+    return row(slots=written, **step)
 
 
-def test_one_length_of_packed_tokens_in_slots(backend):
-    """Tokens without boundaries are one sequence: the tokens before them may be one int."""
-    step = Step(tokens=(7,), call={"slot_mapping": ints(*range(7, 14)), "cache_seqlens": 5})
-    positions = torch.arange(5, 12, device=device())
-    step.check(backend, step.expected([(0, t, 0, 7 + t) for t in range(7)], positions))
+# As serving engines: packed tokens, their positions, and padding that is written nowhere.
+ENGINE = (17, -1, 4, 40, -1, 2, 11)
+AT = ints(5, 0, 900, 3, 0, 2**24 - 1, 7, dtype=torch.int64)
+BEHIND = ints(*range(20, 10, -1), dtype=torch.int64).view(5, 2).T  # of any stride
+PACKED = {"cache_seqlens": ints(2, 3, 8), "cu_seqlens": ints(0, 0, 4, 5)}
+# As positions[:, -1] of a batch of one: to PyTorch they are contiguous.
+STRIDED = {"cache_seqlens": ints(4, 0, 0)[::3], "block_table": ints(1, 0, 2).view(1, 3)[:, ::3],
+           "cache_leftpad": ints(1, 0)[::2]}  # fmt: skip
+SHIFTED = torch.stack([torch.arange(1, 6), torch.arange(4, 9)]).to(device())
+OF_ROWS = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)).to(device())
+XPOS = methods.xpos(32).log_decay.to(device())
+SECTIONS = methods.with_sections(methods.rope(32), [4, 6, 6]).to(device())
+BY_AXIS = torch.stack([POSITIONS, POSITIONS + 2, POSITIONS * 3])
+STEPS = {
+    **{f"{dtype} {norms}": row(dtype=dtype, norms=norms)
+       for dtype in DTYPES for norms in ("", "head", "all")},
+    "9 dims": dims(9, 5, 8, 1),
+    "34 dims": dims(34, 64, 6, 0, interleaved=True),
+    "72 dims": dims(72, 40, 72, 0),
+    "128 dims": dims(128, 128, 64, 64, interleaved=True),
+    "80 dims": dims(80, 80, 32, 24),
+    "pages of a slot": paged(1),
+    "pages of four": paged(4),
+    **{f"slots in {dtype}": in_slots(ints(*ENGINE, dtype=dtype), 7, blocks=(6, 7), tokens=(7,),
+                                     norms="head", positions=AT, call={"positions": AT})
+       for dtype in (torch.int32, torch.int64)},
+    # Tokens without boundaries are one sequence: the tokens before them may be one int.
+    "one length": in_slots(ints(*range(7, 14)), 23, tokens=(7,), call={"cache_seqlens": 5},
+                           positions=ints(*range(5, 12))),
+    "slots and positions": in_slots(BEHIND, 23, call={"positions": POSITIONS}),
+    "slots and lengths": in_slots(BEHIND, 23, call={"cache_seqlens": ints(3, 9)}),
+    "strided integers": row(blocks=(3, 9), tokens=(1, 5), call=STRIDED,
+                            positions=ints(3, 4, 5, 6, 7),
+                            slots=[(0, t, 1, 4 + t) for t in range(5)]),
+    # Sequences of no token, of four and of one; two tokens belong to none, and count on.
+    "packed": row(blocks=(3, 9), tokens=(7,), norms="head", call=PACKED,
+                  slots=[*((0, t, 1, 3 + t) for t in range(4)), (0, 4, 2, 8)],
+                  positions=ints(3, 4, 5, 6, 8, 9, 10)),
+    "left padding": row(call={**CONTIGUOUS, "cache_leftpad": ints(2, 5)}, positions=SHIFTED),
+    "positions": row(call={**CONTIGUOUS, "positions": SHIFTED}, positions=SHIFTED),
+    "xpos of each sequence": row(freqs=RopeFreqs(OF_ROWS, log_decay=XPOS)),
+    "an origin": row(freqs=RopeFreqs(OF_ROWS[0], log_decay=20 * XPOS, decay_origin=7.5)),
+    "text by axis": row(freqs=SECTIONS),
+    "an image": row(freqs=SECTIONS, positions=BY_AXIS, call={**CONTIGUOUS, "positions": BY_AXIS}),
+    "a norm of k": row(norms="head", without="q_norm_weight", call={**CONTIGUOUS, "norm_eps": 0.5}),
+    "a norm of q": row(norms="head", without="k_norm_weight", call={**CONTIGUOUS, "norm_eps": 0.5}),
+}  # fmt: skip
 
 
-def test_slots_of_any_stride(backend):
-    """Lengths or positions then say where tokens are, and the slots where they go."""
-    slots = ints(*range(20, 10, -1), dtype=torch.int64).view(5, 2).T
-    written = [(b, t, n // 23, n % 23) for b in (0, 1) for t, n in enumerate(slots[b].tolist())]
-    for where in ({"positions": POSITIONS}, {"cache_seqlens": ints(3, 9)}):
-        step = Step(call={"slot_mapping": slots, **where})
-        step.check(backend, step.expected(written, POSITIONS))
+@pytest.mark.parametrize("name", STEPS)
+def test_where_what_and_how(backend, name):
+    given, slots, positions, freqs, without = STEPS[name]
+    step = Step(**given)
+    step.freqs = step.freqs if freqs is None else freqs
+    if without is not None:
+        step.weights[without] = None
+    step.check(backend, step.expected(slots, positions))
 
 
-def test_one_sequence_s_integers_have_any_stride(backend):
-    """As positions[:, -1] of a batch of one: to PyTorch they are contiguous."""
-    table, first = ints(1, 0, 2).view(1, 3)[:, ::3], ints(4, 0, 0)[::3]
-    call = {"cache_seqlens": first, "block_table": table, "cache_leftpad": ints(1, 0)[::2]}
-    step = Step(blocks=(3, 9), tokens=(1, 5), call=call)
-    step.check(backend, step.expected([(0, t, 1, 4 + t) for t in range(5)], ints(3, 4, 5, 6, 7)))
+@pytest.mark.parametrize("norms", ("", "head"))
+def test_without_a_rotation(backend, norms):
+    unread = ints(*range(4)).view(4, 1, 1)  # positions that no rotation asks for
+    step = Step(norms=norms, call={**CONTIGUOUS, "freqs": None, "positions": unread})
+    step.freqs = RopeFreqs(torch.zeros(16, device=device()))
+    step.check(backend, step.expected(SLOTS, ints(*range(5))))
 
 
-def test_packed_sequences_and_padding(backend):
-    """Of no token, of four and of one; two tokens belong to none."""
-    call = {"cache_seqlens": ints(2, 3, 8), "cu_seqlens": ints(0, 0, 4, 5)}
-    step = Step(blocks=(3, 9), tokens=(7,), norms="head", call=call)
-    written = [(0, t, 1, 3 + t) for t in range(4)] + [(0, 4, 2, 8)]
-    positions = ints(3, 4, 5, 6, 8, 9, 10)  # padding counts on: it comes back as something finite
-    step.check(backend, step.expected(written, positions))
-
-
-def test_left_padding_and_positions(backend):
-    leftpad = Step(call={**CONTIGUOUS, "cache_leftpad": ints(2, 5)})
-    positions = torch.stack([torch.arange(1, 6), torch.arange(4, 9)]).to(device())
-    expected = leftpad.expected(SLOTS, positions)
-    leftpad.check(backend, expected)
-    Step(call={**CONTIGUOUS, "positions": positions}).check(backend, expected)
+def test_packed_sequences_in_pages_behind_padding(backend):
+    """Each with frequencies of its own; one token belongs to none, and counts on."""
+    table = ints(5, 2, 7, 1, 0, 6).view(2, 3)
+    call = {"cu_seqlens": ints(0, 2, 6), "cache_seqlens": ints(3, 6), "block_table": table}
+    step = Step(blocks=(8, 4), tokens=(7,), call=call | {"cache_leftpad": ints(1, 4)})
+    rates, step.freqs = step.freqs.inv_freq, replace(step.freqs, attention_factor=1.0)
+    places = [(0, 3), (0, 4), (1, 6), (1, 7), (1, 8), (1, 9)]
+    slots = [(0, t, int(table[b, n // 4]), n % 4) for t, (b, n) in enumerate(places)]
+    # A third of the frequency is a third of the position.
+    at = [n - 1 if b == 0 else (n - 4) / 3 for b, n in [*places, (1, 10)]]
+    expected = step.expected(slots, torch.tensor(at, dtype=torch.float64, device=device()))
+    step.freqs = replace(step.freqs, inv_freq=torch.stack([rates, rates / 3]))
+    step.check(backend, expected)
 
 
 SCORES = (
@@ -167,14 +196,6 @@ def test_xpos_in_blocks(backend):
     assert torch.equal(got[0], step.q)
 
 
-@pytest.mark.parametrize("norms", ("", "head"))
-def test_without_a_rotation(backend, norms):
-    unread = ints(*range(4)).view(4, 1, 1)  # positions that no rotation asks for
-    step = Step(norms=norms, call={**CONTIGUOUS, "freqs": None, "positions": unread})
-    step.freqs = RopeFreqs(torch.zeros(16, device=device()))
-    step.check(backend, step.expected(SLOTS, ints(*range(5))))
-
-
 def test_without_queries(backend):
     step = Step(norms="head", call=CONTIGUOUS)
     expected = step.run(backend)
@@ -183,27 +204,6 @@ def test_without_queries(backend):
     call = {"freqs": step.freqs, **step.weights, **step.call, "backend": backend}
     assert rope_append_kvcache(None, step.k, step.v, *caches, **call) is None
     assert torch.equal(caches[0], expected[1]) and torch.equal(caches[1], expected[2])
-
-
-def test_frequencies_of_each_sequence_and_xpos(backend):
-    inv_freq = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)).to(device())
-    freqs = RopeFreqs(inv_freq, log_decay=methods.xpos(32).log_decay.to(device()))
-    step = Step(call={**CONTIGUOUS, "freqs": freqs})
-    step.freqs = freqs
-    step.check(backend, step.expected(SLOTS, POSITIONS))
-
-
-def test_positions_by_axis(backend):
-    """mRoPE: text alone, which has one position on all axes, and an image."""
-    freqs = methods.with_sections(methods.rope(32), [4, 6, 6]).to(device())
-    behind_lengths = Step(call={**CONTIGUOUS, "freqs": freqs})
-    behind_lengths.freqs = freqs
-    slots = SLOTS
-    behind_lengths.check(backend, behind_lengths.expected(slots, POSITIONS))
-    by_axis = torch.stack([POSITIONS, POSITIONS + 2, POSITIONS * 3])
-    image = Step(call={**CONTIGUOUS, "freqs": freqs, "positions": by_axis})
-    image.freqs = freqs
-    image.check(backend, image.expected(slots, by_axis))
 
 
 @pytest.mark.parametrize("tokens", ((2, 0), (0, 5)))
@@ -271,20 +271,6 @@ def test_rows_that_are_read_lie_beside_those_that_are_written(name, cache_name):
             torch.testing.assert_close(expected[x], actual[x], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("without", ("q_norm_weight", "k_norm_weight"))
-def test_one_norm(backend, without):
-    step = Step(norms="head", call={**CONTIGUOUS, "norm_eps": 0.5})
-    step.weights[without] = None
-    step.check(backend, step.expected(SLOTS, POSITIONS))
-
-
-def test_an_origin_of_the_decay(backend):
-    log_decay = 20 * methods.xpos(32).log_decay.to(device())
-    step = Step(call=CONTIGUOUS)
-    step.freqs = RopeFreqs(step.freqs.inv_freq, log_decay=log_decay, decay_origin=7.5)
-    step.check(backend, step.expected(SLOTS, POSITIONS))
-
-
 def test_frequencies_of_each_head(backend):
     step = Step(call=CONTIGUOUS)
     freqs = methods.ms_poe(methods.rope(32), heads=2).to(device())
@@ -295,30 +281,6 @@ def test_frequencies_of_each_head(backend):
     for batch, token, block, place in SLOTS:
         torch.testing.assert_close(caches[0][block, place], expected[batch, token])
     assert (caches[0] == FILLER).all(-1).sum() == (2 * 23 - len(SLOTS)) * 2
-
-
-def test_packed_sequences_in_pages_behind_padding(backend):
-    """Each with frequencies of its own; one token belongs to none."""
-    table = ints(5, 2, 7, 1, 0, 6).view(2, 3)
-    call = {"cu_seqlens": ints(0, 2, 6), "cache_seqlens": ints(3, 6), "block_table": table}
-    call["cache_leftpad"] = ints(1, 4)
-    step = Step(blocks=(8, 4), tokens=(7,), call=call)
-    inv_freq = step.freqs.inv_freq
-    step.freqs = RopeFreqs(torch.stack([inv_freq, inv_freq / 3]))
-    slots = [(b, n) for b, ns in ((0, (3, 4)), (1, (6, 7, 8, 9))) for n in ns]
-    caches = step.caches(torch.float32)
-    q = rope_append_kvcache(step.q, step.k, step.v, *caches, step.freqs, backend=backend, **call)
-    kept = torch.ones(8, 4, dtype=torch.bool, device=device())
-    for token, (b, n) in enumerate(slots):
-        at = int(table[b, n // 4]), n % 4
-        kept[at] = False
-        freqs = RopeFreqs(step.freqs.inv_freq[b])
-        where = {"positions": n - (1, 4)[b], "backend": "reference"}
-        for got, x in ((caches[0][at], step.k[token]), (q[token], step.q[token])):
-            expected = apply_rope(x[None, None].double(), freqs, **where)
-            torch.testing.assert_close(got, expected[0, 0].float())
-        assert torch.equal(caches[1][at], step.v[token])
-    assert all((x[kept] == FILLER).all() for x in caches)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_rope import check
+from rope_cases import Case, check
 from vectors import load
 
 from extrope_kernels import apply_rope, apply_rope_qk, methods
@@ -37,7 +37,8 @@ def closed_form(q, k, freqs):
 def test_heads_of_their_own_frequencies_decay_too(backend, dtype):
     q, k = make_qk(2, 7, 2, 2, head_dim=32, dtype=dtype)
     of_heads = xpos(32).inv_freq * torch.tensor([[[1.0], [0.3]]], device=device())
-    check(q, k, replace(xpos(32, 3.0), inv_freq=of_heads), backend, positions=900)
+    freqs = replace(xpos(32, 3.0), inv_freq=of_heads)
+    check(Case(q, k, freqs, {"positions": 900}), backend)
 
 
 def test_gradients_carry_the_origin(backend):

@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rope import check
+from rope_cases import Case, check, check_gradients
 from torch.autograd import gradcheck, gradgradcheck
-from truncation import truncation
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
-from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
+from extrope_kernels.testing import DTYPES, device, make_qk
 
 LONG_POSITIONS = (1_009, 100_003, 1_000_003, 15_999_989)
-
-
-def gradients(q, k, freqs, weights, **options):
-    """d/d(q, k, inv_freq) of the weighted sum of the rotated q and k."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, freqs.inv_freq)]
-    freqs = RopeFreqs(leaves[2], freqs.attention_factor, freqs.log_decay)
-    outs = apply_rope_qk(leaves[0], leaves[1], freqs, **options)
-    sum((out * w.to(out.dtype)).sum() for out, w in zip(outs, weights)).backward()
-    return [leaf.grad for leaf in leaves]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("start", LONG_POSITIONS)
 def test_forward_and_backward_against_float64(backend, start, dtype):
     """Exact at any position."""
-    interleaved = start % 4 == 1
     q, k = make_qk(2, 11, 3, 1, head_dim=72, dtype=dtype)
-    weights = make_qk(2, 11, 3, 1, head_dim=72, dtype=dtype, seed=1)
     freqs = methods.yarn(64, factor=4.0, original_max_position_embeddings=4096).to(device())
-    options = dict(positions=start, interleaved=interleaved)
-    check(q, k, freqs, backend, **options)
-    grads = gradients(q, k, freqs, weights, backend=backend, **options)
-    same = gradients(q, k, freqs, weights, backend="reference", **options)
-    wide = [w.double() for w in weights]
-    exact = gradients(q.double(), k.double(), freqs, wide, backend="reference", **options)
-    for name, *values in zip(("dq", "dk"), grads, same, exact):
-        assert_within_budget(name, *values, truncation(backend, dtype))
-    # A sum over tokens and heads: each term carries the rounding of one product sum.
-    terms = 2 * 11 * 4
-    ulp = min(torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
-    bound = (
-        4 * ulp * terms**0.5 * max(start, 1) * 4 + torch.finfo(torch.float32).eps * exact[2].abs()
-    )
-    assert ((grads[2].double() - exact[2]).abs() <= bound).all()
+    case = Case(q, k, freqs, {"positions": start, "interleaved": start % 4 == 1})
+    check(case, backend)
+    check_gradients(case, backend)
 
 
 def test_backward_of_strided_views_and_of_a_sum(backend):

@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from rope_cases import NORMS, Case, check, check_gradients
 from truncation import truncation
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
@@ -28,33 +29,11 @@ def call(tensors, freqs, backend, **options):
     )
 
 
-def by_autograd(tensors, freqs, backend, douts, **options):
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    outs = call(leaves, freqs, backend, **options)
-    grads = torch.autograd.grad(outs, leaves, [g.to(x.dtype) for g, x in zip(douts, outs)])
-    return [*(x.detach() for x in outs), *grads]
-
-
-def check(q, k, weights, freqs, backend, **options):
-    """Results and gradients against the reference in the same dtype and in float64."""
-    tensors = [q, k, *weights]
-    heads = q.shape[-2], k.shape[-2]
-    douts = [torch.randn_like(x) for x in (q, k)]
-    got = by_autograd(tensors, freqs, backend, douts, **options)
-    same = by_autograd(tensors, freqs, "reference", douts, **options)
-    exact = by_autograd([x.double() for x in tensors], freqs, "reference", douts, **options)
-    slack = truncation(backend, q.dtype)
-    ulp = min(torch.finfo(torch.float32).eps, torch.finfo(q.dtype).eps)
-    for name, *values in zip(("q", "k", "dq", "dk"), got, same, exact):
-        # Mean squares, products, means and differences: ten roundings that a rotation has not.
-        noise = 5 * ulp * values[2].abs().max().item() if values[2].numel() else 0.0
-        assert_within_budget(name, *values, slack, noise)
-    for name, n, *values in zip(("dq_weight", "dk_weight"), heads, got[4:], same[4:], exact[4:]):
-        # Each of so many additions rounds a running sum that is at most the whole.
-        terms = q.shape[:-2].numel() * n
-        noise = ulp / 2 * (10 + terms**0.5) * values[2].abs().max().item()
-        assert_within_budget(name, *values, slack, noise)
-    return got
+def check_both(q, k, weights, freqs, backend, **options):
+    """Results and gradients."""
+    case = Case(q, k, freqs, options, dict(zip(NORMS, weights)))
+    check(case, backend)
+    check_gradients(case, backend)
 
 
 @pytest.mark.parametrize("together", (False, True))
@@ -68,7 +47,7 @@ def test_against_float64(backend, head_dim, rotary_dim, first, interleaved, dtyp
     weights = norm_weights(3, 2, head_dim, together)
     freqs = RopeFreqs(methods.rope(rotary_dim).inv_freq.to(device()), attention_factor=1.1)
     by = {"interleaved": interleaved, "rotary_offset": first}
-    check(q, k, weights, freqs, backend, positions=1003, norm_eps=EPS, **by)
+    check_both(q, k, weights, freqs, backend, positions=1003, norm_eps=EPS, **by)
 
 
 @pytest.mark.parametrize("together", (False, True))
@@ -78,7 +57,7 @@ def test_many_heads_and_tokens(backend, batch, seqlen, heads_q, heads_k, togethe
         seqlen = min(seqlen, 35)
     q, k = make_qk(batch, seqlen, heads_q, heads_k, head_dim=16)
     freqs = methods.rope(16).to(device())
-    check(q, k, norm_weights(heads_q, heads_k, 16, together), freqs, backend)
+    check_both(q, k, norm_weights(heads_q, heads_k, 16, together), freqs, backend)
 
 
 @pytest.mark.parametrize("together", (False, True))

@@ -329,12 +329,12 @@ def check(
     if error is None:
         noise = (0.0, 0.0)
         plain = worse(exact, *(of(*tensors) for of in plain_formulas(example, freqs, options)))
+        if q.dtype == torch.float32 and {"sinks", "softcap", "query_scale"} & options.keys():
+            # Of weights that are exp2 of a logit less lse: both are rounded.
+            noise = rounding_noise("dv", v, exact[1], None, q, k, v, 1.0), 0.0
     else:
         noise = error.weight(k.shape[-3]) * norm(v), error.logit
         plain = [x.to(dtype) for x, dtype in zip(exact, (q.dtype, torch.float32))]
-    if q.dtype == torch.float32 and {"sinks", "softcap", "query_scale"} & options.keys():
-        # Of weights that are exp2 of a logit less lse: both are rounded.
-        noise = noise[0] + rounding_noise("dv", v, exact[1], None, q, k, v, 1.0), noise[1]
     found = attend(example, q, k, v, freqs, backend, **options)
     check_outputs(backend, q, found, plain, exact, noise)
 
@@ -370,23 +370,20 @@ def check_gradients(
 
     found = gradients(fused, inputs, dout, dlse)
     exact = gradients(exactly, [x.double() for x in inputs], dout.double(), dlse)
-    if error is None:
-        noise = dict.fromkeys(NAMES, 0.0)
-        plain = (
-            gradients(of, inputs, dout, dlse) for of in plain_formulas(example, freqs, options)
-        )
-        plain = worse(exact, *plain)
-    else:
-        plain = [want.to(x.dtype) for want, x in zip(exact, inputs)]
-        weight, tokens = error.weight(k.shape[-3]), q.shape[:-2].numel()
-        score = 2 * norm(dout) * norm(v) * error.logit_scale
+    if error is not None:
+        weight, score = error.weight(k.shape[-3]), 2 * norm(dout) * norm(v) * error.logit_scale
         rows = q.shape[-3] * q.shape[-2] / k.shape[-2]  # how many queries add to one key
-        noise = {
-            "dq": weight * score * norm(k),
-            "dk": weight * score * norm(q) * rows,
-            "dv": weight * norm(dout) * rows,
-            "dsinks": weight * norm(dout) * norm(v) * tokens,
-        }
+        noise = (
+            weight * score * norm(k),
+            weight * score * norm(q) * rows,
+            weight * norm(dout) * rows,
+            weight * norm(dout) * norm(v) * q.shape[:-2].numel(),
+        )
+        for name, got, want, own in zip(NAMES, found, exact, noise):
+            assert_within_budget(name, got, want.to(got.dtype), want, noise=own)
+        return
+    plain = (gradients(of, inputs, dout, dlse) for of in plain_formulas(example, freqs, options))
+    plain = worse(exact, *plain)
     out, lse = exactly(*inputs)
     scale = (options.get("softmax_scale") or q.shape[-1] ** -0.5) * freqs.attention_factor**2
     scale *= largest_gain(example, tensors, freqs, options)
@@ -396,19 +393,18 @@ def check_gradients(
         own = own if got.dtype == torch.float32 == q.dtype else truncation(backend, q, low, want)
         if name == "dsinks" and q.dtype in (torch.float16, torch.bfloat16):
             own = _noise_of_rounded_out(out, lse, inputs[3], dout, q.dtype)
-        assert_within_budget(name, got, low, want, noise=own + noise[name])
+        assert_within_budget(name, got, low, want, noise=own)
 
 
 def largest_gain(example: Example, tensors, freqs: RopeFreqs, options: dict) -> float:
     """The largest factor of a row's logits, of log-n and a given temperature."""
-    found = [1.0]
-    packed = "cu_seqlens" in options
+    found, packed = [], "cu_seqlens" in options
     for part, known in sequences(example, tensors, freqs, options):
         q, k = (x[part][None] if packed else x[part] for x in tensors[:2])
         gain = row_gain(q, k, known.get("log_n"), known.get("query_scale"), known["first"])
         if gain is not None and gain.numel():
             found.append(gain.abs().max().item())
-    return max(found[1:], default=1.0)
+    return max(found, default=1.0)
 
 
 def check_both(backend, example: Example, tensors, freqs=None, with_lse=True, **options) -> None:
