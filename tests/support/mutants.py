@@ -43,10 +43,11 @@ ROOMS = {
     "vllm": ("integrations/vllm", ["vllm"]),
     "evaluation": ("evaluation", ["evaluation"]),
 }
-# Operators whose mutants say little: types in annotations, any operation by any other.
+# Operators whose mutants say little: types in annotations, any operation by any other, a check of
+# lists that are equally long.
 DULL = (
-    r"BitOr|BitAnd|BitXor|Shift|Pow|Variable|Exception|Decorator|_Is|Invert"
-    r"|Comparison.*_(Eq|NotEq)$"
+    r"\[\w*(BitOr|BitAnd|BitXor|Shift|Pow|Variable|Exception|Decorator|_Is|Invert)\w* \d+\]$"
+    r"|\[\w*Comparison\w*_(Eq|NotEq) \d+\]$|strict=True.*\[ReplaceTrueWithFalse"
 )
 CONFIG = """
 [cosmic-ray]
@@ -173,14 +174,12 @@ def sample(
     """Skip all mutants but `count` of them, the same ones for the same sources."""
     keys = {item.job_id: key(tree, item.mutations[0]) for item in database.work_items}
 
-    def tells(mutation: MutationSpec) -> bool:
+    def tells(mutation: MutationSpec, name: str) -> bool:
         place = (str(mutation.module_path), mutation.start_pos[0])
-        return not re.search(DULL, mutation.operator_name) and (not lines or place in lines)
+        return name not in known and not re.search(DULL, name) and (not lines or place in lines)
 
     telling = [
-        item.job_id
-        for item in database.work_items
-        if tells(item.mutations[0]) and keys[item.job_id] not in known
+        item.job_id for item in database.work_items if tells(item.mutations[0], keys[item.job_id])
     ]
     telling.sort(key=lambda job: keys[job])
     chosen = set(random.Random(0).sample(telling, len(telling))[:count])
