@@ -122,6 +122,10 @@ def test_padding_on_either_side_changes_no_token(method):
         got = logits(model, IDS, attention_mask=mask)
         torch.testing.assert_close(got[:1, 11:], logits(model, IDS[:1, 11:]))
         torch.testing.assert_close(got[1:, :-5], logits(model, IDS[1:, :-5]))
+        pairs_seen = mask[:1, None].bool() & torch.ones(SEQLEN, SEQLEN).tril().bool()
+        pairs_seen[:, :11] = True  # as a finished mask has it, where a row would be all -inf
+        again = logits(model, IDS[:1], attention_mask=pairs_seen[:, None])
+        torch.testing.assert_close(again[:, 11:], got[:1, 11:])
         mask[0] = 0
         assert logits(model, IDS, attention_mask=mask).isfinite().all()
 
