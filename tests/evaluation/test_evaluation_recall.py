@@ -29,10 +29,11 @@ def test_passages_come_again_at_their_distances(longest):
 def test_gains_are_differences_of_losses():
     """Of the last three quarters of a passage; entry t is the loss of token t + 1."""
     losses = torch.zeros(99)
-    losses[9 + 2 : 9 + 8] = 5.0
-    losses[79 + 2 : 79 + 8] = 3.0
-    losses[79 : 79 + 2] = 100.0
-    assert recall.gains(losses, [recall.Repeat(70, 10, 80, 8)]) == [2.0]
+    losses[9 + 3 : 9 + 12] = 5.0
+    losses[9 + 3] = 14.0  # the first that counts: 6 of nine
+    losses[79 + 3 : 79 + 12] = 3.0
+    losses[79 : 79 + 3] = 100.0
+    assert recall.gains(losses, [recall.Repeat(70, 10, 80, 12)]) == [3.0]
 
 
 def test_too_short(run, capsys):

@@ -46,11 +46,6 @@ def follow(title, checkout):
             new = "".join(line[1:] for line in text.splitlines(True))
             assert file.read_text().count(old) == 1, f"{path} has no place for\n{text}"
             file.write_text(file.read_text().replace(old, new))
-        elif kind == "sh":
-            before = {file for file in checkout.rglob("*.py")}
-            subprocess.run(["sh", "-ec", text], cwd=checkout, check=True)
-            made = set(checkout.rglob("*.py")) - before
-            created += sorted(file.relative_to(checkout).as_posix() for file in made)
         else:
             assert not file.exists(), f"{path} is there already"
             created.append(path)
@@ -85,41 +80,48 @@ def test_slow_half_is_what_backends_rotate_by(backend):
 """
 
 
-def test_a_method_is_one_file_and_four_entries(checkout):
-    created, changed = follow("Add a method", checkout)
-    assert created == ["extrope_kernels/methods/slow_half.py"]
-    assert changed == [
-        "bench/gallery.py",
-        "extrope_kernels/methods/__init__.py",
-        "tests/support/data/method_vectors.json",
-        "tests/support/method_examples.py",
-    ]
-    (checkout / "tests/rope/test_slow_half.py").write_text(ROTATED)
-    of_methods = ("methods", "methods_defaults", "methods_errors", "trained", "wrappers")
-    tests = (
-        *(f"tests/methods/test_{name}.py" for name in of_methods),
-        "tests/rope/test_slow_half.py",
-        "tests/package/test_tables.py",
-        "tests/package/test_wrong_arguments.py",
-    )
-    assert passed(checkout, "slow_half or cover or every_method or public", *tests) > 25
+TESTS = ("tests/package/test_tables.py", "tests/package/test_wrong_arguments.py")
+# By title: the file that is new, those that change, and the tests that are about what is new.
+RECIPES = {
+    "Add a method": (
+        "extrope_kernels/methods/slow_half.py",
+        [
+            "bench/gallery.py",
+            "extrope_kernels/methods/__init__.py",
+            "tests/support/data/method_vectors.json",
+            "tests/support/method_examples.py",
+        ],
+        ("tests/methods", "tests/rope/test_slow_half.py", *TESTS),
+    ),
+    "Add a score method": (
+        "extrope_kernels/scores/apart.py",
+        [
+            "bench/gallery.py",
+            "extrope_kernels/scores/__init__.py",
+            "tests/support/score_examples.py",
+        ],
+        (
+            "tests/scores",
+            "tests/attention/test_attention.py",
+            "tests/attention/test_attention_gradients.py",
+            "tests/attention/test_decode.py",
+            *TESTS,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_the_steps_are_one_new_file_and_few_entries(title, checkout):
+    new, entries, _ = RECIPES[title]
+    assert follow(title, checkout) == ([new], entries)
 
 
 @pytest.mark.thorough
-def test_a_score_method_is_one_file_two_entries_and_a_row(checkout):
-    created, changed = follow("Add a score method", checkout)
-    assert created == ["extrope_kernels/scores/apart.py"]
-    assert changed == [
-        "bench/gallery.py",
-        "extrope_kernels/scores/__init__.py",
-        "tests/support/score_examples.py",
-    ]
-    tests = (
-        "tests/scores",
-        "tests/attention/test_attention.py",
-        "tests/attention/test_attention_gradients.py",
-        "tests/attention/test_decode.py",
-        "tests/package/test_tables.py",
-        "tests/package/test_wrong_arguments.py",
-    )
-    assert passed(checkout, "apart or public", *tests) > 30
+@pytest.mark.parametrize("title", RECIPES)
+def test_the_steps_are_enough(title, checkout):
+    new, _, tests = RECIPES[title]
+    follow(title, checkout)
+    (checkout / "tests/rope/test_slow_half.py").write_text(ROTATED)
+    words = f"{Path(new).stem} or cover or every_method or public"
+    assert passed(checkout, words, *tests) > 30

@@ -1,13 +1,11 @@
 """What a person tries first: names, arguments and what is printed."""
 
-import re
 import warnings
 
 import pytest
 from hf_models import build, tokens
 
 import extrope_kernels
-from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend
 
 
@@ -15,20 +13,6 @@ def test_extend_is_at_the_top():
     assert extrope_kernels.extend is extend
     with pytest.raises(AttributeError, match="has no attribute 'extendd'"):
         extrope_kernels.extendd  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("method", "given", "error", "message"),
-    [
-        ("ReRoPE", {}, ValueError, "got 'ReRoPE' (did you mean 'rerope'?)"),
-        ("self-extend", {}, ValueError, "got 'self-extend' (did you mean 'self_extend'?)"),
-        (methods.rope(16), {}, TypeError, "as in extend(model, 'yarn', factor=4.0), got RopeFreqs"),
-        ("yarn", {"factor": 2.0, "rope_theta": 1e6}, TypeError, "got rope_theta (base here)"),
-    ],
-)
-def test_a_near_miss_is_answered_with_what_to_write(method, given, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        extend(build("llama"), method, **given)
 
 
 def test_a_handle_says_what_is_in_place():

@@ -162,8 +162,6 @@ def test_two_rotations_in_one_model():
         with extend(model, "pi", factor=4.0, layers=layers):
             torch.testing.assert_close(logits(model, ids), want, atol=1e-4, rtol=1e-4)
         assert error(want, logits(model, ids)) > 1e-2
-    with pytest.raises(ValueError, match="extend: layers must be full or all, got 'some'"):
-        extend(model, "rope", layers="some")
 
 
 def test_several_axes_of_positions():
@@ -282,30 +280,6 @@ def test_layers_that_rotate_by_themselves_are_computed_anew_for_their_gradients(
             _assert_close(got, want[name])
 
 
-SLIDING, COMPRESSED = (
-    {"layer_types": [f"{kind}_attention"] * 2} for kind in ("sliding", "compressed_sparse")
-)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "given", "reason"),
-    [
-        ("DeepseekV4", SLIDING, {"layers": "all"}, "DeepseekV4Attention rotates its values too"),
-        ("DeepseekV4", COMPRESSED, {}, "keys beside those of the tokens"),
-        ("Falcon", {"alibi": True}, {}, "none of its layers rotates"),
-        ("Falcon", {"alibi": True}, {"method": "pi", "factor": 4.0}, "ALiBi in place of a rotat"),
-        ("UnlimitedOcr", {}, {}, "ReferenceSlidingWindowLayer keeps more keys than a window"),
-        ("Blt", {}, {}, "BltLocalEncoder, .*BltPatcher counts its own positions"),
-    ],
-)
-def test_refuses_models(name, settings, given, reason):
-    kind = "ConditionalGeneration" if name == "UnlimitedOcr" else "CausalLM"
-    model = _build(f"{name}For{kind}", **settings)
-    given = given if "method" in given else {"method": "rerope", "window": 6, **given}
-    with pytest.raises(ValueError, match=f"^extend: {name}\\w+ is not .*{reason}"):
-        extend(model, **given)
-
-
 @pytest.mark.parametrize("name", ["ModernBert", "EuroBert", "NomicBert", "JinaEmbeddingsV3"])
 def test_encoders_take_frequency_methods(name):
     model = _build(f"{name}ForMaskedLM")
@@ -321,14 +295,6 @@ def test_encoders_take_frequency_methods(name):
 @torch.no_grad()
 def logits_of(encoder):
     return encoder(input_ids=IDS).logits
-
-
-def test_dropout_of_a_module_is_refused_as_that_of_a_number_is():
-    model = _build("GPTNeoXJapaneseForCausalLM").train()
-    with pytest.raises(
-        ValueError, match=r"attention_dropout 0, got 0\.1 in GPTNeoXJapaneseAttention"
-    ):
-        extend(model, "rerope", window=6)
 
 
 def test_an_indexer_with_a_rotation_of_its_own_keeps_tables():

@@ -160,8 +160,3 @@ def test_a_factor_below_1_gets_a_warning():
     message = "extend: factor 0.5 of yarn is below 1: it shortens what a model reads"
     with pytest.warns(UserWarning, match=message), extend(model, "yarn", factor=0.5):
         pass
-
-
-def test_over_by_name_must_be_whole():
-    with pytest.raises(ValueError, match=r"extend: over must be a RopeFreqs, .*, got inv_freq"):
-        extend(build("llama"), "yarn", factor=2.0, over={"inv_freq": [1.0] * 8})

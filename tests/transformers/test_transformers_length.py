@@ -105,32 +105,6 @@ def test_a_named_method_gets_its_factor():
         assert handle.applied.parameters == {"factor": 8.0}
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        ({}, TypeError, "extend: method or length must be given, got neither"),
-        ({"length": 0}, ValueError, "extend: length must be > 0, got 0"),
-        ({"length": 1.5}, ValueError, "extend: length must be a whole number of tokens, got 1.5"),
-        ({"length": 99, "window": 8}, TypeError, "extend: window needs a method that has it"),
-        (
-            {"method": "rerope", "length": 99},
-            ValueError,
-            r"length must go without a method, .* got rerope; give its own parameters \(window=",
-        ),
-        ({"method": "dynamic_ntk", "length": 99}, ValueError, "got dynamic_ntk"),
-        ({"method": "Yarn", "length": 99}, ValueError, "did you mean 'yarn'"),
-        (
-            {"method": "yarn", "length": 99, "factor": 2.0},
-            ValueError,
-            "extend: factor or length must be given for yarn, got both",
-        ),
-    ],
-)
-def test_mistakes_are_answered_with_what_to_write(given, error, message):
-    with pytest.raises(error, match=message):
-        extend(build("llama"), **given)
-
-
 def test_an_extended_model_is_not_measured_again():
     model = build("llama")
     message = "got one extended by yarn; restore that one first, or name the method"

@@ -102,8 +102,11 @@ def test_boundaries_before_padding():
     model = build("llama").double()
     ids = torch.cat((ROW, torch.zeros_like(ROW[:, :5])), 1)
     with extend(model, "rerope", window=7):
-        got = logits(model, ids, **FLASH)
-        torch.testing.assert_close(got[:, :-5], alone(model))
+        want = alone(model)
+        of_padding = torch.cat((POSITIONS, torch.full((1, 5), 7)), 1)  # which count nothing
+        for given in ({}, {"position_ids": of_padding}):
+            got = logits(model, ids, **FLASH, **given)
+            torch.testing.assert_close(got[:, :-5], want)
 
 
 @pytest.mark.thorough

@@ -81,8 +81,3 @@ def test_divisors_are_learned():
         with torch.no_grad():
             slope = (loss(divisors + step) - loss(divisors - step)) / 2e-5
         torch.testing.assert_close(found[pair], slope, rtol=1e-5, atol=1e-9)
-
-
-def test_the_number_of_pairs_is_the_models():
-    with pytest.raises(ValueError, match=r"extend: dpe must have maps of 8 pairs of dims, got 2"):
-        extend(build("llama"), "dpe", window=8, group_sizes=[2, 2])

@@ -83,12 +83,8 @@ def test_it_is_saved_and_restored(tmp_path):
     assert torch.equal(model(ids).logits, plain)
 
 
-def test_refusals():
+def test_a_raw_cache_comes_first():
     model = llama(1)
-    with pytest.raises(ValueError, match=r"extend: cache must be None or 'raw', .* got 'rotated'"):
-        extend(model, "yarn", factor=2.0, cache="rotated")
-    with pytest.raises(ValueError, match=r"extend: cache must be None for xpos, .* got 'raw'"):
-        extend(model, "xpos", cache="raw")
     after = pytest.raises(ValueError, match="must come before dynamic_yarn")
     with extend(model, "dynamic_yarn", cache="raw"), after:
         extend(model, "rerope", window=9)

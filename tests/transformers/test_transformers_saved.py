@@ -28,7 +28,8 @@ NAMED = [
     ("dynamic_ntk", {"factor": 4.0}, None, TRAINED),
     ("abf", {"base": 1e6}, None, TRAINED),
     ("rope", {}, TRAINED, TRAINED),
-    # As factors of LongRoPE.
+]
+AS_FACTORS = [  # of LongRoPE
     ("yarn", {"factor": 4.0, "ramp": "rotations"}, 128, 128),
     ("pi", {"factor": 2.0, "resonance": True}, 64, 64),
     ("mrrope", {"factor": 4.0}, 128, 128),
@@ -52,13 +53,15 @@ def saved(model, folder, *extensions):
     return want
 
 
-@pytest.mark.parametrize(("method", "parameters", "length", "longest"), NAMED)
+@pytest.mark.parametrize(("method", "parameters", "length", "longest"), [*NAMED, *AS_FACTORS])
 def test_transformers_reads_what_a_config_can_name(method, parameters, length, longest, tmp_path):
     model = build("llama").double()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         want = saved(model, tmp_path, (method, parameters))
     plain = loaded(tmp_path)
+    as_factors = method == "longrope" or (method, parameters, length, longest) in AS_FACTORS
+    assert (plain.config.rope_parameters["rope_type"] == "longrope") == as_factors
     assert plain.config.max_position_embeddings == longest
     assert model.config.max_position_embeddings == TRAINED
     assert_same_frequencies(model, plain, method, parameters)

@@ -28,7 +28,6 @@ from transformers import DynamicCache
 
 from extrope_kernels import RopeFreqs, methods
 from extrope_kernels.integrations.transformers import extend
-from extrope_kernels.testing import attention_backends
 
 SEQLEN = 44  # more than four chunks, and no multiple of anything below
 IDS = tokens(2, SEQLEN, seed=2)
@@ -123,6 +122,10 @@ def test_padding_on_either_side_changes_no_token(method):
         got = logits(model, IDS, attention_mask=mask)
         torch.testing.assert_close(got[:1, 11:], logits(model, IDS[:1, 11:]))
         torch.testing.assert_close(got[1:, :-5], logits(model, IDS[1:, :-5]))
+        pairs_seen = mask[:1, None].bool() & torch.ones(SEQLEN, SEQLEN).tril().bool()
+        pairs_seen[:, :11] = True  # as a finished mask has it, where a row would be all -inf
+        again = logits(model, IDS[:1], attention_mask=pairs_seen[:, None])
+        torch.testing.assert_close(again[:, 11:], got[:1, 11:])
         mask[0] = 0
         assert logits(model, IDS, attention_mask=mask).isfinite().all()
 
@@ -186,32 +189,6 @@ def test_autocast_leaves_queries_wider_than_values():
         assert error(got, logits(model, IDS)) < 0.5
 
 
-LLAMA4 = {"head_dim": 16, "num_key_value_heads": 2, "intermediate_size_mlp": 96}
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("family", "sizes", "message"),
-    [
-        ("mistral", {}, "MistralModel is not a supported architecture: all its layers"),
-        ("llama4_text", LLAMA4 | {"num_local_experts": 2}, "all its layers .* have a .* chunks"),
-        ("llama", {"rope": DYNAMIC}, "its frequencies .dynamic. ch"),
-        ("llama", {"head_dim": 12}, "head_dim must be a multiple of 8"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "Gemma3Attention is not causal"),
-    ],
-)
-def test_refuses_models_before_anything_is_changed(family, sizes, message):
-    if "head_dim" in message and "cpu" not in attention_backends():
-        pytest.skip("the reference takes any head_dim")
-    model = build(family, **sizes)
-    before = [dict(vars(m)) for m in model.modules()]
-    with pytest.raises(ValueError, match=f"^extend: .*{message}"):
-        extend(model, "rerope", window=8)
-    for module, attributes in zip(model.modules(), before):
-        assert vars(module).keys() == attributes.keys()
-        assert all(vars(module)[name] is attributes[name] for name in attributes)
-
-
 def _inputs_that_make_no_rows():
     hole, packed = torch.ones_like(IDS), torch.block_diag(torch.ones(15, 15), torch.ones(29, 29))
     hole[0, 9] = 0
@@ -262,8 +239,6 @@ def test_refuses_dropout():
         logits(model, IDS)
         with pytest.raises(ValueError, match="extend: a model in training must have attention_dr"):
             model.train()(IDS)
-    with pytest.raises(ValueError, match="must have attention_dropout 0, got"):
-        extend(model, "rerope", window=8)
 
 
 def test_a_layer_is_not_run_outside_of_its_model():

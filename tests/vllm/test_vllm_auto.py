@@ -71,15 +71,14 @@ def test_a_model_that_no_entry_can_serve_is_refused():
         choose_entry(config("auto", {"rope_parameters": None}), accepts)
 
 
-def test_an_engine_says_what_was_chosen(tmp_path, monkeypatch):
-    pytest.importorskip("vllm.version")  # this folder is a "vllm", too
-    from vllm_engines import LENGTH, build, engine, expected, generated, tokens_of
+def test_an_engine_says_what_was_chosen(llama, monkeypatch):
+    from vllm_engines import LENGTH, engine, expected, generated, tokens_of
 
     from extrope_kernels.integrations.vllm.plugin import LOGGER
 
-    model, said = build("Llama", tmp_path), []
+    (model, folder), said = llama, []
     monkeypatch.setattr(LOGGER, "info", lambda line, *values: said.append(line % values))
-    with engine(tmp_path, "auto") as llm:
+    with engine(folder, "auto") as llm:
         assert tokens_of(generated(llm)) == tokens_of(expected(model, [RERO]))
     chosen, loaded = said
     assert chosen.startswith(f"extrope: auto for max_model_len {LENGTH} is {{'score': {RERO}}}: ")

@@ -49,12 +49,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    return build("Llama", folder), folder
-
-
 @pytest.mark.parametrize(
     ("name", "methods"),
     [*((name, [YARN]) for name in MODELS), *((name, [YARN, LEAKY]) for name in MODELS)],
@@ -318,9 +312,7 @@ def test_a_model_all_of_whose_layers_have_a_window_is_refused_by_its_configurati
 @pytest.mark.parametrize(
     ("extrope", "options", "message"),
     [
-        (YARN | {"beta": 1}, {}, "parameters of yarn must be among .* got beta"),
         (YARN, {"model_impl": "transformers"}, "one of vLLM's own"),
-        ({"score": RERO}, {"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype must be auto or"),
         ({"method": "xpos"}, {"max_model_len": 1 << 20}, "max_model_len must be at most 72521"),
     ],
 )

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import build, engine, expected, generated, tokens_of
+from vllm_engines import engine, expected, generated, tokens_of
 
 import extrope_kernels.integrations.vllm as integration
 
@@ -77,12 +77,12 @@ def test_what_it_takes(changed, reason):
     assert [reason in each for each in said] == ([] if reason is None else [True])
 
 
-def test_one_call_for_chunks_and_steps(tmp_path, monkeypatch):
+def test_one_call_for_chunks_and_steps(llama, monkeypatch):
     from extrope_kernels.integrations.vllm import attention, cpu
 
     monkeypatch.setattr(cpu, "HeadwiseImpl", attention.ScoreImpl)
-    model = build("Llama", tmp_path)
-    with engine(tmp_path, {"score": LEAKY}) as llm:
+    model, folder = llama
+    with engine(folder, {"score": LEAKY}) as llm:
         assert tokens_of(generated(llm)) == tokens_of(expected(model, [LEAKY]))
 
 

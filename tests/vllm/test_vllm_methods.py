@@ -56,11 +56,9 @@ SCORE_METHODS = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(llama):
     """A Llama, its folder, and the same in float64."""
-    folder = tmp_path_factory.mktemp("llama")
-    model = build("Llama", folder)
-    return model, folder, copy.deepcopy(model).double()
+    return *llama, copy.deepcopy(llama[0]).double()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import PROMPTS, build, engine, expected, generated, logits_behind, tokens_of
+from vllm_engines import PROMPTS, engine, expected, generated, logits_behind, tokens_of
 
 from extrope_kernels.integrations.transformers import extend
 
@@ -23,12 +23,6 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    return build("Llama", folder), folder
 
 
 def greedy(model, method, prompt, count):

@@ -1,0 +1,142 @@
+"""What `extend` refuses, in words, before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import pytest
+import tiny_models
+import torch
+from hf_models import build, transformers
+from torch import nn
+
+from extrope_kernels import methods
+from extrope_kernels.integrations.transformers import extend
+from extrope_kernels.methods import METHODS
+from extrope_kernels.scores import SCORES
+from extrope_kernels.testing import attention_backends
+
+NAMES = f"extend: method must be one of {', '.join((*METHODS, *SCORES))}, got "
+OF_RERO = "extend: parameters of rerope must be among window, factor, log_n, got "
+# Arguments that a plain Llama is given, and what is said. A method that is no text comes as it is.
+ARGUMENTS = [
+    ("yarm", {}, ValueError, f"{NAMES}'yarm'"),
+    ("ReRoPE", {}, ValueError, f"{NAMES}'ReRoPE' (did you mean 'rerope'?)"),
+    ("self-extend", {}, ValueError, f"{NAMES}'self-extend' (did you mean 'self_extend'?)"),
+    (methods.rope(16), {}, TypeError, "as in extend(model, 'yarn', factor=4.0), got RopeFreqs"),
+    ("rerope", {}, ValueError, "extend: rerope needs window, which is missing"),
+    ("rerope", {"window": 4, "shift": 2}, TypeError, f"{OF_RERO}shift"),
+    ("rerope", {"window": 4, "resonance": True}, TypeError, f"{OF_RERO}resonance"),
+    ("rerope", {"window": 0}, ValueError, "rerope: window must be >= 1, got 0"),
+    ("rerope", {"window": 8, "log_n": 1}, ValueError, "log_n must be None or a length > 1, got 1"),
+    ("self_extend", {"window": 9, "factor": 2}, ValueError, "window must be a multiple of factor"),
+    ("string", {"window": 4}, ValueError, "extend: string needs shift, which is missing"),
+    ("dpe", {"window": 8, "group_sizes": [2, 2]}, ValueError, "maps of 8 pairs of dims, got 2"),
+    ("yarn", {}, ValueError, "extend: yarn needs factor, which is missing"),
+    ("yarn", {"factor": 4.0, "resonance": 2}, TypeError, "resonance must be True or False, got 2"),
+    ("yarn", {"factor": 2.0, "rope_theta": 1e6}, TypeError, "got rope_theta (base here)"),
+    ("yarn", {"factor": 2.0, "over": {}}, ValueError, "extend: over must be a RopeFreqs, "),
+    ("yarn", {"factor": 2.0, "cache": "rotated"}, ValueError, "cache must be None or 'raw', "),
+    ("yarn", {"factor": 2.0, "layers": "some"}, ValueError, "layers must be full or all, got 'so"),
+    ("xpos", {"cache": "raw"}, ValueError, "extend: cache must be None for xpos, "),
+    ("longrope", {}, ValueError, "extend: longrope needs short_factor and long_factor, which"),
+    ("pi", {"faktor": 2}, TypeError, "extend: parameters of pi must be among factor, base"),
+    ("pi", {"dim": 8, "factor": 2}, ValueError, "extend: dim must be 16, the rotary dimension"),
+    ("dynamic_ntk", {"factor": -1}, ValueError, "dynamic_ntk: factor must be > 0, got -1"),
+    # Of a length.
+    (None, {}, TypeError, "extend: method or length must be given, got neither"),
+    (None, {"length": 0}, ValueError, "extend: length must be > 0, got 0"),
+    (None, {"length": 1.5}, ValueError, "length must be a whole number of tokens, got 1.5"),
+    (None, {"length": 99, "window": 8}, TypeError, "extend: window needs a method that has it"),
+    ("rerope", {"length": 99}, ValueError, "got rerope; give its own parameters (window="),
+    ("dynamic_ntk", {"length": 99}, ValueError, "(yarn), got dynamic_ntk"),
+    ("Yarn", {"length": 99}, ValueError, "did you mean 'yarn'"),
+    ("yarn", {"length": 99, "factor": 2.0}, ValueError, "factor or length must be given for yarn"),
+]
+
+
+def state(model):
+    return [dict(vars(module)) for module in model.modules()]
+
+
+def assert_refused(model, method, given, error, message):
+    before = state(model)
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        extend(model, method, **given)
+    assert str(raised.value).startswith(("extend: ", f"{method}: "))
+    for attributes, now in zip(before, state(model), strict=True):
+        assert now.keys() == attributes.keys()
+        assert all(now[name] is attributes[name] for name in attributes)
+
+
+@pytest.mark.parametrize(("method", "given", "error", "message"), ARGUMENTS)
+def test_arguments_are_refused(method, given, error, message):
+    assert_refused(build("llama"), method, given, error, message)
+
+
+def on_meta():
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(build("llama").config)
+
+
+def tiny(name, **settings):
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return tiny_models.build(name, **settings)
+
+
+LLAMA4 = {"head_dim": 16, "num_key_value_heads": 2, "intermediate_size_mlp": 96}
+LLAMA4 |= {"num_local_experts": 2}
+SLIDING, COMPRESSED = (
+    {"layer_types": [f"{kind}_attention"] * 2} for kind in ("sliding", "compressed_sparse")
+)
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+WINDOWS = "all its layers that rotate have a sliding window or chunks"
+DEEPSEEK4, FALCON = "DeepseekV4ForCausalLM", partial(tiny, "FalconForCausalLM", alibi=True)
+RERO, PI = ("rerope", {"window": 8}), ("pi", {"factor": 4.0})
+EVERYWHERE = ("rerope", {"window": 8, "layers": "all"})
+NEOX = partial(tiny, "GPTNeoXJapaneseForCausalLM")
+MODELS = [
+    (lambda: nn.Linear(2, 2), PI, "model must have a rotary embedding"),
+    (partial(build, "gemma3_text", **SLIDING), PI, WINDOWS),
+    (partial(build, "mistral"), RERO, f"MistralModel is not a supported architecture: {WINDOWS}"),
+    (partial(build, "llama4_text", **LLAMA4), RERO, WINDOWS),
+    (partial(build, "llama", DYNAMIC), RERO, "its frequencies (dynamic) ch"),
+    (partial(build, "llama", head_dim=12), RERO, "head_dim must be a multiple of 8"),
+    (
+        lambda: build("llama", attention_dropout=0.1).train(),
+        RERO,
+        "must have attention_dropout 0, got",
+    ),
+    (lambda: NEOX().train(), RERO, "attention_dropout 0, got 0.1 in GPTNeoXJapaneseAttention"),
+    (
+        partial(build, "gemma3_text", use_bidirectional_attention=True),
+        RERO,
+        "Gemma3Attention is not causal",
+    ),
+    (on_meta, RERO, "LlamaModel must have its weights for rerope"),
+    (partial(tiny, DEEPSEEK4, **SLIDING), EVERYWHERE, "DeepseekV4Attention rotates its values too"),
+    (partial(tiny, DEEPSEEK4, **COMPRESSED), RERO, "keys beside those of the tokens"),
+    (FALCON, RERO, "none of its layers rotates"),
+    (FALCON, PI, "ALiBi in place of a rotat"),
+    (
+        partial(tiny, "UnlimitedOcrForConditionalGeneration"),
+        RERO,
+        "ReferenceSlidingWindowLayer keeps more keys than a window",
+    ),
+    (partial(tiny, "BltForCausalLM"), RERO, "BltPatcher counts its own positions"),
+]
+
+
+@pytest.mark.parametrize(("make", "extension", "message"), MODELS)
+def test_models_are_refused(make, extension, message):
+    if "head_dim" in message and "cpu" not in attention_backends():
+        pytest.skip("the reference takes any head_dim")
+    method, given = extension
+    assert_refused(make(), method, given, ValueError, message)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="extend: model must be a transformers model, got str"):
+        extend("llama", "yarn", factor=2.0)
