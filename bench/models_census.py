@@ -44,8 +44,8 @@ SCORES: dict[str, dict[str, Any]] = {
     "self_extend": {"window": 8, "factor": 2},
     "dual_chunk": {"chunk_size": 8, "local_window": 4},
 }
-# Parameters under which a method changes nothing in the model.
-NEUTRAL = {"rope": {}, "rerope": {"window": 64}}
+# Parameters under which a method changes nothing in the model. Self-Extend keeps keys rotated.
+NEUTRAL = {"rope": {}, "rerope": {"window": 64}, "self_extend": {"window": 64, "factor": 2}}
 
 
 @dataclass

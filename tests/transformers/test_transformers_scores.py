@@ -114,6 +114,23 @@ def test_positions_that_start_anew_take_the_decay_of_xpos(method):
     assert error(got, without) > 1000 * error(got, want)
 
 
+def test_logits_of_chunks_grow_from_the_trained_length_on():
+    """As in Qwen's models of 1M tokens: by (0.1 ln(tokens / trained length) + 1) squared."""
+    model, trained = build("qwen2"), 12
+    ratio = torch.arange(1, SEQLEN + 1, dtype=torch.float64) / trained
+    growth = (0.1 * ratio.log().clamp(min=0) + 1).square()[:, None, None]
+
+    def grown(formula):
+        return lambda q, *others, **options: formula((q * growth).to(q.dtype), *others, **options)
+
+    want = dense_logits(model.double(), "dual_chunk", grown(oracle.closed_form))
+    expected = dense_logits(model.float(), "dual_chunk", grown(oracle.plain_formula))
+    given = {**SCORE_PARAMETERS["dual_chunk"], "original_max_position_embeddings": trained}
+    with extend(model, "dual_chunk", **given):
+        got = logits(model, IDS)
+    assert_as_exact_as(got, expected, want)
+
+
 @pytest.mark.parametrize("method", SCORE_PARAMETERS)
 def test_padding_on_either_side_changes_no_token(method):
     model, mask = build("llama").double(), torch.ones_like(IDS)
