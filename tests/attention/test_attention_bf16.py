@@ -133,6 +133,12 @@ def test_gradients_with_options(name, options):
     check_gradients("cpu", EXAMPLES[name], tensors, freqs, with_lse=False, **options)
 
 
+def test_products_without_amx(run_narrower):
+    """As AMD's processors multiply."""
+    tests = "of_512 or of_head_dims"
+    run_narrower("avx512_bf16", "tests/attention/test_attention_bf16.py", "-k", tests)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("narrower", ["avx512", "avx512_bf16"])
 def test_narrower_instructions_on_a_wider_processor(narrower, run_narrower):
