@@ -15,7 +15,7 @@ LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-confi
 
 help:
 	@echo "make demo   a real model past its training length: a needle in two minutes, curves in ten"
-	@echo "make test   the test suite, a quarter of an hour on two cores"
+	@echo "make test   the test suite, seven minutes on two cores"
 	@echo "make test-all  what no change of one file can break, too: generated cases, every Triton, ARM, sanitizers, mutants"
 	@echo "make bench  the benchmarks"
 	@echo "make gpu    on a machine with a GPU: kernels checked, tested, timed and tuned, with PYTHON as it is"
