@@ -19,7 +19,11 @@ from extrope_kernels.evaluation.models import find_model, load_model
 from extrope_kernels.evaluation.recall import distances, gains
 from extrope_kernels.evaluation.report import Rows
 from extrope_kernels.evaluation.search import pieces, run, search, stages
-from extrope_kernels.evaluation.search.candidates import Candidate
+from extrope_kernels.evaluation.search.candidates import (
+    Candidate,
+    frequency_methods,
+    score_methods,
+)
 from extrope_kernels.evaluation.texts import read_text
 
 LENGTH = 480
@@ -161,6 +165,16 @@ def test_a_move_changes_one_number(method, start, name, wanted):
         assert all(start[key] == value for key, value in rest.items())
         if method == "self_extend":
             assert each.params["window"] == 40 - 40 % each.params["factor"]
+
+
+def test_candidates_fit_the_length():
+    for length, factor in ((1000, 1000 / 96), (50, 1.0)):
+        assert frequency_methods(length, 96)[0] == Candidate("yarn", {"factor": factor})
+    # Groups that fill three quarters of the distances beyond half the training, none smaller.
+    extended = next(x for x in score_methods(1000, 192) if x.method == "self_extend")
+    window, factor = extended.params["window"], extended.params["factor"]
+    assert (1000 - 96) / factor <= 0.75 * 96 < (1000 - 96) / (factor - 1)
+    assert 96 - factor < window <= 96 and window % factor == 0
 
 
 def test_the_function_refuses_in_one_line(folder, story, tmp_path):
