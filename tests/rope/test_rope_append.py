@@ -20,7 +20,7 @@ from extrope_kernels import (
 from extrope_kernels.methods import xpos
 from extrope_kernels.ops.rope import append as append_module
 from extrope_kernels.scores import FIRST_KEY, PairMap, Region, Score
-from extrope_kernels.testing import DTYPES, assert_within_budget, device
+from extrope_kernels.testing import DTYPES, assert_within_budget, available_backends, device
 
 
 def behind(lengths: tuple[int, ...], seqlen: int) -> list[tuple[int, int, int, int]]:
@@ -68,7 +68,8 @@ def in_slots(slots: torch.Tensor, capacity: int, **step) -> tuple:
 ENGINE = (17, -1, 4, 40, -1, 2, 11)
 AT = ints(5, 0, 900, 3, 0, 2**24 - 1, 7, dtype=torch.int64)
 BEHIND = ints(*range(20, 10, -1), dtype=torch.int64).view(5, 2).T  # of any stride
-PACKED = {"cache_seqlens": ints(2, 3, 8), "cu_seqlens": ints(0, 0, 4, 5)}
+# What lies behind the last boundary is none.
+PACKED = {"cache_seqlens": ints(2, 3, 8), "cu_seqlens": ints(0, 0, 4, 5, 9)[:-1]}
 # As positions[:, -1] of a batch of one: to PyTorch they are contiguous.
 STRIDED = {"cache_seqlens": ints(4, 0, 0)[::3], "block_table": ints(1, 0, 2).view(1, 3)[:, ::3],
            "cache_leftpad": ints(1, 0)[::2]}  # fmt: skip
@@ -131,10 +132,12 @@ def test_without_a_rotation(backend, norms):
     step.check(backend, step.expected(SLOTS, ints(*range(5))))
 
 
-def test_packed_sequences_in_pages_behind_padding(backend):
+# Triton too, wherever it is interpreted: no other packed step of its is always in the sample.
+@pytest.mark.parametrize("each", [name for name in available_backends() if name != "reference"])
+def test_packed_sequences_in_pages_behind_padding(each):
     """Each with frequencies of its own; one token belongs to none, and counts on."""
     table = ints(5, 2, 7, 1, 0, 6).view(2, 3)
-    call = {"cu_seqlens": ints(0, 2, 6), "cache_seqlens": ints(3, 6), "block_table": table}
+    call = {"cu_seqlens": ints(0, 2, 6, 9)[:-1], "cache_seqlens": ints(3, 6), "block_table": table}
     step = Step(blocks=(8, 4), tokens=(7,), call=call | {"cache_leftpad": ints(1, 4)})
     rates, step.freqs = step.freqs.inv_freq, replace(step.freqs, attention_factor=1.0)
     places = [(0, 3), (0, 4), (1, 6), (1, 7), (1, 8), (1, 9)]
@@ -143,7 +146,7 @@ def test_packed_sequences_in_pages_behind_padding(backend):
     at = [n - 1 if b == 0 else (n - 4) / 3 for b, n in [*places, (1, 10)]]
     expected = step.expected(slots, torch.tensor(at, dtype=torch.float64, device=device()))
     step.freqs = replace(step.freqs, inv_freq=torch.stack([rates, rates / 3]))
-    step.check(backend, expected)
+    step.check(each, expected)
 
 
 SCORES = (
