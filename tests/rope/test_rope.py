@@ -7,6 +7,7 @@ import torch
 from rope_cases import Case, check
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
+from extrope_kernels.ops.rope import reference
 from extrope_kernels.testing import DTYPES, device, make_qk
 
 
@@ -37,6 +38,12 @@ def test_one_tensor_is_what_it_is_among_two(backend):
     together = apply_rope_qk(q, k, frequencies(64), backend=backend)
     assert torch.equal(apply_rope(q, frequencies(64), backend=backend), together[0])
     assert torch.equal(apply_rope(k, frequencies(64), backend=backend), together[1])
+
+
+@pytest.mark.parametrize("rotate", (torch.ops.extrope.rope_fwd, reference.rope_fwd))
+def test_a_tensor_that_is_not_given_comes_back_empty(rotate):
+    q, _ = make_qk(head_dim=8)
+    assert rotate(q, None, frequencies(8).inv_freq)[1].shape == (0,)
 
 
 def test_zero_and_large_frequencies(backend):
