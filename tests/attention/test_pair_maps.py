@@ -40,8 +40,8 @@ def example(name: str, heads: int = 1) -> Example:
         )
     sizes = (1 + 5 * drawn(*shape)).round()
     score = scores.dpe(WINDOW, sizes)
-    if name == "turned back":  # keys are stored by one map, and far keys seen by another
-        score = Score("turned back", score.regions, stored=PositionMap())
+    if name == "stored by another map":  # keys are stored by one map, and far keys seen by another
+        score = Score("stored by another map", score.regions, stored=PositionMap())
     return Example(score, functools.partial(of_pairs, window=WINDOW, sizes=sizes))
 
 
@@ -62,7 +62,7 @@ MADE = {
     "groups of heads": Row(example("groups", 2)),
     "factors": Row(example("factors")),
     "factors of heads": Row(example("factors", 2)),
-    "turned back": Row(example("turned back", 2)),
+    "stored by another map": Row(example("stored by another map", 2)),
     "frequencies of heads": Row(PLAIN, frequencies(2)),
     "frequencies and factors": Row(example("factors"), frequencies(2)),
     "frequencies of query heads": Row(PLAIN, frequencies(4)),

@@ -63,7 +63,7 @@ name = "local"
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("room", choices=[*ROOMS, "changed", "csrc"])
-    parser.add_argument("count", type=int, nargs="?")
+    parser.add_argument("count", type=int, nargs="?", default=40)
     parser.add_argument("--since", help="the commit before the changes", default="HEAD~1")
     parser.add_argument("--meet", action="store_true", help="run the tests of the mutant in place")
     args = parser.parse_args()
@@ -74,6 +74,7 @@ def main() -> None:
     if not tree.exists():
         git("worktree", "prune")
         git("worktree", "add", "--detach", "--force", str(tree), "HEAD")
+    git("checkout", "--", ".", cwd=tree)  # a run that was killed leaves its mutant
     known = set(json.loads(EQUIVALENT.read_text()))
     if args.room == "csrc":
         mutants_cpp.run(folder, known, args.count)
