@@ -5,6 +5,7 @@ Blocks are 16 x 16 here: small enough for every border to fall inside, on and be
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import subprocess
@@ -18,16 +19,25 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from attention_oracle import attend, check_both, frequencies, gradients, make_qkv
+from attention_oracle import (
+    attend,
+    check_both,
+    check_outputs,
+    frequencies,
+    gradients,
+    make_qkv,
+    rounding_noise,
+)
 from rope_oracle import DEVICE, INTERPRETED, Guarded
 from score_examples import EXAMPLES, PLAIN, Example, example_of
 from test_attention import call_of, ints, packed
 
-from extrope_kernels import methods, rope_attention, scores
+from extrope_kernels import methods, scores
 from extrope_kernels.ops._shared.layouts import forget
 from extrope_kernels.ops.attention import AttentionCall
 from extrope_kernels.ops.attention.triton import backward, configs, device, forward
 from extrope_kernels.scores.base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score
+from extrope_kernels.testing import assert_within_budget
 
 BLOCK = 16
 
@@ -154,16 +164,22 @@ def test_rotated_dims_in_their_place(rotary_dim, rotary_offset, halves, interlea
 
 
 def against_reference(made: Example, qkv, freqs, **options) -> list[torch.Tensor]:
-    """out, lse and gradients of q, k and v in float32, near those of the reference."""
-
-    def run(backend):
-        return lambda *x: attend(made, *x, freqs, backend, **options)
-
+    """Outputs and gradients of a float32 call, within the budget of the reference's in float64."""
     dout, found = torch.randn_like(qkv[0]), []
-    for backend in ("triton", "reference"):
-        found.append([*run(backend)(*qkv), *gradients(run(backend), qkv, dout)])
-    for got, want in zip(*found):
-        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    for backend, dtype in (("triton", None), ("reference", None), ("reference", torch.float64)):
+        run = functools.partial(attend, made, freqs=freqs, backend=backend, **options)
+        tensors = [x if dtype is None else x.to(dtype) for x in qkv]
+        results = [x.detach() for x in run(*tensors)]
+        found.append([*results, *gradients(run, tensors, dout)])
+    scale = qkv[0].shape[-1] ** -0.5 * freqs.attention_factor**2
+    for name, got, near, exact in zip(("dv", "lse", "dq", "dk", "dv"), *found):
+        seen = exact > -torch.inf
+        assert torch.equal(got > -torch.inf, seen)
+        noise = 0.0
+        if name != "lse":
+            noise = rounding_noise(name, exact, found[2][1], dout, *qkv, scale)
+        got, near, exact = (x.masked_fill(~seen, 0.0) for x in (got, near, exact))
+        assert_within_budget(name, got, near, exact, noise=noise)
     return found[0]
 
 
@@ -181,14 +197,14 @@ MAPS = (
 @pytest.mark.parametrize("position_map", MAPS, ids=str)
 def test_position_maps(position_map):
     sides = (Region(FIRST_KEY, SAME, position_map), Region(-6, position_map, SAME))
-    tensors, options = make_qkv(1, 21, None, 1, 1, 16), {"keys_stored": True}
+    tensors = make_qkv(1, 21, None, 1, 1, 16)
     for stored in (UNROTATED, position_map):
-        score = Score("test", sides, stored=stored)
-        got, want = (
-            rope_attention(*tensors, frequencies(16), score, **options, backend=backend)
-            for backend in ("triton", "reference")
-        )
-        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+        score, options = Score("test", sides, stored=stored), {"keys_stored": True}
+        run = functools.partial(attend, example_of(score), freqs=frequencies(16), **options)
+        exact = run(*(x.double() for x in tensors), backend="reference")
+        got, near = (run(*tensors, backend=backend) for backend in ("triton", "reference"))
+        noise = rounding_noise("dv", *exact, None, *tensors, 0.25)
+        check_outputs("triton", tensors[0], got, near, exact, (noise, 0.0))
 
 
 @pytest.mark.parametrize("k_start", (0, 2**29 - 40))
