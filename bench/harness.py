@@ -2,7 +2,8 @@
 
 Times are medians of calls made in turn within one run: a slow phase of the machine hits all alike.
 On a GPU a call is captured as a CUDA graph and replayed with a cold L2 cache, so no time includes
-Python; on a CPU all reuse memory. Results go to bench/results/PROCESSOR/NAME.json, a row a line.
+Python; on a CPU all reuse memory. Results go to build/bench/PROCESSOR/NAME.json, a row a line;
+--record writes them to bench/results/, which the repository keeps.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 import torch._dynamo
 
 RESULTS = Path(__file__).parent / "results"
+BUILD = Path(__file__).parents[1] / "build" / "bench"
 NAN = float("nan")
 Call = Callable[[], object]
 Calls = dict[str, Call | str]  # by name; a string says why one cannot run
@@ -42,7 +45,7 @@ def device() -> str:
 
 
 def machine() -> dict[str, str | int]:
-    """Describe the machine of the numbers."""
+    """Describe the machine of the numbers, and the day."""
     if device() == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -51,7 +54,8 @@ def machine() -> dict[str, str | int]:
         amx = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
         name += f", {torch.backends.cpu.get_cpu_capability()}{amx}"
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"device": name, "threads": torch.get_num_threads(), **versions}
+    today = date.today().isoformat()
+    return {"device": name, "threads": torch.get_num_threads(), **versions, "date": today}
 
 
 def folder_of(name: str) -> str:
@@ -264,7 +268,8 @@ def arguments(description: str, argv: list[str] | None = None, scores: Sequence[
     parser.add_argument("--repeats", type=int, default=15, help="paired runs of each case")
     parser.add_argument("--only", action="append", metavar="TEXT", help="cases named so")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--out", type=Path, help="folder; default bench/results/PROCESSOR")
+    parser.add_argument("--out", type=Path, help="folder; default build/bench/PROCESSOR")
+    parser.add_argument("--record", action="store_true", help="write to bench/results/PROCESSOR")
     if scores:
         parser.add_argument("--score", action="append", choices=scores, help="default: three")
     args = parser.parse_args(argv)
@@ -275,8 +280,13 @@ def arguments(description: str, argv: list[str] | None = None, scores: Sequence[
         args.repeats = 1
         torch._dynamo.config.disable = True  # compiling takes longer than everything else here
     elif args.out is None:
-        args.out = RESULTS / folder_of(str(machine()["device"]))
+        args.out = results_of(args.record)
     return args
+
+
+def results_of(record: bool) -> Path:
+    """Return the folder of this machine's results; record: the one that the repository keeps."""
+    return (RESULTS if record else BUILD) / folder_of(str(machine()["device"]))
 
 
 class Report:
@@ -286,6 +296,8 @@ class Report:
         self.name, self.args, self.about = name, args, about
         self.is_part = bool(args.only or getattr(args, "score", None))
         self.rows: list = []
+        if self.is_part and args.record and args.out:
+            check_same_run(args.out / f"{name}.json")
         torch.manual_seed(0)
         print(" ".join(f"{key}: {value}" for key, value in {**machine(), **about}.items()))
         if device() == "cpu" and not args.quick:
@@ -314,8 +326,17 @@ class Report:
             save(self.name, self.rows, self.args.out, self.is_part, **self.about)
 
 
+def check_same_run(path: Path) -> None:
+    """Exit if rows of today and of this machine would stand under the header of others."""
+    if path.exists() and (before := json.loads(path.read_text())["machine"]) != machine():
+        raise SystemExit(
+            f"{path}: is of {before['device']}, {before.get('date', 'no date')}: a part measured now "
+            "cannot join it; leave --record out, or measure all of it"
+        )
+
+
 def save(name: str, rows: list, folder: Path, merge: bool = False, **more: object) -> Path:
-    """Write NAME.json. merge: keep rows of the same machine that were not measured again."""
+    """Write NAME.json. merge: keep other rows of the same machine and day."""
     path = folder / f"{name}.json"
     before = json.loads(path.read_text()) if merge and path.exists() else {}
     every = before["rows"] if before.get("machine") == machine() else []

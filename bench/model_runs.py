@@ -4,8 +4,8 @@ apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
     && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
 OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,short,gemma} jargon.txt
 
-Every measurement goes to build/model_runs; evaluations.py keeps a row of each in
-bench/results/models, which bench/readme.py shows.
+Every measurement goes to build/model_runs; --record keeps a row of each in bench/results/models,
+which bench/readme.py shows.
 """
 
 from __future__ import annotations
@@ -112,26 +112,30 @@ RUNS = {
 }  # fmt: skip
 
 
-def measure(run: Run, texts: list[str], given: dict[str, dict[str, Any]], out: Path) -> None:
-    """Evaluate methods with their given parameters, and keep the results."""
+def measure(
+    run: Run, texts: list[str], given: dict[str, dict[str, Any]], out: Path, record: bool
+) -> None:
+    """Evaluate methods with their given parameters; record: keep the results."""
     models.stay_offline()
     evaluate(
         run.model, given, run.lengths, task=run.task, text=texts, bucket=run.bucket,
         trials=run.trials, dtype="bfloat16", out=out, table=sys.stdout,
     )  # fmt: skip
-    evaluations.keep(out / f"{run.task}.json", run.name, run.kept or run.task)
+    if record:
+        evaluations.keep(out / f"{run.task}.json", run.name, run.kept or run.task)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", choices=RUNS)
     parser.add_argument("text", help="of the Jargon File")
+    parser.add_argument("--record", action="store_true", help="keep rows in bench/results/models")
     given = parser.parse_args()
     run = RUNS[given.run]
     texts = ["pydocs"] if given.run == "short" else ["pydocs", given.text]
     for index in range(max(map(len, run.methods.values()))):  # one set of parameters each
         params = {method: sets[index] for method, sets in run.methods.items() if sets[index:]}
-        measure(run, texts, params, BUILD / run.name)
+        measure(run, texts, params, BUILD / run.name, given.record)
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ SHOWN = (
     Shown("rotate, and back", "rope", "forward + backward, half-split", "bfloat16", ROPE),
     Shown("ReRoPE", "attention", "rerope, forward 8/2 x 64", "float32", SHORT),
     Shown("ReRoPE", "attention", "rerope, forward 8/2 x 128", "bfloat16", LONG, PLAIN),
-    Shown("train by ReRoPE", "attention", "rerope, training 8/2 x 128", "float32", LONG, PLAIN),
-    Shown("decode by ReRoPE", "decode", "decode 8/2 x 128", "bfloat16", CACHE, PLAIN),
+    Shown("decode with ReRoPE", "decode", "decode 8/2 x 128", "bfloat16", CACHE, PLAIN),
 )
 
 

@@ -3,8 +3,8 @@
 Six of RULER's thirteen tasks download nothing. lm-evaluation-harness makes their samples (always
 the same: of one seed, and of the model's tokenizer), asks the model `extrope` and scores the
 answers; here are the cells to measure, and a file of their scores that a run goes on from. Each
-cell is what one command of lm-eval gives (`command`). bench/readme.py writes the table into the
-docs, bench/plots.py draws it.
+cell is what one command of lm-eval gives (`command`). New scores go to build/ruler;
+--record writes them to bench/results/ruler, which bench/readme.py and bench/plots.py show.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
 }
 FROZEN = 100  # samples of each task and length
 SHORT = 1024  # tokens of samples that are not used
-BUILD = Path(__file__).parents[1] / "build" / "ruler"
+BUILD = Path(__file__).parents[1] / "build" / "ruler"  # --record: bench/results/ruler
 AT_ONCE = 2  # samples, after which they are written down
 
 
@@ -106,13 +106,14 @@ def write(path: Path, cells: Sequence[Cell]) -> None:
     report.write_atomic(path, text.getvalue().encode())
 
 
-def keep(path: Path, cell: Cell) -> dict[tuple, Cell]:
-    """Add a cell to a file that other processes write too, and return all of it by key.
+def longest(cells: Iterable[Cell]) -> dict[tuple, Cell]:
+    """Return cells by key; of two of a key the longer one."""
+    return {cell.key: cell for cell in sorted(cells, key=lambda each: len(each.scores))}
 
-    Of two cells of a key the longer one stays.
-    """
-    kept = {each.key: each for each in read(path)}
-    kept[cell.key] = max(cell, kept.get(cell.key, cell), key=lambda each: len(each.scores))
+
+def keep(path: Path, cell: Cell) -> dict[tuple, Cell]:
+    """Add a cell to a file that other processes write too, and return all of it by key."""
+    kept = longest([*read(path), cell])
     write(path, list(kept.values()))
     return kept
 
@@ -215,11 +216,12 @@ def run(given: argparse.Namespace) -> None:
     files, device = models.prepared(given.model, None)
     model = models.load_model(files, "bfloat16", device)
     methods = {names(*each): each for each in METHODS[given.model]}
-    path = RESULTS / "ruler" / f"{given.model}.csv"
+    recorded = RESULTS / "ruler" / f"{given.model}.csv"
+    path = recorded if given.record else BUILD / recorded.name
     for length, task in product(given.lengths, given.tasks):
         loaded, made = load_task(task, length, given.model, files.folder)
         wanted = [Cell(task, length, made, *own) for own in methods]
-        kept = {cell.key: cell for cell in read(path)}
+        kept = longest([*read(recorded), *read(path)])
         check_samples(wanted[0], kept.values())
         steps = sum(1 for _ in missing(kept, wanted, given.samples))
         with report.Display(sys.stdout, steps) as display:
@@ -256,6 +258,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS[:1])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
     parser.add_argument("--samples", type=int, default=50, help="of each cell (default 50)")
+    parser.add_argument("--record", action="store_true", help="write to bench/results/ruler")
     given = parser.parse_args()
     if importlib.util.find_spec("lm_eval") is None:
         parser.error("lm-eval is not installed; run: pip install 'lm-eval[hf,ruler]'")

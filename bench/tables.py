@@ -48,7 +48,10 @@ def benchmark(path: Path, only: str = "") -> str:
 def machine(results: dict) -> str:
     where = results["machine"]
     triton = f", Triton {results['triton']}" if "triton" in results else ""
-    return f"{where['device']}, {where['threads']} threads, torch {where['torch']}{triton}"
+    return (
+        f"{where['device']}, {where['threads']} threads, torch {where['torch']}{triton}, "
+        f"{where['date']}"
+    )
 
 
 def comparison(results: dict, only: str = "") -> str:

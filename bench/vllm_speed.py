@@ -1,7 +1,7 @@
 """Tokens a second of vLLM on a CPU, plain and extended: python bench/vllm_speed.py
 
 SmolLM2 reads a prompt and continues it. Engines take turns, each in its own process, and every step
-is timed separately. Needs vLLM; writes bench/results/PROCESSOR/vllm.json.
+is timed separately. Needs vLLM; writes build/bench/PROCESSOR/vllm.json.
 """
 
 from __future__ import annotations
@@ -101,13 +101,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--record", action="store_true", help="write to bench/results/PROCESSOR")
     args = parser.parse_args()
     if args.engine:
         run_engine(args.engine)
         return
     import transformers
     import vllm
-    from harness import RESULTS, folder_of, machine, save
+    from harness import results_of, save
 
     rounds = [{name: measure(name, args.threads) for name in args.methods} for _ in range(ROUNDS)]
     # The least time of all rounds: other load on the machine only adds to it.
@@ -117,7 +118,7 @@ def main() -> None:
     print("\n".join(map(str, rows)))
     about = {"tokens": TOKENS, "dtype": DTYPE, "threads": args.threads, "rounds": ROUNDS}
     about |= {"vllm": vllm.__version__, "transformers": transformers.__version__}
-    save("vllm", rows, RESULTS / folder_of(str(machine()["device"])), **about)
+    save("vllm", rows, results_of(args.record), **about)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,24 @@ def test_a_part_replaces_its_own_rows(bench, tmp_path):
     assert len(json.loads(path.read_text())["rows"]) == 1
 
 
+def test_results_are_recorded_only_when_asked_and_never_mixed(bench, tmp_path, monkeypatch):
+    harness = bench("harness")
+    monkeypatch.setattr(harness, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    assert harness.arguments("some", []).out.parent == tmp_path / "build"
+    args = harness.arguments("some", ["--record", "--only", "b"])
+    assert args.out.parent == tmp_path / "results"
+    monkeypatch.setattr(harness, "device", lambda: "cuda")  # no 3 GB of warm pages
+    monkeypatch.setattr(harness, "machine", lambda: {"device": "a card", "date": "2026-12-02"})
+    path = args.out / "some.json"
+    for of in ({"device": "a card", "date": "2026-12-01"}, {"device": "b", "date": "2026-12-02"}):
+        harness.write(path, {"machine": of, "rows": []})
+        with pytest.raises(SystemExit, match=f"is of {of['device']}, {of['date']}"):
+            harness.Report("some", args)
+    harness.write(path, {"machine": harness.machine(), "rows": []})
+    harness.Report("some", args)
+
+
 def test_a_peer_that_fails_is_absent_and_ours_ends_the_run(bench):
     harness, compare = bench("harness"), bench("compare")
     report = harness.Report("some", harness.arguments("some", ["--quick"]))
