@@ -330,8 +330,8 @@ def check_same_run(path: Path) -> None:
     """Exit if rows of today and of this machine would stand under the header of others."""
     if path.exists() and (before := json.loads(path.read_text())["machine"]) != machine():
         raise SystemExit(
-            f"{path}: is of {before['device']}, {before.get('date', 'no date')}: a part measured now "
-            "cannot join it; leave --record out, or measure all of it"
+            f"{path}: is of {before['device']}, {before.get('date', 'no date')}: a part cannot "
+            "join it; leave --record out, or measure all of it"
         )
 
 
