@@ -26,7 +26,7 @@ from .._shared.checks import (
     refuse_flags,
 )
 from .._shared.dtypes import FP8, accumulator, check_cache_dtype, check_scale_values, check_scales
-from .call import AttentionCall, KVCache
+from .call import AttentionCall, KVCache, lse_shape
 
 
 def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = False) -> None:
@@ -85,6 +85,36 @@ def check_attention(
             "(batch, seqlen, heads, head_dim)",
             stacklevel=2,
         )
+
+
+def check_results(
+    op: str,
+    q: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Check the results of a call, and their gradients, that a backward is given."""
+    packed, wide = q.dim() == 3, accumulator(q.dtype)
+    shape = (*q.shape[:-1], v.shape[-1])
+    for name, x in (("dout", dout), ("out", out)):
+        check_rows(op, name, x, packed)
+        if x.dtype != q.dtype or x.device != q.device or x.shape != shape:
+            raise ValueError(
+                f"{op}: {name} must be {q.dtype} {shape} on {q.device} to go with q and v, "
+                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+    for name, x in (("dlse", dlse), ("lse", lse)):
+        if x is None:
+            continue
+        check_dense(op, name, x)
+        if x.dtype != wide or x.device != q.device or x.shape != lse_shape(q):
+            raise ValueError(
+                f"{op}: {name} must be {wide} {lse_shape(q)} on {q.device} to go with q, "
+                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
 
 
 def check_values(op: str, call: AttentionCall, tokens: int) -> None:

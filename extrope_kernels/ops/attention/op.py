@@ -34,7 +34,14 @@ from .call import (
     read_call,
     with_tensors,
 )
-from .checks import check_attention, check_decode, check_head_dim, check_slots, check_values
+from .checks import (
+    check_attention,
+    check_decode,
+    check_head_dim,
+    check_results,
+    check_slots,
+    check_values,
+)
 from .frequency_gradients import backward_with_frequencies
 from .select_backend import select_backend
 
@@ -145,19 +152,24 @@ def _run(op: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tenso
 # From an op's arguments to a kernel
 
 
-def _attention(q, k, v, tensors, options, fused: bool = True) -> AttentionCall:
-    """Rebuild the call, checked once for each layout of its tensors; fused: for a fused kernel."""
-    key = (layout_key(q, k, v, *tensors), options_key(options), fused)
-    fixed = cached_by_layout(_checked_attention, key, q, k, v, tensors, options, fused)
+def _attention(q, k, v, tensors, options, fused: bool = True, results=()) -> AttentionCall:
+    """Rebuild the call, checked once for each layout of its tensors.
+
+    fused: for a fused kernel. results: for a backward dout, dlse, out and lse.
+    """
+    key = (layout_key(q, k, v, *tensors, *results), options_key(options), fused)
+    fixed = cached_by_layout(_checked_attention, key, q, k, v, tensors, options, fused, results)
     call = with_tensors(tensors, fixed)
     check_values("attention", call, len(q))
     return call
 
 
-def _checked_attention(q, k, v, tensors, options, fused):
+def _checked_attention(q, k, v, tensors, options, fused, results):
     """Return `call.fixed` of a right call."""
     call = read_call(tensors, options)
     check_attention("attention", q, k, v, call)
+    if results:
+        check_results("attention", q, v, *results)
     if fused:
         check_head_dim("attention", q, call.rotary_offset)
         check_head_dim("attention", v)
@@ -169,7 +181,7 @@ def _fwd_reference(q, k, v, *tensors, **options):
 
 
 def _bwd_reference(dout, dlse, q, k, v, out, lse, *tensors, **options):
-    call = _attention(q, k, v, tensors, options, fused=False)
+    call = _attention(q, k, v, tensors, options, fused=False, results=(dout, dlse, out, lse))
     return reference.backward(dout, dlse, q, k, v, out, lse, call)
 
 
@@ -182,7 +194,8 @@ def _fwd_triton(q, k, v, *tensors, **options):
 def _bwd_triton(dout, dlse, q, k, v, out, lse, *tensors, **options):
     from . import triton
 
-    return triton.backward(dout, dlse, q, k, v, out, lse, _attention(q, k, v, tensors, options))
+    call = _attention(q, k, v, tensors, options, results=(dout, dlse, out, lse))
+    return triton.backward(dout, dlse, q, k, v, out, lse, call)
 
 
 def _fwd_flash_attn(q, k, v, *tensors, **options):
@@ -190,7 +203,7 @@ def _fwd_flash_attn(q, k, v, *tensors, **options):
 
 
 def _bwd_flash_attn(dout, dlse, q, k, v, out, lse, *tensors, **options):
-    call = _attention(q, k, v, tensors, options)
+    call = _attention(q, k, v, tensors, options, results=(dout, dlse, out, lse))
     return flash_attn.backward(dout, dlse, q, k, v, out, lse, call)
 
 
@@ -204,7 +217,8 @@ def _fwd_cuda(q, k, v, *tensors, **options):
 
 
 def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, **options):
-    call, given = _attention(q, k, v, tensors, options), (dout, dlse, q, k, v, out, lse)
+    given = (dout, dlse, q, k, v, out, lse)
+    call = _attention(q, k, v, tensors, options, results=(dout, dlse, out, lse))
     if select_backend() == "flash_attn":
         return flash_attn.backward(*given, call)
     from . import triton
@@ -298,6 +312,7 @@ def _fwd_fake(q, k, v, *tensors, **options):
 def _bwd_fake(dout, dlse, q, k, v, out, lse, *tensors, **options):
     call = read_call(tensors, options)
     check_attention("attention", q, k, v, call)
+    check_results("attention", q, v, dout, dlse, out, lse)
     return tuple(x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
 
 

@@ -67,6 +67,23 @@ def check(
         raise ValueError(f"rope: attention_factor must be > 0 and finite, got {attention_factor}")
 
 
+def check_saved(
+    grad_q: Tensor, grad_k: Tensor | None, q: Tensor, k: Tensor | None, *, packed: bool
+) -> None:
+    """Check a forward's inputs, which a backward is given, after `check` of their gradients."""
+    if (k is None) != (grad_k is None):
+        raise ValueError("rope: k must be given with grad_k and q, or not at all")
+    for name, x, grad in (("q", q, grad_q), ("k", k, grad_k)):
+        if x is None:
+            continue
+        check_rows("rope", name, x, packed)
+        if (x.dtype, x.shape, x.device) != (grad.dtype, grad.shape, grad.device):
+            raise ValueError(
+                f"rope: {name} must be {grad.dtype} {tuple(grad.shape)} on {grad.device} like its "
+                f"gradient, got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+
+
 def check_norm(
     q: Tensor,
     k: Tensor | None,

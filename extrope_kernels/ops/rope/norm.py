@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._shared.dtypes import accumulator
-from .checks import check_norm, refuse_expanded
+from .checks import check_norm, check_saved, refuse_expanded
 from .reference import rotate
 from .rotation import resolve
 
@@ -44,6 +44,7 @@ def rope_norm_bwd(
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
     weights = (q_norm_weight, k_norm_weight)
     check_norm(grad_q, grad_k, *weights, norm_eps)
+    check_saved(grad_q, grad_k, q, k, packed=rotation.cu_seqlens is not None)
     wide = accumulator(grad_q.dtype)
     saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
     normed_grads = rotate([grad.to(wide) for grad in tensors], rotation)

@@ -34,7 +34,7 @@ from .._shared.library import library, load_on_first_use, ops
 from .._shared.pairs import cross, join_pairs, split_pairs
 from .._shared.positions import sequence_of_token
 from . import norm, reference
-from .checks import INPLACE, check_norm, not_differentiable
+from .checks import INPLACE, check_norm, check_saved, not_differentiable
 from .rotation import resolve, token_positions
 
 # An Autograd kernel sees only positional tensors, so all tensors come before the *. axes matters
@@ -84,6 +84,8 @@ def _fwd_fake(q, k, *rope_args, **options):
 
 def _bwd_fake(grad_q, grad_k, q, k, *rope_args, **options):
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
+    if q is not None:
+        check_saved(grad_q, grad_k, q, k, packed=rotation.cu_seqlens is not None)
     return like(grad_q, grad_q), like(grad_k, grad_q), _new_angle_grad(q, tensors, rotation)
 
 
@@ -114,6 +116,7 @@ def _norm_fwd_fake(q, k, q_norm_weight, k_norm_weight, *rope_args, **options):
 
 def _norm_bwd_fake(grad_q, grad_k, q, k, q_norm_weight, k_norm_weight, *rope_args, **options):
     _check_norm_call(grad_q, grad_k, q_norm_weight, k_norm_weight, rope_args, True, **options)
+    check_saved(grad_q, grad_k, q, k, packed=grad_q.dim() == 3)
     wide = accumulator(q.dtype)
     of_weights = [
         q.new_empty(0 if weight is None else weight.shape[0], dtype=wide)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._shared.dtypes import accumulator
 from .._shared.pairs import cross, join_pairs, split_pairs, with_rotated
 from .._shared.positions import sequence_of_token
-from .checks import refuse_expanded
+from .checks import check_saved, refuse_expanded
 from .rotation import Rotation, resolve, token_positions
 
 
@@ -35,6 +35,7 @@ def rope_bwd(
     wide = accumulator(grad_q.dtype)
     angle_grad = grad_q.new_empty(0, dtype=wide)
     if q is not None:
+        check_saved(grad_q, grad_k, q, k, packed=rotation.cu_seqlens is not None)
         saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
         unrounded = rotate([grad.to(wide) for grad in tensors], rotation)
         layout = (*rotation.layout, rotation.per_head)

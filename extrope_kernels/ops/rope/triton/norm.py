@@ -36,7 +36,7 @@ from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.fp8 import parts_of_codes
 from ..._shared.triton.launch import chip_of
 from ..._shared.triton.pairs import store_parts
-from ..checks import check_norm, refuse_expanded
+from ..checks import check_norm, check_saved, refuse_expanded
 from ..rotation import resolve
 from .device import (
     CALL_NUMBERS,
@@ -466,6 +466,8 @@ def _build_launch(
     # R^T in place of R.
     inputs, rotation = resolve(q, k, *rope, adjoint=backward, **options)
     check_norm(q, k, *weights, eps)
+    if backward:
+        check_saved(q, k, *others[2:], packed=rope.cu_seqlens is not None)
     in_place = others[0] is q
     if in_place:
         refuse_expanded(q, k)  # their elements must not share memory

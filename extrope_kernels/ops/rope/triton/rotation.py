@@ -18,7 +18,7 @@ from ..._shared.dtypes import accumulator
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.launch import chip_of
 from ..._shared.triton.pairs import load_parts, store_parts
-from ..checks import refuse_expanded
+from ..checks import check_saved, refuse_expanded
 from ..rotation import Rotation, resolve
 from .device import (
     CALL_NUMBERS,
@@ -278,6 +278,8 @@ def _build_launch(
     in_place = others[0] is q
     if in_place:
         refuse_expanded(q, k)
+    if others[2] is not None:
+        check_saved(q, k, *others[2:], packed=rope.cu_seqlens is not None)
     by_role = ((q, k), others[:2], others[2:])  # inputs, outputs, saved inputs
     prepared = build_rotation_launch(
         [x for xs in by_role for x in as_inputs(xs, inputs)], in_place, rotation
