@@ -20,7 +20,6 @@ COMMANDS = {
     "info": "extrope_kernels.cli",
     "check": "extrope_kernels.model_check.cli",
     "eval": "extrope_kernels.evaluation.cli",
-    "search": "extrope_kernels.evaluation.cli",
     "bench": "extrope_kernels.cli",
 }
 _EXAMPLES = {
@@ -35,19 +34,12 @@ _EXAMPLES = {
         "eval --model path/to/model --task recall --methods yarn,rerope --lengths 16384,32768 "
         "--text book.txt --param yarn.beta_fast=16 --out found",
     ),
-    "search": (
-        "search --model smollm2 --text pydocs --length 16k --budget 60 --out found",
-        "search --model path/to/model --text a.txt --text b.txt --held-out c.txt --length 32768 "
-        "--dtype bfloat16 --out found",
-    ),
     "bench": ("bench", "bench rope attention"),
 }
 _AFTER = {
     "eval": "Ctrl-C keeps the finished rows; the same call goes on with the others.",
-    "search": "Ctrl-C keeps what was measured; the same call goes on behind it.",
 }
 _MULTIPLES = {"": 1, "k": 1 << 10, "m": 1 << 20}
-_TEXT = "UTF-8 file, or pydocs: the Python reference; repeatable"
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,7 +110,6 @@ def make_parser() -> Parser:
     add("info", "show what is installed and which kernel runs where")
     _check(add("check", "show what a model's configuration really does"))
     _eval(add("eval", "measure a model past its training length, per method"))
-    _search(add("search", "find what lets a model read a length best"))
     bench = add("bench", "run the benchmarks of a checkout")
     bench.add_argument("names", nargs="*", metavar="NAME", help="such as rope; default: all")
     return parser
@@ -138,7 +129,7 @@ def _eval(parser: Parser) -> None:
     add("--task", choices=("loss", "recall"), default="loss", help="default: loss")
     add("--methods", type=names, required=True, help="comma-separated: rope,yarn,...,rerope,auto")
     add("--lengths", type=lengths, required=True, help="numbers of tokens: 8192,16384 or 8k,16k")
-    add("--text", action="append", help=_TEXT)
+    add("--text", action="append", help="UTF-8 file, or pydocs: the Python reference; repeatable")
     add(
         "--param",
         type=param,
@@ -149,29 +140,8 @@ def _eval(parser: Parser) -> None:
     )
     add("--bucket", type=int, default=2048, help="loss: tokens per bucket (default 2048)")
     add("--trials", type=int, default=3, help="pieces of each text (default 3)")
-    _of_both(parser, "folder for the JSON file and the plot")
-
-
-def _search(parser: Parser) -> None:
-    add = parser.add_argument
-    add("--text", dest="texts", action="append", required=True, help=_TEXT)
-    add("--length", type=tokens, required=True, help="tokens that the model is to read")
-    add("--held-out", help="text that decides; default: the second half of each --text")
-    add("--budget", type=float, default=60.0, help="minutes of measuring (default 60)")
-    add(
-        "--objective",
-        choices=("loss", "recall"),
-        default="loss",
-        help="of the last quarter (default), or recall: of passages that come again",
-    )
-    _of_both(parser, "folder for search.json, search.png and extended/config.json")
-
-
-def _of_both(parser: Parser, out: str) -> None:
-    """Add the options that `eval` and `search` have in common; `out` is the help of one."""
-    add = parser.add_argument
     add("--model", required=True, help="transformers folder, .gguf file, smollm2 or gemma3-270m")
-    add("--out", required=True, help=out)
+    add("--out", required=True, help="folder for the JSON file and the plot")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--device", help="torch device; default: cuda where there is one, else cpu")
     add("--seed", type=int, default=0, help="of where texts are cut (default 0)")

@@ -48,12 +48,15 @@ def main() -> int:
 
 def show() -> int:
     """Show both parts and return the exit code. All imports are here: Ctrl-C may come in them."""
-    from extrope_kernels.evaluation import UsageError, models
+    from harness import kept_memory
 
-    models.stay_offline()
+    from extrope_kernels._usage import UsageError, stay_offline
+
+    stay_offline()
     try:
-        find_needle()
-        draw_curves()
+        with kept_memory():
+            find_needle()
+            draw_curves()
     except UsageError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -63,9 +66,9 @@ def show() -> int:
 def find_needle() -> None:
     """Ask for the needle under each method, and show the answers."""
     from extrope_kernels import extend
-    from extrope_kernels.evaluation import models, options, report
+    from extrope_kernels.evaluation import models, options, packages, report
 
-    files, device = models.prepared(models.SMOLLM2, None)
+    files, device = models.prepared(packages.SMOLLM2, None)
     dtype = faster_dtype(device)
     model, tokenizer = models.load_model(files, dtype, device), models.load_tokenizer(files)
     ids, before = hide(tokenizer)
@@ -159,14 +162,14 @@ def draw_curves() -> None:
     import evaluations
     import plots
 
-    from extrope_kernels.evaluation import evaluate, models
+    from extrope_kernels.evaluation import evaluate, packages
 
     print(f"\n2. Curves, in nats a token, from {READINGS} readings of the Python reference.")
     began, found = time.monotonic(), {}
     for task, methods in CURVES.items():
         print(f"\n   {task}, {len(methods)} readings:", flush=True)
         measured = evaluate(
-            models.SMOLLM2, methods, LENGTH, task=task, trials=1, out=OUT, table=sys.stdout
+            packages.SMOLLM2, methods, LENGTH, task=task, trials=1, out=OUT, table=sys.stdout
         )
         found[task] = evaluations.compact(measured, {"loss": "demo", "recall": "gains"}[task])
     plots.save(plots.draw_demo(**found), OUT / "demo.png")

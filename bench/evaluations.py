@@ -1,6 +1,6 @@
 """Evaluations of real models for the docs: bench/results/models/NAME.json, a row a line.
 
-`eval` and `search` write every measurement; rows here keep only the numbers of tables and plots.
+`eval` writes every measurement; rows here keep only the numbers of tables and plots.
 Losses are kept by piece of text: texts differ more than methods, so methods are compared with YaRN
 piece by piece.
 """
@@ -72,18 +72,6 @@ def compact(measured: Row, kind: str) -> Row:
     rows = [{"method": row["method"], "params": row["params"], **KEPT[kind](row, trained)}
             for row in measured["rows"]]  # fmt: skip
     return {key: measured[key] for key in ABOUT if key in measured} | {"rows": rows}
-
-
-def keep_search(found: Path, results: Path = RESULTS) -> None:
-    """Keep the finalists of a search without each of its measurements; nothing before its end."""
-    search = json.loads(found.read_text())
-    about = ("length", "training_length", "model", "dtype", "objective", "texts", "held_out")
-    numbers = ("loss", "to_yarn", "whole", "recall")
-    fields = ("name", "method", "params", "pieces", *numbers, *(f"{x}_error" for x in numbers))
-    read = [row for row in search.get("finalists", []) if row["pieces"]]
-    if rows := [{key: row[key] for key in fields} for row in read]:
-        path = results / FOLDER / f"search-{search['length'] // 1024}k.json"
-        write(path, {**{key: search[key] for key in about}, "rows": rows})
 
 
 # -------------------------------------------------------------------------------------------------

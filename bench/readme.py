@@ -7,7 +7,7 @@ A page has a figure between two markers:
 
 Here these are the cases of bench/results/avx512/rope.json with "bfloat16" in their name, dtype or
 shape; several words must all be there. `figures` lists all figures; tables.py makes them, plots.py
-draws. First it keeps the results of `make demo` and `search` in build/. --check writes nothing, and
+draws. First it keeps the results of `make demo` in build/. --check writes nothing, and
 fails if a page is stale.
 """
 
@@ -33,8 +33,6 @@ TABLES = {
     "demo": tables.demo,
     "length_generalization": tables.length_generalization,
     "recall": tables.recall,
-    "search-16k": tables.search,
-    "search-32k": tables.search,
     "short": tables.within,
 }
 
@@ -103,13 +101,11 @@ def stale(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
 
 
 def keep(root: Path, results: Path) -> None:
-    """Keep the results of `make demo` and of `search` in build/."""
+    """Keep the results of `make demo` in build/."""
     build = root / "build"
     for task, name, kind in (("loss", "demo", "demo"), ("recall", "recall", "gains")):
         if (found := build / "demo" / f"{task}.json").exists():
             evaluations.keep(found, name, kind, results)
-    for found in sorted(build.glob("search*/search.json")):
-        evaluations.keep_search(found, results)
 
 
 def main(root: Path = ROOT, results: Path = RESULTS, check: bool = False) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extrope_kernels import positions
-from extrope_kernels.evaluation import models, texts
+from extrope_kernels.evaluation import models, packages, texts
 from extrope_kernels.integrations.transformers import extend
 
 FOLDER = Path(__file__).parent.parent / "build" / "smollm2-finetune"
@@ -46,7 +46,7 @@ def rate(step: int) -> float:
 
 def tune(method: str, text: str, folder: Path) -> dict[str, Any]:
     """Train, keep every 20 steps in a file, and save the model; return what is told about it."""
-    files = models.find_model(models.SMOLLM2)
+    files = models.find_model(packages.SMOLLM2)
     model, tokenizer = models.load_model(files, "float32", "cpu"), models.load_tokenizer(files)
     read = texts.read_text(tokenizer, text)
     optimizer = torch.optim.AdamW(

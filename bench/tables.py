@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import evaluations
@@ -227,24 +227,6 @@ def tuned(results: Path) -> str:
             cells += [f"{fmean(old[part]):.3f}", f"{fmean(row[part]):.3f}", between(change, 3)]
         lines.append([*cells, between(old["recall"]), between(row["recall"])])
     return table([*head, "recall, 15,360 back", "tuned"], lines)
-
-
-# -------------------------------------------------------------------------------------------------
-# Searches: losses of pieces differ by more than those of methods, so the difference to YaRN counts
-
-
-def search(found: dict[str, Any]) -> str:
-    """Make the finalists, the best first, on text that was not searched on."""
-    heads = {"loss": "last quarter", "to_yarn": "to YaRN", "whole": "whole text"}
-    heads |= {"recall": "recall"}
-    names = [name for name in heads if name in found["rows"][0]]
-    lines = [[f"`{row['name']}`", *(between((row[x], row[f"{x}_error"]), 3) for x in names)]
-             for row in found["rows"]]  # fmt: skip
-    read, searched = (", ".join(t["name"] for t in found[key]) for key in ("held_out", "texts"))
-    count = max(len(row["pieces"]) for row in found["rows"])
-    pieces = f"{count} {'piece' if count == 1 else 'pieces'} of {read}"
-    about = f"{found['length']:,} tokens, {pieces}; searched on {searched} in {found['dtype']}."
-    return f"{table(['', *(heads[name] for name in names)], lines)}\n\n{about}"
 
 
 # -------------------------------------------------------------------------------------------------

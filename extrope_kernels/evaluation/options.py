@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import tempfile
@@ -11,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._usage import UsageError
 from ..integrations._shared.parameters import PARAMETERS, plain
 from ..integrations.transformers import extend
 from ..methods import METHODS
 from ..scores import SCORES
-from . import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,10 +162,3 @@ def check_out(path: Path) -> Path:
     except OSError as error:
         raise UsageError(f"--out {path}: cannot write there: {error.strerror}") from error
     return path
-
-
-def require(*packages: str) -> None:
-    """Raise UsageError, with the command to run, if one of `packages` is missing."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        command = f"pip install {' '.join(missing)} (or, in a checkout, pip install '.[demo]')"
-        raise UsageError(f"{', '.join(missing)} not installed; run: {command}")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from . import UsageError, loss
+from .._usage import UsageError
+from . import loss
 from .report import mean_and_error, with_error
 
 if TYPE_CHECKING:

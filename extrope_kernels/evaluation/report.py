@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .. import __version__
-from . import UsageError
+from .._usage import UsageError
 
 _TELL_EVERY = 15.0  # seconds between lines of progress
 _LINE = "{desc}: {percentage:.0f}% of all, {elapsed} so far"
@@ -29,10 +29,10 @@ class Display:
     A terminal gets a bar, anything else a line now and then. It tells how long the rest takes from
     the second part on: the first also loads and warms up.
 
-    total: the end of all progress: a number of rows, or of seconds.
+    total: number of parts.
     """
 
-    def __init__(self, stream: TextIO, total: float) -> None:
+    def __init__(self, stream: TextIO, total: int) -> None:
         from tqdm import tqdm
 
         terminal = sys.stderr.isatty()
@@ -61,12 +61,12 @@ class Display:
         with self._bar.external_write_mode(file=self._stream):
             print(text, file=self._stream, flush=True)
 
-    def begin(self, name: str, ticks: int, until: float | None = None) -> None:
-        """Begin the next part; its ticks lead to `until`, one row further if None."""
+    def begin(self, name: str, ticks: int) -> None:
+        """Begin the next part, of so many ticks."""
         if self._until and not self._bar.bar_format.endswith(_LEFT):
             self._bar.bar_format += _LEFT
-        self._until = self._bar.n + 1 if until is None else until
-        self._step = max(0.0, self._until - self._bar.n) / max(1, ticks)  # 0: layers not found
+        self._until = self._bar.n + 1
+        self._step = 1 / max(1, ticks)  # 0: layers not found
         self._bar.set_description_str(name, refresh=False)
 
     def tick(self) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
+from .._usage import UsageError
 from ..integrations.transformers import extend
 from ..integrations.transformers.probe.layers import without_dropout
-from . import UsageError, models, options, plots, report, texts
+from . import models, options, plots, report, texts
 from .digests import model_digest
 from .loss import LossTask
 from .models import after_each_layer, decoder_layers, training_length, unscaled_length

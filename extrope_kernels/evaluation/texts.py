@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import UsageError
+from .._usage import UsageError
 from .digests import tokens_digest
 
 if TYPE_CHECKING:
@@ -45,15 +45,6 @@ class Text(NamedTuple):
         """Return the description of this text for results."""
         return {"name": self.name, "tokens": self.tokens, "digest": self.digest}
 
-    def halves(self) -> tuple[Text, Text]:
-        """Return the first half of the text and the second."""
-        half = len(self.ids) // 2
-        first, second = self.ids[:half], self.ids[half:]
-        return (
-            Text(f"{self.name}, first half", self.opening, first),
-            Text(f"{self.name}, second half", self.opening, second),
-        )
-
     def piece(self, length: int, index: int, seed: int, more: int = 0) -> Tensor:
         """Return `length` tokens in a row, with the opening, and `more` after them.
 
@@ -82,9 +73,9 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list
     return list(found.values())
 
 
-def read_text(tokenizer: PreTrainedTokenizerBase, name: str, option: str = "--text") -> Text:
-    """Return the text of a file, or `pydocs`; raises UsageError with the option's name."""
-    ids = tokenizer(_read(name, option), add_special_tokens=False, verbose=False).input_ids
+def read_text(tokenizer: PreTrainedTokenizerBase, name: str) -> Text:
+    """Return the text of a file, or `pydocs`; raises UsageError."""
+    ids = tokenizer(_read(name), add_special_tokens=False, verbose=False).input_ids
     opening, body = (torch.tensor(part, dtype=torch.int64) for part in (_opening(tokenizer), ids))
     return Text(Path(name).name, opening, body)
 
@@ -104,7 +95,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[: next(fits, 0)]
 
 
-def _read(name: str, option: str) -> str:
+def _read(name: str) -> str:
     if name == _BUILT_IN:
         from pydoc_data.topics import topics
 
@@ -112,6 +103,6 @@ def _read(name: str, option: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{option} {name}: {error.strerror}") from error
+        raise UsageError(f"--text {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{option} {name}: not UTF-8 at byte {error.start}") from error
+        raise UsageError(f"--text {name}: not UTF-8 at byte {error.start}") from error

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..evaluation.models import PACKAGES
 from ..evaluation.options import method_params
-from ..evaluation.search.candidates import Candidate
+from ..evaluation.packages import PACKAGES
+from ..evaluation.report import name_of
 from ..integrations._shared.choice import choose_method
 from ..integrations._shared.parameters import trained_in
 from ..integrations.vllm.auto import choose_entry
@@ -32,7 +32,8 @@ _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
 _BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
 # Why no configuration of such a model yields YaRN's frequencies, by its rope_type.
 _LEFT_OUT = {
-    "longrope": "left out: a model with LongRoPE may load no other type; `search` writes factors",
+    "longrope": "left out: a model with LongRoPE may load no other type; `save_pretrained` of "
+    "what extend returns writes factors",
     "proportional": "left out: no other rope_type rotates a part of a head as proportional does",
 }
 _TRAINED_UNDER = (
@@ -56,6 +57,24 @@ class Advice:
     why: str
     rope_parameters: Mapping[str, Any]
     lines: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method and its parameters for `extend`."""
+
+    method: str
+    params: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return name_of(self.method, self.params)
+
+    @property
+    def call(self) -> str:
+        """The line of Python that extends a model by this candidate."""
+        given = "".join(f", {name}={value!r}" for name, value in self.params.items())
+        return f'extend(model, "{self.method}"{given})'
 
 
 def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from ..evaluation import UsageError
-from ..evaluation.models import quiet, stay_offline
+from .._usage import UsageError, quiet, stay_offline
 from .advice import Advice, advise
 from .facts import IGNORED, Facts, Rotation, gather
 from .source import read_source

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import RopeFreqs, _ext, methods
-from ..evaluation import UsageError
+from .._usage import UsageError
 from ..integrations._shared.parameters import is_bounded, trained_in
 from ..integrations.transformers import extend
 from ..integrations.transformers.model import caches_in, shortened

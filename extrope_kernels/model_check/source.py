@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation import UsageError
-from ..evaluation.models import PACKAGES, find_gguf, only_gguf
-from ..evaluation.options import require
+from .._usage import UsageError, require
+from ..evaluation.packages import PACKAGES, find_gguf, only_gguf
 from ..integrations.transformers.model import shortened
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import demo
 import pytest
 from tiny_model import check_image
 
-from extrope_kernels.evaluation import models, runner
+from extrope_kernels.evaluation import packages, runner
 from extrope_kernels.evaluation import plots as evaluation_plots
 
 
@@ -17,7 +17,7 @@ from extrope_kernels.evaluation import plots as evaluation_plots
 def tiny(folder, tmp_path, monkeypatch):
     """The demo in little, with the last picture alone."""
     monkeypatch.setattr(evaluation_plots, "available", lambda: False)
-    monkeypatch.setattr(models, "SMOLLM2", str(folder))
+    monkeypatch.setattr(packages, "SMOLLM2", str(folder))
     monkeypatch.setattr("pydoc_data.topics.topics", {"assert": "Assert statements. " * 99})
     monkeypatch.setattr(demo, "OUT", tmp_path)
     monkeypatch.setattr(demo, "LENGTH", 600)

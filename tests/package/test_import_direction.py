@@ -38,8 +38,10 @@ MAY_IMPORT = {
     "shared": ("ops/_shared", *AXES, "_ext"),
     "operation": ("{own}", "ops/_shared", *AXES, "_ext"),
     "distributed": ("{own}", "ops/_shared"),  # and public names, see below
-    "client": ("_build", "_checks", "_ext"),  # likewise
+    "client": ("_build", "_checks", "_ext", "_usage"),  # likewise, and clients before them
 }
+# Clients in order: each imports those before it alone.
+CLIENTS = (r"integrations/_shared", r"integrations", r"evaluation", r"model_check", r"cli|__main__")
 # A decode step begins with the append's launch: there is one write into a cache.
 DECODE, ROPE = "ops/attention/triton/decode", "ops/rope"
 BACKENDS = {*rope.backends(), *attention.backends()}
@@ -137,6 +139,19 @@ def test_modules_of_a_kind_import_what_that_may(kind):
             if kind in ("distributed", "client"):
                 fits |= is_public(name) or kind_of(file_of(name)) in ("distributed", "client")
             assert fits, f"{kind} {inside(path)} imports {name or PACKAGE}"
+
+
+def client(name):
+    """The place of a client among CLIENTS; that of testing, which all tests use, is the first."""
+    found = (n for n, each in enumerate(CLIENTS) if re.match(rf"({each})(/|$)", name))
+    return next(found, 0)
+
+
+def test_clients_import_those_before_them():
+    for path in FILES:
+        if kind_of(path) == "client":
+            for name in own_imports(path):
+                assert client(name) <= client(inside(path)), f"{inside(path)} imports {name}"
 
 
 def test_every_module_is_of_a_kind():

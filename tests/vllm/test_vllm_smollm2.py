@@ -11,7 +11,7 @@ pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
 from vllm_engines import difference, engine, expected, generated, tokens_of
 
-from extrope_kernels.evaluation import UsageError, models
+from extrope_kernels.evaluation import UsageError, models, packages
 
 PROMPT_TOKENS = 1000
 METHODS = {
@@ -24,7 +24,7 @@ METHODS = {
 def smollm2():
     """The model, its folder, and a text of the standard library."""
     try:
-        files = models.find_model(models.SMOLLM2)
+        files = models.find_model(packages.SMOLLM2)
     except UsageError as error:
         pytest.skip(str(error))
     model, tokenizer = models.load_model(files, "float32", "cpu"), models.load_tokenizer(files)

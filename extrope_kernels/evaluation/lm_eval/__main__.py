@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .. import UsageError
+from ..._usage import UsageError
 
 
 def main() -> int:

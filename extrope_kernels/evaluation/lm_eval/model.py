@@ -8,9 +8,9 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from ..._usage import UsageError
 from ...integrations._shared.parameters import PARAMETERS, check_names
 from ...integrations.transformers import extend, register_interface
-from .. import UsageError
 
 NAME = "extrope"
 # lm-eval cuts the beginning off prompts that are longer. Rotations are exact as far as this.

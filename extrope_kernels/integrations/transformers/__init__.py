@@ -16,18 +16,8 @@ saved: an extension on disk.
 context_parallel: an extension over a mesh, imported when asked for.
 """
 
-import importlib
-from typing import Any
-
 from .._shared.parameters import PARAMETERS
 from .extension import Extension, extend, extend_from_saved
 from .interface import register_interface
 
 __all__ = ["PARAMETERS", "Extension", "extend", "extend_from_saved", "register_interface"]
-
-
-def __getattr__(name: str) -> Any:
-    """Load `check` on first use: it stands above this package."""
-    if name == "check":
-        return importlib.import_module("...model_check.loaded", __name__).check
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
