@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import errno
 import importlib
 import os
@@ -46,6 +47,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
+        if given := re.match(r"argument COMMAND: invalid choice: '(\w+)'", message):
+            found = difflib.get_close_matches(given[1], COMMANDS, 1)
+            message += "".join(f"; did you mean {each!r}?" for each in found)
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all\n")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._names import meant
 from .._usage import UsageError
 from ..integrations._shared.parameters import PARAMETERS, plain
 from ..integrations.transformers import extend
@@ -119,13 +120,15 @@ def check_methods(
     if not named:
         raise UsageError("--methods must list at least one")
     if unknown := [name for name in named if name not in (*PARAMETERS, AUTO)]:
-        listed = ", ".join((*PARAMETERS, AUTO))
-        raise UsageError(f"--methods: unknown {', '.join(unknown)}; choose from {listed}")
+        names, hint = (*PARAMETERS, AUTO), meant(unknown[0], (*PARAMETERS, AUTO))
+        listed = f"{', '.join(unknown)}{hint}; choose from {', '.join(names)}"
+        raise UsageError(f"--methods: unknown {listed}")
     for method, given in named.items():
         known = [key for key in PARAMETERS.get(method, ()) if key != "dim"]
         if wrong := [name for name in given if name not in known]:
             listed = ", ".join(known) or "none"
-            raise UsageError(f"--param: {method} has no {wrong[0]}; it has {listed}")
+            hint = meant(wrong[0], known)
+            raise UsageError(f"--param: {method} has no {wrong[0]}{hint}; it has {listed}")
     return {
         method: {name: plain(value) for name, value in given.items()}
         for method, given in named.items()

@@ -11,6 +11,8 @@ bit between CPU families. `RopeFreqs.to` moves them to a device.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .._names import AXES, no_attribute
+
 # "as" exports them to type checkers, which cannot read __all__ from the table.
 from .abf import abf as abf
 from .axial import axial as axial
@@ -66,6 +68,7 @@ METHODS: dict[str, Callable[..., RopeFreqs]] = {
 WRAPPERS: dict[str, Callable[..., RopeFreqs]] = {
     wrapper.__name__: wrapper for wrapper in (with_sections, by_axis, resonance, ms_poe)
 }
+AXES[__name__] = (*METHODS, *WRAPPERS)
 
 __all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", "trained", "trained_length"]
 __all__ += [*WRAPPERS, *METHODS]
@@ -73,8 +76,5 @@ __all__ += [*WRAPPERS, *METHODS]
 if not TYPE_CHECKING:  # to type checkers every name would exist
 
     def __getattr__(name: str) -> None:
-        """Say where a score method is."""
-        from .. import scores  # late: each axis stands alone
-
-        where = f": it is in {scores.__name__}" if name in scores.SCORES else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
+        """Say where a score method is, or what was meant."""
+        raise no_attribute(__name__, name)

@@ -8,6 +8,8 @@ new method is one file here. `query_scale` has temperatures, factors of a query'
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .._names import AXES, no_attribute
+
 # "as" exports the names to type checkers, which cannot read __all__ from the table.
 from . import query_scale
 from .base import FIRST_KEY, UNROTATED, PairMap, PositionMap, Region, Score
@@ -33,6 +35,7 @@ SCORES: dict[str, Callable[..., Score]] = {
         far_frequencies,
     )
 }
+AXES[__name__] = tuple(SCORES)
 
 __all__ = [
     "FIRST_KEY",
@@ -49,8 +52,5 @@ __all__ = [
 if not TYPE_CHECKING:  # to type checkers every name would exist
 
     def __getattr__(name: str) -> None:
-        """Say where a frequency method is."""
-        from .. import methods  # late: each axis stands alone
-
-        where = f": it is in {methods.__name__}" if name in methods.METHODS else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
+        """Say where a frequency method is, or what was meant."""
+        raise no_attribute(__name__, name)

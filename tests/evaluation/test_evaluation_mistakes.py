@@ -13,7 +13,10 @@ from extrope_kernels.evaluation import cli
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"methods": "rope,yarm"}, "unknown yarm; choose from rope, abf, pi"),
+        (
+            {"methods": "rope,yarm"},
+            "unknown yarm (did you mean 'yarn'?); choose from rope, abf, pi",
+        ),
         ({"methods": ","}, "--methods: must list at least one value"),
         (
             {"lengths": "64,x"},

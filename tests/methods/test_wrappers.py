@@ -175,5 +175,8 @@ def test_a_method_of_the_other_axis_is_answered_with_its_place():
         methods.rerope  # noqa: B018
     with pytest.raises(AttributeError, match=r"'yarn': it is in extrope_kernels.methods"):
         scores.yarn  # noqa: B018
-    with pytest.raises(AttributeError, match=r"has no attribute 'yarm'$"):
-        methods.yarm  # noqa: B018
+    for axis, name, wanted in ((methods, "su", "longrope"), (scores, "rerop", "rerope")):
+        with pytest.raises(AttributeError, match=rf"'{name}' \(did you mean '{wanted}'\?\)"):
+            getattr(axis, name)
+    with pytest.raises(AttributeError, match=r"'nonsense'$"):
+        methods.nonsense  # noqa: B018

@@ -144,6 +144,7 @@ def test_bench_runs_the_scripts_of_a_checkout(capfd, monkeypatch, tmp_path):
     ("arguments", "told"),
     [
         ("fly", "invalid choice: 'fly'"),
+        ("chek", "did you mean 'check'?"),
         ("info now", "unrecognized arguments: now"),
         ("check", "required: MODEL"),
         ("eval --model smollm2", "required: --methods, --lengths, --out"),

@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 KINDS = {
     "package": r"((ops|integrations)/)?__init__.py",
     "axis": r"(methods|positions|scores)/.*",
-    "checks": r"_checks.py",
+    "checks": r"_(checks|names).py",
     "installation": r"_[a-z]\w*.py",
     "shared": r"ops/_shared/.*",
     "operation": r"ops/\w+/.*",
@@ -32,13 +32,19 @@ AXES = ("methods", "positions", "scores")
 # What each kind may import of the package. {own} is the module's own folder: methods/, ops/rope/.
 MAY_IMPORT = {
     "package": (*AXES, "ops"),
-    "axis": ("{own}", "_checks"),
+    "axis": ("{own}", "_checks", "_names"),
     "checks": (),
     "installation": ("_build",),
     "shared": ("ops/_shared", *AXES, "_ext"),
     "operation": ("{own}", "ops/_shared", *AXES, "_ext"),
     "distributed": ("{own}", "ops/_shared"),  # and public names, see below
-    "client": ("_build", "_checks", "_ext", "_usage"),  # likewise, and clients before them
+    "client": (
+        "_build",
+        "_checks",
+        "_ext",
+        "_names",
+        "_usage",
+    ),  # likewise, and clients before them
 }
 # Clients in order: each imports those before it alone.
 CLIENTS = (r"integrations/_shared", r"integrations", r"evaluation", r"model_check", r"cli|__main__")
