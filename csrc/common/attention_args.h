@@ -50,9 +50,13 @@ inline Regions regions_of(const char* op, int64_t granularity,
   check_columns(op, maps, 2 * count + 1);
   require_of(op, std::is_sorted(starts.begin(), starts.end()),
              "a score must have regions with rising starts");
+  // Sums of a position and a start must not overflow.
+  require_of(op, -kNoWindow <= starts.front() && starts.back() <= kNoWindow,
+             "region_starts must be within 2**62, got ", starts.front(), " to ", starts.back());
   require_of(op, granularity >= 1, "a score's granularity must be >= 1, got ", granularity);
-  require_of(op, !sliding_window || *sliding_window >= 1,
-             "sliding_window must be None or >= 1, got ", sliding_window.value_or(0));
+  const int64_t window = sliding_window.value_or(1);
+  require_of(op, window >= 1, "sliding_window must be >= 1, got ", window);
+  require_of(op, window < kNoWindow, "sliding_window must be < 2**62, got ", window);
   Regions regions{static_cast<int64_t>(count), granularity};
   for (size_t r = 0; r < count; ++r) {
     regions.at[r] = {starts[r], map_at(op, maps, 2 * r), map_at(op, maps, 2 * r + 1)};
@@ -100,6 +104,8 @@ inline double softmax_scale_of(const char* op, std::optional<double> given, int6
   const double scale = given.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
   require_of(op, scale > 0 && std::isfinite(scale),
              "softmax_scale must be None or a number > 0, got ", scale);
+  // Kernels take a float.
+  require_of(op, scale <= 1e30, "softmax_scale must be at most 1e30, got ", scale);
   return scale;
 }
 
@@ -108,6 +114,9 @@ inline void check_factors(const char* op, std::optional<double> log_n, double at
              "log_n must be None or a length > 1, got ", log_n.value_or(0));
   require_of(op, attention_factor > 0 && std::isfinite(attention_factor),
              "attention_factor must be > 0, got ", attention_factor);
+  // Kernels multiply floats by its square.
+  require_of(op, attention_factor <= 1e15, "attention_factor must be at most 1e15, got ",
+             attention_factor);
 }
 
 inline Sinks sinks_of(const char* op, const OptionalView& sinks, int64_t heads_q) {

@@ -2,6 +2,7 @@
 // extrope_kernels/ops/_shared/maps.py writes them.
 #pragma once
 
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -39,33 +40,48 @@ inline void check_columns(const char* op, const MapColumns& x, size_t count) {
   check_given("map_rows", x.rows);
 }
 
-// Returns the n-th map. An entry has no meaning where the map's kind does not read it.
+inline bool is_whole(double x) { return std::isfinite(x) && std::floor(x) == x; }
+
+// Refuses numbers of which a kernel would make no position.
+inline void check_numbers(const char* op, const PositionMap& map) {
+  require_of(op, map.modulus >= 0, "a map's modulus must be a whole number >= 0, got ",
+             map.modulus);
+  require_of(op, map.divisor > 0 && std::isfinite(map.offset),
+             "a map must have a divisor > 0 and a finite offset, got ", map.divisor, " and ",
+             map.offset);
+  const bool whole = map.floor || map.divisor == 1;
+  require_of(op, !map.floor || is_whole(map.divisor),
+             "a map with floor must have a whole divisor, got ", map.divisor);
+  require_of(op, map.cap == INFINITY || (whole && is_whole(map.offset) && is_whole(map.cap)),
+             "a map with a cap must have whole numbers only, got ", map.divisor, ", ", map.offset,
+             " and ", map.cap);
+}
+
+// Returns the n-th map. A kind says which columns it reads: another number in one of the others
+// would be a map of another kind.
 inline PositionMap map_at(const char* op, const MapColumns& x, size_t n) {
   const MapKind kind = static_cast<MapKind>(x.kinds[n]);
-  const int64_t modulus = x.moduli ? (*x.moduli)[n] : 0, row = x.rows ? (*x.rows)[n] : 0;
-  const double divisor = x.divisors ? (*x.divisors)[n] : 1;
-  const double offset = x.offsets ? (*x.offsets)[n] : 0, cap = x.caps ? (*x.caps)[n] : 0;
-  const bool floor = x.floors && (*x.floors)[n];
-  switch (kind) {
-    case MapKind::kSame:
-      return {};
-    case MapKind::kShifted:
-      return {.kind = kind, .modulus = modulus, .offset = offset};
-    case MapKind::kGrouped:
-    case MapKind::kCapped:
-      return {.kind = kind,
-              .modulus = modulus,
-              .divisor = divisor,
-              .floor = floor,
-              .offset = offset,
-              .cap = kind == MapKind::kCapped ? cap : INFINITY};
-    case MapKind::kConstant:
-      return PositionMap::constant(offset);
-    case MapKind::kPerPair:
-      return {.kind = kind, .modulus = modulus, .floor = floor, .row = row};
-  }
-  require_of(op, false, "map_kinds must be those of MapKind, got ", x.kinds[n]);
-  return {};
+  require_of(op, MapKind::kSame <= kind && kind <= MapKind::kPerPair,
+             "map_kinds must be those of MapKind, got ", x.kinds[n]);
+  const auto entry = [&](const char* name, const auto& column, auto unread, bool reads) {
+    const decltype(unread) value = column ? (*column)[n] : unread;
+    require_of(op, reads || value == unread, name, " must be ", unread, " for a map of kind ",
+               x.kinds[n], ", got ", value);
+    return value;
+  };
+  const bool constant = kind == MapKind::kConstant, per_pair = kind == MapKind::kPerPair;
+  const bool shifted = kind == MapKind::kShifted, capped = kind == MapKind::kCapped;
+  const bool grouped = kind == MapKind::kGrouped || capped;
+  PositionMap map{.kind = kind};
+  map.modulus = entry("map_moduli", x.moduli, int64_t{0}, shifted || grouped || per_pair);
+  map.divisor = entry("map_divisors", x.divisors, 1.0, grouped);
+  map.floor = entry("map_floors", x.floors, false, grouped || per_pair);
+  map.offset = entry("map_offsets", x.offsets, 0.0, shifted || grouped || constant);
+  const double cap = entry("map_caps", x.caps, 0.0, capped);
+  map.cap = capped ? cap : INFINITY;
+  map.row = entry("map_rows", x.rows, int64_t{0}, per_pair);
+  check_numbers(op, map);
+  return constant ? PositionMap::constant(map.offset) : map;
 }
 
 }  // namespace extrope

@@ -1,5 +1,7 @@
 """What attention refuses beside single wrong arguments (see tests/package)."""
 
+import math
+
 import pytest
 import torch
 from attention_oracle import frequencies, make_qkv
@@ -76,11 +78,31 @@ def test_triton_says_what_it_needs_on_a_cpu(monkeypatch):
         backends.require("op", "triton", ("reference", "triton"), "cpu")
 
 
-def test_the_raw_op_checks_too():
-    message = "^attention: region_starts must be of 1 to 3 regions, got 4"
-    options = make_call(FREQS, None).options | {"region_starts": [0] * 4}
-    with pytest.raises((RuntimeError, ValueError), match=message):
+@pytest.mark.parametrize(
+    "message, changes",
+    [
+        ("region_starts must be of 1 to 3 regions, got 4", {"region_starts": [0] * 4}),
+        ("attention_factor must be at most 1e15", {"attention_factor": 1e300}),
+        ("softmax_scale must be at most 1e30", {"softmax_scale": 1e39}),
+        ("sliding_window must be < 2", {"sliding_window": 2**62}),
+    ],
+)
+def test_the_raw_op_checks_too(message, changes):
+    options = make_call(FREQS, None).options | changes
+    with pytest.raises((RuntimeError, ValueError), match=f"^attention: {message}"):
         torch.ops.extrope.attention_fwd(Q, K, V, THETA, *[None] * 7, **options)
+
+
+@pytest.mark.skipif(device() == "cuda", reason="values on a GPU are not looked at")
+@pytest.mark.parametrize("row, wrong", [(0, 0.0), (0, math.nan), (1, math.nan), (1, math.inf)])
+def test_the_raw_op_checks_maps_of_pairs(row, wrong):
+    call = make_call(FREQS, scores.dpe(4, [2] * len(THETA)))
+    pair_maps = call.pair_maps.clone()
+    pair_maps[-1, row] = wrong
+    with pytest.raises(RuntimeError, match=r"^attention: .* divisor > 0 and a finite offset"):
+        torch.ops.extrope.attention_fwd(
+            Q, K, V, THETA, *[None] * 4, pair_maps, None, None, **call.options
+        )
 
 
 @pytest.mark.parametrize("named", [None, "reference"])

@@ -5,6 +5,7 @@ Single wrong arguments are in tests/package/test_wrong_arguments.py.
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -85,10 +86,36 @@ def test_head_dims_of_the_fused_kernels():
 # -------------------------------------------------------------------------------------------------
 # The op itself: what a call of torch.ops may get wrong, too
 
+NAN = float("nan")
+
+
+def grouped(kind=2, modulus=0, divisor=1.0, floor=False, offset=0.0, cap=0.0):
+    """Five maps by columns: all of rerope(4), but that the first has these numbers."""
+    return dict(
+        map_kinds=[kind, 0, 0, 0, 4], map_moduli=[modulus, 0, 0, 0, 0],
+        map_divisors=[divisor, 1.0, 1.0, 1.0, 1.0], map_floors=[floor, False, False, False, False],
+        map_offsets=[offset, 0.0, 0.0, 0.0, 0.0], map_caps=[cap, 0.0, 0.0, 0.0, 0.0],
+    )  # fmt: skip
+
+
 WRONG = {
     "no regions": (dict(region_starts=[]), "region_starts must be of 1 to 3 regions, got 0"),
     "a map alone": (dict(map_kinds=[0]), "map_kinds must be of 5 maps"),
     "no kind": (dict(map_kinds=[9] * 5), "MapKind"),
+    "a kind of other numbers": (
+        dict(map_kinds=[0] * 5, map_divisors=[2.0] + [1.0] * 4),
+        "map_divisors must be 1",
+    ),
+    "divisor 0": (grouped(divisor=0.0), "divisor > 0"),
+    "divisor nan": (grouped(divisor=NAN), "divisor > 0"),
+    "offset nan": (grouped(offset=NAN), "finite offset"),
+    "offset inf": (grouped(offset=math.inf), "finite offset"),
+    "modulus": (grouped(modulus=-1), "modulus must be a whole number >= 0"),
+    "floor": (grouped(divisor=1.5, floor=True), "whole divisor"),
+    "cap": (grouped(kind=3, cap=0.5), "whole numbers only"),
+    "attention_factor": (dict(attention_factor=1e300), "attention_factor must be at most 1e15"),
+    "softmax_scale": (dict(softmax_scale=1e39), "softmax_scale must be at most 1e30"),
+    "sliding_window": (dict(sliding_window=2**62), "sliding_window must be < 2**62"),
     "k seqlen": (dict(k=NEW[:, :1], v=NEW[:, :1]), "k must have q's batch and seqlen"),
     "k alone": (dict(v=None), "k and v must be given together, got k alone"),
     "inv_freq": (dict(inv_freq=randn(DIM)), "inv_freq must"),

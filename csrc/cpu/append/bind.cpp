@@ -175,6 +175,8 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
                              map_offsets, map_caps,   map_rows};
     check_columns(kOp, columns, 1);
     rotation.stored = map_at(kOp, columns, 0);
+    require_of(kOp, !rotation.stored->is_of_pairs(),
+               "map_kinds must be of a map that all pairs share, got ", (*map_kinds)[0]);
   }
   RopeAppend append(args, rotation);
   Tensor out = q.has_value() ? fresh_like(*q, kOp) : fresh(k, {0}, k.scalar_type(), kOp);

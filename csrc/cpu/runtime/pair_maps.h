@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "common/regions.h"
@@ -46,7 +47,12 @@ inline std::vector<double> set_pair_maps(const char* op, const OptionalView& tab
   for (int64_t n = 0; n < rows * 2 * heads; ++n) {
     const int64_t at = n / (2 * heads) * table->stride(0) + n / heads % 2 * table->stride(1) +
                        n % heads * table->stride(2);
-    for (int64_t i = 0; i < half; ++i) values[n * padded + i] = from[at + i * table->stride(3)];
+    const bool divides = n / heads % 2 == 0;
+    for (int64_t i = 0; i < half; ++i) {
+      const double x = values[n * padded + i] = from[at + i * table->stride(3)];
+      require_of(op, divides ? x > 0 : std::isfinite(x),
+                 "a map must have a divisor > 0 and a finite offset, got ", x);
+    }
   }
   regions.pair_maps = {values.data(), heads, padded};
   return values;

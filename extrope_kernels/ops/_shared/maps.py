@@ -30,6 +30,14 @@ _UNREAD = {
     "map_caps": 0.0,
     "map_rows": 0,
 }
+_READ = {
+    MapKind.SAME: (),
+    MapKind.SHIFTED: ("map_moduli", "map_offsets"),
+    MapKind.GROUPED: ("map_moduli", "map_divisors", "map_floors", "map_offsets"),
+    MapKind.CAPPED: ("map_moduli", "map_divisors", "map_floors", "map_offsets", "map_caps"),
+    MapKind.CONSTANT: ("map_offsets",),
+    MapKind.PER_PAIR: ("map_moduli", "map_floors", "map_rows"),
+}
 FARTHEST = 1 << 62  # past every position: there, all moduli and starts are alike
 
 
@@ -51,6 +59,12 @@ def maps_of(op: str, columns: Mapping[str, Sequence[Any] | None], count: int) ->
     for name, column in (("map_kinds", kinds), *given.items()):
         if len(column) != count:
             raise ValueError(f"{op}: {name} must be of {count} maps, got {len(column)}")
+    for name, unread in _UNREAD.items():
+        for kind, entry in zip(kinds, given[name]):
+            if name not in _READ[MapKind(kind)] and entry != unread:
+                raise ValueError(
+                    f"{op}: {name} must be {unread} for a map of kind {kind}, got {entry}"
+                )
     return [_map(*entries) for entries in zip(kinds, *given.values())]
 
 
