@@ -147,12 +147,12 @@ def check_bool(function: str, name: str, value: bool) -> bool:
 
 
 def check_falling(function: str, high_name: str, high: float, low_name: str, low: float) -> None:
-    """Check that both numbers are > 0 and that `high` is the greater."""
+    """Check that both numbers are > 0 and that `high` is no less; between equal ones is a step."""
     check_real(function, high_name, high, above=0)
     if 0 < check_real(function, low_name, low, above=0) < 1e-30:  # divides lengths
         raise ValueError(f"{function}: {low_name} must be >= 1e-30, got {low}")
-    if high <= low:
-        raise ValueError(f"{function}: {high_name} must be > {low_name}, got {high} and {low}")
+    if high < low:
+        raise ValueError(f"{function}: {high_name} must be >= {low_name}, got {high} and {low}")
 
 
 def check_pair_factors(

@@ -23,7 +23,7 @@ from .dynamic_ntk import dynamic_ntk as dynamic_ntk
 from .dynamic_yarn import dynamic_yarn as dynamic_yarn
 from .giraffe_power import giraffe_power as giraffe_power
 from .giraffe_truncation import giraffe_truncation as giraffe_truncation
-from .hf_config import from_hf_config, trained, trained_length
+from .hf_config import from_hf_config, stated_yarn, trained, trained_length
 from .llama3 import llama3 as llama3
 from .longrope import longrope as longrope
 from .mrrope import mrrope as mrrope
@@ -70,8 +70,8 @@ WRAPPERS: dict[str, Callable[..., RopeFreqs]] = {
 }
 AXES[__name__] = (*METHODS, *WRAPPERS)
 
-__all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", "trained", "trained_length"]
-__all__ += [*WRAPPERS, *METHODS]
+__all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", "stated_yarn", "trained"]
+__all__ += ["trained_length", *WRAPPERS, *METHODS]
 
 if not TYPE_CHECKING:  # to type checkers every name would exist
 

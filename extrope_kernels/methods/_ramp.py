@@ -151,7 +151,7 @@ def _by_rotations(
     if powers.dtype == torch.float32:  # plain RoPE
         powers = base ** (torch.arange(0, dim, 2, device="cpu").double() / dim)
     rotations = length / (2 * math.pi * powers)
-    return powers, ((rotations - slow) / (fast - slow)).clamp(0, 1)
+    return powers, ((rotations - slow) / (fast - slow or 0.001)).clamp(0, 1)
 
 
 _RAMPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -58,8 +58,9 @@ def trained(config: Any, *, layer_type: str | None = None) -> RopeFreqs:
 
     A scaling of the types linear, llama3, longrope (its long set) and proportional is part of a
     training that ended at max_position_embeddings. Under yarn and dynamic, and under a linear that
-    names its original length, a new factor replaces the old one: these give plain RoPE.
-    `trained_length` gives the length.
+    names its original length, a new factor replaces the old one: these give plain RoPE. What else a
+    file says of its YaRN (truncate, betas, mscale) is for `yarn` beside the new factor, as `extend`
+    passes it. `trained_length` gives the length.
 
     config, layer_type: as for `from_hf_config`.
 
@@ -124,14 +125,22 @@ def _yarn(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
         factor=source.length / length if factor is None else factor,
         original_max_position_embeddings=length,
         base=source.base,
-        beta_fast=source.get("beta_fast") or 32.0,
-        beta_slow=source.get("beta_slow") or 1.0,
-        # transformers heeds it only if one set of parameters serves all layers.
-        truncate=source.nested or bool(source.parameters.get("truncate", True)),
-        attention_factor=source.get("attention_factor"),
-        mscale=source.get("mscale"),
-        mscale_all_dim=source.get("mscale_all_dim"),
+        **stated_yarn(source.parameters, source.nested),
     )
+
+
+def stated_yarn(parameters: Mapping[str, Any], nested: bool) -> dict[str, Any]:
+    """Return what rope_parameters say of YaRN beside factor, length and base, as `yarn` names it.
+
+    A new factor leaves it as it is. nested: True if there are rope_parameters per layer type, in
+    which transformers does not heed `truncate`.
+    """
+    names = ("attention_factor", "mscale", "mscale_all_dim")
+    found = {name: parameters.get(name) for name in names}
+    found |= {name: parameters.get(name) or None for name in ("beta_fast", "beta_slow")}
+    if not nested and "truncate" in parameters:
+        found["truncate"] = bool(parameters["truncate"])
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _longrope(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:

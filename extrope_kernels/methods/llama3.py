@@ -29,7 +29,8 @@ def llama3(
     dim: rotary dimension of one head, even.
     factor: divisor of the slow frequencies, > 0.
     original_max_position_embeddings: L, the trained length in tokens.
-    low_freq_factor, high_freq_factor: low and high, in rotations, 0 < low < high.
+    low_freq_factor, high_freq_factor: low and high, in rotations, 0 < low <= high; a step
+        where they are equal.
     base: RoPE's base, > 1: rope_theta in configurations.
     over: the frequencies theta_i that the model was trained with, (dim/2,); L is then the length of
         that training. None for RoPE's at `base`.
@@ -47,7 +48,7 @@ def llama3(
     inv_freq = trained_inv_freq("llama3", dim, check_base("llama3", base), over)
 
     wavelength = 2 * math.pi / inv_freq
-    t = (length / wavelength - low) / (high - low)
+    t = (length / wavelength - low) / (high - low or 1.0)  # of no pair where they are equal
     blended = (1 - t) * inv_freq / factor + t * inv_freq
     slowed = torch.where(wavelength > length / low, inv_freq / factor, blended)
     return with_trained(over, torch.where(wavelength < length / high, inv_freq, slowed))

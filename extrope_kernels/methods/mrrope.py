@@ -31,7 +31,7 @@ def mrrope(
     factor: target length / trained length, > 0.
     original_max_position_embeddings: the trained length in tokens, never the extended one.
     base: RoPE's base, > 1: rope_theta in configurations.
-    beta_fast, beta_slow: rotations inside the trained length, 0 < beta_slow < beta_fast.
+    beta_fast, beta_slow: rotations inside the trained length, 0 < beta_slow <= beta_fast.
     attention_factor: A, > 0, used unchanged if given.
     over: as in `yarn`; a pair's i is then the real one at which RoPE at `base` rotates as fast.
 

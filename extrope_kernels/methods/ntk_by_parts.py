@@ -57,8 +57,8 @@ def ntk_by_parts(
     original_max_position_embeddings: L, the trained length in tokens.
     base: RoPE's base, > 1: rope_theta in configurations.
     variant: "pr1" or "paper".
-    beta_0, beta_1: ramp from NTK-aware to linear interpolation, in rotations, 0 < beta_1 < beta_0.
-    gamma_0, gamma_1: ramp from plain RoPE to that, in rotations, 0 < gamma_1 < gamma_0.
+    beta_0, beta_1: ramp from NTK-aware to linear interpolation, in rotations, 0 < beta_1 <= beta_0.
+    gamma_0, gamma_1: ramp from plain RoPE to that, in rotations, 0 < gamma_1 <= gamma_0.
     ntk_factor, extrapolation_factor: multiply the two ramps, from 0 to 1.
     beta_fast, beta_slow, truncate, ramp: as in `yarn`, for "paper".
     over: as in `yarn`.

@@ -35,7 +35,8 @@ def yarn(
     factor: target length / trained length, > 0.
     original_max_position_embeddings: L, the trained length in tokens, never the extended one.
     base: RoPE's base, > 1: rope_theta in configurations.
-    beta_fast, beta_slow: the ends of the ramp in rotations inside L, 0 < beta_slow < beta_fast.
+    beta_fast, beta_slow: the ends of the ramp in rotations inside L,
+        0 < beta_slow <= beta_fast.
     truncate: round the ends of the index ramp outwards to whole pairs.
     attention_factor: A, > 0, used unchanged if given.
     mscale, mscale_all_dim: when both are given and not 0, A = g(mscale) / g(mscale_all_dim) with

@@ -41,7 +41,7 @@ _TRAINED_UNDER = (
     "of what extend returns writes factors"
 )
 # The rope_parameters that YaRN replaces.
-_SCALING = ("factor", "attention_factor", "beta_", "low_freq", "high_freq", "rope_type", "type")
+_SCALING = ("factor", "rope_type", "type", "alpha")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _candidate(method: str, length: int, reach: int, trained: int) -> Candidate:
 def _rope_parameters(source: Source, facts: Facts, yarn: Candidate) -> dict[str, Any]:
     """Return config.rope_parameters with YaRN for the layers that see all tokens."""
     old = facts.rope_parameters
-    kept = {k: v for k, v in old.items() if v is not None and not k.startswith(_SCALING)}
+    kept = {k: v for k, v in old.items() if v is not None and k not in _SCALING}
     kept |= {"original_max_position_embeddings": facts.length.trained}
     new = {"rope_type": "yarn", **yarn.params, **kept}
     if facts.full_kind is None:

@@ -61,11 +61,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "yarn, attention_factor": {**YARN, "attention_factor": 1.25},
     "yarn, shorter": {**YARN, "factor": 0.5},
     "yarn, mscale alone": {**YARN, "mscale": 0.707},
+    "yarn, a step": {**YARN, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},  # Kimi K2
+    "yarn, a step within a pair": {**YARN, "beta_fast": 1.0, "truncate": False},
     "yarn, mscale_all_dim 0": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0},
     "longrope": {"rope_type": "longrope", **LENGTH, "factor": 8.0},
     "longrope, shorter": {"rope_type": "longrope", **LENGTH, "factor": 0.5},
     "longrope, attention_factor": {
         "rope_type": "longrope", **LENGTH, "factor": 8.0, "attention_factor": 1.5,
+    },
+    "llama3, a step": {  # Llama 4 Scout
+        "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+        **LENGTH,
     },
     "llama3, wide": {
         "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 0.5, "high_freq_factor": 32.0,

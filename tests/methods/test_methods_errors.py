@@ -80,15 +80,19 @@ def test_ranges(method, argument, value, bound):
 
 PAPER = {"variant": "paper"}
 OTHERS = [
-    ("llama3", {"low_freq_factor": 4}, "high_freq_factor must be > low_freq_factor, got 4.0 and 4"),
-    ("llama3", {"high_freq_factor": 0.5}, "high_freq_factor must be > low_freq_factor, got 0.5"),
+    (
+        "llama3",
+        {"low_freq_factor": 5},
+        "high_freq_factor must be >= low_freq_factor, got 4.0 and 5",
+    ),
+    ("llama3", {"high_freq_factor": 0.5}, "high_freq_factor must be >= low_freq_factor, got 0.5"),
     ("yarn", {"beta_slow": 1e-320}, "beta_slow must be >= 1e-30, got 1e-320"),
     ("mrrope", {"beta_slow": 1e-320}, "beta_slow must be >= 1e-30, got 1e-320"),
-    ("yarn", {"beta_fast": 1, "beta_slow": 32}, "beta_fast must be > beta_slow, got 1 and 32"),
-    ("dynamic_yarn", {"beta_fast": 1}, "beta_fast must be > beta_slow, got 1 and 1.0"),
-    ("ntk_by_parts", {"beta_0": 0.5}, "beta_0 must be > beta_1, got 0.5 and 0.75"),
-    ("ntk_by_parts", {"gamma_1": 16}, "gamma_0 must be > gamma_1, got 16 and 16"),
-    ("ntk_by_parts", {**PAPER, "beta_fast": 0.5}, "beta_fast must be > beta_slow, got 0.5"),
+    ("yarn", {"beta_fast": 1, "beta_slow": 32}, "beta_fast must be >= beta_slow, got 1 and 32"),
+    ("dynamic_yarn", {"beta_fast": 0.5}, "beta_fast must be >= beta_slow, got 0.5 and 1.0"),
+    ("ntk_by_parts", {"beta_0": 0.5}, "beta_0 must be >= beta_1, got 0.5 and 0.75"),
+    ("ntk_by_parts", {"gamma_1": 17}, "gamma_0 must be >= gamma_1, got 16 and 17"),
+    ("ntk_by_parts", {**PAPER, "beta_fast": 0.5}, "beta_fast must be >= beta_slow, got 0.5"),
     ("yarn", {L: 1}, f"{L} and base must let some pair of dims make between 1 and 32 rotations"),
     ("ntk_by_parts", {"beta_fast": 16.0}, "beta_fast must be left out for variant 'pr1', got 16.0"),
     ("ntk_by_parts", {**PAPER, "gamma_0": 8}, "gamma_0 must be left out for variant 'paper', got"),

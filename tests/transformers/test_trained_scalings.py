@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import tiny_models
 import torch
 from hf_models import TRAINED, build, freqs_of, logits, rotary_dim, rotary_of, tokens, transformers
 
@@ -160,3 +161,49 @@ def test_a_factor_below_1_gets_a_warning():
     message = "extend: factor 0.5 of yarn is below 1: it shortens what a model reads"
     with pytest.warns(UserWarning, match=message), extend(model, "yarn", factor=0.5):
         pass
+
+
+# YaRN as released models state it, for a shorter training.
+OWN = {"rope_type": "yarn", ORIGINAL: 64}
+MISTRAL = {"mscale": 1.0, "mscale_all_dim": 1.0}
+YARNS = {
+    "GptOssForCausalLM": OWN | {"rope_theta": 150000.0, "factor": 32.0, "truncate": False},
+    "Ministral3ForCausalLM": OWN
+    | {"rope_theta": 1e6, "factor": 16.0, "llama_4_scaling_beta": 0.1, **MISTRAL},
+    "DeepseekV3ForCausalLM": OWN  # Kimi K2
+    | {"rope_theta": 50000.0, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, **MISTRAL},
+}
+
+
+def with_yarn(name, factor=None):
+    rope = YARNS[name] | ({} if factor is None else {"factor": factor})
+    return tiny_models.build(name, rope_parameters=rope, max_position_embeddings=2048)
+
+
+def assert_near(got, want):
+    """Compare logits to 1e-5 of the largest: a lost parameter moves them by more than 0.5."""
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", YARNS)
+def test_a_new_factor_of_yarn_leaves_its_other_parameters(name, tmp_path):
+    model, ids = with_yarn(name), tokens(1, 100)
+    plain = logits(model, ids)
+    with extend(model, "yarn", factor=YARNS[name]["factor"]):
+        assert_near(logits(model, ids), plain)
+    want = logits(with_yarn(name, 8.0), ids)
+    with extend(model, "yarn", factor=8.0) as handle:
+        assert_near(logits(model, ids), want)
+        handle.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert_near(logits(again, ids), want)
+    assert (want - plain).abs().max() > 0.1
+
+
+def test_the_caller_names_another_parameter_of_yarn():
+    ids, given = tokens(1, 100), {"truncate": True, "attention_factor": 1.5}
+    model = with_yarn("GptOssForCausalLM")
+    rope = YARNS["GptOssForCausalLM"] | given
+    want = logits(tiny_models.build("GptOssForCausalLM", rope_parameters=rope), ids)
+    with extend(model, "yarn", factor=32.0, **given):
+        assert_near(logits(model, ids), want)

@@ -151,6 +151,18 @@ def test_frequencies_are_the_models_where_no_method_is_named():
         assert torch.equal(kind.freqs.inv_freq, methods.pi(32, factor=4.0, base=base).inv_freq)
 
 
+def test_a_new_factor_of_yarn_leaves_its_other_parameters():
+    own = {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False, "mscale": 1.0}
+    own |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, **own}
+    (kind,) = make_engine(config(YARN, {"rope_parameters": rope})).kinds.values()
+    assert kind.freqs == methods.yarn(32, factor=4.0, **own)
+    (kind,) = make_engine(
+        config(YARN | {"truncate": True}, {"rope_parameters": rope})
+    ).kinds.values()
+    assert kind.freqs == methods.yarn(32, factor=4.0, **own | {"truncate": True})
+
+
 def test_a_method_for_one_axis_of_mrope():
     of_time = YARN | {"by_axis": [0]}
     sections = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}

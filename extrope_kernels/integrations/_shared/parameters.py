@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import RopeFreqs
-from ...methods import METHODS, WRAPPERS, trained, trained_length
+from ...methods import METHODS, WRAPPERS, stated_yarn, trained, trained_length
 from ...ops.attention import check_log_n
 from ...scores import SCORES, Score
 
@@ -40,6 +40,8 @@ SPARSE = (
     f"of {DUAL_CHUNKS} the sparse part (vertical and slash lines) is left out: "
     "each query sees all keys"
 )
+# Methods that take over what a configuration says of its YaRN beside the factor.
+_YARNS = ("yarn", "dynamic_yarn")
 # Scalings that are part of a training, as `methods.trained` reads them.
 _TRAINED_UNDER = ("linear", "llama3", "longrope", "su", "proportional")
 # Parts of the names of kinds of layers that see a bounded number of keys.
@@ -53,12 +55,14 @@ class ModelValues:
     values: parameters of methods by name, including dim.
     trained: what replaces them for methods that scale, if the model was trained under a scaling:
         `over`, and the length of that training.
+    yarn: what its configuration says of YaRN beside the factor, which a new factor leaves.
     unrotated: number of its last frequencies that are 0: dims that the model has never rotated.
     axes: returns the axis of positions of each frequency, None if there is one axis.
     """
 
     values: Mapping[str, Any]
     trained: Mapping[str, Any]
+    yarn: Mapping[str, Any]
     unrotated: int
     axes: Callable[[], Tensor | None]
 
@@ -94,6 +98,21 @@ def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str,
         or longest,
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def yarn_in(config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of YaRN beside factor, length and base.
+
+    Of the type default too: there transformers reads it once someone names YaRN and a factor.
+    """
+    if (saved := _saved_extension(config, parameters)) is not None:
+        stated = saved["parameters"] if saved["method"] in _YARNS else {}
+        return stated_yarn(stated, False) | {k: v for k, v in stated.items() if k == "ramp"}
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in ("default", "yarn"):
+        return {}
+    kinds = (getattr(config, "rope_parameters", None) or {}).values()
+    return stated_yarn(parameters, any(isinstance(each, Mapping) for each in kinds))
 
 
 def trained_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
@@ -188,6 +207,8 @@ def values_for(
     values = dict(model.values)
     if "over" in accepted and not {"base", _TRAINED, "over"} & set(given or ()):
         values |= model.trained
+    if method in _YARNS:
+        values |= model.yarn
     if method == "dynamic_ntk" and _TRAINED in values:  # its name for the trained length
         values["max_position_embeddings"] = values[_TRAINED]
     return {k: v for k, v in values.items() if k in accepted and k not in own}

@@ -328,7 +328,7 @@ def _factors(
     function, takes_length = bind_method("extend", extension.method, given, own)
     if takes_length or trained is None or (freqs := function()).log_decay is not None:
         return None
-    if (own.values | given).get("mscale_all_dim"):  # latent attention's softmax scale has it
+    if (own.yarn | given).get("mscale_all_dim"):  # latent attention's softmax scale has it
         return None
     base = {"base": own.values.get("base", 10000.0)}  # plain RoPE, whatever was trained
     plain = bind_method("extend", "rope", base, own)[0]().inv_freq

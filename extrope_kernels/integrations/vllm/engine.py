@@ -25,8 +25,9 @@ from .._shared.parameters import (
     trained_in,
     values_for,
     values_in,
+    yarn_in,
 )
-from .latent import as_stated, mscales_in
+from .latent import as_stated
 from .lengths import ByLength, by_length
 from .settings import (
     LARGEST_HEAD,
@@ -164,8 +165,8 @@ def _by_method(
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
     values, trained = values_in(text, parameters, dim), trained_in(text, parameters, dim)
-    axes = partial(axes_in, text, parameters, dim)
-    model = ModelValues(values | mscales_in(text, parameters), trained, still, axes)
+    yarn, axes = yarn_in(text, parameters), partial(axes_in, text, parameters, dim)
+    model = ModelValues(values, trained, yarn, still, axes)
     with reprefix_error():
         function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
     if not takes_length:

@@ -27,6 +27,7 @@ from ..._shared.parameters import (
     bind_method,
     trained_in,
     values_in,
+    yarn_in,
 )
 from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
 from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
@@ -85,12 +86,11 @@ def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValue
     if rotary_module.learned:  # in a training up to the longest length
         over = rotary_module.own_freqs(layer_type).to("cpu")
         trained = {"original_max_position_embeddings": config.max_position_embeddings, "over": over}
-    if any(_mscale_function(layer) is not None for layer in rotary_module.owner.modules()):
-        values |= {name: parameters[name] for name in _MSCALES if parameters.get(name) is not None}
     unrotated = 0
     if parameters.get("rope_type") == "proportional":
         unrotated = int((attribute_of(rotary_module.module, layer_type, "inv_freq") == 0).sum())
-    return ModelValues(values, trained, unrotated, partial(axes_in, config, parameters, dim))
+    yarn, axes = yarn_in(config, parameters), partial(axes_in, config, parameters, dim)
+    return ModelValues(values, trained, yarn, unrotated, axes)
 
 
 class Row(NamedTuple):
