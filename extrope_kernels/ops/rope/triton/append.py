@@ -27,6 +27,7 @@ from .device import (
     CALL_NUMBERS,
     Launch,
     Rope,
+    Rows,
     build_launch,
     decayed,
     launch,
@@ -196,17 +197,19 @@ def rope_append_kernel(
     # q, keys, then values: what rotates first, since values need no more of its registers.
     distance = position - decay_origin
     if q_ptr is not None:
+        q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
         norm_rotate(
-            q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head, valid, q_weight_ptr,
-            q_out_ptr, batch * q_out_stride_batch + seq * q_out_stride_seq, q_out_stride_head,
-            valid, None, inv_freq_ptr, sequence, position,
+            Rows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head), valid,
+            q_weight_ptr, Rows(q_out_ptr, q_out_row, q_out_stride_head), valid, None,
+            inv_freq_ptr, sequence, position,
             decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE),
             TILE.heads_q, STEP.q_together, STEP.rotates_q, STEP.eps, TILE,
         )  # fmt: skip
+    k_cache_row = block * k_cache_stride_block + slot * k_cache_stride_slot
     norm_rotate(
-        k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head, valid, k_weight_ptr,
-        k_cache_ptr, block * k_cache_stride_block + slot * k_cache_stride_slot, k_cache_stride_head,
-        written, k_scale_ptr, inv_freq_ptr, sequence, position,
+        Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head), valid,
+        k_weight_ptr, Rows(k_cache_ptr, k_cache_row, k_cache_stride_head), written, k_scale_ptr,
+        inv_freq_ptr, sequence, position,
         decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE),
         TILE.heads_k, STEP.k_together, STEP.rotates_k, STEP.eps, TILE,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from ..rotation import Rotation
 # Below this many tokens a program takes as few as possible: latency counts, not bandwidth.
 FEW_TOKENS = 512
 # Heads are spread over programs until about this many warps run. 32 bytes per thread then keep
-# 30 KB of loads in flight on each multiprocessor of an H100; more would only repeat the sincos.
+# 30 KB of loads in flight on each multiprocessor of an H100; more would only repeat cosines.
 TARGET_WARPS = 4096
 # These integers change from call to call: kernels do not specialise on them, nor on strides.
 CALL_NUMBERS = (
@@ -139,7 +139,7 @@ def load_positions(
 
 
 @triton.jit
-def sincos(angle, TILE: tl.constexpr):
+def _cos_sin(angle, TILE: tl.constexpr):
     """Return cosine and sine of float64 angles below 2**29 * pi/2, to float32 or wide accuracy."""
     TWO_OVER_PI: tl.constexpr = 0.6366197723675814
     # Adding 1.5 * 2**52 rounds a float64 to an integer and leaves that integer in its low bits.
@@ -162,6 +162,24 @@ def sincos(angle, TILE: tl.constexpr):
 
 
 @triton.jit
+def cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE: tl.constexpr):
+    """Return the cosines and sines by which a head rotates, without amplitude: (TOKENS, PAIRS).
+
+    inv_freq: (sequences or 1, heads or 1, half) float; a stride is 0 where there is 1.
+    sequence, position: from load_positions.
+    """
+    pair = tl.arange(0, TILE.pairs)
+    mask = valid[:, None] & (pair < TILE.half)[None, :]
+    freq_ptrs = inv_freq_ptr + (sequence * TILE.inv_freq_stride_sequence)[:, None] + pair[None, :]
+    head_offset = tl.cast(head, tl.int64) * TILE.inv_freq_stride_head
+    freq = tl.load(freq_ptrs + head_offset, mask=mask, other=0.0)
+    cos, sin = _cos_sin(position * freq.to(tl.float64), TILE)
+    if TILE.conjugate:
+        sin = -sin  # a backward or an inverse call, but not the backward of an inverse
+    return cos, sin
+
+
+@triton.jit
 def decayed(amplitude, distance, log_decay_ptr, SIGN: tl.constexpr, TILE: tl.constexpr):
     """Return amplitude * exp(SIGN * distance * log_decay), by which xPos scales the pairs.
 
@@ -179,7 +197,23 @@ def decayed(amplitude, distance, log_decay_ptr, SIGN: tl.constexpr, TILE: tl.con
 
 
 # -------------------------------------------------------------------------------------------------
-# Heads
+# Rows: the head_dim elements of a token and head
+
+
+class Rows(NamedTuple):
+    """The rows of a tile of tokens in a (batch, seqlen, heads, head_dim) tensor."""
+
+    ptr: tl.tensor  # or None: no such tensor
+    row: tl.tensor  # (TOKENS,) int64: where those of head 0 begin, in groups of TILE.align elements
+    stride_head: tl.tensor  # in such groups
+
+
+@triton.jit
+def rows_of_head(x, head, TILE: tl.constexpr):
+    """Return pointers to dim 0 of the rows of a head: (TOKENS,)."""
+    # Times align last, from groups to elements: so the compiler knows that rows are aligned. The
+    # head is int64, since its product with a stride may pass 32 bits.
+    return x.ptr + (x.row + tl.cast(head, tl.int64) * x.stride_head) * TILE.align
 
 
 @triton.jit

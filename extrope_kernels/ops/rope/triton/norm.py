@@ -11,15 +11,21 @@ Backward, with g = R^T dy (minus R's angle, its amplitude), u = g * weight and n
 
 A row is in three parts: `a` and `b`, both dims of its pairs, (TOKENS, PAIRS), and `rest`, the dims
 that do not rotate, (TOKENS, REST); 0 past the row's dims. Without such dims (TILE.rest 0), `rest`
-is a copy of `a`, to be left out of sums and stores. load_head loads the parts of rows in WIDE, the
-dtype of all arithmetic: float64 if TILE.wide, else float32. store_parts rounds them to the
-pointer's dtype. TILE is a Tile of device.py: TILE.half pairs of dims rotate, TILE.pairs is that
-rounded up to a power of two, TILE.rest_dims is TILE.rest rounded up.
+is a copy of `a`, to be left out of sums and stores. load_head loads the parts from pointers to dim
+0 of each row, as WIDE: float64 if TILE.wide, else float32, the dtype of all arithmetic behind the
+angles. store_parts rounds them to the pointer's dtype, and leaves int8 as it is: bits of fp8. Their
+last argument before TILE says which rows are valid. TILE is a Tile of device.py: TILE.half pairs of
+dims rotate, TILE.pairs is that rounded up to a power of two, TILE.rest_dims is TILE.rest rounded
+up.
 
 A program has TILE.tokens tokens (TOKENS), and a share of the heads: [first, last) of program_heads.
-decayed(amplitude, distance, log_decay_ptr, SIGN, TILE) is amplitude * exp(SIGN * distance *
-log_decay), (TOKENS, PAIRS), or without log_decay the amplitude, (1, 1). sincos takes float64
-angles, in radians.
+In place it needs no barrier: nobody else reads its rows, and a pair is stored after both its dims
+are loaded.
+
+cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE) returns the cosines and sines
+of the angles position * inv_freq of a head, (TOKENS, PAIRS), of all heads if they share frequencies
+(not TILE.per_head). decayed(amplitude, distance, log_decay_ptr, SIGN, TILE) is amplitude *
+exp(SIGN * distance * log_decay), (TOKENS, PAIRS), or without log_decay the amplitude, (1, 1).
 """
 
 from __future__ import annotations
@@ -42,8 +48,10 @@ from .device import (
     CALL_NUMBERS,
     Launch,
     Rope,
+    Rows,
     as_inputs,
     build_launch,
+    cos_sin_of_head,
     decayed,
     empty_outputs,
     launch,
@@ -52,7 +60,7 @@ from .device import (
     load_positions,
     program_heads,
     program_tokens,
-    sincos,
+    rows_of_head,
     stride_names,
 )
 
@@ -71,26 +79,9 @@ def _sum_dims(a, b, rest, TILE: tl.constexpr):
 
 @triton.jit
 def _load_weight(weight_ptr, TILE: tl.constexpr):
-    """Load a head's weight as a row: (1, PAIRS) twice and (1, REST)."""
+    """Load a head's contiguous weight as a row: (1, PAIRS) twice and (1, REST)."""
     row = tl.arange(0, 1)
     return load_head(weight_ptr + row, row == 0, TILE)
-
-
-@triton.jit
-def _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE: tl.constexpr):
-    """Return a head's cosines and sines times the amplitude, (TOKENS, PAIRS).
-
-    inv_freq: (sequences or 1, heads or 1, half) float; a stride is 0 where there is 1. per_head:
-    there are heads.
-    """
-    pair = tl.arange(0, TILE.pairs)
-    mask = valid[:, None] & (pair < TILE.half)[None, :]
-    freq_ptrs = inv_freq_ptr + (sequence * TILE.inv_freq_stride_sequence)[:, None] + pair[None, :]
-    freq = tl.load(freq_ptrs + head * TILE.inv_freq_stride_head, mask=mask, other=0.0)
-    cos, sin = sincos(position * freq.to(tl.float64), TILE)
-    if TILE.conjugate:
-        sin = -sin  # a backward or an inverse call, but not the backward of an inverse
-    return cos * amplitude, sin * amplitude
 
 
 # -------------------------------------------------------------------------------------------------
@@ -99,15 +90,14 @@ def _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE: tl.
 
 @triton.jit
 def norm_rotate(
-    x_ptr, x_row, x_stride_head, valid, weight_ptr,
-    out_ptr, out_row, out_stride_head, out_valid, codes_scale_ptr,
+    x, valid, weight_ptr, out, out_valid, codes_scale_ptr,
     inv_freq_ptr, sequence, position, amplitude,
     HEADS: tl.constexpr, TOGETHER: tl.constexpr, ROTATES: tl.constexpr, EPS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate this program's share of the heads of x into out.
 
-    x_row, out_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of ALIGN elements.
+    x, out: Rows: rows_of_head(x, head, TILE) are pointers to dim 0 of the head's rows, (TOKENS,).
     weight_ptr: (head_dim,), or (HEADS * head_dim,) if TOGETHER; None: no norm.
     codes_scale_ptr: (HEADS,) if out is a cache in fp8, else None. append.py writes caches so; then
         not every valid row is written (out_valid).
@@ -115,7 +105,6 @@ def norm_rotate(
         from `decayed`. Used if ROTATES.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    ALIGN: tl.constexpr = TILE.align
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
     HEAD_DIM: tl.constexpr = 2 * TILE.half + TILE.rest
     eps = tl.full((1, 1), EPS, WIDE)  # a plain number is a float32
@@ -123,23 +112,20 @@ def norm_rotate(
     if TOGETHER:
         squares = tl.zeros((TOKENS, 1), WIDE)
         for head in range(0, HEADS):
-            head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-            # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
-            x_at = (x_row + head * x_stride_head) * ALIGN
-            a, b, rest = load_head(x_ptr + x_at, valid, TILE)
+            a, b, rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
             squares += _sum_dims(a * a, b * b, rest * rest, TILE)
         rstd = 1.0 / tl.sqrt(squares / (HEADS * HEAD_DIM) + eps)
     if ROTATES and not TILE.per_head:
-        cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, 0, valid, TILE)
+        cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, 0, valid, TILE)
+        cos, sin = cos * amplitude, sin * amplitude
     if weight_ptr is not None:
         w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
     first, last = program_heads(HEADS)
     for head in range(first, last):
-        head = tl.cast(head, tl.int64)
         if ROTATES and TILE.per_head:
-            cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
-        x_at = (x_row + head * x_stride_head) * ALIGN
-        a, b, rest = load_head(x_ptr + x_at, valid, TILE)
+            cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
+            cos, sin = cos * amplitude, sin * amplitude
+        a, b, rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
         if weight_ptr is not None:
             if TOGETHER:
                 w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
@@ -152,21 +138,22 @@ def norm_rotate(
         parts = (a, b, rest)
         if codes_scale_ptr is not None:  # fp8 of parts / scale, rounded to x's dtype first
             codes_scale = tl.load(codes_scale_ptr + head)
-            dtype: tl.constexpr = x_ptr.dtype.element_ty
+            dtype: tl.constexpr = x.ptr.dtype.element_ty
             parts = parts_of_codes(parts, codes_scale, dtype, TILE)
-        out_at = (out_row + head * out_stride_head) * ALIGN
-        store_parts(out_ptr + out_at, parts, out_valid, TILE)  # rounds once; codes as they are
+        store_parts(rows_of_head(out, head, TILE), parts, out_valid, TILE)  # rounds once
 
 
 @triton.jit(do_not_specialize=(*CALL_NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
 def norm_rotate_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr,
-    inv_freq_ptr,
+    q_ptr, k_ptr,  # (batch, seqlen, heads, head_dim); k may be None
+    q_out_ptr, k_out_ptr,  # like q and k, or q and k themselves
+    q_weight_ptr, k_weight_ptr,  # see norm_rotate
+    inv_freq_ptr,  # (sequences or 1, heads or 1, half)
     positions_ptr,  # (batch or 1, seqlen); (sequences,): of their first tokens; None: these are 0
     cu_seqlens_ptr, log_decay_ptr,  # (sequences + 1,) if packed; (half,): xPos; or None
     axes_ptr,  # (half,) or None: positions are (axes, batch or 1, seqlen), pair i reads axes[i]
     offset,  # added to all positions
-    q_stride_batch, q_stride_seq, q_stride_head,
+    q_stride_batch, q_stride_seq, q_stride_head,  # all strides in groups of TILE.align elements
     k_stride_batch, k_stride_seq, k_stride_head,
     q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
     k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
@@ -179,10 +166,7 @@ def norm_rotate_kernel(
 ):  # fmt: skip
     """Norm and rotate q and k: axis 0 is tiles of tokens, axis 1 shares of the heads.
 
-    Strides of q, k, ... count groups of TILE.align elements. The weights are as in norm_rotate.
-
-    k may be None. q_out and k_out may be q and k; with TOGETHER a program then has all heads, since
-    it reads them before it overwrites one.
+    In place, with TOGETHER a program has all heads, since it reads them before it overwrites one.
     """
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
@@ -192,25 +176,36 @@ def norm_rotate_kernel(
     )  # fmt: skip
     # By xPos: decay_sign is 1, or -1 in an inverse call; k has the other sign.
     distance = position - decay_origin
+    q = Rows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head)
+    q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
+    q_out = Rows(q_out_ptr, q_out_row, q_out_stride_head)
+    q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
     norm_rotate(
-        q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head, valid, q_weight_ptr,
-        q_out_ptr, batch * q_out_stride_batch + seq * q_out_stride_seq, q_out_stride_head, valid,
-        None, inv_freq_ptr, sequence, position,
-        decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE),
+        q, valid, q_weight_ptr, q_out, valid, None, inv_freq_ptr, sequence, position, q_amplitude,
         TILE.heads_q, TOGETHER=Q_TOGETHER, ROTATES=True, EPS=EPS, TILE=TILE,
     )  # fmt: skip
     if k_ptr is not None:
+        k = Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
+        k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
+        k_out = Rows(k_out_ptr, k_out_row, k_out_stride_head)
+        k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
         norm_rotate(
-            k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head, valid, k_weight_ptr,
-            k_out_ptr, batch * k_out_stride_batch + seq * k_out_stride_seq, k_out_stride_head,
-            valid, None, inv_freq_ptr, sequence, position,
-            decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE),
-            TILE.heads_k, TOGETHER=K_TOGETHER, ROTATES=True, EPS=EPS, TILE=TILE,
+            k, valid, k_weight_ptr, k_out, valid, None, inv_freq_ptr, sequence, position,
+            k_amplitude, TILE.heads_k, TOGETHER=K_TOGETHER, ROTATES=True, EPS=EPS, TILE=TILE,
         )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------
 # Backward
+
+
+@triton.jit
+def _load_x_and_g(x, dy, head, valid, cos, sin, TILE: tl.constexpr):
+    """Load a head of x and of g = R^T dy, three parts each, as WIDE. cos, sin: with amplitude."""
+    dy_a, dy_b, g_rest = load_head(rows_of_head(dy, head, TILE), valid, TILE)
+    x_a, x_b, x_rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
+    g_a, g_b = dy_a * cos - dy_b * sin, dy_b * cos + dy_a * sin  # R^T: sin is minus R's
+    return x_a, x_b, x_rest, g_a, g_b, g_rest
 
 
 @triton.jit
@@ -223,19 +218,16 @@ def _store_dweight(dweight_ptr, a, b, rest, TILE: tl.constexpr):
 
 @triton.jit
 def _norm_rotate_backward(
-    dy_ptr, dy_row, dy_stride_head, x_ptr, x_row, x_stride_head, weight_ptr,
-    dx_ptr, dx_row, dx_stride_head, dweight_ptr,
+    dy, x, weight_ptr, dx, dweight_ptr,
     inv_freq_ptr, sequence, position, amplitude, valid,
     HEADS: tl.constexpr, TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of all heads of x, and this program's part of its weight's.
 
-    dy_row, x_row, dx_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of ALIGN
-        elements.
+    dy, x, dx: Rows.
     dweight_ptr: (programs, dims of the weight), to be summed over the programs.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
-    ALIGN: tl.constexpr = TILE.align
     TOKENS: tl.constexpr = TILE.tokens
     PAIRS: tl.constexpr = TILE.pairs
     REST: tl.constexpr = TILE.rest_dims
@@ -244,7 +236,8 @@ def _norm_rotate_backward(
     eps = tl.full((1, 1), EPS, WIDE)  # a plain number is a float32
     dweight_ptr += tl.program_id(0).to(tl.int64) * COUNT
     if not TILE.per_head:
-        cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, 0, valid, TILE)
+        cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, 0, valid, TILE)
+        cos, sin = cos * amplitude, sin * amplitude
     w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
 
     # Sums of x**2 and of x * u, over all heads if TOGETHER: then they take a pass of their own.
@@ -252,16 +245,11 @@ def _norm_rotate_backward(
     products = tl.zeros((TOKENS, 1), WIDE)
     if TOGETHER:
         for head in range(0, HEADS):
-            head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
             if TILE.per_head:
-                cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
+                cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
+                cos, sin = cos * amplitude, sin * amplitude
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
-            # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
-            dy_at = (dy_row + head * dy_stride_head) * ALIGN
-            x_at = (x_row + head * x_stride_head) * ALIGN
-            dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
-            x_a, x_b, x_rest = load_head(x_ptr + x_at, valid, TILE)
-            g_a, g_b = dy_a * cos - dy_b * sin, dy_b * cos + dy_a * sin  # R^T: sin is minus R's
+            x_a, x_b, x_rest, g_a, g_b, g_rest = _load_x_and_g(x, dy, head, valid, cos, sin, TILE)
             squares += _sum_dims(x_a * x_a, x_b * x_b, x_rest * x_rest, TILE)
             products += _sum_dims(
                 x_a * (g_a * w_a), x_b * (g_b * w_b), x_rest * (g_rest * w_rest), TILE
@@ -271,22 +259,15 @@ def _norm_rotate_backward(
     dw_b = dw_a
     dw_rest = tl.zeros((TOKENS, REST), WIDE)
     for head in range(0, HEADS):
-        head = tl.cast(head, tl.int64)
         if TILE.per_head:
-            cos, sin = _cos_sin(inv_freq_ptr, sequence, position, amplitude, head, valid, TILE)
+            cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
+            cos, sin = cos * amplitude, sin * amplitude
         # With dims that pass unrotated, registers do not suffice to hold the weights.
         if TOGETHER:
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
         elif TILE.rest > 0:
             w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
-        dy_at = (dy_row + head * dy_stride_head) * ALIGN
-        x_at = (x_row + head * x_stride_head) * ALIGN
-        dx_at = (dx_row + head * dx_stride_head) * ALIGN
-
-        # g = R^T dy, u = g * weight
-        dy_a, dy_b, g_rest = load_head(dy_ptr + dy_at, valid, TILE)
-        x_a, x_b, x_rest = load_head(x_ptr + x_at, valid, TILE)
-        g_a, g_b = dy_a * cos - dy_b * sin, dy_b * cos + dy_a * sin  # R^T: sin is minus R's
+        x_a, x_b, x_rest, g_a, g_b, g_rest = _load_x_and_g(x, dy, head, valid, cos, sin, TILE)
         u_a, u_b, u_rest = g_a * w_a, g_b * w_b, g_rest * w_rest
         if not TOGETHER:
             squares = _sum_dims(x_a * x_a, x_b * x_b, x_rest * x_rest, TILE)
@@ -298,10 +279,10 @@ def _norm_rotate_backward(
         n_a, n_b, n_rest = x_a * rstd, x_b * rstd, x_rest * rstd
         dx_a, dx_b = rstd * (u_a - n_a * mean), rstd * (u_b - n_b * mean)
         dx_rest = rstd * (u_rest - n_rest * mean)
-        store_parts(dx_ptr + dx_at, (dx_a, dx_b, dx_rest), valid, TILE)  # rounds once
+        store_parts(rows_of_head(dx, head, TILE), (dx_a, dx_b, dx_rest), valid, TILE)
 
-        # dweight = sum of g * n. Rows past the last token have g = 0 and x = 0, but rstd, without
-        # eps, is infinite there.
+        # dweight = sum of g * n. Rows past the last token have g = 0 and x = 0, but rstd, with eps
+        # 0, is infinite there.
         gn_a = tl.where(valid[:, None], g_a * n_a, 0.0)
         gn_b = tl.where(valid[:, None], g_b * n_b, 0.0)
         if TOGETHER:
@@ -316,32 +297,49 @@ def _norm_rotate_backward(
         _store_dweight(dweight_ptr, dw_a, dw_b, dw_rest, TILE)
 
 
+@triton.jit
+def _backward(
+    dy, x, weight_ptr, dx, dweight_ptr, inv_freq_ptr, sequence, position, amplitude, valid,
+    HEADS: tl.constexpr, TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Call _norm_rotate_backward, or without a weight apply R^T alone."""
+    if weight_ptr is not None:
+        _norm_rotate_backward(
+            dy, x, weight_ptr, dx, dweight_ptr, inv_freq_ptr, sequence, position, amplitude, valid,
+            HEADS, TOGETHER, EPS, TILE,
+        )  # fmt: skip
+    else:
+        norm_rotate(
+            dy, valid, None, dx, valid, None, inv_freq_ptr, sequence, position, amplitude,
+            HEADS, TOGETHER=False, ROTATES=True, EPS=EPS, TILE=TILE,
+        )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=(*CALL_NUMBERS, *stride_names("dq_out", "dk_out", "dq", "dk", "q", "k"))
 )
 def norm_rotate_backward_kernel(
-    dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr,
-    q_dweight_ptr, k_dweight_ptr,
+    dq_out_ptr, dk_out_ptr,  # gradients of the forward's outputs, (batch, seqlen, heads, head_dim)
+    dq_ptr, dk_ptr,  # of its inputs: written
+    q_ptr, k_ptr,  # its inputs; everything of k may be None
+    q_weight_ptr, k_weight_ptr,  # see norm_rotate
+    q_dweight_ptr, k_dweight_ptr,  # see _norm_rotate_backward; None without a weight
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,
+    dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,  # in groups of TILE.align elements
     dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
     dq_stride_batch, dq_stride_seq, dq_stride_head,
     dk_stride_batch, dk_stride_seq, dk_stride_head,
     q_stride_batch, q_stride_seq, q_stride_head,
     k_stride_batch, k_stride_seq, k_stride_head,
-    count, seqlen,  # tokens: count = batch * seqlen
+    count, seqlen,
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
-    num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
-    decay_origin: tl.float64,  # the position at which log_decay changes nothing
-    amplitude: tl.float64,  # of all tokens and pairs
+    num_sequences, search_steps,
+    decay_origin: tl.float64, amplitude: tl.float64,
     Q_TOGETHER: tl.constexpr, K_TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Turn gradients of the outputs into those of q and k: axis 0 is tiles of tokens.
 
-    Strides of q, k, ... count groups of TILE.align elements. What rotates: see norm_rotate_kernel.
-
-    A program has all heads of its tokens. dq_out, dk_out: gradients of the forward's outputs; dq,
-    dk: of its inputs q and k. q_dweight, k_dweight: see _norm_rotate_backward; None without weight.
+    A program has all heads of its tokens. What rotates: see norm_rotate_kernel.
     """
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
@@ -350,45 +348,25 @@ def norm_rotate_backward_kernel(
         positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
     )  # fmt: skip
     distance = position - decay_origin
-
     dq_out_row = batch * dq_out_stride_batch + seq * dq_out_stride_seq
     dq_row = batch * dq_stride_batch + seq * dq_stride_seq
     q_row = batch * q_stride_batch + seq * q_stride_seq
     q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
-    if q_weight_ptr is not None:
-        _norm_rotate_backward(
-            dq_out_ptr, dq_out_row, dq_out_stride_head, q_ptr, q_row, q_stride_head, q_weight_ptr,
-            dq_ptr, dq_row, dq_stride_head, q_dweight_ptr,
-            inv_freq_ptr, sequence, position, q_amplitude, valid,
-            TILE.heads_q, Q_TOGETHER, EPS, TILE,
-        )  # fmt: skip
-    else:  # R^T alone
-        norm_rotate(
-            dq_out_ptr, dq_out_row, dq_out_stride_head, valid, None,
-            dq_ptr, dq_row, dq_stride_head, valid, None,
-            inv_freq_ptr, sequence, position, q_amplitude,
-            TILE.heads_q, TOGETHER=False, ROTATES=True, EPS=EPS, TILE=TILE,
-        )  # fmt: skip
-
+    _backward(
+        Rows(dq_out_ptr, dq_out_row, dq_out_stride_head), Rows(q_ptr, q_row, q_stride_head),
+        q_weight_ptr, Rows(dq_ptr, dq_row, dq_stride_head), q_dweight_ptr,
+        inv_freq_ptr, sequence, position, q_amplitude, valid, TILE.heads_q, Q_TOGETHER, EPS, TILE,
+    )  # fmt: skip
     if dk_out_ptr is not None:
         dk_out_row = batch * dk_out_stride_batch + seq * dk_out_stride_seq
         dk_row = batch * dk_stride_batch + seq * dk_stride_seq
         k_row = batch * k_stride_batch + seq * k_stride_seq
         k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
-        if k_weight_ptr is not None:
-            _norm_rotate_backward(
-                dk_out_ptr, dk_out_row, dk_out_stride_head, k_ptr, k_row, k_stride_head,
-                k_weight_ptr, dk_ptr, dk_row, dk_stride_head, k_dweight_ptr,
-                inv_freq_ptr, sequence, position, k_amplitude, valid,
-                TILE.heads_k, K_TOGETHER, EPS, TILE,
-            )  # fmt: skip
-        else:
-            norm_rotate(
-                dk_out_ptr, dk_out_row, dk_out_stride_head, valid, None,
-                dk_ptr, dk_row, dk_stride_head, valid, None,
-                inv_freq_ptr, sequence, position, k_amplitude,
-                TILE.heads_k, TOGETHER=False, ROTATES=True, EPS=EPS, TILE=TILE,
-            )  # fmt: skip
+        _backward(
+            Rows(dk_out_ptr, dk_out_row, dk_out_stride_head), Rows(k_ptr, k_row, k_stride_head),
+            k_weight_ptr, Rows(dk_ptr, dk_row, dk_stride_head), k_dweight_ptr, inv_freq_ptr,
+            sequence, position, k_amplitude, valid, TILE.heads_k, K_TOGETHER, EPS, TILE,
+        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------

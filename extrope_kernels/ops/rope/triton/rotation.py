@@ -1,9 +1,25 @@
 """The rotation in Triton: one launch for q and k, forward and backward, in place or not.
 
-A program has a tile of tokens and a share of the heads. It finds its tokens' positions, computes
-their cosines and sines, and rotates one head after the other by them. The backward rotates the
-gradients by minus the forward's angle; if it is given the forward's inputs, it derives the angles
-too.
+A program has TILE.tokens tokens (TOKENS), and a share of the heads: [first, last) of program_heads.
+It finds its tokens' positions, computes their cosines and sines, and rotates one head after the
+other. With both dims of a pair as a and b:
+
+    out_a = x_a * cos - x_b * sin        out_b = x_b * cos + x_a * sin
+
+The backward rotates the gradients by minus the forward's angle. If it is given the forward's
+inputs, it computes the gradient of the angles too.
+
+A row is in three parts: `a` and `b`, (TOKENS, PAIRS), and `rest`, the dims that do not rotate,
+(TOKENS, rest_dims), which are copied. load_parts loads them from pointers to dim 0 of each row, as
+far as rows are valid; store_parts rounds them to the pointer's dtype. Without a rest (TILE.rest 0,
+as in place), it stands for none. TILE is a Tile of device.py: TILE.half pairs of dims rotate, PAIRS
+is that rounded up to a power of two. WIDE, float64 if TILE.wide, else float32, is the dtype of the
+arithmetic behind the angles; angles themselves are float64.
+
+cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE) returns the cosines and sines
+of the angles position * inv_freq of a head, (TOKENS, PAIRS), of all heads if they share
+frequencies. decayed(amplitude, distance, log_decay_ptr, SIGN, TILE) is amplitude * exp(SIGN *
+distance * log_decay), (TOKENS, PAIRS), or without log_decay the amplitude, (1, 1).
 """
 
 from __future__ import annotations
@@ -24,8 +40,10 @@ from .device import (
     CALL_NUMBERS,
     Launch,
     Rope,
+    Rows,
     as_inputs,
     build_launch,
+    cos_sin_of_head,
     decayed,
     empty_outputs,
     launch,
@@ -33,7 +51,7 @@ from .device import (
     load_positions,
     program_heads,
     program_tokens,
-    sincos,
+    rows_of_head,
     stride_names,
 )
 
@@ -43,36 +61,25 @@ MOST_REGISTERS = 128
 
 
 @triton.jit
-def _rotate_head(
-    x_ptr, x_row, x_stride_head, out_ptr, out_row, out_stride_head,
-    saved_ptr, saved_row, saved_stride_head, head, valid, cos, sin, angle_grad, TILE: tl.constexpr,
-):  # fmt: skip
-    """Rotate one head of a tile of tokens; return angle_grad plus the head's share of it.
+def _rotate_head(x, out, saved, head, valid, cos, sin, angle_grad, TILE: tl.constexpr):
+    """Rotate a head of x into out; return angle_grad plus the head's share of it.
 
-    x_row, out_row, saved_row: (TOKENS,) int64, where the rows of head 0 begin, in groups of
-        ALIGN elements.
-    saved_ptr: the forward's input if x is the gradient of its output, else None: no share.
-    cos, sin: (TOKENS, PAIRS), times the amplitude.
+    x, out, saved: Rows: rows_of_head(x, head, TILE) are pointers to dim 0 of the head's rows,
+        (TOKENS,). saved: of the forward's input if x is the gradient of its output; ptr None: no
+        share.
+    cos, sin, angle_grad: (TOKENS, PAIRS); cosines and sines times the amplitude.
     """
-    ALIGN: tl.constexpr = TILE.align
     WIDE: tl.constexpr = angle_grad.dtype
-    head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-    # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
-    x_at = (x_row + head * x_stride_head) * ALIGN
-    out_at = (out_row + head * out_stride_head) * ALIGN
-    # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, rest_dims),
-    # which are copied as they are. Without any (TILE.rest 0), `rest` stands for none.
-    x_a, x_b, rest = load_parts(x_ptr + x_at, valid, TILE)
+    x_a, x_b, rest = load_parts(rows_of_head(x, head, TILE), valid, TILE)
     x_a, x_b = x_a.to(WIDE), x_b.to(WIDE)
     out_a = x_a * cos - x_b * sin
     out_b = x_b * cos + x_a * sin
-    store_parts(out_ptr + out_at, (out_a, out_b, rest), valid, TILE)  # rounds once
-    if saved_ptr is not None:
+    store_parts(rows_of_head(out, head, TILE), (out_a, out_b, rest), valid, TILE)  # rounds once
+    if saved.ptr is not None:
         # The forward y = R(t) s has dL/dt = <dy, R J s> = <R^T dy, J s>, where J (a, b) = (-b, a),
         # a rotation by a right angle, commutes with R. R^T dy is out: a cross product of each pair
         # is left. For an inverse call the caller changes the gradient's sign.
-        saved_at = (saved_row + head * saved_stride_head) * ALIGN
-        s_a, s_b, _ = load_parts(saved_ptr + saved_at, valid, TILE)
+        s_a, s_b, _ = load_parts(rows_of_head(saved, head, TILE), valid, TILE)
         angle_grad += s_a.to(WIDE) * out_b - s_b.to(WIDE) * out_a
     return angle_grad
 
@@ -84,9 +91,16 @@ def _rotate_head(
     )
 )
 def rotate_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_saved_ptr, k_saved_ptr, angle_grad_ptr,
-    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
-    q_stride_batch, q_stride_seq, q_stride_head,
+    q_ptr, k_ptr,  # (batch, seqlen, heads, head_dim); k may be None
+    q_out_ptr, k_out_ptr,  # like q and k, or q and k themselves
+    q_saved_ptr, k_saved_ptr,  # the forward's inputs, if q and k are gradients of its outputs
+    angle_grad_ptr,  # (batch, seqlen, heads_q if TILE.per_head else 1, half), contiguous, or None
+    inv_freq_ptr,  # (sequences or 1, heads or 1, half)
+    positions_ptr,  # (batch or 1, seqlen); (sequences,): of their first tokens; None: these are 0
+    cu_seqlens_ptr, log_decay_ptr,  # (sequences + 1,) if packed; (half,): xPos; or None
+    axes_ptr,  # (half,) or None: positions are (axes, batch or 1, seqlen), pair i reads axes[i]
+    offset,  # added to all positions
+    q_stride_batch, q_stride_seq, q_stride_head,  # all strides in groups of TILE.align elements
     k_stride_batch, k_stride_seq, k_stride_head,
     q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
     k_out_stride_batch, k_out_stride_seq, k_out_stride_head,
@@ -95,107 +109,86 @@ def rotate_kernel(
     count, seqlen,  # tokens: count = batch * seqlen
     positions_stride_axis, positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
-    decay_origin: tl.float64, amplitude: tl.float64, TILE: tl.constexpr,
+    decay_origin: tl.float64,  # the position at which log_decay changes nothing
+    amplitude: tl.float64,  # of all tokens and pairs
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Rotate pairs of dims of q and k by position * inv_freq, and multiply them by amplitude.
 
-    Axis 0 of the grid is tiles of tokens, axis 1 shares of the heads. Strides of q, k, ... count
-    groups of TILE.align elements. All pointers but q, q_out and inv_freq may be None.
-
-    q, k: (batch, seqlen, heads, head_dim), of which 2 * half dims from rotary_offset on rotate.
-    q_out, k_out: like q and k, or q and k themselves.
-    q_saved, k_saved: the forward's inputs, if q and k are gradients of its outputs.
-    angle_grad: (batch, seqlen, heads_q if TILE.per_head else 1, half), contiguous, written.
-    inv_freq: (sequences or 1, heads or 1, half).
-    positions, cu_seqlens, axes: see load_positions; offset is added to all positions.
-    log_decay: (half,), xPos: multiply q by exp(decay_sign * log_decay * (position - decay_origin)),
-        and divide k by it.
+    Axis 0 of the grid is tiles of tokens, axis 1 shares of the heads.
     """
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
-    PAIRS: tl.constexpr = TILE.pairs  # half, rounded up to a power of two
+    PAIRS: tl.constexpr = TILE.pairs
     HALF: tl.constexpr = TILE.half
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
-
-    # The rows of head 0, in groups of TILE.align elements from the start: (TOKENS,) int64.
-    q_row = batch * q_stride_batch + seq * q_stride_seq
-    q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
-    q_saved_row = batch * q_saved_stride_batch + seq * q_saved_stride_seq
-
-    # Positions: sequence (TOKENS,), the batch if not packed; position (TOKENS, 1), or with axes
-    # (TOKENS, PAIRS); float64.
+    # sequence (TOKENS,), the batch if not packed; position (TOKENS, 1), or with axes (TOKENS,
+    # PAIRS); float64
     sequence, position = load_positions(
         batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, offset, positions_stride_axis,
         positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
     )  # fmt: skip
+    # By xPos: decay_sign is 1, or -1 in an inverse call; k has the other sign.
     distance = position - decay_origin
 
-    # Frequencies: (TOKENS, PAIRS) pointers. Strides are constants, 0 where frequencies are shared.
+    # The rows of head 0, in groups of TILE.align elements from the start: (TOKENS,) int64.
+    q = Rows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head)
+    q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
+    q_out = Rows(q_out_ptr, q_out_row, q_out_stride_head)
+    q_saved_row = batch * q_saved_stride_batch + seq * q_saved_stride_seq
+    q_saved = Rows(q_saved_ptr, q_saved_row, q_saved_stride_head)
+
     pair = tl.arange(0, PAIRS)
     mask = valid[:, None] & (pair < HALF)[None, :]
-    freq_ptrs = inv_freq_ptr + (sequence * TILE.inv_freq_stride_sequence)[:, None] + pair[None, :]
-
     zeros = tl.zeros((TOKENS, PAIRS), tl.float64 if TILE.wide else tl.float32)
     first, last = program_heads(TILE.heads_q)
-
     if TILE.per_head:
         # Every head has frequencies of its own: its cosines and sines, then q's and k's head. Both
         # have the same heads, and so the same gradient of angles.
-        k_row = batch * k_stride_batch + seq * k_stride_seq
+        k = Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
         k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
+        k_out = Rows(k_out_ptr, k_out_row, k_out_stride_head)
         k_saved_row = batch * k_saved_stride_batch + seq * k_saved_stride_seq
+        k_saved = Rows(k_saved_ptr, k_saved_row, k_saved_stride_head)
+        q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
+        k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
         for head in range(first, last):
-            head = tl.cast(head, tl.int64)
-            freq = tl.load(freq_ptrs + head * TILE.inv_freq_stride_head, mask=mask, other=0.0)
-            cos, sin = sincos(position * freq.to(tl.float64), TILE)  # (TOKENS, PAIRS)
-            if TILE.conjugate:
-                sin = -sin  # a backward or an inverse call, but not the backward of an inverse
-            q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
-            angle_grad = _rotate_head(
-                q_ptr, q_row, q_stride_head, q_out_ptr, q_out_row, q_out_stride_head,
-                q_saved_ptr, q_saved_row, q_saved_stride_head,
-                head, valid, cos * q_amplitude, sin * q_amplitude, zeros, TILE,
-            )  # fmt: skip
+            cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
+            q_cos, q_sin = cos * q_amplitude, sin * q_amplitude
+            angle_grad = _rotate_head(q, q_out, q_saved, head, valid, q_cos, q_sin, zeros, TILE)
             if k_ptr is not None:
-                k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
+                k_cos, k_sin = cos * k_amplitude, sin * k_amplitude
                 angle_grad = _rotate_head(
-                    k_ptr, k_row, k_stride_head, k_out_ptr, k_out_row, k_out_stride_head,
-                    k_saved_ptr, k_saved_row, k_saved_stride_head,
-                    head, valid, cos * k_amplitude, sin * k_amplitude, angle_grad, TILE,
-                )  # fmt: skip
+                    k, k_out, k_saved, head, valid, k_cos, k_sin, angle_grad, TILE
+                )
             if angle_grad_ptr is not None:
-                grad_at = ((batch * seqlen + seq) * TILE.heads_q + head) * HALF
-                tl.store(angle_grad_ptr + grad_at[:, None] + pair[None, :], angle_grad, mask=mask)
+                grad_row = ((batch * seqlen + seq) * TILE.heads_q + head) * HALF
+                tl.store(angle_grad_ptr + grad_row[:, None] + pair[None, :], angle_grad, mask=mask)
     else:
         # All heads share frequencies: cosines and sines once, then the heads of q, and those of k.
-        freq = tl.load(freq_ptrs, mask=mask, other=0.0)
-        cos, sin = sincos(position * freq.to(tl.float64), TILE)  # (TOKENS, PAIRS)
-        if TILE.conjugate:
-            sin = -sin  # a backward or an inverse call, but not the backward of an inverse
+        cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, 0, valid, TILE)
         q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
         q_cos, q_sin = cos * q_amplitude, sin * q_amplitude
         angle_grad = zeros
         for head in range(first, last):
             angle_grad = _rotate_head(
-                q_ptr, q_row, q_stride_head, q_out_ptr, q_out_row, q_out_stride_head,
-                q_saved_ptr, q_saved_row, q_saved_stride_head,
-                head, valid, q_cos, q_sin, angle_grad, TILE,
-            )  # fmt: skip
+                q, q_out, q_saved, head, valid, q_cos, q_sin, angle_grad, TILE
+            )
         if k_ptr is not None:  # its rows not before: they would stay in registers so far
-            k_row = batch * k_stride_batch + seq * k_stride_seq
+            k = Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
             k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
+            k_out = Rows(k_out_ptr, k_out_row, k_out_stride_head)
             k_saved_row = batch * k_saved_stride_batch + seq * k_saved_stride_seq
+            k_saved = Rows(k_saved_ptr, k_saved_row, k_saved_stride_head)
             k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
             k_cos, k_sin = cos * k_amplitude, sin * k_amplitude
             first, last = program_heads(TILE.heads_k)
             for head in range(first, last):
                 angle_grad = _rotate_head(
-                    k_ptr, k_row, k_stride_head, k_out_ptr, k_out_row, k_out_stride_head,
-                    k_saved_ptr, k_saved_row, k_saved_stride_head,
-                    head, valid, k_cos, k_sin, angle_grad, TILE,
-                )  # fmt: skip
+                    k, k_out, k_saved, head, valid, k_cos, k_sin, angle_grad, TILE
+                )
         if angle_grad_ptr is not None:  # summed over all heads: one program has them all
-            grad_at = (batch * seqlen + seq) * HALF
-            tl.store(angle_grad_ptr + grad_at[:, None] + pair[None, :], angle_grad, mask=mask)
+            grad_row = (batch * seqlen + seq) * HALF
+            tl.store(angle_grad_ptr + grad_row[:, None] + pair[None, :], angle_grad, mask=mask)
 
 
 def build_rotation_launch(
