@@ -23,7 +23,8 @@ METHODS = {"rope": {}, "yarn": {"factor": 2.0}, "rerope": {"window": 4096}}
 CURVES = {"loss": ("rope", "pi", "yarn", "rerope"), "recall": ("rope", "yarn", "rerope")}
 READINGS = sum(map(len, CURVES.values()))
 
-PLAN = f"""SmolLM2-135M, trained to 8,192 tokens, reads {LENGTH:,}: as it is, by YaRN, by ReRoPE.
+PLAN = f"""SmolLM2-135M-Instruct (weights of 4 bits, Q4_1), trained to 8,192 tokens, reads {LENGTH:,}: as it
+is, with YaRN, with ReRoPE.
   1. A needle: a sentence is hidden in a long text. Who can repeat it? Two minutes on two cores.
   2. Curves: how well the next token is predicted, and how much a passage helps that was read
      before: {READINGS} texts, eight minutes. They leave {OUT / "demo.png"}.
@@ -79,7 +80,7 @@ def find_needle() -> None:
 
     def ask(method: str, params: dict, **_: str) -> dict[str, str]:
         with extend(model, method, **params):  # which tries the model on four tokens
-            display.begin(f"reading by {method}", len(models.decoder_layers(model)))
+            display.begin(f"reading with {method}", len(models.decoder_layers(model)))
             return {"answer": answer(model, tokenizer, ids)}
 
     after = ids.shape[1] - before
@@ -148,13 +149,19 @@ def ruler_of_all() -> str:
     import ruler
     from harness import RESULTS
 
+    from extrope_kernels.evaluation import report
+
     cells = {cell.key[3:]: cell for cell in ruler.read(RESULTS / "ruler" / "smollm2.csv")
              if (cell.task, cell.length) == (ruler.TASKS[0], LENGTH)}  # fmt: skip
     parts = []
-    for method, params in METHODS.items():
+    for method, params in (*METHODS.items(), ("yarn", {"factor": 4.0})):
         scores = cells[ruler.names(method, params)].scores
-        parts.append(f"{method} {sum(scores):.0f} of {len(scores)}")
-    return f"RULER over more texts: {', '.join(parts)} (docs/guide/measured.md)."
+        name = report.name_of(method, params)
+        parts.append(f"{name} {sum(scores):.0f} of {len(scores)}")
+    return (
+        f"RULER's easiest task, niah_single_1, over more texts: {', '.join(parts)}\n"
+        "   (docs/guide/measured.md)."
+    )
 
 
 def draw_curves() -> None:
