@@ -23,8 +23,8 @@ METHODS = {"rope": {}, "yarn": {"factor": 2.0}, "rerope": {"window": 4096}}
 CURVES = {"loss": ("rope", "pi", "yarn", "rerope"), "recall": ("rope", "yarn", "rerope")}
 READINGS = sum(map(len, CURVES.values()))
 
-PLAN = f"""SmolLM2-135M-Instruct (weights of 4 bits, Q4_1), trained to 8,192 tokens, reads {LENGTH:,}: as it
-is, with YaRN, with ReRoPE.
+PLAN = f"""SmolLM2-135M-Instruct (weights of 4 bits, Q4_1), trained to 8,192 tokens, reads
+{LENGTH:,}: as it is, with YaRN, with ReRoPE.
   1. A needle: a sentence is hidden in a long text. Who can repeat it? Two minutes on two cores.
   2. Curves: how well the next token is predicted, and how much a passage helps that was read
      before: {READINGS} texts, eight minutes. They leave {OUT / "demo.png"}.

@@ -71,5 +71,5 @@ def test_the_needle_stands_once_far_before_the_question(tokenizer):
 
 
 def test_it_says_what_ruler_found():
-    said = "rope 0 of 10, yarn factor=2 39 of 50, rerope window=4096 50 of 50, yarn factor=4 45 of 50"
-    assert said in demo.ruler_of_all()
+    yarn = "yarn factor=2 39 of 50, rerope window=4096 50 of 50, yarn factor=4 45 of 50"
+    assert f"rope 0 of 10, {yarn}" in demo.ruler_of_all()

@@ -58,6 +58,13 @@ def test_figures_replace_what_is_between_the_markers(tmp_path):
         readme.main(tmp_path, results)
 
 
+def sign_test(ours, theirs):
+    """How many texts only ours finds, theirs none alone; the chance of that, two-sided."""
+    only, others = (sum(a > b for a, b in zip(*x)) for x in ((ours, theirs), (theirs, ours)))
+    assert others == 0
+    return only, 2 * 0.5**only
+
+
 def test_pages_tell_speeds_and_numbers_of_models_as_measured():
     """Captions are of their pictures' files: needles, curves, speed; then recall by YaRN's factor,
     generate, and the classes of docs/models.md."""
@@ -69,16 +76,34 @@ def test_pages_tell_speeds_and_numbers_of_models_as_measured():
     cells = ruler.read(harness.RESULTS / "ruler/smollm2.csv")
     needles = {cell.key[3:]: cell.scores for cell in cells
                if (cell.task, cell.length) == (ruler.TASKS[0], 16384)}  # fmt: skip
-    told = "it finds {:.0f} of {}. By YaRN it finds {:.0f} of {}, by ReRoPE **{:.0f} of {}**"
-    names = (("rope", ""), ("yarn", "factor=2"), ("rerope", "window=4096"))
-    counts = [(sum(needles[name]), len(needles[name])) for name in names]
-    assert told.format(*(number for count in counts for number in count)) in text
+    plain, yarn_2, yarn_4, rerope = (
+        needles[name]
+        for name in (
+            ("rope", ""),
+            ("yarn", "factor=2"),
+            ("yarn", "factor=4"),
+            ("rerope", "window=4096"),
+        )
+    )
+    assert len(yarn_2) == len(yarn_4) == len(rerope) == 50 and sum(plain) == 0
+    told = "it finds none in {} texts. In {} texts, the same for all, it finds {:.0f} with YaRN"
+    assert told.format(len(plain), len(rerope), sum(yarn_2)) in text
+    assert f"{sum(yarn_4):.0f} at factor 4, and **{sum(rerope):.0f} with ReRoPE**" in text
+    only, by_chance = sign_test(rerope, yarn_2)
+    assert f"all {only} that factor 2 misses (sign test: p = {by_chance:.3f})" in text
+    assert f"its lead over factor 4 may be chance (p = {sign_test(rerope, yarn_4)[1]:.2f})" in text
+    row = next(row for row in evaluations.measured(name="smollm2-32k")["rerope"]
+               if row.parameters["window"] == 4096)  # fmt: skip
+    told = (
+        f"loss is {-row.over_yarn[0]:.2f} ± {row.over_yarn[1]:.2f} nats a token below that of YaRN"
+    )
+    assert told in text
     kept = {name: evaluations.read(name)["rows"] for name in ("demo", "recall")}
     last = {row["method"]: row["losses"][-1] for row in kept["demo"]}
     told = "the model as it is {rope:.2f} nats, with YaRN {yarn:.2f}, with ReRoPE {rerope:.2f}"
     assert told.format(**last) in text
     farthest = {row["method"]: row["gains"][-1][0] for row in kept["recall"]}
-    told = "saves {yarn:.2f} nats a token by YaRN, {rerope:.2f} by ReRoPE"
+    told = "saves {yarn:.2f} nats a token with YaRN, {rerope:.2f} with ReRoPE"
     assert told.format(**farthest) in text
     yarns = {row.parameters["factor"]: row for row in evaluations.measured()["yarn"]}
     told = "recall rises from {:.2f} to {:.2f} nats a token"
@@ -89,8 +114,8 @@ def test_pages_tell_speeds_and_numbers_of_models_as_measured():
     told = "reads 8,000 tokens in {:.2f} of the plain model's time, and takes {:.2f} of it"
     assert told.format(row["prompt_of_plain"], row["steps_of_plain"]) in guide
     frequency, score = re.findall(r"^- By a \w+ method: (\d+) of the", models, re.MULTILINE)
-    assert f"All {frequency} rotary classes of transformers take frequency methods" in text
-    assert f"{score} score methods" in text and f"on {score} by score methods" in guide
+    assert f"All {frequency} rotary model classes of transformers take methods that change" in text
+    assert f"{score} also take score methods" in text and f"on {score} by score methods" in guide
 
 
 def test_losses_are_kept_by_piece_and_never_beside_those_of_other_texts(tmp_path):
