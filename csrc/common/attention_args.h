@@ -12,17 +12,17 @@ namespace extrope {
 
 // The parameters that every op's function ends with, in the order of OPTIONS in
 // extrope_kernels/ops/attention/call.py, and the call that reads them.
-#define EXTROPE_OPTIONS                                                                      \
-  std::optional<double> softmax_scale, std::optional<double> log_n, double attention_factor, \
-      bool interleaved, std::optional<int64_t> rotary_offset, double softcap,                \
-      std::optional<int64_t> sliding_window, bool float32_results, int64_t granularity,      \
-      const std::vector<int64_t>&region_starts, const std::vector<int64_t>&map_kinds,        \
-      const Column<int64_t>&map_moduli, const Column<double>&map_divisors,                   \
-      const Column<bool>&map_floors, const Column<double>&map_offsets,                       \
-      const Column<double>&map_caps, const Column<int64_t>&map_rows
+#define EXTROPE_OPTIONS                                                                            \
+  std::optional<double> softmax_scale, double attention_factor, bool interleaved,                  \
+      std::optional<int64_t> rotary_offset, double softcap, std::optional<int64_t> sliding_window, \
+      bool float32_results, int64_t granularity, const std::vector<int64_t>&region_starts,         \
+      const std::vector<int64_t>&map_kinds, const Column<int64_t>&map_moduli,                      \
+      const Column<double>&map_divisors, const Column<bool>&map_floors,                            \
+      const Column<double>&map_offsets, const Column<double>&map_caps,                             \
+      const Column<int64_t>&map_rows
 #define EXTROPE_READ_OPTIONS(op)                                                                \
   AttentionOptions {                                                                            \
-    softmax_scale, log_n, attention_factor, interleaved, rotary_offset.value_or(0), softcap,    \
+    softmax_scale, attention_factor, interleaved, rotary_offset.value_or(0), softcap,           \
         float32_results,                                                                        \
         regions_of(                                                                             \
             op, granularity, sliding_window, region_starts,                                     \
@@ -30,7 +30,7 @@ namespace extrope {
   }
 
 struct AttentionOptions {
-  std::optional<double> softmax_scale, log_n;
+  std::optional<double> softmax_scale;
   double attention_factor;
   bool interleaved;
   int64_t rotary_offset;
@@ -109,9 +109,7 @@ inline double softmax_scale_of(const char* op, std::optional<double> given, int6
   return scale;
 }
 
-inline void check_factors(const char* op, std::optional<double> log_n, double attention_factor) {
-  require_of(op, !log_n || (*log_n > 1 && std::isfinite(*log_n)),
-             "log_n must be None or a length > 1, got ", log_n.value_or(0));
+inline void check_attention_factor(const char* op, double attention_factor) {
   require_of(op, attention_factor > 0 && std::isfinite(attention_factor),
              "attention_factor must be > 0, got ", attention_factor);
   // Kernels multiply floats by its square.

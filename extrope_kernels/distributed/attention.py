@@ -11,9 +11,11 @@ from ..methods import RopeFreqs
 from ..ops import attention
 from ..ops._shared.backends import require
 from ..ops._shared.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
+from ..ops._shared.positions import token_positions
 from ..scores import Score
 from . import gather, ring, ulysses
-from .blocks import Plan
+from .blocks import Plan, runs
+from .collectives import Group
 from .layout import Balance, Mesh, check_balance, group_of
 
 Strategy = Literal["gather", "ring", "ulysses"]
@@ -87,7 +89,6 @@ def rope_attention(
         sinks=sinks,
         query_scale=query_scale,
         softmax_scale=softmax_scale,
-        log_n=log_n,
         interleaved=interleaved,
         rotary_offset=rotary_offset,
         softcap=softcap,
@@ -100,6 +101,8 @@ def rope_attention(
     boundaries = None
     if call.cu_seqlens is not None:
         boundaries = _boundaries(op, call.cu_seqlens, q.shape[0] * group.size, strategy)
+    if log_n is not None:
+        call = attention.scaled_by_log_n(op, log_n, _positions(q, call, group, balance), q, call)
     if freqs.log_decay is not None and not torch.compiler.is_compiling():
         of_all = [_shape_of_all(x, group.size) for x in (q, k)]
         attention.check_decay(op, freqs, of_all[0], of_all[1], call)
@@ -161,6 +164,17 @@ def _boundaries(op: str, cu_seqlens: Tensor, total: int, strategy: Strategy) -> 
             f"got {boundaries}"
         )
     return boundaries
+
+
+def _positions(q: Tensor, call: attention.AttentionCall, group: Group, balance: Balance) -> Tensor:
+    """Return the positions of this rank's tokens in their sequences: (seqlen / P,)."""
+    tokens = q.shape[-3]
+    own = [torch.arange(x.start, x.stop, device=q.device) for x in runs(tokens, group, balance)]
+    i = torch.cat(own)
+    if call.cu_seqlens is None:
+        return i
+    total = tokens * group.size
+    return token_positions(None, False, call.cu_seqlens, total, q.device)[0, i]
 
 
 def _shape_of_all(x: Tensor, ranks: int) -> Tensor:

@@ -50,7 +50,7 @@ def calls() -> dict[str, AttentionCall]:
     decaying = RopeFreqs(THETA, log_decay=-torch.rand_like(THETA) / 100)
     return {
         "rerope": call_of(scores.rerope(4)),
-        "shorter keys": make_call(decaying, scores.leaky_rerope(4, 4.0), log_n=3.0),
+        "shorter keys": make_call(decaying, scores.leaky_rerope(4, 4.0), softmax_scale=0.5),
         "in their place": make_call(
             frequencies(16), scores.leaky_rerope(4, 4.0), rotary_offset=10, interleaved=True
         ),

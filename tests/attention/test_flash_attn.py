@@ -61,7 +61,7 @@ SWITCHES = {
     "softcap": {"softcap": 0.7},
     "sliding_window of the near region": {"sliding_window": 2},
     "sliding_window of both": {"sliding_window": 5},
-    "query_scale": {"query_scale": torch.linspace(0.5, 1.5, N)},
+    "no query_scale": {"query_scale": None},
     "rotary_offset": {"rotary_offset": 3, "inv_freq": rope(10).inv_freq},
 }
 
@@ -79,8 +79,6 @@ def test_options(engine, switch, cu_seqlens):
     """Sinks join as a set of keys of their own, windows as bands, caps are the engine's."""
     options = SWITCHES[switch]
     *tensors, call, dout, dlse = make((FIRST_KEY, -2), cu_seqlens=cu_seqlens)
-    if "query_scale" in options:
-        options = {"query_scale": torch.linspace(0.5, 1.5, tensors[0].shape[-3])}
     if "pair_maps" in options:
         regions = (Region(FIRST_KEY, OF_PAIRS, OF_PAIRS), call.regions[1])
         options = {**options, "score": replace(call.score, regions=regions)}
@@ -143,7 +141,7 @@ def in_dtype(q, k, v, call, dout, dlse):
     packed = call.cu_seqlens is not None
     leaves = q, k, v = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     i, j = rotation.positions(q, k, call)
-    scale = rotation.row_scale(i, call, torch.float32)[:, None, None]
+    scale = call.query_scale[:, None, None]
     group, logits = q.shape[-2] // v.shape[-2], torch.tensor(-torch.inf, device=v.device)
     own = torch.ones(len(q), len(q), dtype=torch.bool) if packed else torch.tensor(True)
     if packed:  # only its own sequence's keys

@@ -7,6 +7,7 @@ import torch
 from extrope_kernels.methods import rope
 from extrope_kernels.ops.attention import AttentionCall, flash_attn, reference
 from extrope_kernels.ops.attention.flash_attn.engines import Engine
+from extrope_kernels.ops.attention.log_n import with_log_n
 from extrope_kernels.scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
 
 BAND = Score("band", (Region(FIRST_KEY, UNROTATED, UNROTATED),))
@@ -92,6 +93,7 @@ def make(
     k, v = (randn(*batch, seqlen_k, heads[1], head_dim) for _ in range(2))
     packed = torch.tensor(cu_seqlens, dtype=torch.int32) if cu_seqlens else None
     call = call_of(starts, cu_seqlens=packed, head_dim=head_dim, **options)
+    call = with_log_n("test", 3.0, q, k, call)
     return q, k, v, call, randn(*q.shape), randn(*batch, heads[0], seqlen_q).double()
 
 
@@ -103,7 +105,6 @@ def call_of(starts, granularity=1, cu_seqlens=None, head_dim=16, **options):
         cu_seqlens=cu_seqlens,
         score=Score("test", regions, granularity),
         softmax_scale=0.3,
-        log_n=3.0,
         **options,
     )
 

@@ -35,7 +35,7 @@ struct Args {
     const double factor = options.attention_factor;
     return {padded_rows(inv_freq),
             log_decay.has_value() ? padded_rows(*log_decay).values : std::vector<double>(),
-            options.log_n.value_or(0), factor * factor};
+            factor * factor};
   }
 };
 
@@ -137,7 +137,7 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, p.heads_k,
                     args.inv_freq, args.log_decay, args.options.rotary_offset);
   const AttentionOptions& options = args.options;
-  check_factors("attention", options.log_n, options.attention_factor);
+  check_attention_factor("attention", options.attention_factor);
   p.softmax_scale =
       static_cast<float>(softmax_scale_of("attention", options.softmax_scale, p.head_dim));
   p.regions = options.regions;

@@ -282,7 +282,7 @@ void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w)
   std::memset(w.row_sum, 0, padded_rows * sizeof(float));
   for (int64_t row = 0; row < padded_rows; ++row) {
     w.row_max[row] = kLowest;
-    // logit_scale() is softmax_scale times log_n's factor, query_scale and k_scale.
+    // logit_scale() is softmax_scale times query_scale and k_scale.
     w.q_scale[row] = row < queries.count ? queries.logit_scale(row) * unit : 0.0f;
   }
   const TileKeys seen(queries);

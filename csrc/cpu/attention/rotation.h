@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -14,11 +13,10 @@
 
 namespace extrope::attention {
 
-// The rotation of queries and keys, and the scale of rows of logits.
+// The rotation of queries and keys.
 struct RotationArgs {
   PaddedRows inv_freq;
   std::vector<double> log_decay;  // of queries, padded like inv_freq; empty: none
-  double log_n;                   // 0: none
   double amplitude;               // of rotated dims, for q and k together
 };
 
@@ -33,7 +31,6 @@ class Rotation {
         inv_freq_(std::move(args.inv_freq)),
         q_decay_(std::move(args.log_decay)) {
     for (double x : q_decay_) k_decay_.push_back(-x);
-    if (args.log_n > 0) set_row_scale(args.log_n);
     std::vector<CosSinTable> tables;
     for (int64_t r = 0; r < p.regions.count; ++r) {
       tables.push_back(query_table(p.regions.at[r].q_map));
@@ -130,29 +127,6 @@ class Rotation {
     }
   }
 
-  // Sets log_n's factor times query_scale.
-  void set_row_scale(double log_n) {
-    const QueryScale given = p_.row_scale;
-    const bool alike = p_.cu_seqlens || (given.batch == 0 && p_.q_start.stride == 0);
-    const int64_t rows = alike ? 1 : p_.batch;
-    row_scale_.resize(rows * p_.seqlen_q);
-    for (int64_t i = 0, sequence = 0; i < rows * p_.seqlen_q; ++i) {
-      const int64_t row = i / p_.seqlen_q, token = i % p_.seqlen_q;
-      int64_t position = token;
-      if (p_.cu_seqlens) {
-        while (p_.cu_seqlens[sequence + 1] <= token) ++sequence;
-        position -= p_.cu_seqlens[sequence];
-      } else {
-        sequence = row;
-      }
-      position = std::max<int64_t>(position + p_.q_start.of(sequence), 0);
-      const double scale = std::log(position + 1.0) / std::log(log_n);
-      row_scale_[i] = static_cast<float>(std::max(scale, 1.0));
-      if (given.data) row_scale_[i] *= given.of(row, token);
-    }
-    p_.row_scale = {row_scale_.data(), alike ? 0 : p_.seqlen_q, 1};
-  }
-
   // Returns the number of heads of k with their own table; 1: all share one.
   int64_t heads_of(const PositionMap& map) const {
     return inv_freq_.heads > 1 || p_.regions.pair_maps.differ_by_head(map) ? p_.heads_k : 1;
@@ -227,7 +201,6 @@ class Rotation {
   const AttentionTensor raw_k_ = p_.k[0];
   const PaddedRows inv_freq_;
   std::vector<double> q_decay_, k_decay_;
-  std::vector<float> row_scale_;
   std::vector<Memory> memory_;
 };
 

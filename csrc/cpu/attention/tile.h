@@ -68,7 +68,7 @@ struct TileQueries {
   int64_t lse_index(int64_t token, int64_t head) const {
     return (tile.batch * p.heads_q + head) * p.lse_head + tile.first_q + token;
   }
-  // Returns the factor of a row's logits: softmax_scale, log_n, query_scale, and k_scale.
+  // Returns the factor of a row's logits: softmax_scale, query_scale, and k_scale.
   float logit_scale(int64_t row) const {
     const float scale = p.k_scale ? p.softmax_scale * p.k_scale[tile.head] : p.softmax_scale;
     if (!p.row_scale.data) return scale;

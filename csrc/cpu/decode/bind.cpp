@@ -46,8 +46,7 @@ DecodeParams make_params(const CacheArgs& a, const Tensor& q, const OptionalTens
   p.softmax_scale = softmax_scale_of(a.op, options.softmax_scale, p.cache.head_dim);
   p.sinks = sinks_of(a.op, sinks, p.heads_q);
   p.query_scale = query_scale_of(a.op, query_scale, p.cache.batch, p.seqlen_q, a.packed());
-  check_factors(a.op, options.log_n, options.attention_factor);
-  p.log_n = options.log_n.value_or(0);
+  check_attention_factor(a.op, options.attention_factor);
   p.amplitude = options.attention_factor * options.attention_factor;
   return p;
 }

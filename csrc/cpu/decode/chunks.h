@@ -108,7 +108,7 @@ class Chunk {
     rows.values.assign(inv_freq, inv_freq + freqs.heads * freqs.padded);
     std::vector<double> decay;
     if (freqs.log_decay) decay.assign(freqs.log_decay, freqs.log_decay + freqs.padded);
-    return {std::move(rows), std::move(decay), p.log_n, p.amplitude};
+    return {std::move(rows), std::move(decay), p.amplitude};
   }
 
   std::vector<int64_t> k_rows_, v_rows_;

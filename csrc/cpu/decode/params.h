@@ -36,7 +36,6 @@ struct DecodeParams {
 
   double softmax_scale;
   double softcap;    // 0: none
-  double log_n;      // scales rows by max(1, ln(position + 1) / ln(log_n)); 0: none
   double amplitude;  // of rotated dims, for q and k together
   QueryScale query_scale;
   Sinks sinks;

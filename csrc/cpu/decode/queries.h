@@ -4,8 +4,6 @@
 // unchanged, and rotates only queries; for any other region keys rotate on, block by block.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <optional>
 
 #include "cpu/decode/key_rotation.h"
@@ -117,9 +115,7 @@ class Queries {
 
   // Returns the factor of a token's logits, log2(e) included unless they are capped.
   float logit_scale(int64_t token) const {
-    const int64_t i = position(token);
     double scale = logit_scale_;
-    if (p_.log_n > 0 && i > 0) scale *= std::max(1.0, std::log(i + 1.0) / std::log(p_.log_n));
     if (p_.query_scale.data) {
       scale *= p_.query_scale.of(block_->batch, block_->first_token + token);
     }

@@ -11,6 +11,7 @@ from .api import (
 from .call import AttentionCall, make_call
 from .checks import check_attention, check_log_n, check_method
 from .decay import check_decay
+from .log_n import scaled_by_log_n
 from .merge import merge_attention
 from .op import backward, forward, grad_of_sinks
 from .select_backend import selection
@@ -31,5 +32,6 @@ __all__ = [
     "missing",
     "rope_attention",
     "rope_attention_with_kvcache",
+    "scaled_by_log_n",
     "selection",
 ]

@@ -34,6 +34,7 @@ from .checks import (
     check_values,
 )
 from .decay import check_decay
+from .log_n import with_log_n, with_log_n_of_cache
 
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
 DECODE_BACKENDS = ("reference", "cpu", "triton")
@@ -81,9 +82,10 @@ def rope_attention(
     score: from `extrope_kernels.scores`, such as scores.rerope(window=1024), or your own `Score`;
         None is plain RoPE.
     softmax_scale: factor of the logits; head_dim**-0.5 by default.
-    log_n: the training length, to multiply query i by max(1, ln(i + 1) / ln(log_n)).
-    query_scale: (seqlen_q,) or (batch, seqlen_q) float32, packed (total,): further factors of each
-        query's logits, such as Llama 4's and Ministral's temperatures.
+    log_n: the training length, to multiply query i by max(1, ln(i + 1) / ln(log_n)): the factors
+        of `scores.query_scale.log_n`, beside those of query_scale.
+    query_scale: (seqlen_q,) or (batch, seqlen_q) float32 (float64 with float64 tensors), packed
+        (total,): factors of each query's logits, such as Llama 4's and Ministral's temperatures.
     softcap: c > 0 replaces logits by c * tanh(logits / c), as in Gemma 2; 0 does not.
     sinks: (heads_q,) float32 (float64 with float64 tensors): logits that join each row's softmax
         and have no value, as in GPT-OSS. They are neither scaled nor capped.
@@ -130,7 +132,6 @@ def rope_attention(
         q_start=_start(name, "q_start", q_start, q),
         k_start=_start(name, "k_start", k_start, q),
         softmax_scale=softmax_scale,
-        log_n=log_n,
         interleaved=interleaved,
         rotary_offset=rotary_offset,
         softcap=softcap,
@@ -142,12 +143,14 @@ def rope_attention(
     if torch.compiler.is_compiling():
         if positions is not None:
             axes.check_axes(name, freqs, positions, q, k, call)
+        call = with_log_n(name, log_n, q, k, call)
         out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
         return (out, lse) if return_lse else out
     tensors, by_query = (q, k, v, *call.tensors), True
     checked_by_layout(check_attention, tensors, (name, call.fixed), name, q, k, v, call, by_query)
     if positions is not None:
         axes.check_axes(name, freqs, positions, q, k, call)
+    call = with_log_n(name, log_n, q, k, call)
     if freqs.log_decay is not None:
         check_values(name, call, len(q))
         check_decay(name, freqs, q, k, call)
@@ -248,7 +251,6 @@ def rope_attention_with_kvcache(
         sinks=sinks,
         query_scale=query_scale,
         softmax_scale=softmax_scale,
-        log_n=log_n,
         interleaved=interleaved,
         rotary_offset=rotary_offset,
         softcap=softcap,
@@ -271,10 +273,12 @@ def rope_attention_with_kvcache(
     if backend is not None and isinstance(q, Tensor):
         _backends.require(name, backend, DECODE_BACKENDS, q.device.type)
     if compiling:
+        call = with_log_n_of_cache(name, log_n, q, cache, call)
         out, lse = op.decode(q, k, v, cache, call, backend)
         return (out, lse) if return_lse else out
     tensors = (q, k, v, k_cache, v_cache, *cache.tensors, *call.tensors)
     checked_by_layout(check_decode, tensors, (name, call.fixed), name, q, k, v, cache, call)
+    call = with_log_n_of_cache(name, log_n, q, cache, call)
     if freqs.log_decay is not None:
         check_new_keys(name, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
     try:

@@ -110,7 +110,7 @@ def forward(
     if not (q.numel() and k.numel()):
         return op.forward(q, k, v, call, backend)  # nothing rotates
     own = AttentionCall(
-        call.inv_freq, score=_ROTATED, softmax_scale=call.softmax_scale, log_n=call.log_n,
+        call.inv_freq, score=_ROTATED, softmax_scale=call.softmax_scale,
         softcap=call.softcap, float32_results=True,
     )  # fmt: skip
     first, scale = k.shape[1] - q.shape[1], call.query_scale

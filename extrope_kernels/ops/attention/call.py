@@ -32,7 +32,6 @@ PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
 # each region in turn, far keys first, and then the one by which k is rotated already.
 OPTIONS = {
     "softmax_scale": "float? softmax_scale=None",
-    "log_n": "float? log_n=None",
     "attention_factor": "float attention_factor=1.0",
     "interleaved": "bool interleaved=False",
     "rotary_offset": "int? rotary_offset=None",  # None: 0; AOTInductor cannot leave out an int
@@ -52,7 +51,8 @@ class AttentionCall(NamedTuple):
     cu_seqlens: Tensor | None = None  # with a cache: the queries' boundaries
     log_decay: Tensor | None = None
     sinks: Tensor | None = None  # (heads_q,) float32: logits without a value
-    query_scale: Tensor | None = None  # (seqlen_q,) or (batch, seqlen_q) float32; packed (total,)
+    # (seqlen_q,) or (batch, seqlen_q) float32, or float64 with float64 q; packed (total,)
+    query_scale: Tensor | None = None
     # (rows, 2, heads_k or 1, pairs) float64: divisors and offsets of the PairMaps
     pair_maps: Tensor | None = None
     q_start: Tensor | None = None  # (1,) or (sequences,) int32: the first query's position
@@ -60,7 +60,6 @@ class AttentionCall(NamedTuple):
     score: Score = PLAIN
     keys_stored: bool = False  # k is rotated by score.stored, else raw
     softmax_scale: float | None = None
-    log_n: float | None = None
     attention_factor: float = 1.0
     interleaved: bool = False
     rotary_offset: int = 0  # the first rotated dim
@@ -87,8 +86,6 @@ class AttentionCall(NamedTuple):
         options = dict(_options_of_score(self.score, self.keys_stored))
         if self.softmax_scale is not None:
             options["softmax_scale"] = float(self.softmax_scale)
-        if self.log_n is not None:
-            options["log_n"] = float(self.log_n)
         if self.attention_factor != 1:
             options["attention_factor"] = float(self.attention_factor)
         if self.interleaved:

@@ -46,9 +46,8 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = Fa
 
 def check_kinds(op: str, call: AttentionCall) -> None:
     """Check that options are numbers, and counts whole: an op takes them all as floats."""
-    for name in ("softmax_scale", "log_n"):
-        if getattr(call, name) is not None:
-            check_real(op, name, getattr(call, name))
+    if call.softmax_scale is not None:
+        check_real(op, "softmax_scale", call.softmax_scale)
     for name in ("attention_factor", "softcap"):
         check_real(op, name, getattr(call, name))
     check_int(op, "rotary_offset", call.rotary_offset)
@@ -223,7 +222,6 @@ def _check_options(
         )
     if call.softmax_scale is not None and call.softmax_scale > 1e30:  # kernels take float32
         raise ValueError(f"{op}: softmax_scale must be at most 1e30, got {call.softmax_scale}")
-    check_log_n(op, call.log_n)
     if not 0 < call.attention_factor < math.inf:
         raise ValueError(f"{op}: attention_factor must be > 0, got {call.attention_factor}")
     if call.attention_factor > 1e15:  # kernels multiply by its square in float32
@@ -237,7 +235,7 @@ def _check_options(
             f"{op}: softcap must be 0 (none) or from 1e-30 to 1e30, got {call.softcap}"
         )
     _check_sinks(op, call.sinks, q)
-    _check_query_scale(op, call.query_scale, q)
+    check_query_scale(op, call.query_scale, q)
     if not 1 <= len(call.regions) <= 3 or list(call.starts) != sorted(call.starts):
         raise ValueError(
             f"{op}: a score must have 1 to 3 regions with rising starts, got {list(call.starts)}"
@@ -320,14 +318,15 @@ def _check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
         )
 
 
-def _check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
+def check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
     """Check the shape (seqlen_q,) or (batch, seqlen_q); for packed queries (total,)."""
     if query_scale is None:
         return
     rows = tuple(q.shape[:-2])
     check_dense(op, "query_scale", query_scale)
     fits = tuple(query_scale.shape) in (rows, rows[-1:])
-    if query_scale.dtype != torch.float32 or query_scale.device != q.device or not fits:
+    fits = fits and query_scale.dtype in (torch.float32, accumulator(q.dtype))
+    if query_scale.device != q.device or not fits:
         raise ValueError(
             f"{op}: query_scale must be float32 {rows[-1:]}"
             + (f" or {rows}" if len(rows) > 1 else "")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._shared.dtypes import accumulator, dequantize, quantize, without_autocast
 from .call import AttentionCall, KVCache, lse_shape
-from .rotation import positions, rotate, row_scale, store_keys, unrotate
+from .rotation import positions, rotate, store_keys, unrotate
 
 
 @without_autocast
@@ -63,7 +63,7 @@ def backward(
     if dlse is not None:
         delta = delta - dlse
     d_weights = torch.einsum("bihd,bjhd->bhij", dout.to(wide), _per_query_head(v, q))
-    d_scores = weights * (d_weights - delta[..., None]) * _scale(q, call, at[0])
+    d_scores = weights * (d_weights - delta[..., None]) * _scale(q, call)
     if call.softcap:
         d_scores = d_scores * (1 - (logits / float(call.softcap)) ** 2)
     dq, dk = [], []
@@ -200,7 +200,7 @@ def _logits(
     q: list[Tensor], k: list[Tensor], call: AttentionCall, at: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Return each pair's logit, -inf outside all regions: (batch, heads_q, seqlen_q, seqlen_k)."""
-    wide, scale = accumulator(q[0].dtype), _scale(q[0], call, at[0])
+    wide, scale = accumulator(q[0].dtype), _scale(q[0], call)
     logits = torch.tensor(-torch.inf, dtype=wide, device=q[0].device)
     for visible, q_r, k_r in zip(_visible(call, *at), q, k):
         scores = torch.einsum("bihd,bjhd->bhij", q_r.to(wide), _per_query_head(k_r, q_r)) * scale
@@ -211,9 +211,11 @@ def _logits(
     return logits
 
 
-def _scale(q: Tensor, call: AttentionCall, i: Tensor) -> Tensor | float:
-    scale, rows = call.scale(q.shape[-1]), row_scale(i, call, accumulator(q.dtype))
-    return scale if rows is None else torch.atleast_2d(rows)[:, None, :, None] * scale
+def _scale(q: Tensor, call: AttentionCall) -> Tensor | float:
+    scale, rows = call.scale(q.shape[-1]), call.query_scale
+    if rows is None:
+        return scale
+    return torch.atleast_2d(rows.to(accumulator(q.dtype)))[:, None, :, None] * scale
 
 
 def _softmax(logits: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:

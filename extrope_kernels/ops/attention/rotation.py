@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...scores import UNROTATED, PositionMap, query_scale
+from ...scores import UNROTATED, PositionMap
 from .._shared.dtypes import accumulator
 from .._shared.library import ops
 from .._shared.pairs import join_pairs, split_pairs, with_rotated
@@ -42,18 +42,6 @@ def positions(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor
     if call.q_start is None:
         q_start = k_start if sequence is not None else k_start + (seqlen_k - seqlen_q)
     return rows + q_start, keys + k_start
-
-
-def row_scale(i: Tensor, call: AttentionCall, dtype: torch.dtype) -> Tensor | None:
-    """Return factors of the logits of queries at positions i, besides call.scale, or None.
-
-    (seqlen_q,) or (batch, seqlen_q), from log_n and query_scale.
-    """
-    scale = None if call.log_n is None else query_scale.log_n(i, call.log_n, dtype=dtype)
-    if call.query_scale is None:
-        return scale
-    given = call.query_scale.to(dtype)
-    return given if scale is None else given * scale
 
 
 def used(q: Tensor, k: Tensor, call: AttentionCall) -> list[tuple[Tensor, Tensor]]:

@@ -25,7 +25,7 @@ struct Case {
 const Case kCases[] = {
     {"rope", rope(), 150, 150, 64, 32, false, false, false, false},
     {"xpos_gptj", rope(), 150, 150, 64, 20, true, true, false, false},
-    {"rerope_log_n", rerope(40), 150, 150, 72, 36, false, false, true, false},
+    {"rerope_scaled", rerope(40), 150, 150, 72, 36, false, false, true, false},
     {"self_extend", self_extend(32, 4), 90, 170, 128, 64, false, false, false, false},
     {"by_pair", groups_by_pair(), 90, 150, 72, 32, false, false, false, false},
     {"chunked", chunked(32), 150, 150, 64, 32, false, false, false, false},

@@ -18,7 +18,7 @@ struct Case {
   const char* name;
   Regions regions;
   int64_t seqlen_q, head_dim, half;
-  bool interleaved, paged, leftpad, log_n;
+  bool interleaved, paged, leftpad;
   bool softmax_options = false;  // a cap, sinks, a sliding window and temperatures
   int64_t head_dim_v = head_dim;
 };
@@ -29,14 +29,14 @@ Regions stored_as_seen(Regions regions) {
 }
 
 const Case kCases[] = {
-    {"rope", stored_as_seen(rope()), 1, 64, 32, false, false, false, false},
-    {"rope_paged", stored_as_seen(rope()), 3, 128, 64, false, true, true, false},
-    {"rerope", stored_as_seen(rerope(100)), 1, 128, 64, false, false, true, true},
-    {"rerope_gptj", stored_as_seen(rerope(100)), 2, 72, 20, true, true, false, false},
-    {"self_extend", stored_as_seen(self_extend(64, 4)), 1, 64, 32, false, true, false, false},
-    {"by_pair", stored_as_seen(groups_by_pair()), 2, 72, 32, false, true, true, false},
-    {"by_pair_raw", groups_by_pair(), 1, 64, 32, false, false, false, false},
-    {"capped", stored_as_seen(rerope(100)), 3, 64, 32, false, true, false, true, true, 40},
+    {"rope", stored_as_seen(rope()), 1, 64, 32, false, false, false},
+    {"rope_paged", stored_as_seen(rope()), 3, 128, 64, false, true, true},
+    {"rerope", stored_as_seen(rerope(100)), 1, 128, 64, false, false, true},
+    {"rerope_gptj", stored_as_seen(rerope(100)), 2, 72, 20, true, true, false},
+    {"self_extend", stored_as_seen(self_extend(64, 4)), 1, 64, 32, false, true, false},
+    {"by_pair", stored_as_seen(groups_by_pair()), 2, 72, 32, false, true, true},
+    {"by_pair_raw", groups_by_pair(), 1, 64, 32, false, false, false},
+    {"capped", stored_as_seen(rerope(100)), 3, 64, 32, false, true, false, true, 40},
 };
 
 // Pages of a sequence lie in any order; without pages, sequence after sequence.
@@ -86,7 +86,7 @@ void run(const Case& c, const std::string& name) {
   p.q = q.data(), p.q_stride_batch = c.seqlen_q * row, p.q_stride_seq = row,
   p.q_stride_head = c.head_dim;
   p.seqlen_q = c.seqlen_q, p.heads_q = kHeadsQ;
-  p.softmax_scale = 0.25, p.log_n = c.log_n ? 64.0 : 0.0, p.amplitude = 1.0625;
+  p.softmax_scale = 0.25, p.amplitude = 1.0625;
   const std::vector<float> factors = random_values<float>(kBatch * c.seqlen_q + kHeadsQ, 46);
   if (c.softmax_options) {
     p.regions.sliding_window = 150, p.softcap = 12.0f;

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..._shared.dtypes import accumulator
 from ..call import AttentionCall, lse_shape
 from ..merge import merge_attention
-from ..rotation import positions, rotate, row_scale, unrotate
+from ..rotation import rotate, unrotate
 from .bands import Band, Dense, bands, cut
 from .engines import Engine, best_engine
 
@@ -29,14 +29,14 @@ def forward(
 
     q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
         (total, heads, head_dim) with call.cu_seqlens; v like k; float16 or bfloat16. Factors of
-        single queries (log_n, query_scale) multiply the rotated q, which is rounded again.
+        single queries (query_scale) multiply the rotated q, which is rounded again.
     engine: None for the best one installed.
 
     Returns: out like q and lse (batch, heads_q, seqlen_q), or (heads_q, total), float32.
     Raises: NotImplementedError for regions, a dtype or a machine that no engine takes.
     """
     engine, pieces = _prepare(q, v, call, engine)
-    frames, scale = rotate(q, k, call), _row_scale(q, k, call)
+    frames, scale = rotate(q, k, call), call.query_scale
     outs, lses = [], []
     for band, piece in pieces:
         q_r, k_r = (x[band.region] for x in frames)
@@ -69,7 +69,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return gradients of q, k and v, like reference.backward."""
     engine, pieces = _prepare(q, v, call, engine)
-    frames, scale = rotate(q, k, call), _row_scale(q, k, call)
+    frames, scale = rotate(q, k, call), call.query_scale
     wide = accumulator(v.dtype)
     dq, dk = (
         [torch.zeros((), dtype=wide, device=x.device).expand(x.shape) for x in side]
@@ -125,10 +125,6 @@ def _prepare(
     found = bands(call.starts, call.sliding_window, v.shape[-3])
     pieces = [(band, cut(band, q, v, call)) for band in found]
     return engine, [(band, piece) for band, piece in pieces if piece is not None]
-
-
-def _row_scale(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor | None:
-    return row_scale(positions(q, k, call)[0], call, accumulator(q.dtype))
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 There are four launches:
 1. rotate raw q and k to the positions of every region; q also gets its factors of the logits,
-   log n, query_scale and the attention factors of both sides, so that only softmax_scale is left;
+   query_scale and the attention factors of both sides, so that only softmax_scale is left;
 2. by block of queries, compute delta and the gradients of rotated queries;
 3. by block of keys, compute the gradients of rotated keys and of values;
 4. rotate gradients back, times the factors of step 1, and sum them over regions.

@@ -59,7 +59,6 @@ from .device import (
     cos_sin_of_map,
     ln_2,
     log2_e,
-    log_n_scale,
     map_of,
     nth_map,
     region_begin,
@@ -102,7 +101,6 @@ class ModelConstants(NamedTuple):
     softmax_scale_log2: float  # softmax_scale * log2(e)
     softcap_log2: float  # softcap * log2(e), or 0: none
     attention_factor_sq: float  # multiplies queries, for both sides
-    per_log_n: float  # 1 / ln(log_n), or 0: none
     paged: bool  # block_table names the pages of a sequence
     padded: bool  # leftpad is given
     packed: bool  # the queries of all sequences follow one another
@@ -446,11 +444,11 @@ def decode_kernel(
     pages = None
     if MODEL.paged:
         pages = block_table + tl.cast(sequence, tl.int64) * table_stride
-    # log_n_scale: max(1, ln(position + 1) * per_log_n)
-    scale = log_n_scale(position, MODEL.per_log_n) * MODEL.softmax_scale_log2
+    scale = MODEL.softmax_scale_log2
     if query_scale is not None:
         query_scale += q_batch * query_scale_stride
-        scale *= tl.load(query_scale + (first_token + token), mask=valid, other=1.0)[:, None]
+        of_token = tl.load(query_scale + (first_token + token), mask=valid, other=1.0)
+        scale = scale * of_token[:, None]  # (M, 1)
     scale_of_k = None
     if MODEL.codes:
         scale_of_k = tl.load(k_scale + head)
@@ -670,7 +668,6 @@ def constants_of(
         softmax_scale_log2=call.scale(head_dim) * log2_e(),
         softcap_log2=call.softcap * log2_e(),
         attention_factor_sq=float(call.attention_factor) ** 2,
-        per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
         paged=cache.block_table is not None,
         padded=cache.leftpad is not None,
         packed=packed,

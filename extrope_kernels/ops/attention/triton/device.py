@@ -424,16 +424,6 @@ def cos_sin_of_map(
     return cos, sin
 
 
-@triton.jit
-def log_n_scale(position, PER_LOG_N: tl.constexpr):
-    """Return max(1, ln(position + 1) / ln(log_n)): (tokens, 1) float32."""
-    scale = tl.full((position.shape[0], 1), 1.0, tl.float32)
-    if PER_LOG_N > 0.0:
-        log = tl.log((tl.maximum(position, 0) + 1).to(tl.float32))
-        scale = tl.maximum(log * PER_LOG_N, 1.0)[:, None]
-    return scale
-
-
 # -------------------------------------------------------------------------------------------------
 # The host: launches, and the constants of compiled kernels
 
@@ -478,7 +468,6 @@ class ModelConstants(NamedTuple):
     softcap: float  # or 0: none
     logit_unit: float  # results of `softcap`, times this, are logits of base 2; > 0
     attention_factor_sq: float
-    per_log_n: float  # 1 / ln(log_n), or 0: none
 
 
 class Blocks(NamedTuple):
@@ -538,7 +527,6 @@ def constants_of(
         softcap=call.softcap,
         logit_unit=(call.softcap or scale) * log2_e(),
         attention_factor_sq=call.attention_factor**2,
-        per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
     )
     blocks = Blocks(
         block_m=config.block_m,

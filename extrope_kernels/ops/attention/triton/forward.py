@@ -46,7 +46,6 @@ from .device import (
     ln_2,
     load_tile,
     log2_e,
-    log_n_scale,
     nth_map,
     programs_of,
     region_begin,
@@ -71,7 +70,7 @@ def _query_cos_sin(
 ):  # fmt: skip
     """Return the cosine and sine of these pairs, times all factors of a query: (ROWS, pairs).
 
-    pair: (pairs,). From HALF on pairs do not rotate: 1 and 0, times `scale`, which is (ROWS, 1).
+    pair: (pairs,). From HALF on pairs do not rotate: 1 and 0, times `scale`: (ROWS, 1), or 1.
     """
     HALF: tl.constexpr = MODEL.half
     rotates = pair < HALF
@@ -147,10 +146,10 @@ def _rotate_queries(
     """
     D0: tl.constexpr = BLOCKS.d0
     D1: tl.constexpr = BLOCKS.d1
-    scale = log_n_scale(q_pos, MODEL.per_log_n)  # (ROWS, 1): max(1, ln(q_pos + 1) / ln(log_n))
+    scale = 1.0
     if query_scale is not None:
         row = tl.arange(0, ROWS)
-        scale *= tl.load(query_scale + row, mask=row < rows, other=0.0)[:, None]
+        scale = tl.load(query_scale + row, mask=row < rows, other=0.0)[:, None]  # (ROWS, 1)
     if BLOCKS.tiles_are_pairs:
         cos, sin = _query_cos_sin(
             tl.arange(0, D0), q_pos, scale, inv_freq, log_decay, pair_maps, head_k, MAP, MODEL
@@ -324,7 +323,7 @@ def forward_kernel(
     q_index = this.first_row + q_first  # the block's first token in q, and in out
 
     # A query's own key, and the last one it sees, is counted from the sequence's first key.
-    # Positions are absolute: rotations, log n and regions' blocks of granularity depend on them.
+    # Positions are absolute: rotations and regions' blocks of granularity depend on them.
     key_0_pos = 0
     if k_start is not None:
         key_0_pos = tl.load(k_start + this.sequence * k_start_stride)

@@ -37,7 +37,6 @@ from .device import (
     alignment_of,
     cos_sin_of_map,
     key_maps,
-    log_n_scale,
     map_of,
     nth_map,
     regions_of,
@@ -73,7 +72,6 @@ class RotateTile(NamedTuple):
     q_maps: tuple[tuple, ...]  # one per copy, see `map_of`
     k_maps: tuple[tuple, ...]
     attention_factor_sq: float  # multiplies queries, for both sides
-    per_log_n: float  # 1 / ln(log_n) for queries, or 0: none
 
 
 # -------------------------------------------------------------------------------------------------
@@ -85,7 +83,7 @@ def _cos_sin_of_copies(
     position, inv_freq, freq_offset, valid, decay, pair_maps, head_k, factor, MAPS: tl.constexpr,
     FROM: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return ((cos, sin), ...) for every copy, times `factor`, (T, 1): (T, P) float32 each.
+    """Return ((cos, sin), ...) for every copy, times `factor`: (T, P) float32 each.
 
     FROM: the map by which rows already come rotated, or None. freq_offset: of the sequence's
     frequencies, one for all tokens, or (T,) with freq_per_token.
@@ -125,8 +123,7 @@ def _rotate_tokens(
     inv_freq, freq_stride, decay, pair_maps, cu_seqlens, num_sequences, search_steps,
     token_scale, scale_stride,  # (batch or 1, seqlen) float32; or None
     MAPS: tl.constexpr, FROM: tl.constexpr,  # rows come rotated by FROM, or raw (None)
-    FACTOR: tl.constexpr, PER_LOG_N: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr,
-    TILE: tl.constexpr,
+    FACTOR: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Rotate this program's tokens and heads of x into its copies; BACKWARD: their sum into x."""
     TOKENS: tl.constexpr = TILE.tokens
@@ -152,10 +149,10 @@ def _rotate_tokens(
             freq_offset = sequence.to(tl.int64) * freq_stride
 
     # Factors of a token: dims that do not rotate get `scale`, the others FACTOR * scale.
-    scale = log_n_scale(position, PER_LOG_N)  # (T, 1)
+    scale = 1.0
     if token_scale is not None:
         scale_ptr = token_scale + batch * scale_stride + token
-        scale *= tl.load(scale_ptr, mask=valid, other=0.0)[:, None]
+        scale = tl.load(scale_ptr, mask=valid, other=0.0)[:, None]  # (T, 1)
     if not BY_HEAD:  # cosines and sines serve all heads
         cos_sin = _cos_sin_of_copies(
             position, inv_freq, freq_offset, valid, decay, pair_maps, 0, FACTOR * scale, MAPS, FROM,
@@ -248,7 +245,7 @@ def rotate_kernel(
                 q, q_stride_batch, q_stride_seq, q_stride_head, q_copies, tile, batch, seqlen_q,
                 shift, q_start, q_start_stride, inv_freq, freq_stride, q_decay, pair_maps,
                 cu_seqlens, num_sequences, search_steps, query_scale, scale_stride, Q_MAPS, None,
-                TILE.attention_factor_sq, TILE.per_log_n, TILE.heads_q, BACKWARD, TILE,
+                TILE.attention_factor_sq, TILE.heads_q, BACKWARD, TILE,
             )  # fmt: skip
     if len(K_MAPS) > 0:  # noqa: SIM102
         if tile >= q_tiles:
@@ -256,7 +253,7 @@ def rotate_kernel(
                 k, k_stride_batch, k_stride_seq, k_stride_head, k_copies,
                 tile - q_tiles + first_k_tile, batch, seqlen_k, 0, k_start, k_start_stride,
                 inv_freq, freq_stride, k_decay, pair_maps, cu_seqlens, num_sequences, search_steps,
-                None, 0, K_MAPS, STORED, 1.0, 0.0, TILE.heads_k, BACKWARD, TILE,
+                None, 0, K_MAPS, STORED, 1.0, TILE.heads_k, BACKWARD, TILE,
             )  # fmt: skip
 
 
@@ -396,5 +393,4 @@ def _tile(
         q_maps=tuple(map(map_of, q_maps)),
         k_maps=tuple(map(map_of, k_maps)),
         attention_factor_sq=call.attention_factor**2,
-        per_log_n=0.0 if call.log_n is None else 1 / math.log(call.log_n),
     )
