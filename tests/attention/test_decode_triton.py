@@ -215,6 +215,7 @@ def _packed_work(
     tl.store(found + item * 3 + 2, splits)
 
 
+@pytest.mark.parametrize("window", (None, 64))
 @pytest.mark.parametrize("more, tail", ((0, 20), (33, 0)))
 @pytest.mark.parametrize(
     "counts, lengths",
@@ -226,13 +227,16 @@ def _packed_work(
         pytest.param((300, 1), (1 << 27, 9), marks=pytest.mark.thorough),
     ],
 )
-def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
-    """Every split of every block of rows once, what follows the last boundary too, and all fit."""
+def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more, window):
+    """Every split of every block of rows once, what follows the last boundary too, and all fit.
+
+    No more splits than blocks of keys that are seen: under a window few, however long the cache.
+    """
     inputs = make(Case((1,)))
     total = sum(counts) + tail
     call = call_of(scores.rerope(7))
     ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
-    call = call._replace(cu_seqlens=ends)
+    call = call._replace(cu_seqlens=ends, sliding_window=window)
     kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
     model, blocks = constants_of(inputs.q, kv, call, configs.INTERPRETED, True)
     model = model._replace(group=3)
@@ -246,10 +250,12 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more):
         rows = -(-3 * count // blocks.block_m)
         mine = found[found[:, 0] == sequence].tolist()
         splits = mine[0][2] if mine else 1
-        assert 1 <= splits <= max(-(-(keys + count) // blocks.block_n), 1)
+        seen = keys + count if window is None else min(keys + count, window + count - 1)
+        assert 1 <= splits <= max(-(-seen // blocks.block_n), 1)
         expected += [[sequence, part, splits] for part in range(rows * splits)]
     assert found[: len(expected)].tolist() == expected
-    if more and max(lengths) >= 1000:  # long enough for the items that are left
+    # Long enough for the items that are left, and these are enough for a split.
+    if window is None and more >= len(lengths) and max(lengths) >= 1000:
         assert max(splits for *_, splits in expected) > 1
     assert (found[len(expected) :, 0] > len(lengths)).all()
 

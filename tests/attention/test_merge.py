@@ -1,5 +1,7 @@
 """merge_attention and the ops under it, PyTorch's and Triton's, against one softmax in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.func import grad, jacfwd, jacrev, vmap
@@ -313,3 +315,18 @@ def test_triton_takes_rows():
     out, lse = torch.zeros(2, 5, 3, 8), torch.zeros(2, 3, 5)
     with pytest.raises(ValueError, match=r"merge_attention: outs\[1\] must be contiguous in its"):
         ops_of("triton")[0]([out, out.mT.contiguous().mT], [lse, lse])
+
+
+def test_in_place_on_a_gpu_is_the_kernel_if_rows_are_contiguous(monkeypatch):
+    """Other strides, and compiled code, go by PyTorch. Told without a GPU."""
+    went = []
+    ways = SimpleNamespace(merge_inplace=lambda *given: went.append("kernel"))
+    monkeypatch.setattr(formula, "_by_triton", lambda *given: True)
+    monkeypatch.setattr(formula, "ops", ways)
+    monkeypatch.setattr(formula, "merge_inplace", lambda *given: went.append("PyTorch"))
+    rows, lse = torch.zeros(2, 3, 4, 8), torch.zeros(2, 4, 3)
+    for out in (rows, rows.transpose(-1, -2).contiguous().transpose(-1, -2), rows[..., :1]):
+        merge_attention([out, out.clone()], [lse, lse.clone()], inplace=True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    merge_attention([rows, rows.clone()], [lse, lse.clone()], inplace=True)
+    assert went == ["kernel", "PyTorch", "kernel", "PyTorch"]

@@ -137,15 +137,17 @@ BOUNDARIES = (
 )
 
 
-def packed_equals_one_process(mesh, score, boundaries, strategies):
-    """Against each sequence by itself, with frequencies of its own."""
+def packed_equals_one_process(mesh, score, boundaries, strategies, of_each):
+    """Against each sequence by itself; of_each: with frequencies of its own."""
     tensors, grads = leaves(torch.float64)
     scale, inv_freq = 1 + torch.rand(SEQLEN), torch.rand(len(boundaries) - 1, 8)
+    inv_freq = inv_freq if of_each else inv_freq[0]
     options = {"score": SCORES[score], "log_n": 4, "sinks": random(8).double()}
     per_sequence = []
     for n, (first, last) in enumerate(itertools.pairwise(boundaries)):
         one = slice(first, last)
-        given = {"freqs": RopeFreqs(inv_freq[n]), "query_scale": scale[one], **options}
+        own = RopeFreqs(inv_freq[n] if of_each else inv_freq)
+        given = {"freqs": own, "query_scale": scale[one], **options}
         of_one = (grads[0][:, one], grads[1][..., one])
         per_sequence.append(outcome(rope_attention, [x[:, one] for x in tensors], of_one, **given))
     *rest, dsinks = zip(*per_sequence)
@@ -170,7 +172,7 @@ def packed_equals_one_process(mesh, score, boundaries, strategies):
 @pytest.mark.parametrize("boundaries", BOUNDARIES, ids=str)
 def test_packed_equals_one_process(ranks, boundaries):
     score = "dual_chunk" if boundaries == BOUNDARIES[0] else "self_extend"
-    case = {"score": score, "boundaries": boundaries}
+    case = {"score": score, "boundaries": boundaries, "of_each": boundaries != BOUNDARIES[1]}
     ranks.run(packed_equals_one_process, 4, strategies=["gather", "ulysses"], **case)
 
 

@@ -121,7 +121,7 @@ def loaded(tmp_path_factory) -> list[tuple[Path, list[str]]]:
     has_gpu = (has_gpu for _, has_gpu in ANSWERS)
     cases = [(str(x.with_name("_ext.py")), y) for x, y in zip(libraries, has_gpu)]
     process = start(LOAD.format(cases=cases), EXTROPE_JIT="0")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=3600)
     assert process.returncode == 0, err
     lines = out.splitlines()
     return [(library, lines[4 * n : 4 * n + 4]) for n, library in enumerate(libraries)]

@@ -56,7 +56,7 @@ def cache(checkout, tmp_path_factory) -> Path:
         path.unlink()
     env = {"EXTROPE_CACHE_DIR": str(folder), "PYTHONPATH": str(checkout)}
     processes = [start(LOAD, **env) for _ in range(2)]
-    results = [process.communicate(timeout=300) for process in processes]
+    results = [process.communicate(timeout=3600) for process in processes]
     for (out, err), process in zip(results, processes, strict=True):
         assert process.returncode == 0, err
         assert out == f"None\n{entry(folder) / CPU}\n"
@@ -260,7 +260,7 @@ ROTATE = (
 
 def rotate(**env: str) -> tuple[str, list[str]]:
     """Why a process that rotates has no library, and what it tells, its warnings' code left out."""
-    out, err = (process := start(ROTATE, **env)).communicate(timeout=300)
+    out, err = (process := start(ROTATE, **env)).communicate(timeout=3600)
     assert out.startswith("True ") and process.returncode == 0, err
     told = [line for line in err.splitlines() if not line.startswith("  ")]
     return ast.literal_eval(out.removeprefix("True ")), told

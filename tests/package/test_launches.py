@@ -112,6 +112,13 @@ def attention_is_two_launches_and_four_back_of_any_length():
         assert len(found) == 1, (heads_k, found)
 
 
+def few_dims_compile():
+    """A product takes 16 dims at least: rows of 8 are filled up."""
+    q, k, v = (random(1, 512, heads, 8) for heads in (2, 1, 1))
+    call = partial(ek.rope_attention, q, k, v, methods.rope(8), scores.rerope(40))
+    assert launched(call, backend="triton") == 2
+
+
 def no_stride_compiles_again():
     """Of a rotation, with norm, by cosines or into a cache, whatever divides it."""
     weight, table = random(24), torch.arange(128, dtype=torch.int32).view(2, 64)
@@ -198,6 +205,7 @@ CASES = (
     rotation_is_one_launch,
     the_step_into_a_cache_is_one_launch,
     attention_is_two_launches_and_four_back_of_any_length,
+    few_dims_compile,
     no_stride_compiles_again,
     a_decode_step_is_two_launches_and_compiles_once,
     requests_of_a_batch_are_two_launches,

@@ -63,7 +63,7 @@ def start(code: str, **env: str) -> subprocess.Popen:
 def load(**env: str) -> tuple[str, str]:
     """The reason and the path that a fresh process gets from `load("cpu")`, "None" for none."""
     process = start(LOAD, **env)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=3600)
     assert process.returncode == 0, err
     reason, path = out.splitlines()
     return reason, path

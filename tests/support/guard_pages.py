@@ -56,7 +56,7 @@ class Guarded(TorchDispatchMode):
         return tree_map_only(Tensor, lambda x: self._own(x, given), outs)
 
     def _own(self, x: Tensor, given: set[int]) -> Tensor:
-        if x.untyped_storage().data_ptr() in given or x.dim() == 0:
+        if x.is_meta or x.untyped_storage().data_ptr() in given or x.dim() == 0:
             return x
         self.count += 1
         return guarded(x, self.behind)
