@@ -11,7 +11,7 @@ OLDEST_TRITON := 3.6.0
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo demo-plan test test-all bench gpu hub release docs lint sanitize mutants clean
+.PHONY: help demo demo-plan test test-all bench gpu release docs lint sanitize mutants clean
 
 help:
 	@echo "make demo   a real model past its training length: a needle in two minutes, curves in ten"
@@ -19,7 +19,6 @@ help:
 	@echo "make test-all  what no change of one file can break, too: generated cases, every Triton, ARM, sanitizers, mutants"
 	@echo "make bench  the benchmarks"
 	@echo "make gpu    on a machine with a GPU: kernels checked, tested, timed and tuned, with PYTHON as it is"
-	@echo "make hub    the folder that Hugging Face's kernels loads, into build/hub"
 	@echo "make release  sdist and manylinux wheel, tried without a compiler, and notes, into build/release"
 	@echo "make docs   the documentation, into build/docs"
 	@echo "make lint   ruff, clang-format and mypy"
@@ -47,9 +46,6 @@ test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/extra-mutants $(VENV)
 
 bench: $(VENV)/extra-bench $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels bench
-
-hub: $(VENV)/extra-test
-	$(BIN)/python -m extrope_kernels.integrations.kernels build/hub
 
 release: $(VENV)/extra-test $(VENV)/auditwheel
 	$(BIN)/python bench/release.py

@@ -98,11 +98,6 @@ def rotate_back(case: Case) -> None:
     torch.ops.extrope.rope_bwd_triton(q, k, q, k, case.freqs.inv_freq)
 
 
-def rotate_by_tables(case: Case) -> None:
-    cos, sin = (torch.empty(1, SEQLEN, case.head_dim // 2, dtype=case.dtype) for _ in range(2))
-    torch.ops.extrope.rope_cos_sin_triton(case.rows(HEADS_Q), case.rows(HEADS_K), cos, sin)
-
-
 def norm(case: Case) -> None:
     weights = [torch.empty(case.head_dim).requires_grad_() for _ in "qk"]
     qk = [case.rows(heads).requires_grad_() for heads in (HEADS_Q, HEADS_K)]
@@ -162,7 +157,6 @@ def cases(chip: int | str = 0) -> list[Case]:
     for dim in HEAD_DIMS:
         found += [Case(words, dim, rotate) for words in ("half-split", "interleaved")]
         found.append(Case("with the angles' gradient", dim, rotate_back))
-        found.append(Case("by cos and sin", dim, rotate_by_tables))
         found.append(Case("", dim, norm))
         found += [Case(words, dim, append) for words in ("chunk", "one token")]
         found += [Case(name, dim, attend, score) for name, score in SCORES.items()
@@ -192,8 +186,7 @@ def rope_traffic(case: Case, launch: Launch) -> Traffic:
         copies = 3
     elif case.call is append:
         heads, tokens = [*heads, HEADS_K], BATCH if case.variant == "one token" else SEQLEN
-    tables = _rows(case, 1) if case.call is rotate_by_tables else 0  # half a row each for a token
-    moved = copies * _rows(case, sum(heads), tokens) + tables
+    moved = copies * _rows(case, sum(heads), tokens)
     return Traffic(moved, tiles * shares, tuple(tiles * n for n in heads))
 
 
@@ -297,7 +290,6 @@ def merge_traffic(case: Case, launch: Launch) -> Traffic:
 
 TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
     "rope rotate_kernel": ("rotation", rope_traffic),
-    "cos_sin_kernel": ("rotation", rope_traffic),
     "norm_rotate_kernel": ("norm and rotation", rope_traffic),
     "norm_rotate_backward_kernel": ("norm and rotation", rope_traffic),
     "rope_append_kernel": ("norm, rotation and append", rope_traffic),

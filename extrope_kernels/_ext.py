@@ -18,9 +18,6 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from . import _build
 
-# The namespace in torch.ops. A copy of the package in the same process needs another: see
-# integrations/kernels.
-NAMESPACE = "extrope"
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _thread = threading.local()
@@ -166,7 +163,7 @@ def _check_cuda() -> None:
     """Raise without a CUDA device, sources or nvcc; Triton is used instead."""
     if not torch.cuda.is_available():
         raise _NotExpected("not in the package, and not built here: no CUDA device")
-    if not _build.source_dir().is_dir():  # as in the folder for `kernels`
+    if not _build.source_dir().is_dir():
         raise _NotExpected("not in the package, and not built here: no sources")
     try:
         _build.find_nvcc()
@@ -246,5 +243,5 @@ def _dlopen(library: Path) -> str | None:
     except OSError as error:
         return f"{library.name} did not load: {' '.join(str(error).split())[:300]}"
     register.restype = ctypes.c_char_p
-    why = register(NAMESPACE.encode(), int(torch.cuda.is_available()))
+    why = register(int(torch.cuda.is_available()))
     return None if why is None else f"{library.name} cannot run here: {why.decode()}"

@@ -1,6 +1,6 @@
 // Registration of ops. A loaded library registers nothing until extrope_register is called. The
-// caller chooses the namespace, since one process may have two copies of the package, and registers
-// ops only if their kernels can run, since a registered op goes before other implementations.
+// caller registers ops only if their kernels can run, since a registered op goes before other
+// implementations.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,10 +28,10 @@ struct Ops {
 };
 
 // Handles are never deleted: that would unregister their ops.
-inline void register_ops(const char* name_space, const char* device) {
+inline void register_ops(const char* device) {
   for (const Op& op : all_ops()) {
     TorchLibraryHandle library = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_impl(name_space, op.key ? op.key : device,
+    TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_impl("extrope", op.key ? op.key : device,
                                                         __FILE__, __LINE__, &library));
     TORCH_ERROR_CODE_CHECK(torch_library_impl(library, op.name, op.run, TORCH_ABI_VERSION));
   }

@@ -50,12 +50,6 @@ struct RopeParams : TokenParams {
   const int32_t* axes;
   int64_t num_axes, position_axis;
 
-  // (batch or 1, seqlen, rotary_dim / 2) given cosines and sines, in place of inv_freq and
-  // positions, contiguous in the last dimension. On the CPU only; else nullptr.
-  const void *cos, *sin;
-  DType cos_sin_dtype;
-  int64_t cos_batch, cos_seq, sin_batch, sin_seq;
-
   const float* log_decay;  // (rotary_dim / 2,), nullptr: only the amplitude
   double decay_origin;     // the position at which the decay is 1
   double amplitude;

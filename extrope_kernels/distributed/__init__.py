@@ -3,6 +3,5 @@
 from . import dtensor  # noqa: F401  (registers sharding rules)
 from .attention import rope_attention
 from .layout import local_positions, shard, unshard
-from .linear import permuteformer_attention
 
-__all__ = ["local_positions", "permuteformer_attention", "rope_attention", "shard", "unshard"]
+__all__ = ["local_positions", "rope_attention", "shard", "unshard"]

@@ -120,18 +120,16 @@ def few_dims_compile():
 
 
 def no_stride_compiles_again():
-    """Of a rotation, with norm, by cosines or into a cache, whatever divides it."""
+    """Of a rotation, with norm or into a cache, whatever divides it."""
     weight, table = random(24), torch.arange(128, dtype=torch.int32).view(2, 64)
     norm = {"q_norm_weight": weight, "k_norm_weight": weight, "backend": "triton"}
     lengths, found = torch.zeros(2, dtype=torch.int32), set()
     for seqlen, heads in ((512, 1), (513, 2), (1000, 4)):  # views of so many heads
         q, k, v = (random(2, seqlen, heads, 24)[:, :, :1] for _ in "qkv")
-        cos, sin = (random(1, seqlen, 12) for _ in range(2))
         caches = [random(128, 16, heads, 24)[:, :, :1] for _ in "kv"]
         freqs, where = methods.rope(24), {"cache_seqlens": lengths, "block_table": table}
         ek.apply_rope_qk(q, k, freqs, backend="triton")
         ek.apply_rope_qk(q, k, freqs, **norm)
-        torch.ops.extrope.rope_cos_sin_triton(q, k, cos, sin)
         ek.rope_append_kvcache(q, k, v, *caches, freqs, **where, **norm)
         found.add(compiled())
     assert len(found) == 1, found

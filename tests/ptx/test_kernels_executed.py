@@ -226,16 +226,6 @@ def check_merge(dtype=BF16):
     agree("out lse", merge, [*outs, *lses])
 
 
-def rotate_by_cos_sin(q, k, angle, *, backend):
-    name = "rope_cos_sin_triton" if backend == "triton" else "rope_cos_sin"
-    return getattr(torch.ops.extrope, name)(q, k, angle.cos(), angle.sin(), interleaved=False)
-
-
-def check_cos_sin(dtype=BF16):
-    tensors = [randn(2, 19, heads, 64, dtype=dtype, seed=heads) for heads in (3, 1)]
-    agree("q k", rotate_by_cos_sin, [*tensors, 9 * randn(1, 19, 32, dtype=FP32)])
-
-
 # What make test runs: every kernel once, shapes that cross the edge of a block
 
 
@@ -276,10 +266,6 @@ def test_append(chip):
 
 def test_merge(chip):
     check_merge()
-
-
-def test_cos_sin(chip):
-    check_cos_sin()
 
 
 # make test-all
@@ -435,9 +421,8 @@ def test_append_with_options(chip, dtype, dim, norm):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [FP16, FP32], ids=IDS.get)
-def test_merge_and_cos_sin_of_dtypes(chip, dtype):
+def test_merge_of_dtypes(chip, dtype):
     check_merge(dtype)
-    check_cos_sin(dtype)
 
 
 @pytest.mark.parametrize(

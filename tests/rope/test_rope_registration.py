@@ -99,7 +99,6 @@ def test_without_a_library(run_python):
             (ops.rope_bwd, (q, k, q, k, inv_freq), {}),
             (ops.rope_norm_fwd, (q, k, torch.ones(8), None, inv_freq), {}),
             (ops.rope_norm_bwd, (q, k, q, k, torch.ones(8), None, inv_freq), {}),
-            (ops.rope_cos_sin, (q, k, torch.ones(1, 5, 4), torch.ones(1, 5, 4)), {}),
             (ops.permute_fwd, (q, k, ek.head_permutations(2, 8)), {}),
             (ops.attention_fwd, (q, k, k, inv_freq, *none), options),
             (

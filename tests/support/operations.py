@@ -23,7 +23,6 @@ from extrope_kernels import (
 )
 from extrope_kernels.ops.attention.merge import merge_fwd as reference_of_merge
 from extrope_kernels.ops.permuteformer import backends as permuteformer_backends
-from extrope_kernels.ops.rope.cos_sin import reference as reference_of_cos_sin
 from extrope_kernels.testing import attention_backends, available_backends, device
 
 
@@ -46,14 +45,6 @@ class Operation:
 def rotate(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
     freqs = methods.yarn(q.shape[-1], factor=4.0, original_max_position_embeddings=64)
     return list(apply_rope_qk(q, k, freqs.to(device()), positions=90, backend=backend))
-
-
-def rotate_by_given(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
-    angle = torch.arange(q.shape[1])[None, :, None] * methods.rope(q.shape[-1]).inv_freq
-    cos, sin = (x.to(q.device, q.dtype) for x in (angle.cos(), angle.sin()))
-    ops = torch.ops.extrope
-    of = {"reference": reference_of_cos_sin, "triton": ops.rope_cos_sin_triton}
-    return list(of.get(backend, ops.rope_cos_sin)(q, k, cos, sin))
 
 
 def attend(score: scores.Score, backend: str, *qkv: Tensor, cached=False, **own) -> list[Tensor]:
@@ -154,7 +145,6 @@ def attending(score: scores.Score, own: dict) -> Callable:
 
 OPERATIONS = {
     "rope": Operation(rotate, QK, ROPE),
-    "rope by cos and sin": Operation(rotate_by_given, QK, LINEAR),
     # Of each head, and of all heads together.
     "norm and rope": Operation(norm_rotate, {**QK, "q_weight": (64,), "k_weight": (128,)}, LINEAR),
     **{name: Operation(attending(*method), QKV, ATTENTION) for name, method in SCORES.items()},

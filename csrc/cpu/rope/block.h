@@ -285,51 +285,12 @@ void fill_angles_by_axis(const RopeParams& p, const Token<double>& token, Scratc
   scratch.prepare(scratch.exponents);
 }
 
-// Widens the caller's cosines or sines, in the order of the block's own.
-template <typename From, typename To>
-void widen_given(const void* given, int64_t at, const Scratch<To>& scratch, Wide<To> sign,
-                 Wide<To>* out) {
-  const From* row = static_cast<const From*>(given) + at;
-  for (int64_t i = 0; i < scratch.half; ++i) {
-    out[i] = sign * plain(static_cast<Wide<To>>(widen(row[i])));
-  }
-  if (scratch.in_words) order_by_words(out, scratch.half);
-}
-
-template <typename From, typename T>
-void fill_given_of(const RopeParams& p, const Token<double>* tokens, int64_t count,
-                   Scratch<T>& scratch) {
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t batch = tokens[t].batch, seq = tokens[t].seq, row = t * scratch.stride;
-    widen_given<From>(p.cos, batch * p.cos_batch + seq * p.cos_seq, scratch, Wide<T>{1},
-                      scratch.cos.data() + row);
-    widen_given<From>(p.sin, batch * p.sin_batch + seq * p.sin_seq, scratch,
-                      Wide<T>(p.conjugate ? -1 : 1), scratch.sin.data() + row);
-  }
-}
-
-template <typename T>
-void fill_given(const RopeParams& p, const Token<double>* tokens, int64_t count,
-                Scratch<T>& scratch) {
-  switch (p.cos_sin_dtype) {
-    case DType::f32:
-      return fill_given_of<float>(p, tokens, count, scratch);
-    case DType::f64:
-      return fill_given_of<double>(p, tokens, count, scratch);
-    case DType::bf16:
-      return fill_given_of<bf16>(p, tokens, count, scratch);
-    case DType::f16:
-      return fill_given_of<f16>(p, tokens, count, scratch);
-  }
-}
-
 // Fills cosines and sines of a block for one tensor. Rows that are only copied wait for memory, and
 // angles need only arithmetic: so each token's copies go between two tokens' angles, once per
 // block.
 template <typename T>
 void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
                 int64_t count, int64_t head, Scratch<T>& scratch) {
-  if (p.cos) return fill_given(p, tokens, count, scratch);
   const int num_copied = &tensor == p.tensors && head == 0 ? p.num_copied : 0;
   int64_t loaded = -1;
   for (int64_t t = 0; t < count; ++t) {

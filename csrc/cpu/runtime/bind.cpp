@@ -19,11 +19,10 @@ const Ops ops{
 }  // namespace extrope
 
 // Registers the ops, or returns why not in one line.
-extern "C" __attribute__((visibility("default"))) const char* extrope_register(
-    const char* name_space, int /*has_gpu*/) {
+extern "C" __attribute__((visibility("default"))) const char* extrope_register(int /*has_gpu*/) {
   static std::string why;
   try {
-    extrope::register_ops(name_space, "CPU");
+    extrope::register_ops("CPU");
     return nullptr;
   } catch (const std::exception& error) {
     why = error.what();

@@ -8,13 +8,12 @@
 
 // Registers the ops if their kernels can run; else returns why not in one line. Without a GPU the
 // driver is not called.
-extern "C" __attribute__((visibility("default"))) const char* extrope_register(
-    const char* name_space, int has_gpu) {
+extern "C" __attribute__((visibility("default"))) const char* extrope_register(int has_gpu) {
   static std::string why;
   try {
     why = has_gpu ? extrope::why_not() : "";
     if (!why.empty()) return why.c_str();
-    extrope::register_ops(name_space, "CUDA");
+    extrope::register_ops("CUDA");
     return nullptr;
   } catch (const std::exception& error) {
     why = error.what();

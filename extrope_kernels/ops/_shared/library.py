@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ... import _ext
 
-library = torch.library.Library(_ext.NAMESPACE, "FRAGMENT")
-ops = getattr(torch.ops, _ext.NAMESPACE)
+library = torch.library.Library("extrope", "FRAGMENT")
+ops = torch.ops.extrope
 _again = threading.local()
 
 

@@ -9,22 +9,14 @@ from .api import (
     permuteformer_attention,
     permuteformer_step,
 )
-from .checks import MAX_DIM, check
 from .permutations import head_permutations
-from .reference import seen, state_of
-from .scans import default_decay
 
 __all__ = [
-    "MAX_DIM",
     "PermuteFormerState",
     "backends",
-    "check",
-    "default_decay",
     "head_permutations",
     "permute",
     "permute_qk",
     "permuteformer_attention",
     "permuteformer_step",
-    "seen",
-    "state_of",
 ]

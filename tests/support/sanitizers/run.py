@@ -31,7 +31,6 @@ TESTS = (
     "rope/test_rope.py",
     "rope/test_rope_gradients.py",
     "rope/test_rope_memory.py",
-    "rope/test_rope_cos_sin.py",
     "rope/test_rope_norm.py",
     "rope/test_rope_append.py",
     "attention/test_attention.py",
