@@ -11,12 +11,14 @@ OLDEST_TRITON := 3.6.0
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
 LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-config.yaml | sort -u)
 
-.PHONY: help demo demo-plan test test-all bench gpu release docs lint sanitize mutants clean
+.PHONY: help demo demo-plan test test-all tritons arm bench gpu release docs lint sanitize mutants clean
 
 help:
 	@echo "make demo   a real model past its training length: a needle in two minutes, curves in ten"
 	@echo "make test   the test suite, seven minutes on two cores"
-	@echo "make test-all  what no change of one file can break, too: generated cases, every Triton, ARM, sanitizers, mutants"
+	@echo "make test-all  all tests: generated cases by the thousand and every class of transformers too"
+	@echo "make tritons  the GPU kernels by every Triton that is claimed"
+	@echo "make arm    the CPU kernels for ARM, under qemu"
 	@echo "make bench  the benchmarks"
 	@echo "make gpu    on a machine with a GPU: kernels checked, tested, timed and tuned, with PYTHON as it is"
 	@echo "make release  sdist and manylinux wheel, tried without a compiler, and notes, into build/release"
@@ -36,13 +38,15 @@ test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m extrope_kernels info
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# The ARM kernels need g++-aarch64-linux-gnu and qemu-user.
-test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/extra-mutants $(VENV)/smollm2 $(OLDER_TRITONS:%=build/triton-%)
+test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "" $(PYTEST_ARGS)
-	$(BIN)/python tests/support/sanitizers/run.py address
-	$(BIN)/python tests/support/sanitizers/run.py thread
+
+tritons: $(VENV)/extra-test $(OLDER_TRITONS:%=build/triton-%)
+	$(BIN)/python -m pytest -m "" tests/ptx tests/package/test_gpu_audit.py
+
+# Needs g++-aarch64-linux-gnu and qemu-user.
+arm: $(VENV)/extra-test
 	$(BIN)/python tests/support/arm/run.py
-	$(BIN)/python tests/support/mutants.py changed 40 $(SINCE:%=--since %)
 
 bench: $(VENV)/extra-bench $(VENV)/smollm2
 	$(BIN)/python -m extrope_kernels bench

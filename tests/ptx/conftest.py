@@ -63,7 +63,7 @@ def pytest_pyfunc_call(pyfuncitem):
 def _worker(config, version: str | None) -> Worker:
     first = None if version is None else ROOT / "build" / f"triton-{version}"
     if first is not None and not first.exists():
-        pytest.skip(f"{first.name} is missing: `make test-all` installs it")
+        pytest.skip(f"{first.name} is missing: `make tritons` installs it")
     if version not in _workers:
         if len(_workers) == MOST_WORKERS:
             _workers.pop(next(iter(_workers))).close()
