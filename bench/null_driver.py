@@ -48,6 +48,7 @@ class NullDriver:
             threads = 64 if chip.startswith("gfx9") else 32  # of a wavefront
             self.target, shared = GPUTarget("hip", chip, threads), AMD_SHARED[chip]
         self.launches: list[str] = []
+        self.handles: list[Any] = []  # of the kernels that were launched
         self.kept: list[Launch] = []
         self.keep = keep
         self._loaded = b""
@@ -69,6 +70,7 @@ class NullDriver:
         def launch(*args: Any) -> None:
             nonlocal binary
             self.launches.append(metadata.name)
+            self.handles.append(args[4])
             if self.keep:
                 binary = binary or self._loaded  # Triton loads it right before its first launch
                 self.kept.append(Launch(

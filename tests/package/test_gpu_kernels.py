@@ -96,6 +96,17 @@ def test_checks_pass_and_tell_what_is_wrong(monkeypatch):
     assert error.startswith("AssertionError: result 0: error")
 
 
+def test_kernels_are_checked_as_triton_finds_them_and_as_kept():
+    ways = iter((True, True, True, False, False))
+
+    def check():
+        assert next(ways), "wrong"
+
+    assert smoke.error_both_ways(check) == ""
+    assert smoke.error_both_ways(check) == "by kept kernels: AssertionError: wrong"
+    assert smoke.error_both_ways(check) == "AssertionError: wrong"
+
+
 def test_a_kernel_does_not_stand_for_another_of_its_name():
     seen = {key: set(kernels) for key, kernels in smoke.KERNELS.items()}
     seen["rope", "cuda"] = {"void extrope::(anonymous namespace)::rope_kernel<float, 4>(Params)"}

@@ -6,6 +6,7 @@ EXTROPE_TRITON_CHIP, and launches through a driver that does nothing (bench/null
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,10 +23,12 @@ pytest.importorskip("triton.backends.nvidia")
 
 import null_driver
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton import JITFunction
 
 import extrope_kernels as ek
 from extrope_kernels import methods, scores
+from extrope_kernels.ops._shared import layouts
 from extrope_kernels.ops.attention import checks
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +203,127 @@ def a_merge_is_one_launch():
     assert len(found) == 1, found
 
 
+def calls_by_kernel():
+    """Calls that launch every kernel, for tensors of the same addresses each time."""
+    q, k, v = (random(2, 40, heads, 64) for heads in (4, 2, 2))
+    weight, by = random(64), {"backend": "triton"}
+    caches, lengths = random(2, 2, 80, 2, 64), torch.full((2,), 3, dtype=torch.int32)
+    where = {"cache_seqlens": lengths, "k": k, "v": v, **by}
+    leaves, score = [x.clone().requires_grad_() for x in (q, k, v)], scores.rerope(16)
+    out, dout = ek.rope_attention(*leaves, FREQS, score, **by), random(2, 40, 4, 64)
+    norm = ek.apply_rope_qk(
+        *leaves[:2], FREQS, q_norm_weight=weight.requires_grad_(), k_norm_weight=weight, **by
+    )
+    again = {"retain_graph": True}
+    return (
+        partial(ek.apply_rope_qk, q, k, FREQS, **by),
+        partial(ek.apply_rope_qk, q, k, FREQS, positions=2**40, **by),
+        partial(ek.apply_rope_qk, q, k, FREQS, q_norm_weight=weight, k_norm_weight=weight, **by),
+        partial(torch.autograd.grad, norm, [*leaves[:2], weight], [dout, dout[:, :, :2]], **again),
+        partial(ek.rope_append_kvcache, q, k, v, *caches, FREQS, cache_seqlens=lengths, **by),
+        partial(ek.rope_attention, q, k, v, FREQS, score, **by),
+        partial(torch.autograd.grad, out, leaves, dout, **again),
+        partial(ek.rope_attention_with_kvcache, q, *caches, FREQS, score, **where),
+    )
+
+
+def ways(call) -> list[tuple[int, list]]:
+    """A call after a fresh start, twice: launches that went Triton's way, and all launches."""
+    driver, run, found = DRIVER[0], JITFunction.run, []
+    layouts.forget()
+    for _ in range(2):
+        by_triton, driver.kept = [], []
+
+        def counted(*args, **options):
+            by_triton.append(1)  # noqa: B023
+            return run(*args, **options)
+
+        JITFunction.run, driver.keep = counted, True
+        try:
+            call()
+        finally:
+            JITFunction.run, driver.keep = run, False
+        found.append((len(by_triton), driver.kept))
+    return found
+
+
+def the_second_launch_is_the_first_ones():
+    """A kept kernel is given the arguments and the grid that Triton gave it."""
+
+    def described(x):
+        if isinstance(x, torch.Tensor):  # outputs have new addresses, divisible by 16 as well
+            return x.shape, x.stride(), x.dtype, x.data_ptr() % 16
+        return type(x), x
+
+    for call in calls_by_kernel():
+        (by_triton, first), (again, second) = ways(call)
+        assert by_triton == len(first) == len(second) > 0 and again == 0, call
+        for one, other in zip(first, second, strict=True):
+            assert (one.name, one.grid, list(one.args)) == (
+                other.name,
+                other.grid,
+                list(other.args),
+            )
+            for name in one.args:
+                assert described(one[name]) == described(other[name]), (one.name, name)
+
+
+def an_unaligned_tensor_compiles_a_kernel_of_its_own():
+    """Once. The kept kernel loads 16 bytes at a time: it must not run on such a tensor."""
+    q, k, v = (random(1, 8, heads, 64) for heads in (2, 1, 1))
+    odd = random(q.numel() + 1)[1:].view(q.shape)
+    assert odd.data_ptr() % 16 and odd.stride() == q.stride()
+    for function, others in ((ek.apply_rope_qk, (k, FREQS)), (ek.rope_attention, (k, v, FREQS))):
+        layouts.forget()
+        function(q, *others, backend="triton")
+        found = [compiled()]
+        for x in (q, odd, odd, q):
+            function(x, *others, backend="triton")
+            found.append(compiled())
+        aligned, again, *unaligned = found
+        assert aligned == again < unaligned[0], found
+        assert len(set(unaligned)) == 1, found
+
+
+def a_kept_kernel_belongs_to_one_gpu():
+    """Tensors of two, with one layout: each has the kernel loaded on it, and launches that one."""
+    from extrope_kernels.ops._shared.triton import launch
+    from extrope_kernels.ops.attention.call import AttentionCall
+    from extrope_kernels.ops.attention.triton import forward
+    from extrope_kernels.ops.rope.triton.rotation import rope_fwd
+
+    driver, loaded, current = DRIVER[0], [], 0
+    load = driver.utils.load_binary
+
+    def loads(name, *others):  # a handle that tells the GPU
+        loaded.append((name, others[-1]))
+        return 1, loaded[-1], *load(name, *others)[2:]
+
+    replaced = (
+        mock.patch.object(driver.utils, "load_binary", loads),
+        mock.patch.object(driver, "get_current_device", lambda: current),
+        mock.patch.object(torch.cuda, "current_device", lambda: current),
+        mock.patch.object(launch, "_chip", lambda index: 90),
+        mock.patch.object(launch, "processors_of", lambda x: 132),
+        mock.patch.object(FakeTensor, "data_ptr", lambda x: 0),
+    )
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        for each in replaced:
+            stack.enter_context(each)
+        for current in (0, 1, 0, 1):
+            q, k = (torch.empty(1, 40, n, 64, device=f"cuda:{current}") for n in (4, 2))
+            inv_freq = torch.empty(32, device=q.device)
+            for run in (
+                partial(rope_fwd, q, k, torch.empty(1, 1, 32, device=q.device)),
+                partial(forward, q, k, k, AttentionCall(inv_freq)),
+            ):
+                driver.handles.clear()
+                run()
+                assert driver.handles and {gpu for _, gpu in driver.handles} == {current}
+    of_each = ["forward_kernel", "rotate_kernel", "rotate_kernel"]  # of q and k, and of k alone
+    assert sorted(loaded) == sorted((name, gpu) for name in of_each for gpu in (0, 1))
+
+
 CASES = (
     rotation_is_one_launch,
     the_step_into_a_cache_is_one_launch,
@@ -208,6 +333,9 @@ CASES = (
     a_decode_step_is_two_launches_and_compiles_once,
     requests_of_a_batch_are_two_launches,
     a_merge_is_one_launch,
+    the_second_launch_is_the_first_ones,
+    an_unaligned_tensor_compiles_a_kernel_of_its_own,
+    a_kept_kernel_belongs_to_one_gpu,
 )
 
 

@@ -54,11 +54,10 @@ def rotate(
     saved: what a backward derives the angles from, into angle_grad.
     """
     tensors = [x for xs in (inputs, outputs, saved or ()) for x in (*xs, None, None)[:2]]
-    prepared = kernels.build_rotation_launch(tensors, outputs[0] is inputs[0], rotation)
+    launch = kernels.build_rotation_launch(tensors, outputs[0] is inputs[0], rotation)
     by = (rotation.inv_freq, rotation.positions, rotation.cu_seqlens, rotation.log_decay)
     rope = device.Rope(*by, rotation.axes)
-    if prepared is not None:
-        device.launch(kernels.rotate_kernel, prepared, tensors, angle_grad, *rope, rotation.offset)
+    launch((*tensors, angle_grad, *rope), rotation.offset)
 
 
 def sequence_and_index(rotation: Rotation, b: int, s: int) -> tuple[int, int]:

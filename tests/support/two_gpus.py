@@ -47,11 +47,14 @@ def problems(
 
 
 def main() -> int:
-    found = []
-    for name, operation in operations.OPERATIONS.items():
-        for backend in (None, *operation.backends):
-            about = (torch.cuda.current_device, torch._C._cuda_hasPrimaryContext)
-            found += [f"{name}, {backend}: {x}" for x in problems(name, "cuda:1", backend, *about)]
+    found, has_context = [], torch._C._cuda_hasPrimaryContext
+    # Later on both in turn: a kernel kept for one must not run on the other. bool(0) is False: that
+    # GPU 0 is in use is right then.
+    for where, in_use in (("cuda:1", has_context), ("cuda:0", bool), ("cuda:1", bool)):
+        for name, operation in operations.OPERATIONS.items():
+            for backend in (None, *operation.backends):
+                about = (where, backend, torch.cuda.current_device, in_use)
+                found += [f"{name}, {backend} on {where}: {x}" for x in problems(name, *about)]
     print("\n".join(found))
     return bool(found)
 

@@ -90,7 +90,10 @@ def leave_out_ptxas() -> None:
 
 
 def run(kernel: JITFunction, compile_: Any, *args: Any, grid: Any, warmup: bool = False, **options):
-    """Stand in for JITFunction.run: bind, specialise and compile as it does, then execute."""
+    """Stand in for JITFunction.run: bind, specialise and compile as it does, then execute.
+
+    It returns no kernel: the package would keep it, and launch it without coming here.
+    """
     compiled = compile_(kernel, *args, grid=grid, warmup=True, **options)
     binder = kernel.device_caches[triton.runtime.driver.active.chip][-1]
     bound, *_ = binder(*args, **{"debug": False, **options})
@@ -112,7 +115,6 @@ def run(kernel: JITFunction, compile_: Any, *args: Any, grid: Any, warmup: bool 
     memory.copy_back()
     LOG.launches += 1
     LOG.instructions.setdefault(metadata.name, Counter()).update(machine.instructions())
-    return compiled
 
 
 def _parameters(compiled: Any, given: list[tuple[str, Any]], memory: Global) -> bytes:

@@ -47,10 +47,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._shared.triton.launch import Launch
 from ..call import AttentionCall
 from . import configs
 from .device import (
-    Launch,
     constants_of,
     count_blocks,
     find_block,
@@ -608,21 +608,13 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
     places = (call.cu_seqlens, call.q_start, call.k_start)
-    with torch.cuda.device_of(q):
-        q_rotated, k_rotated = rotate(launches.rotate, q, k, call)
-        dq_rotated, dk_rotated = gradients_of_copies(launches.rotate_back, q, k)
-        by_queries, by_keys = launches.by_queries, launches.by_keys
-        if by_queries.grid[0] > 0:
-            dq_kernel[by_queries.grid](
-                q_rotated, k, v, k_rotated, out, dout, lse, dlse, delta, dq_rotated, *places,
-                *by_queries.sizes, **by_queries.options,
-            )  # fmt: skip
-        if by_keys.grid[0] > 0:
-            dkv_kernel[by_keys.grid](
-                q_rotated, k, v, k_rotated, dout, lse, delta, dk_rotated, dv, *places,
-                *by_keys.sizes, **by_keys.options,
-            )  # fmt: skip
-        rotate_back(launches.rotate_back, dq, dk, dq_rotated, dk_rotated, call)
+    q_rotated, k_rotated = rotate(launches.rotate, q, k, call)
+    dq_rotated, dk_rotated = gradients_of_copies(launches.rotate_back, q, k)
+    launches.by_queries((
+        q_rotated, k, v, k_rotated, out, dout, lse, dlse, delta, dq_rotated, *places,
+    ))  # fmt: skip
+    launches.by_keys((q_rotated, k, v, k_rotated, dout, lse, delta, dk_rotated, dv, *places))
+    rotate_back(launches.rotate_back, dq, dk, dq_rotated, dk_rotated, call)
     return dq, dk, dv
 
 
@@ -631,8 +623,11 @@ def _build_launches(
 ) -> Launches:
     by_queries_and_keys = []
     start_strides = (sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1))
-    # By kernel: the tensor whose blocks its programs take, and those whose strides it is given.
-    for name, blocks_of, strided in (("dq", q, (k, v, out, dout)), ("dkv", k, (k, v, dout))):
+    # The kernel, the tensor whose blocks its programs take, and those whose strides it is given.
+    for name, kernel, blocks_of, strided in (
+        ("dq", dq_kernel, q, (k, v, out, dout)),
+        ("dkv", dkv_kernel, k, (k, v, dout)),
+    ):
         config = configs.config_of(name, q, v)
         model, blocks = constants_of(config, q, k, v, call, dout, out)
         size = blocks.block_m if name == "dq" else blocks.block_n
@@ -643,7 +638,7 @@ def _build_launches(
             *strides, *start_strides, *sequences_of(call), blocks_of_head, q.shape[-3], k.shape[-3],
         )  # fmt: skip
         options = {"MODEL": model, "BLOCKS": blocks, **config.options}
-        by_queries_and_keys.append(Launch((programs,), sizes, options))
+        by_queries_and_keys.append(Launch(kernel, (programs,), sizes, options))
     # Gradients do not exist yet: contiguous tensors without memory tell their shapes and strides.
     dq, dk = (
         torch.empty(x.shape, dtype=call.results_dtype(x.dtype), device="meta") for x in (q, k)

@@ -43,18 +43,16 @@ from ..._shared.dtypes import FP8, as_bits
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.maps import columns_of
 from ..._shared.triton.fp8 import kind_of_cache, widened_codes
-from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
+from ..._shared.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
 from ..._shared.triton.pairs import load_parts, of_pairs
 from ...rope.append_checks import Append
-from ...rope.triton.append import Slots, build_append, rope_append_kernel
-from ...rope.triton.device import Launch as AppendLaunch
-from ...rope.triton.device import Rope, launch
+from ...rope.triton.append import Slots, build_append
+from ...rope.triton.device import Rope
 from ..call import AttentionCall, KVCache, lse_shape
 from . import configs
 from .device import (
     FARTHEST,
     LEAST_DIMS,
-    Launch,
     add_sink,
     cos_sin_of_map,
     ln_2,
@@ -517,7 +515,7 @@ def decode_kernel(
 class Launches(NamedTuple):
     """Both launches, and the sizes of their shared scratch."""
 
-    append: AppendLaunch | None  # None: there is nothing to write
+    append: Launch | None  # None: there is nothing to write
     attend: Launch
     append_rotates: bool  # the first launch rotates keys; else the cache has them raw, UNROTATED
     num_counters: int  # numbers at the head of scratch that must be 0
@@ -544,26 +542,22 @@ def decode(
     # Kernels read fp8 as its bits, int8.
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
     scratch = q.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
-    with torch.cuda.device_of(q):
-        if append is not None:
-            # Without q, q_out, and weights of a norm. Positions follow the slots in use. The launch
-            # sets the counters at the head of scratch to 0.
-            heads = (None, k, None, v, k_cache, v_cache)
-            no_slots = None  # of each token: the block table has them
-            slots = Slots(cache.seqlens, cache.block_table, no_slots, cache.leftpad, *cache.scales)
-            positions = cache.seqlens if append_rotates else None
-            rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay)
-            others = (None, None, *slots, *rope, call.pair_maps, scratch)
-            launch(rope_append_kernel, append, heads, *others)
-        elif scratch is not None:  # no first launch sets the counters to 0
-            scratch[:num_counters].zero_()
-        if q.numel() > 0:
-            decode_kernel[attend.grid](
-                q, k_cache, v_cache, out, lse, scratch, call.inv_freq, call.log_decay,
-                call.pair_maps, call.query_scale, call.sinks, *cache.scales,
-                cache.seqlens, cache.leftpad, call.cu_seqlens, cache.block_table,
-                *attend.sizes, **attend.options,
-            )  # fmt: skip
+    if append is not None:
+        # Without q, q_out, and weights of a norm. Positions follow the slots in use. The launch
+        # sets the counters at the head of scratch to 0.
+        heads = (None, k, None, v, k_cache, v_cache)
+        no_slots = None  # of each token: the block table has them
+        slots = Slots(cache.seqlens, cache.block_table, no_slots, cache.leftpad, *cache.scales)
+        positions = cache.seqlens if append_rotates else None
+        rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay)
+        append((*heads, None, None, *slots, *rope, call.pair_maps, scratch))
+    elif scratch is not None:  # no first launch sets the counters to 0
+        scratch[:num_counters].zero_()
+    attend((
+        q, k_cache, v_cache, out, lse, scratch, call.inv_freq, call.log_decay, call.pair_maps,
+        call.query_scale, call.sinks, *cache.scales, cache.seqlens, cache.leftpad, call.cu_seqlens,
+        cache.block_table,
+    ))  # fmt: skip
     return out, lse
 
 
@@ -606,7 +600,8 @@ def _build_launches(
     }
     constants = {"STORED": stored_map(call), "MODEL": model, "BLOCKS": blocks}
     constants |= config._replace(stages=stages).options
-    attend = Launch((grid.num_items * grid.row_blocks, heads_k), (), {**numbers, **constants})
+    programs = (grid.num_items * grid.row_blocks, heads_k)
+    attend = Launch(decode_kernel, programs if q.numel() else (0,), (), {**numbers, **constants})
     append, append_rotates = None, call.stored != UNROTATED
     if k is not None:
         new = Append(  # a call of rope_append_kvcache, with the map by which keys are stored
@@ -621,7 +616,7 @@ def _build_launches(
             interleaved=call.interleaved,
             rotary_offset=call.rotary_offset,
         )  # fmt: skip
-        append = build_append(new, call.pair_maps, num_counters)  # None if k has no tokens
+        append = build_append(new, call.pair_maps, num_counters)
     return Launches(append, attend, append_rotates, num_counters, scratch_size)
 
 

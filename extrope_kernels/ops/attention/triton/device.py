@@ -428,14 +428,6 @@ def cos_sin_of_map(
 # The host: launches, and the constants of compiled kernels
 
 
-class Launch(NamedTuple):
-    """A launch without its tensors."""
-
-    grid: tuple[int, ...]
-    sizes: tuple[int, ...]  # the kernel's integers, in its order
-    options: dict[str, Any]  # its constexprs, and Triton's launch options
-
-
 def launch_for(
     make: Callable[..., Any], given: tuple[Tensor | None, ...], call: AttentionCall, *more: Any
 ) -> Any:

@@ -32,10 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._shared.triton.launch import Launch
 from ..call import AttentionCall, lse_shape
 from . import configs
 from .device import (
-    Launch,
     add_sink,
     as_operand,
     constants_of,
@@ -488,14 +488,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     scratch = q.new_empty(q.shape) if needs_scratch else None
-    with torch.cuda.device_of(q):
-        _, k_rotated = rotate(rotate_keys, q, k, call)
-        if attend.grid[0] > 0:
-            forward_kernel[attend.grid](
-                q, k, v, k_rotated, out, lse, scratch, call.inv_freq, call.log_decay,
-                call.pair_maps, call.cu_seqlens, call.q_start, call.k_start, call.query_scale,
-                call.sinks, *attend.sizes, **attend.options,
-            )  # fmt: skip
+    _, k_rotated = rotate(rotate_keys, q, k, call)
+    attend((
+        q, k, v, k_rotated, out, lse, scratch, call.inv_freq, call.log_decay, call.pair_maps,
+        call.cu_seqlens, call.q_start, call.k_start, call.query_scale, call.sinks,
+    ))  # fmt: skip
     return out, lse
 
 
@@ -510,7 +507,8 @@ def _build_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Lau
         sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1), *sequences_of(call),
         blocks_of_head, q.shape[-3], k.shape[-3],
     )  # fmt: skip
-    attend = Launch((programs,), sizes, {"MODEL": model, "BLOCKS": blocks, **config.options})
+    options = {"MODEL": model, "BLOCKS": blocks, **config.options}
+    attend = Launch(forward_kernel, (programs,), sizes, options)
     through_memory = len(model.starts) > 1 or not blocks.tiles_are_pairs
     out_fits = model.head_dim_v == model.head_dim and call.results_dtype(q.dtype) == q.dtype
     return Launches(build_rotation(q, k, call, "keys"), attend, through_memory and not out_fits)

@@ -18,7 +18,6 @@ these. of_pairs loads one number for each pair, (1, P).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,12 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ....scores.base import PlainMap
-from ..._shared.triton.launch import VECTOR_BYTES
+from ..._shared.triton.launch import VECTOR_BYTES, Launch
 from ..._shared.triton.pairs import load_parts, of_pairs, store_parts, widened
 from ..._shared.triton.tokens import sequence_of
 from ..call import AttentionCall
 from .device import (
-    Launch,
     alignment_of,
     cos_sin_of_map,
     key_maps,
@@ -313,13 +311,10 @@ def _launch(
     k_copies: Tensor | None,
     call: AttentionCall,
 ) -> None:
-    launch = rotation.launch
-    if math.prod(launch.grid) > 0:
-        rotate_kernel[launch.grid](
-            q, k, q_copies, k_copies, call.inv_freq, call.log_decay, call.pair_maps,
-            call.cu_seqlens, call.k_start if call.q_start is None else call.q_start, call.k_start,
-            call.query_scale, *launch.sizes, **launch.options,
-        )  # fmt: skip
+    rotation.launch((
+        q, k, q_copies, k_copies, call.inv_freq, call.log_decay, call.pair_maps, call.cu_seqlens,
+        call.k_start if call.q_start is None else call.q_start, call.k_start, call.query_scale,
+    ))  # fmt: skip
 
 
 def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
@@ -361,7 +356,7 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
         "num_warps": THREADS // 32,
         "enable_fp_fusion": True,
     }
-    launch = Launch((tiles * batch, shares), sizes, options)
+    launch = Launch(rotate_kernel, (tiles * batch, shares), sizes, options)
     return Rotation(launch, len(q_maps), len(k_maps))
 
 

@@ -19,18 +19,16 @@ from ....scores.base import SAME
 from ..._shared.dtypes import as_bits
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.fp8 import quantize_rows
-from ..._shared.triton.launch import INTERPRETED, strides_of
+from ..._shared.triton.launch import INTERPRETED, Launch, strides_of
 from ..._shared.triton.pairs import copy_rows
 from ..append_checks import Append, check, check_values
 from ..rotation import Rotation, resolve
 from .device import (
     CALL_NUMBERS,
-    Launch,
     Rope,
     Rows,
     build_launch,
     decayed,
-    launch,
     launch_constants,
     load_positions,
     program_heads,
@@ -233,15 +231,11 @@ def rope_append_kernel(
 # The launch
 
 
-def build_append(
-    call: Append, pair_maps: Tensor | None = None, num_counters: int = 0
-) -> Launch | None:
-    """Build the launch for a checked call; None if there is nothing to write.
+def build_append(call: Append, pair_maps: Tensor | None = None, num_counters: int = 0) -> Launch:
+    """Build the launch for a checked call.
 
     pair_maps: contiguous, for keys that `call.stored` stores by pair; q is None then.
     """
-    if call.batch * call.seqlen == 0:
-        return None
     if call.k.shape[-1] < 2 or call.v.shape[-1] < 1:
         raise NotImplementedError(
             "rope_append: Triton's kernel needs a head_dim of at least 2, and of v at least 1, "
@@ -276,10 +270,11 @@ def build_append(
     )
     tensors = (q, k, out, v, call.k_cache, call.v_cache)
     stored = None if stored == SAME else stored
-    prepared = build_launch(tensors, constants, numbers, STEP=step, STORED=stored)
-    if step.map_heads > 1 and prepared is not None:  # a program for each head
-        prepared = prepared._replace(grid=(prepared.grid[0], step.map_heads))
-    return prepared
+    kernel = rope_append_kernel
+    launch = build_launch(kernel, tensors, constants, numbers, STEP=step, STORED=stored)
+    if step.map_heads > 1:  # a program for each head
+        launch.grid = (launch.grid[0], step.map_heads)
+    return launch
 
 
 def _rotation(call: Append, k: Tensor) -> Rotation:
@@ -312,33 +307,32 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
     """Compute `torch.ops.extrope.rope_append`."""
     numbers = (tuple(x) if isinstance(x, list) else x for x in options.values())
     key = (*options, *numbers, layout_key(*tensors))
-    prepared = cached_by_layout(_build_launch, key, tensors, options)
+    launch = cached_by_layout(_build_launch, key, tensors, options)
     call = Append(*tensors, **options)
     if INTERPRETED:  # reading values costs nothing then
         check_values("rope_append", call)
     q_out = None if call.q is None else torch.empty_like(call.q)
-    if prepared is not None:
-        k_cache, v_cache = call.k_cache, call.v_cache
-        if call.k_scale is not None:
-            k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
-        positions = None
-        if call.inv_freq is not None:  # else nothing rotates
-            positions = call.cache_seqlens if call.positions is None else call.positions
-        slots = Slots(
-            call.cache_seqlens,
-            call.block_table,
-            call.slot_mapping,
-            call.cache_leftpad,
-            *call.scales,
-        )
-        rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay, call.axes)
-        heads = (call.q, call.k, q_out, call.v, k_cache, v_cache)
-        weights = (call.q_norm_weight, call.k_norm_weight)
-        launch(rope_append_kernel, prepared, heads, *weights, *slots, *rope, None, None)
+    k_cache, v_cache = call.k_cache, call.v_cache
+    if call.k_scale is not None:
+        k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
+    positions = None
+    if call.inv_freq is not None:  # else nothing rotates
+        positions = call.cache_seqlens if call.positions is None else call.positions
+    slots = Slots(
+        call.cache_seqlens,
+        call.block_table,
+        call.slot_mapping,
+        call.cache_leftpad,
+        *call.scales,
+    )
+    rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay, call.axes)
+    heads = (call.q, call.k, q_out, call.v, k_cache, v_cache)
+    weights = (call.q_norm_weight, call.k_norm_weight)
+    launch((*heads, *weights, *slots, *rope, None, None))
     return call.k.new_empty(0) if q_out is None else q_out
 
 
-def _build_launch(tensors: tuple[Tensor | None, ...], options: dict) -> Launch | None:
+def _build_launch(tensors: tuple[Tensor | None, ...], options: dict) -> Launch:
     """Check the call, then build its launch."""
     call = Append(*tensors, **options)
     check("rope_append", call)

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ..._shared.triton.exp import exp
-from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
+from ..._shared.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
 from ..._shared.triton.pairs import load_parts
 from ..._shared.triton.sincos import add_quarters, cos_sin_polynomials, cos_sin_polynomials_wide
 from ..._shared.triton.tokens import sequence_of
@@ -228,25 +228,8 @@ def load_head(row_ptrs, valid, TILE: tl.constexpr):
 # The launch
 
 
-class Launch(NamedTuple):
-    """A launch, worked out once per layout of a call's tensors."""
-
-    grid: tuple[int, ...]
-    numbers: tuple[int | float, ...]  # the last arguments that are not constexpr
-    options: dict[str, Any]  # constexprs, and Triton's own options
-
-
-def launch(kernel: Any, prepared: Launch, tensors: Sequence[Tensor | None], *others: Any) -> None:
-    """Launch on the tensors' GPU; tensors: as given to `build_launch`."""
-    some = tensors[1] if tensors[0] is None else tensors[0]
-    if not some.is_cuda or some.get_device() == torch.cuda.current_device():
-        kernel[prepared.grid](*tensors, *others, *prepared.numbers, **prepared.options)
-    else:
-        with torch.cuda.device_of(some):
-            kernel[prepared.grid](*tensors, *others, *prepared.numbers, **prepared.options)
-
-
 def build_launch(
+    kernel: Any,
     tensors: Sequence[Tensor | None],
     constants: dict[str, Any],
     numbers: tuple[int | float, ...],
@@ -256,12 +239,12 @@ def build_launch(
     pairs_in_registers: int = 0,
     copies_rest: bool = True,
     **options: Any,
-) -> Launch | None:
+) -> Launch:
     """Work out the launch on q, k and other (batch, seqlen, heads, head_dim) tensors or None.
 
-    Tiles and grids take few different values, so little is compiled. Returns None if there is
-    nothing to do. The launch's numbers are the strides of batch, seq and head of each tensor (0 for
-    None), count = batch * seqlen, seqlen, and `numbers`.
+    Tiles and grids take few different values, so little is compiled. The launch's numbers are the
+    strides of batch, seq and head of each tensor (0 for None), count = batch * seqlen, seqlen, and
+    `numbers`.
 
     Strides count groups of as many elements as divide them all, Tile.align. A kernel multiplies by
     it last: that shows the compiler that rows begin at such multiples, so it loads 16 bytes at a
@@ -276,10 +259,8 @@ def build_launch(
     q, k, *_ = tensors
     x, heads_q, heads_k = k if q is None else q, *(0 if x is None else x.shape[2] for x in (q, k))
     batch, seqlen, _, head_dim = x.shape
-    count, most_shares = batch * seqlen, 1 if one_program else max(heads_q, heads_k)
+    count, heads = batch * seqlen, max(heads_q, heads_k)
     chip_of(x)  # raises if something is missing
-    if count * max(heads_q, heads_k) == 0:
-        return None
     half = constants["half"]
     pairs, rest = next_power_of_2(half), head_dim - 2 * half if copies_rest else 0
     if count < FEW_TOKENS and small_tiles:
@@ -287,8 +268,8 @@ def build_launch(
     else:  # 128 threads, each with one vector of first dims and one of second dims
         vectors = 128 * VECTOR_BYTES // x.itemsize
         tokens, warps = max(1, vectors // (pairs_in_registers or pairs)), 4
-    tiles = triton.cdiv(count, tokens)
-    shares = min(most_shares, max(1, TARGET_WARPS // (warps * tiles)))
+    tiles = triton.cdiv(count, tokens) if heads else 0
+    shares = min(1 if one_program else heads, max(1, TARGET_WARPS // max(warps * tiles, 1)))
     per_tensor = ((0, 0, 0) if x is None else strides_of(x)[:3] for x in tensors)
     strides = tuple(itertools.chain(*per_tensor))  # in elements
     align = math.gcd(VECTOR_BYTES // x.itemsize, *strides)
@@ -296,7 +277,7 @@ def build_launch(
     options["TILE"] = Tile(*sizes, wide=x.dtype == torch.float64, **constants)
     options |= {"num_warps": warps, "enable_fp_fusion": True}
     groups = [stride // align for stride in strides]
-    return Launch((tiles, shares), (*groups, count, seqlen, *numbers), options)
+    return Launch(kernel, (tiles, shares), (*groups, count, seqlen, *numbers), options)
 
 
 def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:

@@ -40,13 +40,12 @@ from triton import next_power_of_2
 from ..._shared.dtypes import accumulator
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.fp8 import parts_of_codes
-from ..._shared.triton.launch import chip_of
+from ..._shared.triton.launch import Launch, chip_of
 from ..._shared.triton.pairs import store_parts
 from ..checks import check_norm, check_saved, refuse_expanded
 from ..rotation import resolve
 from .device import (
     CALL_NUMBERS,
-    Launch,
     Rope,
     Rows,
     as_inputs,
@@ -54,7 +53,6 @@ from .device import (
     cos_sin_of_head,
     decayed,
     empty_outputs,
-    launch,
     launch_constants,
     load_head,
     load_positions,
@@ -393,14 +391,13 @@ def rope_norm_bwd(
     """Compute `torch.ops.extrope.rope_norm_bwd`."""
     dq, dk = empty_outputs(grad_q, grad_k)
     (q, k, *weights), rope = others[:4], Rope(*others[4:])  # the op's order
-    prepared, offset = _launch_for((grad_q, grad_k, dq, dk, q, k), weights, rope, **options)
+    tensors = (grad_q, grad_k, dq, dk, q, k)
+    launch, offset = _launch_for(tensors, weights, rope, **options)
     # Each program writes a row: no atomics, the same bits in every run.
-    programs, wide = 0 if prepared is None else prepared.grid[0], accumulator(q.dtype)
+    programs, wide = launch.grid[0], accumulator(q.dtype)
     parts = [None if w is None else q.new_empty(programs, w.shape[0], dtype=wide) for w in weights]
-    if prepared is not None:
-        tensors = (grad_q, grad_k, dq, dk, q, k)
-        # The kernel's arguments in its order; the launch adds strides and numbers.
-        launch(norm_rotate_backward_kernel, prepared, tensors, *weights, *parts, *rope, offset)
+    # The kernel's arguments in its order; the launch adds strides and numbers.
+    launch((*tensors, *weights, *parts, *rope), offset)
     none = grad_q.new_empty(0, dtype=wide)
     dweights = (none.clone() if x is None else x.sum(0) for x in parts)
     return dq, grad_q.new_empty(0) if dk is None else dk, *dweights
@@ -409,9 +406,8 @@ def rope_norm_bwd(
 def _run(tensors: tuple[Tensor | None, ...], *others: Tensor | None, **options) -> None:
     """Norm and rotate q and k of tensors, (q, k, their outputs)."""
     weights, rope = others[:2], Rope(*others[2:])
-    prepared, offset = _launch_for(tensors, weights, rope, **options)
-    if prepared is not None:
-        launch(norm_rotate_kernel, prepared, tensors, *weights, *rope, offset)
+    launch, offset = _launch_for(tensors, weights, rope, **options)
+    launch((*tensors, *weights, *rope), offset)
 
 
 def _launch_for(
@@ -421,8 +417,8 @@ def _launch_for(
     *,
     offset: int = 0,
     **options,
-) -> tuple[Launch | None, int]:
-    """Return the launch, None if the tensors are empty, and the offset of all positions.
+) -> tuple[Launch, int]:
+    """Return the launch, and the offset of all positions.
 
     tensors: q and k, their outputs, and in a backward the forward's inputs.
     """
@@ -436,8 +432,8 @@ def _build_launch(
     weights: Sequence[Tensor | None],
     rope: Rope,
     options: dict,
-) -> Launch | None:
-    """Check the call, then build its launch; None if the tensors are empty."""
+) -> Launch:
+    """Check the call, then build its launch."""
     (q, k, *others), options = tensors, dict(options)
     eps, backward = options.pop("norm_eps", 1e-6), len(others) > 2
     # Checks them. inputs: [q, k] as (batch, seqlen, heads, head_dim), batch 1 if packed. adjoint:
@@ -455,6 +451,7 @@ def _build_launch(
     spills = backward and (rotation.interleaved or q.itemsize == 2)
     limited = backward and isinstance(chip_of(q), int)  # AMD's compiler knows no such limit
     return build_launch(
+        norm_rotate_backward_kernel if backward else norm_rotate_kernel,
         # Pairs (of q, of k), seen in the shapes of `inputs`.
         [x for i in range(0, len(tensors), 2) for x in as_inputs(tensors[i : i + 2], inputs)],
         *launch_constants(rotation),  # fields of TILE, and numbers: how positions are read

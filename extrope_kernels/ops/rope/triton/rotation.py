@@ -32,13 +32,12 @@ from torch import Tensor
 
 from ..._shared.dtypes import accumulator
 from ..._shared.layouts import cached_by_layout, layout_key
-from ..._shared.triton.launch import chip_of
+from ..._shared.triton.launch import Launch, chip_of
 from ..._shared.triton.pairs import load_parts, store_parts
 from ..checks import check_saved, refuse_expanded
 from ..rotation import Rotation, resolve
 from .device import (
     CALL_NUMBERS,
-    Launch,
     Rope,
     Rows,
     as_inputs,
@@ -46,7 +45,6 @@ from .device import (
     cos_sin_of_head,
     decayed,
     empty_outputs,
-    launch,
     launch_constants,
     load_positions,
     program_heads,
@@ -99,7 +97,7 @@ def rotate_kernel(
     positions_ptr,  # (batch or 1, seqlen); (sequences,): of their first tokens; None: these are 0
     cu_seqlens_ptr, log_decay_ptr,  # (sequences + 1,) if packed; (half,): xPos; or None
     axes_ptr,  # (half,) or None: positions are (axes, batch or 1, seqlen), pair i reads axes[i]
-    offset,  # added to all positions
+    offset: tl.int64,  # added to all positions
     q_stride_batch, q_stride_seq, q_stride_head,  # all strides in groups of TILE.align elements
     k_stride_batch, k_stride_seq, k_stride_head,
     q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
@@ -193,8 +191,8 @@ def rotate_kernel(
 
 def build_rotation_launch(
     tensors: Sequence[Tensor | None], in_place: bool, rotation: Rotation
-) -> Launch | None:
-    """Work out the launch on q, k, their outputs and saved inputs; None if they are empty.
+) -> Launch:
+    """Work out the launch on q, k, their outputs and saved inputs.
 
     With saved inputs it writes the gradient of the angles too.
     """
@@ -204,6 +202,7 @@ def build_rotation_launch(
     # An int is a chip of NVIDIA's: AMD's compiler knows no such limit.
     limited = rotation.per_head and isinstance(chip_of(tensors[0]), int)
     return build_launch(
+        rotate_kernel,
         tensors,
         *launch_constants(rotation),
         one_program=sums_heads,
@@ -253,18 +252,17 @@ def _run(
     """
     q, k, out, _, *saved = tensors
     key = (adjoint, out is q, layout_key(q, k, *saved, *rope), *options.items())
-    prepared, shape = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
+    launch, shape = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
     angle_grad = None if saved[0] is None else q.new_empty(shape, dtype=accumulator(q.dtype))
-    if prepared is not None:
-        launch(rotate_kernel, prepared, tensors, angle_grad, *rope, offset)
-    elif angle_grad is not None:
+    if angle_grad is not None and q.numel() == 0:  # tokens without heads
         angle_grad.zero_()
+    launch((*tensors, angle_grad, *rope), offset)
     return angle_grad
 
 
 def _build_launch(
     adjoint: bool, tensors: tuple[Tensor | None, ...], rope: Rope, options: dict
-) -> tuple[Launch | None, tuple[int, ...]]:
+) -> tuple[Launch, tuple[int, ...]]:
     """Check the call, then build its launch; return also the shape of its angles' gradient."""
     q, k, *others = tensors
     inputs, rotation = resolve(q, k, *rope, adjoint=adjoint, **options)
@@ -274,8 +272,8 @@ def _build_launch(
     if others[2] is not None:
         check_saved(q, k, *others[2:], packed=rope.cu_seqlens is not None)
     by_role = ((q, k), others[:2], others[2:])  # inputs, outputs, saved inputs
-    prepared = build_rotation_launch(
+    launch = build_rotation_launch(
         [x for xs in by_role for x in as_inputs(xs, inputs)], in_place, rotation
     )
     batch, seqlen, heads, _ = inputs[0].shape
-    return prepared, (batch, seqlen, heads if rotation.per_head else 1, rotation.rotary_dim // 2)
+    return launch, (batch, seqlen, heads if rotation.per_head else 1, rotation.rotary_dim // 2)
