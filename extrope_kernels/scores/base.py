@@ -12,16 +12,19 @@ between pairs of dims, or between heads, is a `PairMap`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
 
+Given = ParamSpec("Given")
 FIRST_KEY = -(1 << 62)  # a start: from the first key on
 
 
@@ -292,6 +295,20 @@ class Score:
     def plain(self) -> Score:
         """The same score in numbers only: each PairMap is a row of `pair_maps`."""
         return self._in_rows or self
+
+
+def made_once(make: Callable[Given, Score]) -> Callable[Given, Score]:
+    """Let a function of numbers keep its scores: models ask for the same one in every call."""
+    kept: Any = functools.lru_cache(256, typed=True)(make)
+
+    @functools.wraps(make)
+    def made(*args: Given.args, **options: Given.kwargs) -> Score:
+        if not torch.compiler.is_compiling():  # a cache would not be traced
+            with contextlib.suppress(TypeError):  # what has no hash, or is refused: said below
+                return kept(*args, **options)
+        return make(*args, **options)
+
+    return made
 
 
 def _shown(value: Any) -> str:

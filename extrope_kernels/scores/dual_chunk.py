@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .._checks import check_int
-from .base import FIRST_KEY, PositionMap, Region, Score, constant
+from .base import FIRST_KEY, PositionMap, Region, Score, constant, made_once
 
 
+@made_once
 def dual_chunk(chunk_size: int, local_window: int) -> Score:
     """Dual Chunk Attention: distances restart in every chunk; older chunks are at a fixed one.
 

@@ -6,9 +6,10 @@ import math
 from numbers import Real
 
 from .._checks import as_float, check_int
-from .base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score, constant
+from .base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score, constant, made_once
 
 
+@made_once
 def rerope(window: int, factor: float = math.inf) -> Score:
     """ReRoPE: distances past a window grow a factor slower, or not at all.
 
@@ -24,6 +25,7 @@ def rerope(window: int, factor: float = math.inf) -> Score:
     return _rerope("rerope", window, factor)
 
 
+@made_once
 def leaky_rerope(window: int, factor: float) -> Score:
     """Leaky ReRoPE: distances past a window grow a factor slower.
 

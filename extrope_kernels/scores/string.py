@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .._checks import check_int
-from .base import FIRST_KEY, SAME, PositionMap, Region, Score
+from .base import FIRST_KEY, SAME, PositionMap, Region, Score, made_once
 
 
+@made_once
 def string(shift: int, window: int) -> Score:
     """Shifted positions, STRING: distances from `shift` on restart at `window`.
 

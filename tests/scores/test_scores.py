@@ -254,3 +254,14 @@ def test_nonsense_is_named(make, error, message):
 
 def score_of(stored):
     return Score("mine", (Region(FIRST_KEY, PositionMap(), PositionMap()),), stored=stored)
+
+
+def test_a_score_of_numbers_is_made_once():
+    """Of the same numbers of the same types; a refusal is the function's own each time."""
+    assert scores.rerope(7) is scores.rerope(7) is not scores.rerope(8)
+    assert scores.rerope(7) is not scores.leaky_rerope(7, math.inf)
+    assert scores.self_extend(8, 2) is not scores.self_extend(8, 2.0)  # shown as they were given
+    for _ in range(2):
+        for wrong in (True, 7.0, [7]):
+            with pytest.raises(TypeError, match="rerope: window must be an int, got"):
+                scores.rerope(wrong)
