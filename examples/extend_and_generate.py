@@ -57,7 +57,7 @@ def main() -> None:
         prompt, shown = tokenizer(text, return_tensors="pt").input_ids, tokenizer.decode
     else:
         model, prompt, shown = tiny_llama(), torch.randint(1, 128, (1, 128)), str
-    trained = models.training_length(model)
+    trained = models.lengths_of(model).trained
     prompt = prompt[:, : 2 * trained]
     print(f"a prompt of {prompt.shape[1]} tokens, a model trained to {trained}")
 

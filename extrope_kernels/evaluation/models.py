@@ -13,9 +13,10 @@ from torch import nn
 
 from .._ext import cache_dirs, load
 from .._usage import UsageError, quiet, require
-from ..integrations._shared.parameters import trained_in, values_in
+from ..integrations._shared.parameters import lengths_in
 from ..integrations.transformers import register_interface
 from ..integrations.transformers.model import generation_config_owner
+from ..methods import Lengths
 from .packages import PACKAGES, find_gguf, first_line, keep_in_cache, only_gguf
 
 if TYPE_CHECKING:
@@ -112,22 +113,11 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def training_length(model: PreTrainedModel) -> int:
-    """Return the config's number of positions in training; raises UsageError."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not length:
+def lengths_of(model: PreTrainedModel) -> Lengths:
+    """Return the model's lengths, as `extend` reads them; raises UsageError if it names none."""
+    if (known := lengths_in(model.config.get_text_config(decoder=True))) is None:
         raise UsageError("the model's config names no max_position_embeddings")
-    return int(length)
-
-
-def unscaled_length(model: PreTrainedModel) -> int:
-    """Return the length that a frequency method extends: a YaRN of the model's it replaces."""
-    config, longest = model.config.get_text_config(), training_length(model)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    by_type = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
-    # As `extend` reads them.
-    values = [values_in(config, each, 0) | trained_in(config, each, 0) for each in by_type]
-    return min(each.get("original_max_position_embeddings", longest) for each in values)
+    return known
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

@@ -27,26 +27,25 @@ AUTO = "auto"  # the method that `extend` chooses for a length
 def method_params(
     method: str,
     length: int,
-    trained: int,
-    unscaled: int | None = None,
+    reach: int,
+    trained: int | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a method's parameters for a text of `length` tokens: the given ones, and defaults.
 
-    A method that requires a factor gets length / trained, at least 1. If it replaces a scaling of
-    the model's configuration, it gets length / unscaled. `_score_params` has the defaults of score
-    methods. Other parameters, such as `base`, come from the model.
+    A method that requires a factor gets length / trained, at least 1. `_score_params` has the
+    defaults of score methods, from reach. Other parameters, such as `base`, come from the model.
 
-    trained, unscaled: as from `models.training_length` and `models.unscaled_length`.
+    reach, trained: as of `methods.lengths`; without a scaling they are equal.
     """
     given = dict(given or {})
     if method in SCORES:
-        return _score_params(method, length, trained, given) | given
+        return _score_params(method, length, reach, given) | given
     parameters = inspect.signature(METHODS[method]).parameters
     factor = parameters.get("factor")
     if factor is None or factor.default is not factor.empty:
         return given
-    return {"factor": max(1.0, length / (unscaled or trained))} | given
+    return {"factor": max(1.0, length / (trained or reach))} | given
 
 
 def _score_params(method: str, length: int, trained: int, given: dict[str, Any]) -> dict[str, Any]:

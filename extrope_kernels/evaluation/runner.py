@@ -18,7 +18,7 @@ from ..integrations.transformers.probe.layers import without_dropout
 from . import models, options, plots, report, texts
 from .digests import model_digest
 from .loss import LossTask
-from .models import after_each_layer, decoder_layers, training_length, unscaled_length
+from .models import after_each_layer, decoder_layers, lengths_of
 from .recall import RecallTask
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def evaluate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "task": task,
         "model_digest": model_digest(loaded),
-        "training_length": training_length(loaded),
+        "training_length": lengths_of(loaded).trained,
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
         "versions": report.versions(),
@@ -113,7 +113,7 @@ def _planned(
     model: PreTrainedModel, methods: dict[str, dict[str, Any]], lengths: list[int]
 ) -> list[dict[str, Any]]:
     """Return the rows to measure; raises UsageError if a method does not suit the model."""
-    trained, unscaled = training_length(model), unscaled_length(model)
+    known = lengths_of(model)
     rows = []
     for name, given in methods.items():
         for length in lengths:
@@ -121,7 +121,7 @@ def _planned(
                 method, params = options.chosen(model, length)
             else:
                 method = name
-                params = options.method_params(method, length, trained, unscaled, given)
+                params = options.method_params(method, length, known.reach, known.trained, given)
                 if why := options.refusal(model, method, params):
                     raise UsageError(why)
             row = {"method": method, "length": length, "params": params}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .._names import AXES, no_attribute
+from ._hf_source import is_bounded as is_bounded
 
 # "as" exports them to type checkers, which cannot read __all__ from the table.
 from .abf import abf as abf
@@ -23,7 +24,10 @@ from .dynamic_ntk import dynamic_ntk as dynamic_ntk
 from .dynamic_yarn import dynamic_yarn as dynamic_yarn
 from .giraffe_power import giraffe_power as giraffe_power
 from .giraffe_truncation import giraffe_truncation as giraffe_truncation
-from .hf_config import from_hf_config, stated_yarn, trained, trained_length
+from .hf_config import from_hf_config, trained
+from .hf_config import stated_yarn as stated_yarn
+from .hf_lengths import Lengths as Lengths
+from .hf_lengths import lengths
 from .llama3 import llama3 as llama3
 from .longrope import longrope as longrope
 from .mrrope import mrrope as mrrope
@@ -70,8 +74,8 @@ WRAPPERS: dict[str, Callable[..., RopeFreqs]] = {
 }
 AXES[__name__] = (*METHODS, *WRAPPERS)
 
-__all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", "stated_yarn", "trained"]
-__all__ += ["trained_length", *WRAPPERS, *METHODS]
+__all__ = ["METHODS", "WRAPPERS", "RopeFreqs", "from_hf_config", "lengths", "trained"]
+__all__ += [*WRAPPERS, *METHODS]
 
 if not TYPE_CHECKING:  # to type checkers every name would exist
 

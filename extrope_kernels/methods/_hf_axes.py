@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ._hf_source import NAME, Source
+from ._hf_source import NAME, Source, refuse_unread
 from .axial import axial
 from .base import RopeFreqs
 from .sections import with_sections
@@ -42,6 +42,7 @@ _REFUSED = {
 
 def refuse_other_rotations(source: Source) -> None:
     """Raise ValueError if the model's code rotates otherwise than its parameters say."""
+    refuse_unread(source.config)
     images = source.of_config("patch_size") is not None
     if images and not source.parameters:
         raise ValueError(

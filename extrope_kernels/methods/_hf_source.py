@@ -33,6 +33,8 @@ _READ_BY_CLASSES = (
     *("attn_config", "global_rope_theta", "local_rope_theta", "swa_rope_theta"),
     *("rope_pct", "rope_ratio", "rotary_dim", "rotary_emb_base", "rotary_pct"),
 )
+# Parts of the names of layer types that see a bounded number of keys.
+_BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Source:
 
     config: Any
     parameters: Mapping[str, Any]
-    head_dim: int
+    layer_type: str | None
     nested: bool
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -83,6 +85,11 @@ class Source:
         share = self.get("partial_rotary_factor", self.of_config("partial_rotary_factor"))
         share = 1.0 if share is None else share
         return check_real(NAME, "partial_rotary_factor", share, at_least=0, at_most=1)
+
+    @property
+    def head_dim(self) -> int:
+        """The dims of a head."""
+        return _head_dim(self.config, self.layer_type)
 
     @property
     def dim(self) -> int:
@@ -129,14 +136,26 @@ def read(config: Any, layer_type: str | None) -> Source:
         # Phi-3 keeps the trained length beside its rope parameters; that one has priority.
         parameters = {**parameters, "original_max_position_embeddings": length}
     if isinstance(config, Mapping):
-        _refuse_unread(config)
         config = _of_layers(config, layer_type)
     elif layer_type is not None and _get(config, "is_heterogeneous"):
         # ValueError: layers of one type differ, most often in sizes that the rotation ignores. If
         # head sizes differ, reading them from the whole configuration raises.
         with suppress(ValueError):
             config = config.per_layer_config[layer_type]
-    return Source(config, parameters, _head_dim(config, layer_type), nested)
+    return Source(config, parameters, layer_type, nested)
+
+
+def layer_types_in(config: Any) -> list[str]:
+    """Return the layer types that have rope parameters of their own; none if one set serves all."""
+    return [name for name, value in _parameters(config).items() if isinstance(value, Mapping)]
+
+
+def is_bounded(layer_type: str) -> bool:
+    """Return True if layers of this type see a bounded number of keys.
+
+    A "reference_sliding_attention" sees the prompt from anywhere: not bounded.
+    """
+    return layer_type.startswith(_BOUNDED) or layer_type.endswith(_BOUNDED)
 
 
 def _get(config: Any, name: str) -> Any:
@@ -147,8 +166,10 @@ def _get(config: Any, name: str) -> Any:
     return config.get(_STORED_AS.get((config.get("model_type", ""), name), name))
 
 
-def _refuse_unread(config: Mapping[str, Any]) -> None:
+def refuse_unread(config: Any) -> None:
     """Raise ValueError for a stored rotation that this module would misread."""
+    if not isinstance(config, Mapping):
+        return
     kind = config.get("model_type", "")
     read = {stored for (name, _), stored in _STORED_AS.items() if name == kind}
     for name in _READ_BY_CLASSES:

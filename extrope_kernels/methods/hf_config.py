@@ -12,6 +12,7 @@ from ._hf_axes import axial_by_default, axial_freqs, refuse_other_rotations, wit
 from ._hf_source import NAME, Source, read
 from .base import RopeFreqs
 from .dynamic_ntk import dynamic_ntk
+from .hf_lengths import is_replaced
 from .llama3 import llama3
 from .longrope import longrope
 from .ntk_aware import ntk_aware
@@ -60,7 +61,7 @@ def trained(config: Any, *, layer_type: str | None = None) -> RopeFreqs:
     training that ended at max_position_embeddings. Under yarn and dynamic, and under a linear that
     names its original length, a new factor replaces the old one: these give plain RoPE. What else a
     file says of its YaRN (truncate, betas, mscale) is for `yarn` beside the new factor, as `extend`
-    passes it. `trained_length` gives the length.
+    passes it. `lengths` gives the length.
 
     config, layer_type: as for `from_hf_config`.
 
@@ -70,28 +71,10 @@ def trained(config: Any, *, layer_type: str | None = None) -> RopeFreqs:
     source = read(config, layer_type)
     rope_type = check_choice(NAME, "rope_type", source.rope_type, _ADAPTERS)
     refuse_other_rotations(source)
-    if _is_replaced(source):
+    if is_replaced(source):
         return with_axes(rope(source.dim, base=source.base), source)
     longest = source.length if rope_type in ("longrope", "su") else None
     return with_axes(_ADAPTERS[rope_type](source, longest), source)
-
-
-def trained_length(config: Any, *, layer_type: str | None = None) -> int:
-    """Return the tokens that a model was trained to, with the frequencies of `trained`.
-
-    config, layer_type: as for `from_hf_config`.
-    """
-    source = read(config, layer_type)
-    return source.original_length if _is_replaced(source) else source.length
-
-
-def _is_replaced(source: Source) -> bool:
-    """Return True for a scaling that came after a training: a new factor replaces it."""
-    if source.rope_type == "dynamic":
-        return source.get("alpha") is None  # HunYuan's is a trained base
-    if source.rope_type == "linear":
-        return source.original_length < source.length
-    return source.rope_type == "yarn"
 
 
 def _default(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:

@@ -159,7 +159,7 @@ def _left_out(source: Source, rope_parameters: Mapping[str, Any]) -> str | None:
     if any(isinstance(each, Mapping) for each in rope_parameters.values()):
         return "left out: none of its kinds of layers is known to be the one that sees all tokens"
     rope_type = rope_parameters.get("rope_type", "default")
-    if rope_type not in _LEFT_OUT and trained_in(source.config, rope_parameters, 0):
+    if rope_type not in _LEFT_OUT and trained_in(source.config, None, rope_parameters, 2):
         return _TRAINED_UNDER.format(rope_type)
     return _LEFT_OUT.get(rope_type)
 

@@ -186,36 +186,25 @@ def _gather(source: Source, model: PreTrainedModel, sites: list[RotaryModule]) -
 
 def read_length(source: Source) -> Length:
     """Return the training length and the place of the number; raises UsageError."""
-    config, stated = source.config, source.stated
-    reach = getattr(config, "max_position_embeddings", None)
-    name = "original_max_position_embeddings"
-    places: list[tuple[str, Any]] = [(name, stated.get(name))]
-    for key in ("rope_parameters", "rope_scaling", "dual_chunk_attention_config"):
-        entry = stated.get(key)
-        nested = [entry, *entry.values()] if isinstance(entry, Mapping) else []
-        places += [(f"{name} in {key}", each.get(name)) for each in nested if hasattr(each, "get")]
-    origin, trained = next(((key, value) for key, value in places if value), (None, reach))
-    unscaled = trained
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, Mapping))]
-    if reach is not None and any(trained_in(config, each, 0) for each in kinds):
-        origin, unscaled, trained = None, trained, reach  # the scaling is part of the training
-    longest = "max_position_embeddings"
-    for key, value in ((origin or longest, trained), (longest, reach)):
-        if type(value) is not int or value < 1:
-            got = "none" if value is None else repr(value)
-            raise UsageError(f"{key} must be a whole number of tokens > 0, got {got}")
-    if origin is None:
-        origin = longest
-        if stated.get(origin) is None:
-            origin = f"{origin}, the default of {type(config).__name__}: the file names none"
+    config, stated, name = source.config, source.stated, "max_position_embeddings"
+    rope = ("rope_parameters", "rope_scaling")
+    shared = {} if any(map(stated.get, rope)) else {rope[0]: getattr(config, rope[0], None)}
+    longest = {name: getattr(config, name, None)}
+    try:
+        known = methods.lengths({**longest, **shared, **stated})
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error).removeprefix("lengths: ")) from error
+    origin = known.origin
+    if origin == name and stated.get(name) is None:
+        origin = f"{name}, the default of {type(config).__name__}: the file names none"
     if source.gguf:
-        ending = "context_length" if name not in origin else "rope.scaling.original_context_length"
+        ending = (
+            "rope.scaling.original_context_length" if "original" in origin else "context_length"
+        )
         origin = f"{source.gguf}.{ending}"
-    scaled = trained * (parameters.get("factor") or 1)
-    if parameters.get("rope_type") == "yarn" and scaled > reach:
-        return Length(trained, unscaled, origin, int(scaled), "the factor of its YaRN")
-    return Length(trained, unscaled, origin, max(trained, reach), "max_position_embeddings")
+    longest = max(known.trained, getattr(config, name))
+    reach_origin = "the factor of its YaRN" if known.reach > longest else name
+    return Length(known.trained, known.unscaled, origin, max(known.reach, longest), reach_origin)
 
 
 def _short_yarn(config: PreTrainedConfig, length: Length) -> Iterator[str]:
@@ -338,7 +327,7 @@ def _rotation(
     rotating = int((built.inv_freq > 0).sum())
     dim = 2 * len(built.inv_freq)
     plain = methods.rope(dim, base=base)
-    of_training = trained_in(source.config, parameters, dim).get("over", plain).inv_freq
+    of_training = trained_in(source.config, key, parameters, dim).get("over", plain).inv_freq
     seen = min(trained, layers.window or trained)
     turns = of_training[:rotating].double() * seen / (2 * math.pi)
     stated = _stated(source, key)

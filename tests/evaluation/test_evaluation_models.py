@@ -161,8 +161,9 @@ def test_copy_that_another_process_made_meanwhile_stays(package, cache, model, l
     ],
 )
 def test_a_frequency_method_extends_what_was_trained(name, given, wanted):
+    """The last of two kinds of layers is the one that sees all keys."""
     config = getattr(transformers, name)(max_position_embeddings=64, pad_token_id=0, **given)
-    assert models.unscaled_length(SimpleNamespace(config=config)) == wanted
+    assert models.lengths_of(SimpleNamespace(config=config)).trained == wanted
 
 
 def test_a_gguf_file_is_named_or_alone_in_its_folder(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_yarn_keeps_the_fast_pairs_of_the_training_and_slows_its_slow_ones(
     config, layer_type, base, ramp
 ):
     over = methods.trained(config, layer_type=layer_type)
-    length = methods.trained_length(config, layer_type=layer_type)
+    length = methods.lengths(config, layer_type).trained
     assert length == 131072
     dim = config["head_dim"]
     settings = {"factor": 2.0, LENGTH: length, "base": base, "ramp": ramp}
@@ -178,7 +179,7 @@ def test_a_scaling_that_names_its_original_length_is_replaced(rope_type):
     freqs = methods.trained(config)
     assert same_bits(freqs.inv_freq, methods.rope(128, base=1e6).inv_freq)
     assert freqs.attention_factor == 1.0
-    assert methods.trained_length(config) == 32768
+    assert methods.lengths(config).trained == 32768
 
 
 def test_a_linear_scaling_that_names_its_original_length_is_replaced():
@@ -186,7 +187,7 @@ def test_a_linear_scaling_that_names_its_original_length_is_replaced():
     config = {**QWEN_3, "rope_scaling": scaling, LENGTH: 32768}
     expected = methods.rope(128, base=1e6)
     assert same_bits(methods.trained(config).inv_freq, expected.inv_freq)
-    assert methods.trained_length(config) == 32768
+    assert methods.lengths(config).trained == 32768
 
 
 def test_an_alpha_of_hunyuan_is_a_trained_base():
@@ -194,7 +195,7 @@ def test_an_alpha_of_hunyuan_is_a_trained_base():
     config = {"head_dim": 128, "max_position_embeddings": 32768, "rope_scaling": scaling}
     expected = methods.ntk_aware(128, factor=1000.0)
     assert same_bits(methods.trained(config).inv_freq, expected.inv_freq)
-    assert methods.trained_length(config) == 32768
+    assert methods.lengths(config).trained == 32768
 
 
 def test_proportional_frequencies_are_trained_ones():
@@ -228,3 +229,60 @@ def test_over_must_fit(name):
         refused(methods.rope(8))
     with pytest.raises(ValueError, match=re.escape("got (8,) with log_decay (XPOS)")):
         refused(methods.xpos(DIM))
+
+
+QWEN_1M = {
+    "max_position_embeddings": 1010000,
+    "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192, LENGTH: 262144},
+}
+IN_SCALING, LONGEST = f"{LENGTH} in rope_scaling", "max_position_embeddings"
+PLAIN = {LONGEST: 4096}
+HUNYUAN = {LONGEST: 32768, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}}
+LENGTHS = {  # trained, unscaled, reach, origin
+    "plain": (PLAIN, (4096, 4096, 4096, LONGEST)),
+    "Gemma 3": (GEMMA_3, (131072, 131072, 131072, LONGEST)),
+    "Llama 3.1": (LLAMA_3_1, (131072, 8192, 131072, LONGEST)),
+    "Phi-3": (PHI_3, (131072, 4096, 131072, LONGEST)),
+    "Qwen3, reaching its longest": (QWEN_3, (32768, 32768, 131072, IN_SCALING)),
+    "Qwen3, its card": ({**QWEN_3, LONGEST: 40960}, (32768, 32768, 131072, IN_SCALING)),
+    "Qwen3, longer": ({**QWEN_3, LONGEST: 262144}, (32768, 32768, 262144, IN_SCALING)),
+    "Qwen2.5-1M": (QWEN_1M, (262144, 262144, 262144, f"{LENGTH} in dual_chunk_attention_config")),
+    "HunYuan": (HUNYUAN, (32768, 32768, 32768, LONGEST)),
+    "dynamic": (
+        {LONGEST: 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        (4096, 4096, 4096, LONGEST),
+    ),
+    "linear after the training": (
+        {**PLAIN, LENGTH: 1024, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        (1024, 1024, 4096, LENGTH),
+    ),
+    "proportional": (PROPORTIONAL, (8192, 8192, 8192, LONGEST)),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths(name):
+    config, expected = LENGTHS[name]
+    assert methods.lengths(config) == expected
+    assert methods.lengths(SimpleNamespace(**config)) == expected
+
+
+def test_lengths_of_a_layer_type():
+    yarn = {"rope_type": "yarn", "factor": 4.0, LENGTH: 1024}
+    kinds = {"sliding_attention": {"rope_type": "default"}, "full_attention": yarn}
+    config = {**PLAIN, "rope_parameters": kinds}
+    assert methods.lengths(config)[:3] == (1024, 1024, 4096)
+    assert methods.lengths(config, "sliding_attention")[:3] == (4096, 4096, 4096)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "lengths: max_position_embeddings must be given, got None"),
+        ({LONGEST: 0}, "lengths: max_position_embeddings must be > 0, got 0"),
+        ({LONGEST: 64, LENGTH: 1.5}, f"lengths: {LENGTH} must be a whole number"),
+    ],
+)
+def test_lengths_that_are_none(config, said):
+    with pytest.raises(ValueError, match=said):
+        methods.lengths(config)

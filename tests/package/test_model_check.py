@@ -490,7 +490,7 @@ MISTAKES = (  # a file, what it holds, what is said of it
     ("shaped.json", LLAMA | {"num_attention_heads": "eight"},
      "'num_attention_heads' expected int, got str"),  # not cut at the first line
     ("short.json", LLAMA | {"max_position_embeddings": 0},
-     "max_position_embeddings must be a whole number of tokens > 0, got 0"),
+     "max_position_embeddings must be > 0, got 0"),
     ("damaged.gguf", "GGUF" + 40 * "\0", "cannot be read: "),
     ("empty", None, "holds neither config.json nor a .gguf file"),
     ("none", None, "no such folder, .gguf file or config.json"),

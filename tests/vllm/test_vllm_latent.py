@@ -28,7 +28,9 @@ BY_PARTS = {"method": "ntk_by_parts", "factor": 16.0}
 
 def adopted(extrope, rope, **text):
     """The rope_parameters from which vLLM builds its layers, and the engine."""
-    made = config(extrope, {"kv_lora_rank": 512, "rope_parameters": rope} | text)
+    made = config(
+        extrope, {"kv_lora_rank": 512, "qk_rope_head_dim": 32, "rope_parameters": rope} | text
+    )
     adopt_scaling(made)
     adopt_scaling(made)  # a second time, as in copies
     return made.model_config.hf_text_config.rope_parameters, make_engine(made)

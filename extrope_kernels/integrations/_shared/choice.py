@@ -28,7 +28,7 @@ def choose_method(
     """Choose the method that measured best for `length` tokens (docs/guide/measured.md).
 
     trained: tokens of the training, before a scaling that a new factor replaces
-        (`methods.trained_length`).
+        (`methods.lengths`).
     reach: tokens that the model reaches as it is, with the scaling of its configuration.
     refused: why no score method can serve the model, in a few words; None if one can.
     chunks: True if its configuration has the chunks that it was trained with (Qwen2.5-1M).

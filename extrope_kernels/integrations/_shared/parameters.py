@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ... import RopeFreqs
-from ...methods import METHODS, WRAPPERS, stated_yarn, trained, trained_length
+from ...methods import METHODS, WRAPPERS, Lengths, lengths, stated_yarn, trained
+from ...methods import is_bounded as is_bounded
 from ...ops.attention import check_log_n
 from ...scores import SCORES, Score
 
@@ -42,10 +43,6 @@ SPARSE = (
 )
 # Methods that take over what a configuration says of its YaRN beside the factor.
 _YARNS = ("yarn", "dynamic_yarn")
-# Scalings that are part of a training, as `methods.trained` reads them.
-_TRAINED_UNDER = ("linear", "llama3", "longrope", "su", "proportional")
-# Parts of the names of kinds of layers that see a bounded number of keys.
-_BOUNDED = ("sliding", "chunked", "local")
 
 
 @dataclass(frozen=True)
@@ -81,21 +78,19 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def values_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
+def values_in(
+    config: Any, kind: str | None, parameters: Mapping[str, Any], dim: int
+) -> dict[str, Any]:
     """Return a transformers configuration's values for parameters of methods.
 
-    parameters: its rope_parameters, those of one kind of layers.
+    kind: of layers, None if all rotate alike. parameters: its rope_parameters.
     """
-    longest = getattr(config, "max_position_embeddings", None)
-    trained = getattr(config, _TRAINED, None)
+    known = lengths_in(config, kind)
     values = {
         "dim": dim,
         "base": parameters.get("rope_theta"),
-        "max_position_embeddings": longest,
-        _TRAINED: trained
-        or parameters.get(_TRAINED)
-        or score_values_in(config, "dual_chunk").get(_TRAINED)
-        or longest,
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        _TRAINED: None if known is None else known.unscaled,
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -115,38 +110,31 @@ def yarn_in(config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return stated_yarn(parameters, any(isinstance(each, Mapping) for each in kinds))
 
 
-def trained_in(config: Any, parameters: Mapping[str, Any], dim: int) -> dict[str, Any]:
+def trained_in(
+    config: Any, kind: str | None, parameters: Mapping[str, Any], dim: int
+) -> dict[str, Any]:
     """Return the values of a model that was trained under a scaling: `over`, and its length.
 
     Empty for plain RoPE, and for the scalings that a new factor replaces (yarn, dynamic).
-    dim: 0 for the length alone.
     """
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if (known := lengths_in(config, kind)) is None:
+        return {}
     if (saved := _saved_extension(config, parameters)) is not None:
-        over, before = saved["parameters"].get("over"), saved["parameters"].get(_TRAINED)
-        if over is None:
-            return {}
-        length = before or round(saved["length"] / saved["parameters"]["factor"])
-        return {_TRAINED: length} if dim == 0 else {_TRAINED: length, "over": freqs_of(over)}
-    of_hunyuan = rope_type == "dynamic" and parameters.get("alpha") is not None
-    if rope_type not in _TRAINED_UNDER and not of_hunyuan:
-        return {}
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is None:
-        return {}
+        over = saved["parameters"].get("over")
+        return {} if over is None else {_TRAINED: known.trained, "over": freqs_of(over)}
     described = {name: value for name, value in parameters.items() if name != "mrope_section"}
-    if rope_type != "proportional":  # dim has the share already
+    if described.get("rope_type") != "proportional":  # dim has the share already
         described.pop("partial_rotary_factor", None)
-    original = getattr(config, _TRAINED, None)
     of_kind = {
         "head_dim": dim,
-        "max_position_embeddings": longest,
-        "rope_parameters": described if original is None else {_TRAINED: original, **described},
+        "max_position_embeddings": config.max_position_embeddings,
+        _TRAINED: getattr(config, _TRAINED, None),
+        "rope_parameters": described,
     }
-    length = trained_length({**of_kind, "head_dim": 2})
-    if length < longest:  # a scaling after the training
+    over = trained(of_kind)
+    if over == METHODS["rope"](dim, base=described.get("rope_theta") or 10000.0):
         return {}
-    return {_TRAINED: length} if dim == 0 else {_TRAINED: length, "over": trained(of_kind)}
+    return {_TRAINED: known.trained, "over": over}
 
 
 def axes_in(config: Any, parameters: Mapping[str, Any], dim: int) -> Tensor | None:
@@ -183,17 +171,23 @@ def freqs_of(stored: Mapping[str, Any]) -> RopeFreqs:
     return RopeFreqs(inv_freq, float(stored["attention_factor"]))
 
 
-def lengths_in(config: Any, parameters: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Return the tokens that a model was trained to, and those that it reaches as it is.
+def lengths_in(config: Any, kind: str | None = None) -> Lengths | None:
+    """Return `methods.lengths` of a model, in a saved extension's folder those before it.
 
-    parameters: its rope_parameters, those of one kind of layers.
+    None if its configuration names no length (RecurrentGemma).
     """
-    values = values_in(config, parameters, 0) | trained_in(config, parameters, 0)
-    trained = values.get(_TRAINED)
-    reach = values.get("max_position_embeddings", trained)
-    if trained is not None and parameters.get("rope_type") == "yarn" and parameters.get("factor"):
-        reach = max(reach, int(trained * parameters["factor"]))
-    return trained, reach
+    if getattr(config, "max_position_embeddings", None) is None:
+        return None
+    known, rope_parameters = lengths(config, kind), getattr(config, "rope_parameters", None) or {}
+    saved = _saved_extension(config, rope_parameters.get(kind) or rope_parameters)
+    if saved is None:
+        return known
+    before = known.unscaled
+    if saved["parameters"].get("over") is not None:
+        before = saved["parameters"].get(_TRAINED) or round(
+            saved["length"] / saved["parameters"]["factor"]
+        )
+    return known._replace(trained=before)
 
 
 def values_for(
@@ -353,11 +347,3 @@ def _check_dim(op: str, method: str, freqs: RopeFreqs, dim: int) -> None:
         raise ValueError(
             f"{op}: {method} must yield {dim // 2} frequencies, got {freqs.inv_freq.shape[-1]}"
         )
-
-
-def is_bounded(kind: str) -> bool:
-    """Return True if layers of this name see a bounded number of keys.
-
-    A "reference_sliding_attention" sees the prompt from anywhere: not bounded.
-    """
-    return kind.startswith(_BOUNDED) or kind.endswith(_BOUNDED)

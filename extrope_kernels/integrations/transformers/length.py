@@ -51,8 +51,6 @@ def choose(
     trained, reach = _lengths(rotary_modules, length, given)
     config = rotary_modules[0].module.config
     chunks = {"chunk_size", "local_window"} <= set(score_values_in(config, "dual_chunk"))
-    if chunks:  # transformers itself has none of them
-        reach = trained
     refused = refused or why_no_images(model, rotary_modules)
     kinds = [kind for each in rotary_modules for kind in each.layer_types]
     if (refused or "").startswith(BOUNDED) or all(is_bounded(kind or "") for kind in kinds):
@@ -105,8 +103,9 @@ def _lengths(
     """Return the trained length and the one that the model reaches as it is; check `length`."""
     check_length("extend", "length", length)
     first = rotary_modules[0]
-    trained, reach = lengths_in(first.module.config, _stated(rotary_modules))
-    if first.learned and trained is not None:  # with its scaling, as `values_of` has it
+    known = lengths_in(first.module.config, _widest(first))
+    trained, reach = (None, None) if known is None else (known.trained, known.reach)
+    if first.learned:  # with its scaling, as `values_of` has it
         trained = reach
     if (told := given.get(_TRAINED)) is not None:
         trained = reach = check_length("extend", _TRAINED, told)
@@ -126,9 +125,13 @@ def _lengths(
 
 def _stated(rotary_modules: list[RotaryModule]) -> Mapping[str, Any]:
     """Return the rope_parameters of the layers that see all keys, else of the first ones."""
-    first = rotary_modules[0]
-    kinds = [kind for kind in first.layer_types if not is_bounded(kind or "")]
-    return first.parameters((kinds or first.layer_types)[0])
+    return rotary_modules[0].parameters(_widest(rotary_modules[0]))
+
+
+def _widest(rotary_module: RotaryModule) -> str | None:
+    """Return the first kind of layers that sees all keys, else the first."""
+    kinds = rotary_module.layer_types
+    return next((kind for kind in kinds if not is_bounded(kind or "")), kinds[0])
 
 
 def why_no_images(model: nn.Module, rotary_modules: list[RotaryModule]) -> str | None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from ...scores import SCORES
 from .._shared.choice import choose_method
-from .._shared.parameters import is_bounded, lengths_in, score_values_in
+from .._shared.parameters import lengths_in, score_values_in
 from .engine import make_engine
 from .latent import as_stated
-from .settings import AUTO, NAME, Settings, check_config, read_entry, rotations
+from .settings import AUTO, NAME, Settings, check_config, read_entry
 
 
 def choose_entry(config: Any, check: Callable[[Any], object]) -> str | None:
@@ -30,30 +30,20 @@ def choose_entry(config: Any, check: Callable[[Any], object]) -> str | None:
     model = config.model_config
     text, length = as_stated(model.hf_text_config), model.max_model_len
     check_config(Settings("rope"), config)  # a model that no entry can serve
-    trained, reach = _lengths(text)
+    if (known := lengths_in(text)) is None:
+        raise ValueError(f"{NAME}: the model must name its max_position_embeddings, got none")
     chunks = score_values_in(text, "dual_chunk").keys() >= {"chunk_size", "local_window"}
-    if chunks:  # vLLM itself has none of them
-        reach = trained
-    rerope = {"method": "rerope", "window": max(1, reach // 2)}
+    rerope = {"method": "rerope", "window": max(1, known.reach // 2)}
     refused = _refused(config, {"score": rerope}, check)
-    choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
+    choice = choose_method(length, known.trained, known.reach, refused=refused, chunks=chunks)
     if choice is None:
         config.additional_config = {k: v for k, v in config.additional_config.items() if k != NAME}
-        return f"auto for max_model_len {length} leaves the model, which reaches {reach}, as it is"
+        reaches = f"the model, which reaches {known.reach}, as it is"
+        return f"auto for max_model_len {length} leaves {reaches}"
     entry = {"method": choice.method, **choice.parameters}
     entry = {"score": entry} if choice.method in SCORES else entry
     config.additional_config = {**config.additional_config, NAME: entry}
     return f"auto for max_model_len {length} is {entry}: {choice.reason}"
-
-
-def _lengths(text: Any) -> tuple[int, int]:
-    """Return the trained length, and that reached with the scaling of the configuration."""
-    kinds = rotations(text)
-    _, parameters = next((each for each in kinds if not is_bounded(each[0] or "")), kinds[0])
-    trained, reach = lengths_in(text, parameters)
-    if trained is None or reach is None:
-        raise ValueError(f"{NAME}: the model must name its max_position_embeddings, got none")
-    return trained, reach
 
 
 def _refused(config: Any, entry: Mapping[str, Any], check: Callable[[Any], object]) -> str | None:

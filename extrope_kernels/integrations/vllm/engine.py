@@ -150,7 +150,7 @@ def _kinds(
         freqs, following = from_hf_config(text, length, layer_type=kind), None
         base = float(parameters.get("rope_theta", 10000.0))
         if extended and settings.method is not None:
-            freqs, following = _by_method(settings, text, parameters, freqs, length)
+            freqs, following = _by_method(settings, text, kind, parameters, freqs, length)
         if extended:
             _check_pairs(settings, freqs.inv_freq.shape[-1])
         # vLLM's layers know their sections of several axes; text alone has one position.
@@ -160,11 +160,17 @@ def _kinds(
 
 
 def _by_method(
-    settings: Settings, text: Any, parameters: Mapping[str, Any], own: RopeFreqs, length: int
+    settings: Settings,
+    text: Any,
+    kind: str | None,
+    parameters: Mapping[str, Any],
+    own: RopeFreqs,
+    length: int,
 ) -> tuple[RopeFreqs, ByLength | None]:
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
-    values, trained = values_in(text, parameters, dim), trained_in(text, parameters, dim)
+    values = values_in(text, kind, parameters, dim)
+    trained = trained_in(text, kind, parameters, dim)
     yarn, axes = yarn_in(text, parameters), partial(axes_in, text, parameters, dim)
     model = ModelValues(values, trained, yarn, still, axes)
     with reprefix_error():

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from .._shared.parameters import PARAMETERS, trained_in, values_in
+from .._shared.parameters import PARAMETERS, lengths_in, trained_in
 from .settings import NAME, has_rotation, read_settings
 
 _MSCALES = ("mscale", "mscale_all_dim")
@@ -47,22 +47,21 @@ def adopt_scaling(config: Any) -> None:
         return
     old, given = text.rope_parameters, settings.parameters
     mscales = mscales_in(text, {**old, **given})
+    stated = as_stated(text)
+    scaled = trained_in(stated, None, stated.rope_parameters, text.qk_rope_head_dim)
     follows = set(_MSCALES) <= set(PARAMETERS[settings.method])
-    if (
-        follows
-        and mscales.get("mscale_all_dim")
-        and ("factor" not in given or trained_in(text, old, 0))
-    ):
+    if follows and mscales.get("mscale_all_dim") and ("factor" not in given or scaled):
         raise ValueError(
             f"{NAME}: mscale_all_dim must be 0 for {settings.method} of {model.architecture}, "
             f"whose softmax scale cannot follow it, got {mscales['mscale_all_dim']}"
         )
-    if trained_in(text, old, 0):  # a scaling without a temperature (MiniCPM3), which stays below
+    if scaled:  # a scaling without a temperature (MiniCPM3), which stays below
         return
     new = {k: v for k, v in old.items() if k not in ("rope_type", "type", "factor", *_MSCALES)}
     new["rope_type"] = "default"
     if follows and "factor" in given:
-        trained = {**values_in(text, old, 0), **given}.get(_TRAINED)
+        known = lengths_in(stated)
+        trained = given.get(_TRAINED, known and known.unscaled)
         new |= {"rope_type": _YARN[0], "factor": given["factor"], _TRAINED: trained, **mscales}
     text.rope_parameters = new
 

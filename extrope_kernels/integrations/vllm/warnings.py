@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .._shared.parameters import PARAMETERS, is_bounded, trained_in, values_in
+from .._shared.parameters import PARAMETERS, is_bounded, lengths_in
+from .latent import as_stated
 from .settings import NAME, Settings, describe, read_entry, rotations
 
 _TRAINED, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
@@ -24,7 +25,7 @@ def summary(settings: Settings, config: Any) -> str:
     model = config.model_config
     text = model.hf_text_config
     kinds = [kind for kind in rotations(text) if not is_bounded(kind[0] or "")]
-    trained = {_trained_length(settings, text, parameters) for _, parameters in kinds}
+    trained = {_trained_length(settings, text, kind) for kind, _ in kinds}
     bases = {float(parameters.get("rope_theta", 10000.0)) for _, parameters in kinds}
     return (
         f"{describe(config.additional_config)} (trained length {_listed(trained)}, "
@@ -65,7 +66,7 @@ def _overridden(settings: Settings, model: Any) -> Iterator[str]:
     if longest is None or not _counts_from(settings.method):
         return
     text, name = model.hf_text_config, _counts_from(settings.method)
-    lengths = {_trained_length(settings, text, parameters) for _, parameters in rotations(text)}
+    lengths = {_trained_length(settings, text, kind) for kind, _ in rotations(text)}
     if name not in settings.parameters and longest in lengths:
         yield (
             f"hf_overrides makes {_LONGEST} {longest}, which {settings.method} takes for the "
@@ -79,12 +80,13 @@ def _counts_from(method: str) -> str | None:
     return next((name for name in (_TRAINED, _LONGEST) if name in PARAMETERS[method]), None)
 
 
-def _trained_length(settings: Settings, text: Any, parameters: Mapping[str, Any]) -> Any:
+def _trained_length(settings: Settings, text: Any, kind: str | None) -> Any:
+    """Return the length that a method counts from: that given, else the model's."""
     name = settings.method and _counts_from(settings.method)
-    values = values_in(text, parameters, dim=0)
-    if not name or "over" in PARAMETERS[settings.method]:
-        values |= trained_in(text, parameters, dim=0)
-    return settings.parameters.get(name, values.get(name or _TRAINED))
+    if name in settings.parameters or (known := lengths_in(as_stated(text), kind)) is None:
+        return settings.parameters.get(name)
+    over = settings.method is None or "over" in PARAMETERS[settings.method]
+    return known.trained if over else known.unscaled
 
 
 def _listed(numbers: set[Any]) -> str:

@@ -82,7 +82,8 @@ def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValue
     """Return the model's values for the rotation of one kind of layers."""
     parameters = rotary_module.parameters(layer_type)
     config, dim = rotary_module.module.config, rotary_module.dim(layer_type)
-    values, trained = values_in(config, parameters, dim), trained_in(config, parameters, dim)
+    values = values_in(config, layer_type, parameters, dim)
+    trained = trained_in(config, layer_type, parameters, dim)
     if rotary_module.learned:  # in a training up to the longest length
         over = rotary_module.own_freqs(layer_type).to("cpu")
         trained = {"original_max_position_embeddings": config.max_position_embeddings, "over": over}
