@@ -72,7 +72,7 @@ CALLS = {
     "sinks": {"sinks": doubles(4)},
     "query_scale": {"query_scale": torch.rand(2, 9) + 0.5},
     "rows without keys": {**BEFORE, "softcap": 0.5},
-    "all": {**SOFTMAX, "sinks": doubles(4), **BEFORE},
+    "all": {**SOFTMAX, "sinks": doubles(4), "query_scale": doubles(9), **BEFORE},
 }
 
 
