@@ -32,9 +32,10 @@ def ms_poe(
     that the last query gives more than three times the average attention, greatest first. Their
     code divides by the number of heads, so its greatest ratio stays below max_ratio.
 
-    Heads of one group share a ratio, since queries and the keys that they see must. If k has fewer
-    heads than q, rotate them in two calls: `apply_rope` of k by ms_poe(freqs, heads=heads_k), of q
-    by ms_poe(freqs, heads=heads_q, group=heads_q // heads_k).
+    Heads of one group share a ratio, since queries and the keys that they see must. So attention
+    takes ms_poe(freqs, heads=heads_k). Without it, if k has fewer heads than q, rotate them in two
+    calls: `apply_rope` of k by the same, of q by ms_poe(freqs, heads=heads_q,
+    group=heads_q // heads_k).
 
     freqs: from any method without log_decay. inv_freq becomes (1, heads, rotary_dim/2), or
         (batch, heads, rotary_dim/2) where it was (batch, rotary_dim/2).

@@ -40,7 +40,7 @@ def test_both_functions_share_options():
     shared = [name for name in first if name in second and name not in "qkv"]
     assert [name for name in second if name in shared] == shared
     assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
-    alone = {"q_start", "k_start", "cu_seqlens", "keys_stored", "positions"}
+    alone = {"q_start", "k_start", "cu_seqlens", "keys_stored"}
     assert {*first} - {*second} == alone and len(shared) == 12
     assert all(x.kind is x.KEYWORD_ONLY for n, x in first.items() if n in shared[2:])
 

@@ -65,8 +65,6 @@ MADE = {
     "stored by another map": Row(example("stored by another map", 2)),
     "frequencies of heads": Row(PLAIN, frequencies(2)),
     "frequencies and factors": Row(example("factors"), frequencies(2)),
-    "frequencies of query heads": Row(PLAIN, frequencies(4)),
-    "factors of query heads": Row(example("factors", 4)),
 }
 OPTIONS = {
     "the last queries": {"seqlen_q": 5, "interleaved": True},
@@ -95,15 +93,11 @@ def test_outputs_and_gradients(name, dtype, any_backend):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(
-    "name", ("groups of heads", "frequencies and factors", "frequencies of query heads")
-)
+@pytest.mark.parametrize("name", ("groups of heads", "frequencies and factors"))
 def test_options(name, option, any_backend):
-    """With frequencies of each sequence, where it does not say those of query heads."""
-    made, freqs = MADE[name]
-    options = dict(OPTIONS[option])
-    if "query" not in name:
-        freqs = frequencies(2 if "frequencies" in name else 1, 3 if option == "packed" else 2)
+    """With frequencies of each sequence."""
+    made, options = MADE[name].example, dict(OPTIONS[option])
+    freqs = frequencies(2 if "frequencies" in name else 1, 3 if option == "packed" else 2)
     tensors = qkv(seqlen_q=options.pop("seqlen_q", 19))
     if option == "packed":
         tensors = [x[0] for x in tensors]
@@ -125,7 +119,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("name", [name for name in MADE if "query" not in name])
+@pytest.mark.parametrize("name", MADE)
 def test_decode(name, kind, any_backend):
     """What is read, and where new keys are written: by pair and head."""
     of_heads = MADE[name].freqs is not BASE

@@ -28,7 +28,7 @@ REFUSALS = (TypeError, ValueError, NotImplementedError)
 # What calls of a kind take, by a word of their names.
 RIGHT = {
     "packed": {"no batch", "boundaries"},
-    "axes": {"by axes", "positions of axes"},
+    "axes": {"by axes"},
     "fp8": {"float8", "scale"},
 }
 # What the reference takes, and fakes: gradients of decays, values of any size.

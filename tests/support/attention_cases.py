@@ -147,7 +147,7 @@ def cases(draw, dtypes=LOW) -> Case:
     example = draw(st.one_of(examples(), examples(), by_pair(pairs, heads_k)))
     rows = (
         draw(st.sampled_from((1, max(batch, 1)))),
-        draw(st.sampled_from((0, 0, heads_k, heads_q))),
+        draw(st.sampled_from((0, 0, heads_k))),
     )
     scale = torch.linspace(0.5, 1.5, rows[0] * max(rows[1], 1), device=freqs.inv_freq.device)
     if rows[1]:

@@ -60,9 +60,9 @@ def closed_form(
 ) -> tuple[Tensor, Tensor]:
     """out and lse in float64: sum over pairs of Re(q conj(k) exp(1j * relative * theta)).
 
-    inv_freq: (rotary_dim / 2,), (batch, rotary_dim / 2) or (batch or 1, heads, rotary_dim / 2), of
-    k's or of q's heads. first: the position of row 0, where it is not what bottom-right alignment
-    says. Differentiable in q, k, v and sinks.
+    inv_freq: (rotary_dim / 2,), (batch, rotary_dim / 2) or (batch or 1, heads_k, rotary_dim / 2).
+    first: the position of row 0, where it is not what bottom-right alignment says. Differentiable
+    in q, k, v and sinks.
     """
     q, k, v = (x.double() for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
@@ -299,9 +299,9 @@ def by_formula(formula, example: Example, tensors, freqs, options: dict, **order
 def plain_formulas(example: Example, freqs: RopeFreqs, options: dict) -> list:
     """Functions of q, k, v (and sinks) that set the budget: two orders of the plain formula.
 
-    It knows no pairs, heads or axes that differ: then the reference in the tensors' own dtype.
+    It knows no pairs or heads that differ: then the reference in the tensors' own dtype.
     """
-    if example.by_pair or freqs.inv_freq.dim() == 3 or freqs.axes is not None:
+    if example.by_pair or freqs.inv_freq.dim() == 3:
         return [lambda *x: attend(example, *x[:3], freqs, "reference", **options, **_named(x[3:]))]
     return [
         lambda *x, order=order: by_formula(

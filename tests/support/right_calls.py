@@ -44,7 +44,6 @@ ATTENTION = {
     "return_lse": False,
     "backend": None,
     "keys_stored": False,
-    "positions": None,
 }
 ROPE = {
     "freqs": FREQS,
@@ -138,12 +137,6 @@ CALLS = {
     "rope_attention": {**ATTENTION, "score": None},
     "rope_attention of a score": ATTENTION,
     "rope_attention between starts": {**ATTENTION, "score": None, "q_start": 3, "k_start": 0},
-    "rope_attention of several axes": {
-        **ATTENTION,
-        "score": None,
-        "freqs": SECTIONS,
-        "positions": torch.zeros(3, 2, 6, device=DEVICE),
-    },
     "rope_attention of packed sequences": {**ATTENTION, **PACKED, "v": PACKED["k"] + 1},
     "rope_attention of no packed tokens": {**ATTENTION, **NO_TOKENS, "v": NO_TOKENS["k"]},
     "rope_attention_with_kvcache": {**CACHE, "score": None},

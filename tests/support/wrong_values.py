@@ -105,7 +105,7 @@ WRONG = {
     "freqs": not_freqs(),
     "rope_attention.freqs": not_freqs()
     | {
-        "positions of axes": SECTIONS,
+        "freqs of axes": SECTIONS,
         **{f"attention_factor {x}": replace(FREQS, attention_factor=x) for x in (1e20, 1e300)},
     },
     "with_kvcache.freqs": not_freqs() | {"freqs of axes": SECTIONS, "freqs of XPOS": XPOS},

@@ -23,8 +23,8 @@ from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
 from .._shared.layouts import checked_by_layout
 from .._shared.positions import cache_lengths
-from . import axes, flash_attn, heads, op
-from .call import AttentionCall, KVCache, make_call
+from . import flash_attn, op
+from .call import KVCache, make_call
 from .checks import (
     check_attention,
     check_decode,
@@ -61,7 +61,6 @@ def rope_attention(
     return_lse: bool = False,
     backend: str | None = None,
     keys_stored: bool = False,
-    positions: Tensor | None = None,
 ) -> Tensor | Any:
     """Rotate queries and keys and attend causally; a score method may change their distances.
 
@@ -75,10 +74,9 @@ def rope_attention(
         is expanded. v may have another head_dim (MLA: 192 and 128). If seqlen_q < seqlen_k, the
         queries are the last of the sequence. With cu_seqlens all are (total, heads, head_dim).
     freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), one row per
-        sequence, or (1 or batch, heads, rotary_dim/2) as from `methods.ms_poe`. Heads are k's or
-        q's. With q's, frequencies differ within a group: each key is rotated and read once for
-        every head of its group. attention_factor multiplies the rotated dims of q and of k, near
-        and far.
+        sequence, or (1 or batch, heads_k, rotary_dim/2) as from `methods.ms_poe`: heads of q have
+        those of the head of k that they share. attention_factor multiplies the rotated dims of q
+        and of k, near and far.
     score: from `extrope_kernels.scores`, such as scores.rerope(window=1024), or your own `Score`;
         None is plain RoPE.
     softmax_scale: factor of the logits; head_dim**-0.5 by default.
@@ -101,11 +99,7 @@ def rope_attention(
     return_lse: return the log-sum-exp of the logits too.
     backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
         backend never falls back.
-    keys_stored: k is rotated by `score.stored`, as in a cache, not raw. Heads that differ are then
-        k's, unless the score stores keys raw.
-    positions: (axes, 1 or batch, seqlen_k), for freqs of several axes (`methods.axial`,
-        `with_sections`): of all keys; the queries' are the last ones. Regions still count tokens,
-        and their maps take these positions. Each region is then a separate call.
+    keys_stored: k is rotated by `score.stored`, as in a cache, not raw.
 
     Returns: out like q, with v's head_dim, and with return_lse the log-sum-exp of the logits and
         the sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32 (float64 with float64
@@ -116,11 +110,7 @@ def rope_attention(
     """
     name = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
     refuse_flags(name, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
-    check_method(name, freqs, score, axes=True)
-    if freqs.axes is not None and positions is None:
-        raise ValueError(
-            f"{name}: positions must be given with freqs of several axes (mRoPE), got none"
-        )
+    check_method(name, freqs, score)
     cu_seqlens = narrowed(cu_seqlens)
     call = make_call(
         freqs,
@@ -141,21 +131,17 @@ def rope_attention(
     if backend is not None and isinstance(q, Tensor):
         _backends.require(name, backend, BACKENDS, q.device.type, missing)
     if torch.compiler.is_compiling():
-        if positions is not None:
-            axes.check_axes(name, freqs, positions, q, k, call)
         call = with_log_n(name, log_n, q, k, call)
-        out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
+        out, lse = op.forward(q, k, v, call, backend)
         return (out, lse) if return_lse else out
-    tensors, by_query = (q, k, v, *call.tensors), True
-    checked_by_layout(check_attention, tensors, (name, call.fixed), name, q, k, v, call, by_query)
-    if positions is not None:
-        axes.check_axes(name, freqs, positions, q, k, call)
+    tensors = (q, k, v, *call.tensors)
+    checked_by_layout(check_attention, tensors, (name, call.fixed), name, q, k, v, call)
     call = with_log_n(name, log_n, q, k, call)
     if freqs.log_decay is not None:
         check_values(name, call, len(q))
         check_decay(name, freqs, q, k, call)
     try:
-        out, lse = _forward(q, k, v, call, backend, freqs.axes, positions)
+        out, lse = op.forward(q, k, v, call, backend)
     except (RuntimeError, ValueError) as error:
         # Values, and limits of a backend, which the op has refused before any kernel.
         check_values(name, call, len(q))
@@ -215,8 +201,8 @@ def rope_attention_with_kvcache(
         its stored number times its head's scale. Writes divide by the scale, round to nearest even,
         and clamp at 448 either way.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
-    freqs, score: as for `rope_attention`; heads that differ are k's. All calls on one cache must
-        have the same freqs and score.stored, unless it is raw. XPOS's log_decay is refused except
+    freqs, score: as for `rope_attention`. All calls on one cache must have the same freqs and
+        score.stored, unless it is raw. XPOS's log_decay is refused except
         for scores that store keys by blocks.
     softmax_scale, log_n, query_scale, softcap, sinks, sliding_window: as for `rope_attention`.
     interleaved, rotary_offset, return_lse: as for `rope_attention`.
@@ -289,30 +275,6 @@ def rope_attention_with_kvcache(
         raise_as_value_error(error, "decode", name)
         raise
     return (out, lse) if return_lse else out
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: AttentionCall,
-    backend: str | None,
-    of_pairs: Tensor | None,
-    positions: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if positions is not None:
-        return axes.forward(q, k, v, of_pairs, positions, call, backend)
-    if heads.differ_in_group(call, q, k):
-        if call.stored != UNROTATED:  # by which of a group's frequencies?
-            raise ValueError(
-                "attention: keys_stored must be False with frequencies of each head of q, got True"
-            )
-
-        def attend(of_member: Tensor, own: AttentionCall) -> tuple[Tensor, Tensor]:
-            return op.forward(of_member, k, v, own, backend)
-
-        return heads.each_member(attend, q, k.shape[-2], call)
-    return op.forward(q, k, v, call, backend)
 
 
 @constant_when_compiled

@@ -29,13 +29,13 @@ from .._shared.dtypes import FP8, accumulator, check_cache_dtype, check_scale_va
 from .call import AttentionCall, KVCache, lse_shape
 
 
-def check_method(op: str, freqs: RopeFreqs, score: Score | None, axes: bool = False) -> None:
-    """Check the types of frequencies and of a score method or None; axes: several are taken."""
+def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
+    """Check the types of frequencies, of one axis, and of a score method or None."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
     if not isinstance(freqs.inv_freq, Tensor):
         raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(freqs.inv_freq).__name__}")
-    if freqs.axes is not None and not axes:
+    if freqs.axes is not None:
         raise ValueError(f"{op}: freqs must have no axes (mRoPE), got some")
     if score is not None and not isinstance(score, Score):
         raise TypeError(
@@ -55,10 +55,8 @@ def check_kinds(op: str, call: AttentionCall) -> None:
         check_count(op, "sliding_window", call.sliding_window)
 
 
-def check_attention(
-    op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, by_query: bool = False
-) -> None:
-    """Check a call without a cache; by_query: frequencies and maps may be per head of q."""
+def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
+    """Check a call without a cache."""
     packed = call.cu_seqlens is not None
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rows(op, name, x, packed)
@@ -71,8 +69,7 @@ def check_attention(
     if packed:
         check_cu_seqlens(op, call.cu_seqlens, q)
     sequences = call.cu_seqlens.shape[0] - 1 if packed else q.shape[0]
-    heads = (k.shape[-2], q.shape[-2]) if by_query else (k.shape[-2],)
-    _check_options(op, call, q, heads, sequences)
+    _check_options(op, call, q, k.shape[-2], sequences)
     _check_start(op, "q_start", call.q_start, q, sequences)
     _check_start(op, "k_start", call.k_start, q, sequences)
     whole = not packed and call.q_start is None and call.k_start is None
@@ -143,7 +140,7 @@ def check_decode(
         raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
     if k is not None:
         _check_new(op, k, v, cache, q, packed)
-    _check_options(op, call, q, (heads_k,), batch)
+    _check_options(op, call, q, heads_k, batch)
 
 
 def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: int) -> None:
@@ -204,16 +201,11 @@ def check_log_n(op: str, log_n: float | None) -> None:
         raise ValueError(f"{op}: log_n must be None or a length > 1, got {log_n}")
 
 
-def _check_options(
-    op: str, call: AttentionCall, q: Tensor, heads: tuple[int, ...], sequences: int
-) -> None:
-    """Check all that depends on neither keys nor values.
-
-    heads: how many may have their own frequencies and maps, those of k first.
-    """
-    _check_frequencies(op, call, q, heads, sequences)
+def _check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int) -> None:
+    """Check all that depends on neither keys nor values."""
+    _check_frequencies(op, call, q, heads_k, sequences)
     check_rotary_offset(op, call.rotary_offset, call.layout[0], q.shape[-1])
-    _check_pair_maps(op, call, q, heads)
+    _check_pair_maps(op, call, q, heads_k)
     refuse_flags(op, interleaved=call.interleaved)
     check_kinds(op, call)
     if call.softmax_scale is not None and not 0 < call.softmax_scale < math.inf:
@@ -245,7 +237,7 @@ def _check_options(
 
 
 def _check_frequencies(
-    op: str, call: AttentionCall, q: Tensor, heads: tuple[int, ...], sequences: int
+    op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int
 ) -> None:
     inv_freq, decay = call.inv_freq, call.log_decay
     check_dense(op, "inv_freq", inv_freq)
@@ -256,10 +248,10 @@ def _check_frequencies(
         )
     dims, most = tuple(inv_freq.shape), q.shape[-1] // 2
     fits = 1 <= len(dims) <= 3 and (len(dims) == 1 or dims[0] in (1, sequences))
-    if not fits or (len(dims) == 3 and dims[1] not in (1, *heads)):
+    if not fits or (len(dims) == 3 and dims[1] not in (1, heads_k)):
         raise ValueError(
             f"{op}: inv_freq must be (rotary_dim/2,), ({sequences}, rotary_dim/2) or "
-            f"({sequences}, {heads[0]}, rotary_dim/2), got {dims}"
+            f"({sequences}, {heads_k}, rotary_dim/2), got {dims}"
         )
     if not 1 <= dims[-1] <= most or (dims[-1] > 1 and inv_freq.stride(-1) != 1):
         raise ValueError(
@@ -280,7 +272,7 @@ def _check_frequencies(
         )
 
 
-def _check_pair_maps(op: str, call: AttentionCall, q: Tensor, heads: tuple[int, ...]) -> None:
+def _check_pair_maps(op: str, call: AttentionCall, q: Tensor, heads_k: int) -> None:
     """Check that pair_maps has a row per map, of the frequencies' pairs and these heads."""
     maps = [x for region in call.regions for x in (region.q_map, region.k_map)]
     rows = [x.row for x in (*maps, call.score.stored) if x.row is not None]
@@ -292,10 +284,10 @@ def _check_pair_maps(op: str, call: AttentionCall, q: Tensor, heads: tuple[int, 
             )
         return
     shape = tuple(table.shape)
-    fits = len(shape) == 4 and shape[1] == 2 and shape[2] in (1, *heads) and shape[3] == pairs
+    fits = len(shape) == 4 and shape[1] == 2 and shape[2] in (1, heads_k) and shape[3] == pairs
     if not fits or table.dtype != torch.float64 or table.device != q.device:
         raise ValueError(
-            f"{op}: maps of pairs must be of {pairs} pairs and {heads[0]} heads or one, as float64 "
+            f"{op}: maps of pairs must be of {pairs} pairs and {heads_k} heads or one, as float64 "
             f"(rows, 2, heads, pairs) on {q.device}, got {table.dtype} {shape} on {table.device}"
         )
     if max(rows, default=-1) >= shape[0]:

@@ -138,7 +138,7 @@ def _rotate_keys(x: Tensor, j: Tensor, call: AttentionCall, adjoint: bool = Fals
 def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:
     inv_freq = _of_heads(call.inv_freq, x)
     if call.pair_maps is not None and position.dim() > x.dim() - 2:
-        return rotate_pairs(x, position, inv_freq, call, amplitude, adjoint)
+        return _rotate_pairs(x, position, inv_freq, call, amplitude, adjoint)
     rope_args = (inv_freq, position, call.cu_seqlens, log_decay)
     options = {"attention_factor": amplitude, "interleaved": call.interleaved}
     options["rotary_offset"] = call.rotary_offset
@@ -154,7 +154,7 @@ def _of_heads(of_keys: Tensor, x: Tensor) -> Tensor:
     return of_keys.repeat_interleave(x.shape[-2] // of_keys.shape[-2], dim=-2)
 
 
-def rotate_pairs(x, position, inv_freq, call, amplitude, adjoint=False) -> Tensor:
+def _rotate_pairs(x, position, inv_freq, call, amplitude, adjoint=False) -> Tensor:
     """Rotate each pair to its own place; position: (..., seqlen, heads_k or 1, pairs)."""
     if inv_freq.dim() < 3:
         inv_freq = inv_freq.unsqueeze(-2)

@@ -35,7 +35,6 @@ TESTS = (
     "rope/test_rope_append.py",
     "attention/test_attention.py",
     "attention/test_attention_gradients.py",
-    "attention/test_attention_axes.py",
     "attention/test_pair_maps.py",
     "attention/test_pair_maps_cache.py",
     "attention/test_attention_bf16.py",
