@@ -24,18 +24,24 @@ softcap(qk, SCALE, CAP) returns tanh(qk * SCALE / CAP), or qk without a cap: log
 their cap, or of the scale. softcap_backward multiplies by 1 - tanh**2. MODEL.logit_unit is that
 unit times log2(e).
 
-The mask: in region r, the query whose own key is i sees the keys from region_begin(i, r) to
-region_begin(i, r + 1), and region_begin(i, regions) is i + 1, the end of its keys; all are clamped
-to the keys that exist. device.py defines it, with a picture. Its other arguments are seqlen_k and
-the position of key 0.
+The mask: a query's own key is the last one that it sees, key i + shift for row i of a sequence. In
+region r, the query whose own key is i sees the keys j with begin(r) <= j < begin(r + 1), where
+begin(r) = block(i) + starts[r], but not below i + 1 - window, and begin(regions) = i + 1; all are
+clamped to the keys that exist. block() rounds down to a multiple of granularity, counted by
+position. starts are at most 0, and rise. mask.py has these as region_begin, inverted as
+queries_end, with a picture. keys_seen and queries_that_see return a Seen: for row i of the block
+[row_begin[i], row_end[i]), of all its rows [begin, end). They cut that into num_full blocks that
+all rows see, and num_masked others; block_start says where the i-th of these is.
 
-Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes in two tiles
-of D0 and D1 dims, a row of v, out or dout in tiles of DV0 and DV1: see Blocks in device.py. If D1
-is 0, the second tile is never used. MODEL is a ModelConstants of device.py.
+Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes as a tuple
+of one or two tiles, of D0 and D1 dims (D1 is 0: one), a row of v, out or dout of DV0 and DV1: see
+Blocks in device.py. MODEL is a ModelConstants of device.py. Rows are a tensor with its strides;
+row_of(x, batch, token, head) are those from one row on.
 
-load_tile(row_0, stride, rows, ROWS, DIMS, HEAD_DIM, MASK_ROWS) loads a (ROWS, DIMS) tile from the
-pointer row_0 on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_tile rounds a tile
-to the pointer's dtype, and leaves these out.
+load_rows(x, first, rows, ROWS, D0, D1, HEAD_DIM, MASK_ROWS) loads ROWS rows of Rows x, from row
+`first` on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_rows rounds rows to the
+pointer's dtype, and leaves these out. dot_rows(a, b) is a @ b.T; add_dot(acc, w, x) is acc + w @ x,
+with w rounded to x's dtype.
 """
 
 from __future__ import annotations
@@ -52,23 +58,30 @@ from ..call import AttentionCall
 from . import configs
 from .device import (
     constants_of,
-    count_blocks,
-    find_block,
     launch_for,
-    load_tile,
     log2_e,
     programs_of,
-    region_begin,
     sequence_stride,
     sequences_of,
     softcap,
     softcap_backward,
-    store_tile,
-    strides_in_elements,
     strides_in_groups,
     with_contiguous_rows,
 )
+from .mask import Places, block_of_queries, block_start, find_block, keys_seen, queries_that_see
 from .rotate import Rotation, build_rotation, gradients_of_copies, rotate, rotate_back
+from .rows import (
+    add_dot,
+    dot_rows,
+    keys_of_region,
+    load_rows,
+    nth_copy,
+    row_of,
+    scale_rows,
+    store_rows,
+    strided_rows,
+    zero_rows,
+)
 
 # -------------------------------------------------------------------------------------------------
 # By block of queries: delta, then the gradients of queries
@@ -76,74 +89,50 @@ from .rotate import Rotation, build_rotation, gradients_of_copies, rotate, rotat
 
 @triton.jit
 def _add_dq(
-    dq0, dq1,  # (M, D0), (M, D1) float32: d_logits @ k so far
-    q0, q1, dout0, dout1,  # (M, D0), (M, D1), (M, DV0), (M, DV1); q: rotated to this region
+    dq,  # (M, D) float32: d_logits @ k so far
+    q, dout,  # (M, D), (M, DV); q: rotated to this region
     lse_2, delta,  # (M,) float32; lse_2 has base 2
-    k_row, k_stride_seq, v_row, v_stride_seq,  # key 0 of the sequence and head; elements
-    begin, end,  # the keys that any of the rows sees in this region
-    num_before, num_full, num_masked,  # blocks of keys from `begin` on; num_before of num_masked
-    row_begin, row_end,  # (M,): row i sees keys [row_begin[i], row_end[i]); read if MASKED
+    k, v,  # Rows from key 0 of the sequence and head on
+    seen,  # the keys of this region that the rows see
     MASKED: tl.constexpr,  # add the masked blocks, before and after the full ones; else the full
-    FROM_KEY_0: tl.constexpr,  # row_begin is 0 for every row
+    FROM_KEY_0: tl.constexpr,  # seen.row_begin is 0 for every row
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Add the terms of a region's masked, or its full, blocks of keys to dq, without the scale."""
     BLOCK_N: tl.constexpr = BLOCKS.block_n
-    D0: tl.constexpr = BLOCKS.d0
-    D1: tl.constexpr = BLOCKS.d1
-    DV0: tl.constexpr = BLOCKS.dv0
-    DV1: tl.constexpr = BLOCKS.dv1
-    HEAD_DIM: tl.constexpr = MODEL.head_dim
-    HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
-    for i in tl.range(num_masked if MASKED else num_full):
-        # Full blocks lie between the masked ones, which step over them.
-        block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
-        start = begin + block * BLOCK_N
+    for i in tl.range(seen.num_masked if MASKED else seen.num_full):
+        start = block_start(i, seen, BLOCK_N, MASKED)
         # A full block lies inside [begin, end), so it is loaded without a mask of rows. If
-        # num_full is 0, the last of num_before may reach past `end`: `row_end` hides keys loaded as
+        # num_full is 0, the last one before it may reach past `end`: `row_end` hides keys loaded as
         # 0. No key outside [begin, end) is loaded: a rotated copy may be infinite outside of its
         # region.
-        rows = end - start
-        k_block = k_row + tl.cast(start, tl.int64) * k_stride_seq
-        v_block = v_row + tl.cast(start, tl.int64) * v_stride_seq
+        keys = seen.end - start
 
-        # weights = exp2(q @ k.T - lse): (M, N). Both tiles are loaded first, here and below: after
-        # a float32 product, the second would spill.
-        k0 = load_tile(k_block, k_stride_seq, rows, BLOCK_N, D0, HEAD_DIM, MASKED)  # (N, D0)
-        k1 = k0
-        if D1 > 0:
-            k1 = load_tile(k_block + D0, k_stride_seq, rows, BLOCK_N, D1, HEAD_DIM - D0, MASKED)
-        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-        if D1 > 0:
-            logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
+        # weights = exp2(q @ k.T - lse): (M, N)
+        k_rows = load_rows(
+            k, start, keys, BLOCK_N, BLOCKS.d0, BLOCKS.d1, MODEL.head_dim, MASKED
+        )  # (N, D)
+        logits = softcap(dot_rows(q, k_rows), MODEL.softmax_scale, MODEL.softcap)
         # In units of the cap, or the scale; times MODEL.logit_unit they have base 2.
-        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
         weights = tl.exp2(logits * MODEL.logit_unit - lse_2[:, None])
         if MASKED:
             key = (start + tl.arange(0, BLOCK_N))[None, :]
-            seen = key < row_end[:, None]
+            sees = key < seen.row_end[:, None]
             if not FROM_KEY_0:
-                seen = seen & (key >= row_begin[:, None])
-            weights = tl.where(seen, weights, 0.0)
+                sees = sees & (key >= seen.row_begin[:, None])
+            weights = tl.where(sees, weights, 0.0)
+            # By xPos, rows and keys that are not near may overflow: no NaN in the cap's derivative.
+            logits = tl.where(sees, logits, 0.0)
 
         # d_logits = weights * (dout @ v.T - delta): (M, N)
-        v0 = load_tile(v_block, v_stride_seq, rows, BLOCK_N, DV0, HEAD_DIM_V, MASKED)  # (N, DV0)
-        v1 = v0
-        if DV1 > 0:
-            v1 = load_tile(
-                v_block + DV0, v_stride_seq, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0, MASKED
-            )
-        d_weights = tl.dot(dout0, tl.trans(v0), input_precision="ieee")
-        if DV1 > 0:
-            d_weights = tl.dot(dout1, tl.trans(v1), d_weights, input_precision="ieee")
-        d_logits = weights * (d_weights - delta[:, None])
+        v_rows = load_rows(
+            v, start, keys, BLOCK_N, BLOCKS.dv0, BLOCKS.dv1, MODEL.head_dim_v, MASKED
+        )  # (N, DV)
+        d_logits = weights * (dot_rows(dout, v_rows) - delta[:, None])
 
         # dq += d_logits @ k
-        d_logits = softcap_backward(d_logits, logits, MODEL.softcap).to(k0.dtype)
-        dq0 = tl.dot(d_logits, k0, dq0, input_precision="ieee")
-        if D1 > 0:
-            dq1 = tl.dot(d_logits, k1, dq1, input_precision="ieee")
-    return dq0, dq1
+        dq = add_dot(dq, softcap_backward(d_logits, logits, MODEL.softcap), k_rows)
+    return dq
 
 
 @triton.jit(
@@ -176,7 +165,6 @@ def dq_kernel(
 ):  # fmt: skip
     """Compute delta and dq. Axis 0: blocks of queries, longest first, then heads, then batch."""
     BLOCK_M: tl.constexpr = BLOCKS.block_m
-    BLOCK_N: tl.constexpr = BLOCKS.block_n
     D0: tl.constexpr = BLOCKS.d0
     D1: tl.constexpr = BLOCKS.d1
     DV0: tl.constexpr = BLOCKS.dv0
@@ -186,134 +174,57 @@ def dq_kernel(
     HEAD_DIM: tl.constexpr = MODEL.head_dim
     HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
     REGIONS: tl.constexpr = len(MODEL.starts)
-
-    # Strides in elements from here on. They come divided by BLOCKS.align: the product shows the
-    # compiler that it may load 16 bytes at a time. BLOCKS.contiguous: constants take their place.
-    k_stride_batch, k_stride_seq, k_stride_head = strides_in_elements(
-        k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS
+    k = strided_rows(k, k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS)
+    v = strided_rows(v, v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS)
+    out = strided_rows(
+        out, out_stride_batch, out_stride_seq, out_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
     )
-    v_stride_batch, v_stride_seq, v_stride_head = strides_in_elements(
-        v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS
-    )
-    out_stride_batch, out_stride_seq, out_stride_head = strides_in_elements(
-        out_stride_batch, out_stride_seq, out_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
-    )
-    dout_stride_batch, dout_stride_seq, dout_stride_head = strides_in_elements(
-        dout_stride_batch, dout_stride_seq, dout_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
+    dout = strided_rows(
+        dout, dout_stride_batch, dout_stride_seq, dout_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
     )
 
-    # This program's batch (0 if packed), head and sequence; the sequence's first token in q and k
-    # (`first_row`, 0 if not packed) and its lengths; `index`, of num_blocks, is its block of
-    # queries. A program without a block has a sequence of length 0: rows <= 0, and no keys.
-    this = find_block(
-        blocks, HEADS_Q, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_M
-    )
-    head_k = this.head // (HEADS_Q // HEADS_K)
-    batch = tl.cast(this.batch, tl.int64)
-    # The last block of a sequence sees the most keys, so it starts first: short ones fill the gaps.
-    q_first = (this.num_blocks - 1 - this.index) * BLOCK_M  # within the sequence
-    rows = this.seqlen_q - q_first  # rows of the sequence from there on; may exceed BLOCK_M
-    q_index = this.first_row + q_first  # the block's first token in q
-
-    # A query's own key, and the last one it sees, is counted from the sequence's first key.
-    # key_0_pos is that key's absolute position: blocks of granularity count from position 0.
-    key_0_pos = 0
-    if k_start is not None:
-        key_0_pos = tl.load(k_start + this.sequence * k_start_stride)
-    shift = this.seqlen_k - this.seqlen_q  # query 0's own key: both sides end together,
-    if q_start is not None:  # unless positions say where they begin
-        shift = tl.load(q_start + this.sequence * q_start_stride) - key_0_pos
-    first_q_key = q_first + shift
-    last_q_key = tl.minimum(first_q_key + BLOCK_M, this.seqlen_q + shift) - 1
-    q_key = first_q_key + tl.arange(0, BLOCK_M)  # (M,)
+    # This program's `rows` queries of one head, from `token` on, and first_row, the first token of
+    # their sequence in k. A program without a block has rows <= 0 and no keys.
+    places = Places(
+        seqlen_q, seqlen_k, cu_seqlens, num_sequences, search_steps, q_start, q_start_stride,
+        k_start, k_start_stride,
+    )  # fmt: skip
+    queries = block_of_queries(blocks, places, MODEL, BLOCKS)
+    batch, head, head_k, token = queries.batch, queries.head, queries.head_k, queries.token
+    rows, first_row = queries.rows, queries.first_row
 
     # delta = sum(dout * out) - dlse, (M,): 0 for a row that sees no key, whose lse is -inf.
     row = tl.arange(0, BLOCK_M)
-    lse_index = (batch * HEADS_Q + this.head) * seqlen_q + q_index
+    lse_index = (batch * HEADS_Q + head) * seqlen_q + token
     lses = tl.load(lse + lse_index + row, mask=row < rows, other=0.0)  # (M,)
-    dout_row = dout + (
-        batch * dout_stride_batch
-        + tl.cast(q_index, tl.int64) * dout_stride_seq
-        + tl.cast(this.head, tl.int64) * dout_stride_head
-    )
-    out_row = out + (
-        batch * out_stride_batch
-        + tl.cast(q_index, tl.int64) * out_stride_seq
-        + tl.cast(this.head, tl.int64) * out_stride_head
-    )
-    dout0 = load_tile(dout_row, dout_stride_seq, rows, BLOCK_M, DV0, HEAD_DIM_V, True)  # (M, DV0)
-    dout1 = dout0
-    out0 = load_tile(out_row, out_stride_seq, rows, BLOCK_M, DV0, HEAD_DIM_V, True)
-    deltas = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
-    if DV1 > 0:
-        dout1 = load_tile(
-            dout_row + DV0, dout_stride_seq, rows, BLOCK_M, DV1, HEAD_DIM_V - DV0, True
-        )
-        out1 = load_tile(out_row + DV0, out_stride_seq, rows, BLOCK_M, DV1, HEAD_DIM_V - DV0, True)
-        deltas += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
+    dout_row, out_row = row_of(dout, batch, token, head), row_of(out, batch, token, head)
+    dout_rows = load_rows(dout_row, 0, rows, BLOCK_M, DV0, DV1, HEAD_DIM_V, True)  # (M, DV)
+    out_rows = load_rows(out_row, 0, rows, BLOCK_M, DV0, DV1, HEAD_DIM_V, True)
+    deltas = tl.zeros((BLOCK_M,), tl.float32)
+    for i in tl.static_range(len(out_rows)):
+        deltas += tl.sum(out_rows[i].to(tl.float32) * dout_rows[i].to(tl.float32), 1)
     if dlse is not None:
         deltas -= tl.load(dlse + lse_index + row, mask=row < rows, other=0.0)
     deltas = tl.where(lses == float("-inf"), 0.0, deltas)
     tl.store(delta + lse_index + row, deltas, mask=row < rows)
 
-    v_row = v + (
-        batch * v_stride_batch
-        + tl.cast(this.first_row, tl.int64) * v_stride_seq
-        + tl.cast(head_k, tl.int64) * v_stride_head
-    )
+    v_row = row_of(v, batch, first_row, head_k)
     for r in tl.static_range(REGIONS):
-        # The queries, rotated to this region: q0 (M, D0), q1 (M, D1).
-        q_offset = (((batch * seqlen_q + q_index) * REGIONS + r) * HEADS_Q + this.head) * HEAD_DIM
-        q_row_stride = REGIONS * HEADS_Q * HEAD_DIM
-        q_row = q_rotated + q_offset
-        q0 = load_tile(q_row, q_row_stride, rows, BLOCK_M, D0, HEAD_DIM, True)
-        q1 = q0
-        if D1 > 0:
-            q1 = load_tile(q_row + D0, q_row_stride, rows, BLOCK_M, D1, HEAD_DIM - D0, True)
-
-        # The region's keys: k itself, if it is as this region needs it, or rotated copy k_copy[r].
-        if MODEL.sees_given_k[r]:
-            k_row = k + (
-                batch * k_stride_batch
-                + tl.cast(this.first_row, tl.int64) * k_stride_seq
-                + tl.cast(head_k, tl.int64) * k_stride_head
-            )
-            k_row_stride = k_stride_seq
-        else:
-            k_index = batch * seqlen_k + this.first_row
-            k_index = (k_index * MODEL.k_copies + MODEL.k_copy[r]) * HEADS_K + head_k
-            k_row = k_rotated + k_index * HEAD_DIM
-            k_row_stride = MODEL.k_copies * HEADS_K * HEAD_DIM
-
-        # Row i sees the keys [row_begin[i], row_end[i]): the next region begins where this one
-        # ends. Both rise with i. So the rows together see [begin, end), and every row sees
-        # [every_begin, every_end). Blocks of N keys from `begin` on: num_before masked ones,
-        # num_full inside what every row sees, then masked ones up to `end`, num_masked in all.
-        row_begin = region_begin(q_key, this.seqlen_k, key_0_pos, r, MODEL)  # (M,)
-        row_end = region_begin(q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
-        begin = 0
-        every_begin = 0
-        if not (r == 0 and MODEL.from_key_0):
-            begin = region_begin(first_q_key, this.seqlen_k, key_0_pos, r, MODEL)
-            every_begin = region_begin(last_q_key, this.seqlen_k, key_0_pos, r, MODEL)
-        every_end = region_begin(first_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
-        end = region_begin(last_q_key, this.seqlen_k, key_0_pos, r + 1, MODEL)
-        num_before, num_full, num_masked = count_blocks(begin, every_begin, every_end, end, BLOCK_N)
-        dq0 = tl.zeros((BLOCK_M, D0), tl.float32)
-        dq1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
+        # The queries, rotated to this region: (M, D). Its keys.
+        q_copy = nth_copy(q_rotated, r, seqlen_q, REGIONS, HEADS_Q, HEAD_DIM)
+        q_row = row_of(q_copy, batch, token, head)
+        q_rows = load_rows(q_row, 0, rows, BLOCK_M, D0, D1, HEAD_DIM, True)
+        k_row = row_of(keys_of_region(k, k_rotated, seqlen_k, r, MODEL), batch, first_row, head_k)
+        seen = keys_seen(queries, r, BLOCKS.block_n, MODEL)
+        dq = zero_rows(BLOCK_M, D0, D1)
         for full in tl.static_range(2):  # the masked blocks, then the full ones; the order is free
-            dq0, dq1 = _add_dq(
-                dq0, dq1, q0, q1, dout0, dout1, lses * log2_e(), deltas,
-                k_row, k_row_stride, v_row, v_stride_seq,
-                begin, end, num_before, num_full, num_masked, row_begin, row_end,
+            dq = _add_dq(
+                dq, q_rows, dout_rows, lses * log2_e(), deltas, k_row, v_row, seen,
                 full == 0, r == 0 and MODEL.from_key_0, MODEL, BLOCKS,
             )  # fmt: skip
-
-        dq_row = dq_rotated + q_offset
-        scale = tl.full((BLOCK_M, 1), MODEL.softmax_scale, tl.float32)
-        store_tile(dq_row, q_row_stride, dq0 * scale, rows, BLOCK_M, D0, HEAD_DIM)
-        if D1 > 0:
-            store_tile(dq_row + D0, q_row_stride, dq1 * scale, rows, BLOCK_M, D1, HEAD_DIM - D0)
+        dq_copy = nth_copy(dq_rotated, r, seqlen_q, REGIONS, HEADS_Q, HEAD_DIM)
+        dq = scale_rows(dq, MODEL.softmax_scale)
+        store_rows(row_of(dq_copy, batch, token, head), dq, rows, BLOCK_M, D0, D1, HEAD_DIM)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,57 +232,20 @@ def dq_kernel(
 
 
 @triton.jit
-def _queries_end(
-    key, seqlen_q, shift, key_0_pos, REGION: tl.constexpr, MODEL: tl.constexpr
-):  # fmt: skip
-    """Return the end of the rows that see `key` in REGION or a later one: `region_begin` inverted.
-
-    It is the number of rows i of the sequence with region_begin(i + shift, REGION) <= key. So in
-    REGION, the rows from _queries_end(j, REGION + 1) to _queries_end(j, REGION) see key j.
-
-    shift: the own key of row 0.
-    """
-    end = key  # an own key, as all numbers here: rows before `key` do not see it
-    if len(MODEL.starts) > REGION:
-        # A key is seen from blocks of granularity that begin at `reach` at most: their queries end
-        # where the next block begins. From -granularity on, the dividend is not negative: there
-        # Triton's division rounds down.
-        reach = tl.maximum(key + key_0_pos - MODEL.starts[REGION], -MODEL.granularity)
-        block_end = (reach + MODEL.granularity) // MODEL.granularity * MODEL.granularity - key_0_pos
-        if MODEL.window > 0:  # the sliding window
-            block_end = tl.minimum(block_end, key + MODEL.window)
-        end = tl.maximum(end, block_end)
-    # Rows with a negative own key see no key. They count in every end, so they cancel.
-    return tl.minimum(tl.maximum(end, tl.maximum(shift, 0)), seqlen_q + shift) - shift
-
-
-@triton.jit
 def _add_dkv(
-    dk0, dk1, dv0, dv1,  # (N, D0), (N, D1), (N, DV0), (N, DV1) float32
-    k0, k1, v0, v1,  # (N, D0), (N, D1), (N, DV0), (N, DV1); k: rotated to this region
-    q_row, q_stride_seq, dout_row, dout_stride_seq,  # row 0 of the sequence and head; elements
+    dk, dv,  # (N, D), (N, DV) float32: d_logits.T @ q and weights.T @ dout so far
+    k, v,  # (N, D), (N, DV); k: rotated to this region
+    q, dout,  # Rows from row 0 of the sequence and head on
     lse, delta,  # pointers to row 0 of the sequence and head
-    begin, end,  # the rows that see any of the keys in this region
-    num_before, num_full, num_masked,  # blocks of rows from `begin` on; num_before of num_masked
-    query_begin, query_end,  # (N,): rows [query_begin[j], query_end[j]) see key j; read if MASKED
+    seen,  # the rows that see the keys in this region; seen.row_begin: (N,)
     MASKED: tl.constexpr,  # add the masked blocks, before and after the full ones; else the full
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Add the terms of masked, or full, blocks of rows to dk, without the scale, and to dv."""
     BLOCK_M: tl.constexpr = BLOCKS.block_m
-    D0: tl.constexpr = BLOCKS.d0
-    D1: tl.constexpr = BLOCKS.d1
-    DV0: tl.constexpr = BLOCKS.dv0
-    DV1: tl.constexpr = BLOCKS.dv1
-    HEAD_DIM: tl.constexpr = MODEL.head_dim
-    HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
-    for i in tl.range(num_masked if MASKED else num_full):
-        # Full blocks lie between the masked ones, which step over them.
-        block = i + tl.where(i < num_before, 0, num_full) if MASKED else num_before + i
-        start = begin + block * BLOCK_M
-        rows = end - start  # a full block lies inside the sequence: no mask of rows
-        q_block = q_row + tl.cast(start, tl.int64) * q_stride_seq
-        dout_block = dout_row + tl.cast(start, tl.int64) * dout_stride_seq
+    for i in tl.range(seen.num_masked if MASKED else seen.num_full):
+        start = block_start(i, seen, BLOCK_M, MASKED)
+        rows = seen.end - start  # a full block lies inside the sequence: no mask of rows
         row = tl.arange(0, BLOCK_M)
         if MASKED:
             lses = tl.load(lse + start + row, mask=row < rows, other=0.0) * log2_e()  # (M,)
@@ -381,45 +255,30 @@ def _add_dkv(
             deltas = tl.load(delta + start + row)
 
         # weights = exp2(k @ q.T - lse): (N, M), the transpose of the forward's
-        q0 = load_tile(q_block, q_stride_seq, rows, BLOCK_M, D0, HEAD_DIM, MASKED)  # (M, D0)
-        q1 = q0
-        if D1 > 0:
-            q1 = load_tile(q_block + D0, q_stride_seq, rows, BLOCK_M, D1, HEAD_DIM - D0, MASKED)
-        logits = tl.dot(k0, tl.trans(q0), input_precision="ieee")
-        if D1 > 0:
-            logits = tl.dot(k1, tl.trans(q1), logits, input_precision="ieee")
+        q_rows = load_rows(
+            q, start, rows, BLOCK_M, BLOCKS.d0, BLOCKS.d1, MODEL.head_dim, MASKED
+        )  # (M, D)
+        logits = softcap(dot_rows(k, q_rows), MODEL.softmax_scale, MODEL.softcap)
         # In units of the cap, or the scale; times MODEL.logit_unit they have base 2.
-        logits = softcap(logits, MODEL.softmax_scale, MODEL.softcap)
         weights = tl.exp2(logits * MODEL.logit_unit - lses[None, :])
         if MASKED:
             query = (start + row)[None, :]  # (1, M): rows of the sequence
-            seen = (query >= query_begin[:, None]) & (query < query_end[:, None])
-            weights = tl.where(seen, weights, 0.0)
+            sees = (query >= seen.row_begin[:, None]) & (query < seen.row_end[:, None])
+            weights = tl.where(sees, weights, 0.0)
+            logits = tl.where(sees, logits, 0.0)  # see _add_dq
 
         # dv += weights.T @ dout
-        dout0 = load_tile(dout_block, dout_stride_seq, rows, BLOCK_M, DV0, HEAD_DIM_V, MASKED)
-        dout1 = dout0
-        if DV1 > 0:
-            dout1 = load_tile(
-                dout_block + DV0, dout_stride_seq, rows, BLOCK_M, DV1, HEAD_DIM_V - DV0, MASKED
-            )
-        weights_v = weights.to(dout0.dtype)
-        dv0 = tl.dot(weights_v, dout0, dv0, input_precision="ieee")
-        if DV1 > 0:
-            dv1 = tl.dot(weights_v, dout1, dv1, input_precision="ieee")
+        dout_rows = load_rows(
+            dout, start, rows, BLOCK_M, BLOCKS.dv0, BLOCKS.dv1, MODEL.head_dim_v, MASKED
+        )  # (M, DV)
+        dv = add_dot(dv, weights, dout_rows)
 
         # d_logits = weights * (v @ dout.T - delta): (N, M)
-        d_weights = tl.dot(v0, tl.trans(dout0), input_precision="ieee")
-        if DV1 > 0:
-            d_weights = tl.dot(v1, tl.trans(dout1), d_weights, input_precision="ieee")
-        d_logits = weights * (d_weights - deltas[None, :])
+        d_logits = weights * (dot_rows(v, dout_rows) - deltas[None, :])
 
         # dk += d_logits @ q
-        d_logits = softcap_backward(d_logits, logits, MODEL.softcap).to(q0.dtype)
-        dk0 = tl.dot(d_logits, q0, dk0, input_precision="ieee")
-        if D1 > 0:
-            dk1 = tl.dot(d_logits, q1, dk1, input_precision="ieee")
-    return dk0, dk1, dv0, dv1
+        dk = add_dot(dk, softcap_backward(d_logits, logits, MODEL.softcap), q_rows)
+    return dk, dv
 
 
 @triton.jit(
@@ -453,7 +312,6 @@ def dkv_kernel(
 
     One program sums over the query heads of a group. The first keys are seen by the most queries.
     """
-    BLOCK_M: tl.constexpr = BLOCKS.block_m
     BLOCK_N: tl.constexpr = BLOCKS.block_n
     D0: tl.constexpr = BLOCKS.d0
     D1: tl.constexpr = BLOCKS.d1
@@ -465,111 +323,52 @@ def dkv_kernel(
     HEAD_DIM: tl.constexpr = MODEL.head_dim
     HEAD_DIM_V: tl.constexpr = MODEL.head_dim_v
     REGIONS: tl.constexpr = len(MODEL.starts)
-
-    # Strides in elements from here on. They come divided by BLOCKS.align: the product shows the
-    # compiler that it may load 16 bytes at a time. BLOCKS.contiguous: constants take their place.
-    k_stride_batch, k_stride_seq, k_stride_head = strides_in_elements(
-        k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS
-    )
-    v_stride_batch, v_stride_seq, v_stride_head = strides_in_elements(
-        v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS
-    )
-    dout_stride_batch, dout_stride_seq, dout_stride_head = strides_in_elements(
-        dout_stride_batch, dout_stride_seq, dout_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
+    k = strided_rows(k, k_stride_batch, k_stride_seq, k_stride_head, HEADS_K, HEAD_DIM, BLOCKS)
+    v = strided_rows(v, v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS)
+    dout = strided_rows(
+        dout, dout_stride_batch, dout_stride_seq, dout_stride_head, HEADS_Q, HEAD_DIM_V, BLOCKS
     )
 
-    # This program's batch (0 if packed), head of k and sequence; the sequence's first token in q
-    # and in k (`first_row`, 0 if not packed), its lengths, and the `index` of its block of keys.
-    # A program without a block has a sequence of length 0: rows <= 0, and no queries.
-    this = find_block(
-        blocks, HEADS_K, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, BLOCK_N
-    )
-    batch = tl.cast(this.batch, tl.int64)
+    # This program's head of k, the first token of its sequence in q and in k (`first_row`, 0 if not
+    # packed), and the `index` of its block of keys. A program without a block has a sequence of
+    # length 0: rows <= 0, and no queries.
+    places = Places(
+        seqlen_q, seqlen_k, cu_seqlens, num_sequences, search_steps, q_start, q_start_stride,
+        k_start, k_start_stride,
+    )  # fmt: skip
+    this = find_block(blocks, HEADS_K, places, BLOCK_N)
+    batch, head_k, first_row = this.batch, this.head, this.first_row
     first = this.index * BLOCK_N  # within the sequence, as all keys and rows below
     last = tl.minimum(first + BLOCK_N, this.seqlen_k) - 1
     key = first + tl.arange(0, BLOCK_N)  # (N,)
     rows = this.seqlen_k - first  # keys of the sequence from there on; may exceed BLOCK_N
-    k_index = this.first_row + first  # the block's first token in k
+    token = first_row + first  # the block's first token in k
 
-    # shift is the own key of the sequence's row 0; key_0_pos the absolute position of key 0.
-    key_0_pos = 0
-    if k_start is not None:
-        key_0_pos = tl.load(k_start + this.sequence * k_start_stride)
-    shift = this.seqlen_k - this.seqlen_q  # both sides end together,
-    if q_start is not None:  # unless positions say where they begin
-        shift = tl.load(q_start + this.sequence * q_start_stride) - key_0_pos
-
-    v_row = v + (
-        batch * v_stride_batch
-        + tl.cast(k_index, tl.int64) * v_stride_seq
-        + tl.cast(this.head, tl.int64) * v_stride_head
-    )
-    v0 = load_tile(v_row, v_stride_seq, rows, BLOCK_N, DV0, HEAD_DIM_V, True)  # (N, DV0)
-    v1 = v0
-    if DV1 > 0:
-        v1 = load_tile(v_row + DV0, v_stride_seq, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0, True)
-    dv0 = tl.zeros((BLOCK_N, DV0), tl.float32)
-    dv1 = tl.zeros((BLOCK_N, DV1 if DV1 > 0 else 1), tl.float32)
+    v_row = row_of(v, batch, token, head_k)
+    v_rows = load_rows(v_row, 0, rows, BLOCK_N, DV0, DV1, HEAD_DIM_V, True)  # (N, DV)
+    dv_rows = zero_rows(BLOCK_N, DV0, DV1)
     for r in tl.static_range(REGIONS):
-        # The region's keys, k0 (N, D0) and k1 (N, D1): of k itself, or of a rotated copy.
-        if MODEL.sees_given_k[r]:
-            k_row = k + (
-                batch * k_stride_batch
-                + tl.cast(k_index, tl.int64) * k_stride_seq
-                + tl.cast(this.head, tl.int64) * k_stride_head
-            )
-            k_row_stride = k_stride_seq
-        else:
-            copy_index = (batch * seqlen_k + k_index) * MODEL.k_copies + MODEL.k_copy[r]
-            k_row = k_rotated + (copy_index * HEADS_K + this.head) * HEAD_DIM
-            k_row_stride = MODEL.k_copies * HEADS_K * HEAD_DIM
-        k0 = load_tile(k_row, k_row_stride, rows, BLOCK_N, D0, HEAD_DIM, True)
-        k1 = k0
-        if D1 > 0:
-            k1 = load_tile(k_row + D0, k_row_stride, rows, BLOCK_N, D1, HEAD_DIM - D0, True)
-
-        # Rows [query_begin[j], query_end[j]) of the sequence see key j, and both rise with j. So
-        # rows [begin, end) see some key of the block, and rows [every_begin, every_end) all of
-        # them. Blocks of M rows from `begin` on: num_before masked ones, num_full, then masked ones
-        # up to `end`, num_masked in all.
-        query_begin = _queries_end(key, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)  # (N,)
-        query_end = _queries_end(key, this.seqlen_q, shift, key_0_pos, r, MODEL)
-        begin = _queries_end(first, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)
-        every_begin = _queries_end(last, this.seqlen_q, shift, key_0_pos, r + 1, MODEL)
-        every_end = _queries_end(first, this.seqlen_q, shift, key_0_pos, r, MODEL)
-        end = _queries_end(last, this.seqlen_q, shift, key_0_pos, r, MODEL)
-        num_before, num_full, num_masked = count_blocks(begin, every_begin, every_end, end, BLOCK_M)
-        dk0 = tl.zeros((BLOCK_N, D0), tl.float32)
-        dk1 = tl.zeros((BLOCK_N, D1 if D1 > 0 else 1), tl.float32)
-        for head_q in tl.range(this.head * GROUP, this.head * GROUP + GROUP):
+        # The region's keys: (N, D). The queries that see them.
+        k_row = row_of(keys_of_region(k, k_rotated, seqlen_k, r, MODEL), batch, token, head_k)
+        k_rows = load_rows(k_row, 0, rows, BLOCK_N, D0, D1, HEAD_DIM, True)
+        seen = queries_that_see(key, first, last, this, r, BLOCKS.block_m, MODEL)
+        dk_rows = zero_rows(BLOCK_N, D0, D1)
+        for head_q in tl.range(head_k * GROUP, head_k * GROUP + GROUP):
             # Row 0 of the sequence, in the queries rotated to this region and in dout.
-            q_index = (batch * seqlen_q + this.first_row) * REGIONS + r
-            q_row = q_rotated + (q_index * HEADS_Q + head_q) * HEAD_DIM
-            dout_row = dout + (
-                batch * dout_stride_batch
-                + tl.cast(this.first_row, tl.int64) * dout_stride_seq
-                + tl.cast(head_q, tl.int64) * dout_stride_head
-            )
-            lse_index = (batch * HEADS_Q + head_q) * seqlen_q + this.first_row
+            q_copy = nth_copy(q_rotated, r, seqlen_q, REGIONS, HEADS_Q, HEAD_DIM)
+            q_row = row_of(q_copy, batch, first_row, head_q)
+            dout_row = row_of(dout, batch, first_row, head_q)
+            lse_index = (batch * HEADS_Q + head_q) * seqlen_q + first_row
             for full in tl.static_range(2):  # 0: the masked blocks, 1: the full
-                dk0, dk1, dv0, dv1 = _add_dkv(
-                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_row, REGIONS * HEADS_Q * HEAD_DIM,
-                    dout_row, dout_stride_seq, lse + lse_index, delta + lse_index,
-                    begin, end, num_before, num_full, num_masked, query_begin, query_end,
-                    full == 0, MODEL, BLOCKS,
+                dk_rows, dv_rows = _add_dkv(
+                    dk_rows, dv_rows, k_rows, v_rows, q_row, dout_row, lse + lse_index,
+                    delta + lse_index, seen, full == 0, MODEL, BLOCKS,
                 )  # fmt: skip
-
-        dk_index = ((batch * seqlen_k + k_index) * REGIONS + r) * HEADS_K + this.head
-        dk_row = dk_rotated + dk_index * HEAD_DIM
-        dk_stride = REGIONS * HEADS_K * HEAD_DIM
-        scale = tl.full((BLOCK_N, 1), MODEL.softmax_scale, tl.float32)
-        store_tile(dk_row, dk_stride, dk0 * scale, rows, BLOCK_N, D0, HEAD_DIM)
-        if D1 > 0:
-            store_tile(dk_row + D0, dk_stride, dk1 * scale, rows, BLOCK_N, D1, HEAD_DIM - D0)
-    dv_row = dv + ((batch * seqlen_k + k_index) * HEADS_K + this.head) * HEAD_DIM_V
-    store_tile(dv_row, HEADS_K * HEAD_DIM_V, dv0, rows, BLOCK_N, DV0, HEAD_DIM_V)
-    if DV1 > 0:
-        store_tile(dv_row + DV0, HEADS_K * HEAD_DIM_V, dv1, rows, BLOCK_N, DV1, HEAD_DIM_V - DV0)
+        dk_copy = nth_copy(dk_rotated, r, seqlen_k, REGIONS, HEADS_K, HEAD_DIM)
+        dk_rows = scale_rows(dk_rows, MODEL.softmax_scale)
+        store_rows(row_of(dk_copy, batch, token, head_k), dk_rows, rows, BLOCK_N, D0, D1, HEAD_DIM)
+    dv_row = row_of(nth_copy(dv, 0, seqlen_k, 1, HEADS_K, HEAD_DIM_V), batch, token, head_k)
+    store_rows(dv_row, dv_rows, rows, BLOCK_N, DV0, DV1, HEAD_DIM_V)
 
 
 # -------------------------------------------------------------------------------------------------

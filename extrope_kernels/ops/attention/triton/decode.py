@@ -9,7 +9,7 @@ merges their results.
 
 The mask: in region r, a query at position p sees the keys from region_begin(p, r) to
 region_begin(p, r + 1), and region_begin(p, regions) is p + 1, the end of its keys; all are clamped
-to the keys that exist. device.py defines it, with a picture. Its other arguments are seqlen_k and
+to the keys that exist. mask.py defines it, with a picture. Its other arguments are seqlen_k and
 the position of key 0, which is 0 here: key j has position j.
 
 Names: a row is a token and one of the `group` heads of q that share a head of k. M is BLOCK_M,
@@ -59,7 +59,6 @@ from .device import (
     log2_e,
     map_of,
     nth_map,
-    region_begin,
     rope_heads_of,
     sequence_stride,
     softcap,
@@ -67,6 +66,7 @@ from .device import (
     strides_in_groups,
     with_contiguous_rows,
 )
+from .mask import region_begin
 from .schedule import Lengths, grid_of, keys_of, queries_of, work_of_item
 
 COUNTERS = 4  # counters come in fours, so that the partial results after them are aligned

@@ -1,6 +1,7 @@
-"""What the attention kernels share: the mask, a program's block, tiles, position maps, the softmax.
+"""What the attention kernels share: the softmax, position maps, and constants of their launches.
 
-The kernels themselves are in forward.py, backward.py, rotate.py and decode.py.
+mask.py has the mask and a program's block, rows.py rows in tiles. The kernels are in forward.py,
+backward.py, rotate.py and decode.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ....scores.base import PairRow, PlainMap
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.angles import cos_sin, fixed_angle
 from ..._shared.triton.exp import exp
-from ..._shared.triton.launch import INTERPRETED, VECTOR_BYTES, strides_of
+from ..._shared.triton.launch import VECTOR_BYTES, strides_of
 from ..call import AttentionCall
 from .configs import MOST_ROWS, Config
 
@@ -40,188 +41,6 @@ def log2_e():
 def ln_2():
     """Return ln(2)."""
     return math.log(2)
-
-
-# -------------------------------------------------------------------------------------------------
-# The mask: which keys a query sees, in which region
-#
-#     key      0          region_begin(1)      region_begin(2)     q_key
-#     keys of  | region 0        | region 1           | region 2      | none: they come later
-#
-# All regions' starts are counted from the query, or from the first query of its block of
-# `granularity` positions. So along a block of queries every border stays or moves right:
-#
-#                     begin     every_begin     every_end     end
-#     first query       [=============================)
-#     last query                     [=========================)
-#     blocks of keys    | masked     | full  | full  | masked  |
-#
-# Every query of the block sees [every_begin, every_end), so full blocks of keys lie within it, and
-# need no mask. The same holds for a block of keys and the queries that see it.
-
-
-@triton.jit
-def region_begin(q_key, seqlen_k, key_0_pos, REGION: tl.constexpr, MODEL: tl.constexpr):
-    """Return the first key of REGION that a query sees; REGION = regions: the end of its keys.
-
-    q_key: the query's own key, and the last one it sees, counted from the sequence's first key.
-    key_0_pos: the position of that first key.
-    """
-    key = tl.minimum(q_key + 1, seqlen_k)
-    if len(MODEL.starts) > REGION:
-        # A negative position is rounded toward zero, but the query then lies before all keys.
-        block_pos = (q_key + key_0_pos) // MODEL.granularity * MODEL.granularity
-        first = block_pos - key_0_pos + MODEL.starts[REGION]
-        if MODEL.window > 0:
-            first = tl.maximum(first, q_key + 1 - MODEL.window)
-        key = tl.minimum(key, first)
-    return tl.maximum(key, 0)
-
-
-@triton.jit
-def count_blocks(begin, every_begin, every_end, end, SIZE: tl.constexpr):
-    """Cut [begin, end) into blocks of SIZE: (masked ones before the full ones, full, all masked).
-
-    Full blocks lie in [every_begin, every_end). The last block before them may reach past `end`.
-    """
-    num_before = (tl.maximum(every_begin - begin, 0) + SIZE - 1) // SIZE
-    num_full = tl.maximum(every_end - (begin + num_before * SIZE), 0) // SIZE
-    after = tl.maximum(end - (begin + (num_before + num_full) * SIZE), 0)
-    return num_before, num_full, num_before + (after + SIZE - 1) // SIZE
-
-
-# -------------------------------------------------------------------------------------------------
-# The block of queries or keys of a program
-
-
-class Block(NamedTuple):
-    """A program's block within its sequence, and the sequence's place in the tensors."""
-
-    batch: tl.tensor  # 0 for packed sequences
-    sequence: tl.tensor
-    head: tl.tensor
-    index: tl.tensor  # of this block in its sequence
-    num_blocks: tl.tensor  # in its sequence
-    first_row: tl.tensor  # the sequence's first token in q and in k; 0 if not packed
-    seqlen_q: tl.tensor  # of the sequence
-    seqlen_k: tl.tensor
-
-
-@triton.jit
-def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constexpr):
-    """Return the sequence of a slot for a block.
-
-    The slots of sequence s begin at cu_seqlens[s] // SIZE + s. This leaves enough slots for its
-    blocks, and at least one.
-    """
-    low = slot * 0
-    high = low + num_sequences
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        begun = tl.load(cu_seqlens + middle) // SIZE + middle <= slot
-        low = tl.where(begun, middle, low)
-        high = tl.where(begun, high, middle)
-    return low
-
-
-@triton.jit
-def find_block(
-    blocks, heads, cu_seqlens, num_sequences, search_steps, seqlen_q, seqlen_k, SIZE: tl.constexpr
-):
-    """Find this program's block of SIZE tokens. Axis 0: blocks, then heads, then the batch.
-
-    Packed sequences may have fewer blocks than the grid: a program without one gets block 0 of a
-    sequence of length 0, and so does nothing.
-    """
-    slot = tl.program_id(0) % blocks
-    rest = tl.program_id(0) // blocks
-    head = rest % heads
-    batch = rest // heads
-    if cu_seqlens is None:
-        return Block(batch, batch, head, slot, blocks, 0, seqlen_q, seqlen_k)
-    else:
-        sequence = _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE)
-        first_row = tl.load(cu_seqlens + sequence)
-        seqlen = tl.load(cu_seqlens + sequence + 1) - first_row
-        index = slot - (first_row // SIZE + sequence)
-        num_blocks = tl.maximum(seqlen + SIZE - 1, 0) // SIZE
-        idle = index >= num_blocks
-        seqlen = tl.where(idle, 0, seqlen)
-        index = tl.where(idle, 0, index)
-        num_blocks = tl.where(idle, 1, num_blocks)
-        return Block(batch, sequence, head, index, num_blocks, first_row, seqlen, seqlen)
-
-
-# -------------------------------------------------------------------------------------------------
-# Tiles: some dims of some rows, where a row has the head_dim elements of one token and head
-
-
-@triton.jit
-def strides_in_elements(
-    stride_batch, stride_seq, stride_head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Return a tensor's strides by batch, seq and head in elements; arguments: divided by `align`.
-
-    This product shows the compiler that rows begin at multiples of `align` elements, so loads take
-    16 bytes whatever the length. Strides of contiguous tokens are constants: they need no register.
-    """
-    stride_batch = tl.cast(stride_batch, tl.int64) * BLOCKS.align
-    if BLOCKS.contiguous:
-        return stride_batch, HEADS * HEAD_DIM, HEAD_DIM
-    else:
-        stride_seq = tl.cast(stride_seq, tl.int64) * BLOCKS.align
-        return stride_batch, stride_seq, tl.cast(stride_head, tl.int64) * BLOCKS.align
-
-
-@triton.jit
-def load_tile(
-    row_0, stride_seq, rows, ROWS: tl.constexpr, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Load ROWS rows, the first from row_0 on: (ROWS, DIMS).
-
-    It is 0 from dim HEAD_DIM on, and with MASK_ROWS from row number `rows` on. Without MASK_ROWS
-    all ROWS rows must exist.
-    """
-    row = tl.arange(0, ROWS)[:, None]
-    dim = tl.arange(0, DIMS)[None, :]
-    # int32 offsets take half the registers; the launcher checks that rows of a block fit.
-    tile_ptr = row_0 + (row * tl.cast(stride_seq, tl.int32) + dim)
-    if MASK_ROWS:
-        mask = row < rows if DIMS <= HEAD_DIM else (row < rows) & (dim < HEAD_DIM)
-        tile = tl.load(tile_ptr, mask=mask, other=0.0)
-    elif DIMS <= HEAD_DIM:
-        tile = tl.load(tile_ptr)
-    else:
-        tile = tl.load(tile_ptr, mask=dim < HEAD_DIM, other=0.0)
-    return as_operand(tile)
-
-
-@triton.jit
-def store_tile(
-    row_0, stride_seq, tile, rows, ROWS: tl.constexpr, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """Round a (ROWS, DIMS) tile once; store its first `rows` rows, and dims before HEAD_DIM."""
-    row = tl.arange(0, ROWS)[:, None]
-    dim = tl.arange(0, DIMS)[None, :]
-    tile_ptr = row_0 + (row * tl.cast(stride_seq, tl.int32) + dim)
-    mask = row < rows if DIMS <= HEAD_DIM else (row < rows) & (dim < HEAD_DIM)
-    tl.store(tile_ptr, tile.to(row_0.dtype.element_ty), mask=mask)
-
-
-@triton.constexpr_function
-def _interpreted():
-    return INTERPRETED
-
-
-@triton.jit
-def as_operand(tile):
-    """Return the tile as tl.dot takes it: the interpreter multiplies no bfloat16."""
-    if _interpreted():  # noqa: SIM102
-        if tile.dtype == tl.bfloat16:
-            tile = tile.to(tl.float32)
-    return tile
 
 
 # -------------------------------------------------------------------------------------------------
@@ -553,7 +372,7 @@ def alignment_of(*tensors: Tensor) -> int:
 
 
 def strides_in_groups(x: Tensor, align: int) -> tuple[int, ...]:
-    """Return strides by batch, seq and head, divided by `align`: see `strides_in_elements`."""
+    """Return strides by batch, seq and head, divided by `align`: see `strided_rows`."""
     return tuple(n // align for n in (*(0,) * (4 - x.dim()), *strides_of(x)[:-1]))
 
 

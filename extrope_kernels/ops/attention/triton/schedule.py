@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..._shared.triton.launch import processors_of
 from ..call import AttentionCall, KVCache
-from .device import region_begin
+from .mask import region_begin
 
 # -------------------------------------------------------------------------------------------------
 # On the host: how many items
