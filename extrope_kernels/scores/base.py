@@ -243,6 +243,11 @@ class Score:
         ):
             if not (abs(value) < math.inf and value == int(value)):
                 raise ValueError(f"{self.name}: {name} must be a whole number, got {value}")
+        if self.granularity < 1:
+            raise ValueError(f"{self.name}: granularity must be >= 1, got {self.granularity}")
+        starts = [region.start for region in self.regions]
+        if not 1 <= len(starts) <= 3 or starts != sorted(starts):
+            raise ValueError(f"{self.name}: one to three regions must start in order, got {starts}")
         for by in (*[x for _, *maps in self.regions for x in maps], self.stored):
             _check_map(self.name, by)
         rows: list[PairMap] = []

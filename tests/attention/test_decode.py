@@ -305,6 +305,14 @@ def test_same_bits_as_without_a_cache(dtype):
     assert all(torch.equal(x, y) for x, y in zip(inputs.run("cpu"), want))
 
 
+def test_lengths_and_boundaries_in_int64():
+    """Python's default: as int32, which kernels take."""
+    inputs = make(Case((40, 9), counts=(3, 1), appended=True))
+    long = {n: inputs.call[n].long() for n in ("cache_seqlens", "cu_seqlens_q")}
+    caches = {n: getattr(inputs, n).clone() for n in ("k_cache", "v_cache")}
+    assert all(torch.equal(x, y) for x, y in zip(inputs.run(**long, **caches), inputs.run()))
+
+
 def test_chunks_and_single_tokens_have_the_bits_that_each_has_alone():
     """Of a mixed batch, with padding behind it, for any number of threads."""
     counts = (140, 1, 0, 3, 129, 1)

@@ -37,6 +37,16 @@ def test_frequencies_that_do_not_go_with_both_tensors(freqs, error, message, nam
         apply_rope_qk(*make_qk(2, 5, 4, 2), freqs, backend=named)
 
 
+@pytest.mark.parametrize("table", (torch.ones(5, 64), (torch.ones(5, 64),) * 2))
+def test_tables_in_the_place_of_frequencies(table):
+    q, k = make_qk(1, 5, 2)
+    told = r"freqs must be a RopeFreqs, as methods.rope\(head_dim\) makes one, got .* cosines and"
+    with pytest.raises(TypeError, match=f"^rope: {told}"):
+        apply_rope(q, table)
+    with pytest.raises(TypeError, match=f"^rope: {told}"):
+        apply_rope_qk(q, k, table)
+
+
 @pytest.mark.parametrize("largest", (-1, 3))
 def test_an_axis_out_of_range(backend, largest):
     """On a CPU the axes are in reach; elsewhere they are clamped, as reading them would stall."""

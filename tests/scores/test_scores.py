@@ -222,6 +222,17 @@ def test_numbers_are_read_whatever_the_default_device():
     assert all(score.pair_maps.device.type == "cpu" for score in scores_made)
 
 
+def test_regions_are_one_to_three_in_order():
+    """Said when the score is made, not at its first call."""
+    same = PositionMap()
+    regions = [Region(start, same, same) for start in (FIRST_KEY, -9, -5, -2)]
+    for wrong in ((), regions, regions[:2][::-1]):
+        with pytest.raises(ValueError, match=r"^mine: one to three regions must start in order"):
+            Score("mine", tuple(wrong))
+    with pytest.raises(ValueError, match=r"^mine: granularity must be >= 1, got 0"):
+        Score("mine", tuple(regions[:1]), granularity=0)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -146,7 +146,7 @@ WRONG = {
     "softcap": {k: v for k, v in SCALE.items() if k != "0"}
     | {"None": None, "True": True, "1e-46": 1e-46, "1e39": 1e39},
     "sliding_window": {k: v for k, v in COUNT.items() if k != "None"} | {"2**62": 2**62},
-    "cache_seqlens": not_ints(ints(3, 3)) | {"None": None, "long": ints(3, 3).long(), "-1": -1,
+    "cache_seqlens": not_ints(ints(3, 3)) | {"None": None, "-1": -1,
                                              "values 9": 9, **HUGE, **NOT_POSITIVE, "one": ints(3),
                                              "values 8": ints(3, 8), "values -1": ints(3, -1)},
     "block_table": not_ints(ints(0, 1).view(2, 1))

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ...methods import RopeFreqs
 from .autograd import in_func_transform
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
@@ -46,6 +47,18 @@ def check_dense(op: str, name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_nested:
         kind = x.layout if x.layout != torch.strided else "a nested one"
         raise ValueError(f"{op}: {name} must be a dense tensor, got {kind}")
+
+
+def check_freqs(op: str, freqs: object) -> None:
+    """Refuse anything but a RopeFreqs, such as the cosines and sines that other libraries take."""
+    if not isinstance(freqs, RopeFreqs):
+        tables = (
+            "; it takes the place of cosines and sines, which are computed from it and positions"
+        )
+        raise TypeError(
+            f"{op}: freqs must be a RopeFreqs, as methods.rope(head_dim) makes one, got "
+            f"{type(freqs).__name__}{tables if isinstance(freqs, Tensor | tuple) else ''}"
+        )
 
 
 def check_matching(op: str, q: Tensor, k: Tensor) -> None:
@@ -91,13 +104,13 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
         )
 
 
-def narrowed(cu_seqlens: Tensor | None) -> Tensor | None:
-    """Return int64 boundaries as int32, which kernels take; anything else as it is."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int64:
-        return cu_seqlens
+def narrowed(x: Tensor | None) -> Tensor | None:
+    """Return int64 boundaries or lengths as int32, which kernels take; anything else as it is."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        return x
     # What does not fit stays too large, and is refused, instead of wrapping around.
     limits = torch.iinfo(torch.int32)
-    return cu_seqlens.clamp(limits.min, limits.max).to(torch.int32)
+    return x.clamp(limits.min, limits.max).to(torch.int32)
 
 
 def check_boundaries(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_cu_seqlens
+from .checks import check_cu_seqlens, narrowed
 
 
 def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -> str | None:
@@ -50,16 +50,18 @@ def sequence_of_token(cu_seqlens: Tensor, total: int) -> Tensor:
 
 def cache_lengths(
     op: str,
-    cache_seqlens: int,
+    cache_seqlens: Tensor | int,
     x: Tensor,
     cu_seqlens: Tensor | None = None,
     name: str = "cu_seqlens",
 ) -> Tensor:
-    """Return the lengths as a tensor, as ops take them, also from one int for all sequences.
+    """Return the lengths as ops take them: int64 narrowed, or one int for all sequences.
 
     x: (batch, seqlen, heads, head_dim), or packed with cu_seqlens, the argument called `name`; one
         sequence if packed without.
     """
+    if isinstance(cache_seqlens, Tensor):
+        return narrowed(cache_seqlens)
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(
             f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}"

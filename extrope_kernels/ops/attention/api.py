@@ -189,12 +189,13 @@ def rope_attention_with_kvcache(
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), any strides with a contiguous last
         dimension; with block_table (num_blocks, block_size, heads_k, head_dim). v_cache may have
         another head_dim. Both in q's dtype, or float8_e4m3fn with k_scale and v_scale.
-    cache_seqlens: (batch,) int32, or one int for all (a CUDA graph would replay it unchanged): the
-        slots in use. With k and v: before they are written. Else the queries' own tokens count.
+    cache_seqlens: (batch,) int32 or int64, or one int for all (a CUDA graph would replay it
+        unchanged): the slots in use. With k and v: before they are written. Else the queries' own
+        tokens count.
     k, v: the keys and values of q's tokens, (batch, seqlen_q, heads_k, head_dim) or (total,
         heads_k, head_dim), k not rotated. They are written into the cache first.
-    cu_seqlens_q: (batch + 1,) int32, the boundaries of packed queries: prefill chunks and single
-        tokens of many sequences in one call. A sequence may have none. Tokens past the last
+    cu_seqlens_q: (batch + 1,) int32 or int64, the boundaries of packed queries: prefill chunks and
+        single tokens of many sequences in one call. A sequence may have none. Tokens past the last
         boundary are padding: they get 0 and -inf, and are not written.
     block_table: (batch, max_blocks) int32: the blocks of each sequence, in order.
     k_scale, v_scale: (heads_k,) float32, positive, for a cache in float8_e4m3fn: a key or value is
@@ -227,8 +228,8 @@ def rope_attention_with_kvcache(
     if stored not in (None, "raw"):
         raise ValueError(f"{name}: stored must be None or 'raw', got {stored!r}")
     _check_stored_decay(name, freqs, None if stored else score)
-    if not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = cache_lengths(name, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
+    cu_seqlens_q = narrowed(cu_seqlens_q)
+    cache_seqlens = cache_lengths(name, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
     call = make_call(
         freqs,
         score,

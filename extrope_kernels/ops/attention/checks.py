@@ -16,6 +16,7 @@ from .._shared.checks import (
     check_count,
     check_cu_seqlens,
     check_dense,
+    check_freqs,
     check_int,
     check_ints,
     check_real,
@@ -31,8 +32,7 @@ from .call import AttentionCall, KVCache, lse_shape
 
 def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
     """Check the types of frequencies, of one axis, and of a score method or None."""
-    if not isinstance(freqs, RopeFreqs):
-        raise TypeError(f"{op}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    check_freqs(op, freqs)
     if not isinstance(freqs.inv_freq, Tensor):
         raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(freqs.inv_freq).__name__}")
     if freqs.axes is not None:
@@ -228,12 +228,6 @@ def _check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequen
         )
     _check_sinks(op, call.sinks, q)
     check_query_scale(op, call.query_scale, q)
-    if not 1 <= len(call.regions) <= 3 or list(call.starts) != sorted(call.starts):
-        raise ValueError(
-            f"{op}: a score must have 1 to 3 regions with rising starts, got {list(call.starts)}"
-        )
-    if call.granularity < 1:
-        raise ValueError(f"{op}: a score's granularity must be >= 1, got {call.granularity}")
 
 
 def _check_frequencies(

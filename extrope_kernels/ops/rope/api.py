@@ -14,6 +14,7 @@ from .._shared.backends import missing, require
 from .._shared.checks import (
     REFUSALS,
     check_boundaries,
+    check_freqs,
     check_int,
     narrowed,
     raise_as_value_error,
@@ -151,8 +152,7 @@ def _rotate(
     backend: str | None,
     norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if not isinstance(freqs, RopeFreqs):
-        raise TypeError(f"rope: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    check_freqs("rope", freqs)
     check_numbers("rope", freqs)
     interleaved, rotary_offset = layout
     check_int("rope", "rotary_offset", rotary_offset)

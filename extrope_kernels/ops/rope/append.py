@@ -18,6 +18,7 @@ from .._shared import backends as _backends
 from .._shared.autograd import call_unrecorded, note_writes, refuse_backward
 from .._shared.checks import (
     REFUSALS,
+    check_freqs,
     check_int,
     check_real,
     raise_as_value_error,
@@ -76,8 +77,8 @@ def rope_append_kvcache(
         Slots without a new token do not change. In k's dtype, or float8_e4m3fn with k_scale and
         v_scale.
     freqs: from `extrope_kernels.methods`, on k's device, as for `apply_rope`; None rotates nothing.
-    cache_seqlens: (batch,) int32, or one int for all: the slots in use. New tokens follow them, in
-        slots and in positions.
+    cache_seqlens: (batch,) int32 or int64, or one int for all: the slots in use. New tokens follow
+        them, in slots and in positions.
     block_table: (batch, max_blocks) int32: the blocks of each sequence, in order.
     slot_mapping: instead of both: (batch, seqlen) or (total,), int32 or int64, the slot of each
         token, block * block_size + slot in the block. -1 writes nothing.
@@ -106,7 +107,7 @@ def rope_append_kvcache(
     if not isinstance(k, Tensor):
         raise TypeError(f"{_OP}: k must be a Tensor, got {type(k).__name__}")
     refuse_flags(_OP, interleaved=interleaved)
-    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+    if cache_seqlens is not None:
         cache_seqlens = cache_lengths(_OP, cache_seqlens, k, cu_seqlens)
     options: dict[str, Any] = {"interleaved": True} if interleaved else {}
     check_int(_OP, "rotary_offset", rotary_offset)
@@ -148,8 +149,7 @@ def _rope_args(
     freqs: RopeFreqs | None, score: Score | None, options: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the op's inv_freq, log_decay and axes; put the rest into its options."""
-    if not isinstance(freqs, RopeFreqs):
-        raise TypeError(f"{_OP}: freqs must be a RopeFreqs, got {type(freqs).__name__}")
+    check_freqs(_OP, freqs)
     check_numbers(_OP, freqs)
     if freqs.inv_freq is None:
         raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
