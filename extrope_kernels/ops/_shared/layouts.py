@@ -27,32 +27,10 @@ def cached_by_layout(make: Callable[..., Result], key: Hashable, *args: Any) -> 
     key = (make, key)
     found = _done.get(key, _MISSING)
     if found is _MISSING:
-        found = _keep(key, make(*args))
-    return found
-
-
-def checked_by_layout(
-    check: Callable[..., None], tensors: tuple[Tensor | None, ...], key: Hashable, *args: Any
-) -> None:
-    """Call check(*args), which may raise, until it has passed for this key and these layouts.
-
-    Anything in the place of a tensor that has no layout, such as a list, is checked every time.
-    """
-    try:
-        key = (check, key, layout_key(*tensors))
-        if key in _done:
-            return
-    except (AttributeError, RuntimeError, TypeError):
-        key = None
-    check(*args)
-    if key is not None:
-        _keep(key, None)
-
-
-def _keep(key: Hashable, found: Result) -> Result:
-    if len(_done) >= _MOST:
-        _done.clear()
-    _done[key] = found
+        found = make(*args)
+        if len(_done) >= _MOST:
+            _done.clear()
+        _done[key] = found
     return found
 
 

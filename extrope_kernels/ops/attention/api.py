@@ -13,6 +13,7 @@ from ...scores import UNROTATED, Score
 from .._shared import backends as _backends
 from .._shared.autograd import constant_when_compiled
 from .._shared.checks import (
+    REFUSALS,
     has_values,
     narrowed,
     raise_as_value_error,
@@ -21,7 +22,6 @@ from .._shared.checks import (
 )
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
-from .._shared.layouts import checked_by_layout
 from .._shared.positions import cache_lengths
 from . import flash_attn, op
 from .call import KVCache, make_call
@@ -32,6 +32,7 @@ from .checks import (
     check_method,
     check_slots,
     check_values,
+    warn_of_unseeing_queries,
 )
 from .decay import check_decay
 from .log_n import with_log_n, with_log_n_of_cache
@@ -134,19 +135,22 @@ def rope_attention(
         call = with_log_n(name, log_n, q, k, call)
         out, lse = op.forward(q, k, v, call, backend)
         return (out, lse) if return_lse else out
-    tensors = (q, k, v, *call.tensors)
-    checked_by_layout(check_attention, tensors, (name, call.fixed), name, q, k, v, call)
+    if log_n is not None or freqs.log_decay is not None:
+        check_attention(name, q, k, v, call)  # what reads tensors before the op does
+        check_values(name, call, len(q))
     call = with_log_n(name, log_n, q, k, call)
     if freqs.log_decay is not None:
-        check_values(name, call, len(q))
         check_decay(name, freqs, q, k, call)
     try:
         out, lse = op.forward(q, k, v, call, backend)
-    except (RuntimeError, ValueError) as error:
-        # Values, and limits of a backend, which the op has refused before any kernel.
+    except REFUSALS as error:
+        # The op checks its arguments before any kernel. What it refuses is said in this function's
+        # words, but for limits of a backend.
+        check_attention(name, q, k, v, call)
         check_values(name, call, len(q))
         raise_as_value_error(error, "attention", name)
         raise
+    warn_of_unseeing_queries(name, q, k, call)
     return (out, lse) if return_lse else out
 
 
@@ -263,15 +267,15 @@ def rope_attention_with_kvcache(
         call = with_log_n_of_cache(name, log_n, q, cache, call)
         out, lse = op.decode(q, k, v, cache, call, backend)
         return (out, lse) if return_lse else out
-    tensors = (q, k, v, k_cache, v_cache, *cache.tensors, *call.tensors)
-    checked_by_layout(check_decode, tensors, (name, call.fixed), name, q, k, v, cache, call)
+    if log_n is not None or freqs.log_decay is not None:
+        check_decode(name, q, k, v, cache, call)  # what reads tensors before the op does
     call = with_log_n_of_cache(name, log_n, q, cache, call)
     if freqs.log_decay is not None:
         check_new_keys(name, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
     try:
         out, lse = op.decode(q, k, v, cache, call, backend)
-    except (RuntimeError, ValueError) as error:
-        # Values, and limits of a backend, which the op has refused before any write.
+    except REFUSALS as error:  # of the op, before any write; said as in rope_attention
+        check_decode(name, q, k, v, cache, call)
         check_slots(name, cache, call.cu_seqlens, len(q))
         raise_as_value_error(error, "decode", name)
         raise

@@ -72,14 +72,17 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCal
     _check_options(op, call, q, k.shape[-2], sequences)
     _check_start(op, "q_start", call.q_start, q, sequences)
     _check_start(op, "k_start", call.k_start, q, sequences)
-    whole = not packed and call.q_start is None and call.k_start is None
-    more = q.shape[1] - k.shape[1]
-    # Tensors of (batch, heads, seqlen, head_dim) with grouped heads look like this.
-    if whole and more > 0 and q.shape[2] == k.shape[2]:
+
+
+def warn_of_unseeing_queries(op: str, q: Tensor, k: Tensor, call: AttentionCall) -> None:
+    """Warn of what tensors of (batch, heads, seqlen, head_dim) with grouped heads look like."""
+    more, packed = q.shape[1] - k.shape[1], call.cu_seqlens is not None
+    placed = packed or call.q_start is not None or call.k_start is not None
+    if more > 0 and q.shape[2] == k.shape[2] and not placed:
         warnings.warn(
             f"{op}: the first {more} of q's {q.shape[1]} tokens see no key: shapes are "
             "(batch, seqlen, heads, head_dim)",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
