@@ -33,9 +33,12 @@ def draw(text: torch.Tensor, count: int, length: int) -> torch.Tensor:
 
 def train(model: LlamaForCausalLM, text: torch.Tensor, steps: int, length: int, lr: float) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    for _ in range(steps):
+    for step in range(steps):
         ids = draw(text, 16 * SHORT // length + 2, length)
-        model(ids, labels=ids).loss.backward()
+        found = model(ids, labels=ids).loss
+        found.backward()
+        if step % 10 == 0:
+            print(f"    step {step} of {steps}: loss {found.item():.2f}", flush=True)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -71,7 +74,7 @@ def main() -> None:
     with extend(model, method, **METHODS[method]):
         print(f"extended by {method}:          {loss(model, held_out)}", flush=True)
         train(model, text, steps=20, length=LONG, lr=1e-3)
-        print(f"fine-tuned on pieces of {LONG}: {loss(model, held_out)}")
+        print(f"fine-tuned on pieces of {LONG}: {loss(model, held_out)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def main() -> None:
             print(f"{' then '.join(order)}: keys of the first layer", "equal" if same else "differ")
             print(f"    of the last layer {far:.1%} apart from those of a text read at once")
             print(
-                f"    next token {shown(logits.argmax())!r}, read at once {shown(want.argmax())!r}"
+                f"    next token {shown(logits.argmax().item())!r}, "
+                f"read at once {shown(want.argmax().item())!r}",
+                flush=True,
             )
 
 

@@ -105,7 +105,7 @@ def main() -> None:
         before = by_trainer(model, ids)
         tune(model, tokenizer, texts, folder)
         after = by_trainer(model, ids)
-        print(f"loss {-before.mean():.2f}, tuned on {LONG} tokens {-after.mean():.2f}")
+        print(f"loss {-before.mean():.2f}, tuned on {LONG} tokens {-after.mean():.2f}", flush=True)
         handle.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         same = by_engine(folder, ids, additional_config={"extrope": {"score": SCALING}})

@@ -76,7 +76,8 @@ def test_train_with_rope_fwd(run):
 @pytest.mark.parametrize("method", ("rerope", "yarn"))
 def test_finetune_longer(run, method):
     pytest.importorskip("transformers")
-    trained, extended, tuned = map(numbers, run("finetune_longer.py", method).splitlines())
+    lines = run("finetune_longer.py", method).splitlines()
+    trained, extended, tuned = (numbers(line) for line in lines if " step " not in line)
     assert trained[-1] > extended[-1] > tuned[-1]
 
 
