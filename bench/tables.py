@@ -69,10 +69,10 @@ def comparison(results: dict, only: str = "") -> str:
         for ours in (row for row in rows if row["implementation"] == "extrope"):
             words = [cell(ours.get(name), form) for name, (_, form) in shown.items()]
             measured = [against(row) for row in rows if row is not ours and "ratio" in row]
-            lines.append([ours["case"], *words, "; ".join(measured)])
+            lines.append([ours["case"], "; ".join(measured), *words])
             absent |= {r["implementation"]: r["absent"] for r in rows if "absent" in r}
     parts = [f"{machine(results)}; medians in one run.",
-             table(["", *headings, "our time over theirs"], lines)]  # fmt: skip
+             table(["", "our time over theirs", *headings], lines)]  # fmt: skip
     if absent:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
         parts.append(f"Not measured here: {reasons}.")
