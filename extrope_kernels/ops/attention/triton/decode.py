@@ -5,12 +5,13 @@ positions at which the score method stores them. The second attends. If a region
 positions, it rotates them while it loads them.
 
 Programs that share a sequence take splits of its keys (schedule.py). The last of them to finish
-merges their results.
+merges their results (splits.py).
 
-The mask: in region r, a query at position p sees the keys from region_begin(p, r) to
-region_begin(p, r + 1), and region_begin(p, regions) is p + 1, the end of its keys; all are clamped
-to the keys that exist. mask.py defines it, with a picture. Its other arguments are seqlen_k and
-the position of key 0, which is 0 here: key j has position j.
+The mask: in region r, a query at position p sees the keys j with begin(r) <= j < begin(r + 1),
+where begin(r) = block(p) + starts[r], but with a sliding window not below p + 1 - window, and
+begin(regions) = p + 1; all are clamped to the keys that exist. block() rounds down to a multiple of
+granularity. starts are at most 0, and rise. mask.py has these as region_begin, with a picture. Its
+other arguments are seqlen_k and the position of key 0, which is 0 here: key j has position j.
 
 Names: a row is a token and one of the `group` heads of q that share a head of k. M is BLOCK_M,
 rows; N is BLOCK_N, keys. P is pairs of dims that rotate, R the other dims, V the dims of v,
@@ -53,9 +54,7 @@ from . import configs
 from .device import (
     FARTHEST,
     LEAST_DIMS,
-    add_sink,
     cos_sin_of_map,
-    ln_2,
     log2_e,
     map_of,
     nth_map,
@@ -68,6 +67,7 @@ from .device import (
 )
 from .mask import region_begin
 from .schedule import Lengths, grid_of, keys_of, queries_of, work_of_item
+from .splits import OutputTarget, store_results, store_split
 
 COUNTERS = 4  # counters come in fours, so that the partial results after them are aligned
 MERGED = 4096  # numbers that a program merges at a time: 16 to 32 registers per thread
@@ -119,220 +119,7 @@ class Blocks(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------
-# The end: results of a block of rows, alone or merged
-
-
-class OutputTarget(NamedTuple):
-    """The destination of the results of this program's rows."""
-
-    out: tl.tensor  # (batch, num_tokens, heads_q, head_dim_v); packed: batch is 1
-    lse: tl.tensor  # (batch, heads_q, num_tokens) float32, natural
-    sinks: tl.tensor  # (heads_q,) natural logits without a value, or None
-    has_sequence: tl.tensor  # False for tokens after the last boundary, which have no sink
-    batch: tl.tensor  # int64
-    first_token: tl.tensor  # of this sequence
-    num_tokens: tl.tensor
-    head: tl.tensor  # of k
-    heads_k: tl.tensor
-
-
-@triton.jit
-def _store_rows(target, row, valid, row_max, row_sum, acc, MODEL: tl.constexpr):
-    """Add the sinks, normalise, and store out and lse.
-
-    row, valid, row_max, row_sum: (M,); acc: (M, V). M is any number of rows here.
-    """
-    token = target.first_token + row // MODEL.group  # (M,)
-    head_q = target.head * MODEL.group + row % MODEL.group  # (M,)
-    heads_q = target.heads_k * MODEL.group
-    if target.sinks is not None:
-        sink = tl.load(target.sinks + head_q, mask=valid, other=float("-inf")) * log2_e()
-        if MODEL.packed:
-            sink = tl.where(target.has_sequence, sink, float("-inf"))
-        row_max, row_sum, rescale = add_sink(row_max, row_sum, sink)
-        acc *= rescale[:, None]
-    empty = row_sum == 0.0  # no keys, and no sink
-    row_sum = tl.where(empty, 1.0, row_sum)
-    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * ln_2())
-    lse_ptr = target.lse + (target.batch * heads_q + head_q) * target.num_tokens + token
-    tl.store(lse_ptr, lse, mask=valid)
-    out_index = (target.batch * target.num_tokens + token) * heads_q + head_q  # (M,)
-    dim = tl.arange(0, MODEL.dims_v)
-    mask = valid[:, None] & (dim < MODEL.head_dim_v)[None, :]
-    out = (acc / row_sum[:, None]).to(target.out.dtype.element_ty)  # (M, V)
-    out_row = target.out + out_index * MODEL.head_dim_v
-    tl.store(out_row[:, None] + dim[None, :], out, mask=mask)
-
-
-@triton.jit
-def _merge_splits(
-    target, partial_out, partial_lse, first_partial, split_stride, splits, row_block, num_rows,
-    MODEL: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Merge the splits of a block of rows, always in their order, and store the result.
-
-    partial_out: (partials, head_dim_v) float32, normalised; partial_lse: (partials,) float32 of
-    base 2, -inf without keys. Row i of split s is partial first_partial + s * split_stride + i.
-    """
-    ROWS: tl.constexpr = BLOCKS.merge_rows  # as many as a block can have, at most BLOCK_M
-    SPLITS: tl.constexpr = BLOCKS.merge_splits  # at a time
-    DIMS_V: tl.constexpr = MODEL.dims_v
-    row = row_block * BLOCKS.block_m + tl.arange(0, ROWS)  # (ROWS,)
-    dim = tl.arange(0, DIMS_V)
-    # Below any logit, but finite: exp2(-inf - -1e30) is 0, not NaN. A split's NaN goes on.
-    row_max = tl.full((ROWS,), -1e30, tl.float32)
-    row_sum = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, DIMS_V), tl.float32)
-    for first_split in tl.range(0, splits, SPLITS, num_stages=1):
-        split = first_split + tl.arange(0, SPLITS)
-        valid = (split < splits)[:, None] & (row < num_rows)[None, :]  # (SPLITS, ROWS)
-        partial = first_partial + split.to(tl.int64)[:, None] * split_stride + row[None, :]
-        # Past L1 (.cg): other processors wrote these numbers.
-        lse_ptr = partial_lse + partial  # (SPLITS, ROWS)
-        lse = tl.load(lse_ptr, mask=valid, other=float("-inf"), cache_modifier=".cg")
-        mask = valid[:, :, None] & (dim < MODEL.head_dim_v)[None, None, :]
-        out_ptr = partial_out + partial[:, :, None] * MODEL.head_dim_v + dim[None, None, :]
-        out = tl.load(out_ptr, mask=mask, other=0.0, cache_modifier=".cg")  # (SPLITS, ROWS, V)
-        new_max = tl.maximum(row_max, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_max[None, :])  # (SPLITS, ROWS)
-        rescale = tl.exp2(row_max - new_max)  # (ROWS,)
-        acc = acc * rescale[:, None] + tl.sum(out * weights[:, :, None], 0)
-        row_sum = row_sum * rescale + tl.sum(weights, 0)
-        row_max = new_max
-    _store_rows(target, row, row < num_rows, row_max, row_sum, acc, MODEL)
-
-
-@triton.jit
-def _store_split(
-    target, scratch, num_counters, item, num_items, split, splits, row_block, num_rows, row, valid,
-    row_max, row_sum, acc, MODEL: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Store a block of rows, seen by one split of its keys; the last split to come merges all.
-
-    scratch: num_counters int32 counters, one for each block of rows and head of k; then partial
-    results, float32: partial_out (item, head of k, row of the item, head_dim_v), and partial_lse
-    without the last dim, see `_merge_splits`. An item has the rows of all tokens of its sequence;
-    packed, those of its block. row, valid, row_max, row_sum: (M,); acc: (M, V).
-    """
-    BLOCK_M: tl.constexpr = BLOCKS.block_m
-    head, heads_k = target.head, target.heads_k
-    first_item = item - split  # that of the first split: the items of a block follow one another
-    if MODEL.packed:
-        item_rows, first_row = BLOCK_M, row_block * BLOCK_M
-        counter = tl.cast(head, tl.int64) * num_items + first_item
-    else:
-        item_rows, first_row = target.num_tokens * MODEL.group, 0
-        counter = (target.batch * heads_k + head) * tl.cdiv(num_rows, BLOCK_M) + row_block
-    # Counters come in fours: so the compiler knows that partial_out is aligned.
-    partial_out = scratch + tl.cast(num_counters // 4, tl.int64) * 4
-    partials = tl.cast(num_items, tl.int64) * heads_k * item_rows
-    partial_lse = partial_out + partials * MODEL.head_dim_v
-    first_partial = (tl.cast(first_item, tl.int64) * heads_k + head) * item_rows - first_row
-    split_stride = heads_k * item_rows  # from an item to the next
-
-    partial = first_partial + tl.cast(split, tl.int64) * split_stride + row  # (M,)
-    empty = row_sum == 0.0
-    row_sum = tl.where(empty, 1.0, row_sum)
-    lse = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum))
-    tl.store(partial_lse + partial, lse, mask=valid)
-    dim = tl.arange(0, MODEL.dims_v)
-    mask = valid[:, None] & (dim < MODEL.head_dim_v)[None, :]
-    out_ptr = partial_out + partial[:, None] * MODEL.head_dim_v + dim[None, :]
-    tl.store(out_ptr, acc / row_sum[:, None], mask=mask)  # (M, V)
-    # All threads must store before one of them counts, which other processors see.
-    tl.debug_barrier()
-    counters = scratch.to(tl.pointer_type(tl.int32), bitcast=True)
-    done = tl.atomic_add(counters + counter, 1, sem="acq_rel", scope="gpu")
-    if done == splits - 1:
-        _merge_splits(
-            target, partial_out, partial_lse, first_partial, split_stride, splits, row_block,
-            num_rows, MODEL, BLOCKS,
-        )  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------------
 # The second launch: attend
-
-
-@triton.jit
-def _add_region(
-    row_max, row_sum, acc,  # (M,), (M,), (M, V) float32: the online softmax of the keys so far
-    q0, q1, q_rest,  # (M, P), (M, P), (M, R): rotated and scaled, in the type of products
-    k_head, v_head,  # pointers to dim 0 of the head in slot 0 of block 0
-    k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,  # divided by BLOCKS.align
-    sequence, pages, page_size,  # a block is the sequence; paged, pages[slot // page_size]
-    pad,  # the slot of key 0
-    begin, end,  # the keys of this region and split that any of the rows sees
-    row_begin, row_end,  # (M,): row i sees keys [row_begin[i], row_end[i])
-    freq, k_decay, pair_maps, pair, head,  # what rotates keys: see `cos_sin_of_map`
-    k_scale,  # of this head; read if MODEL.codes
-    REGION: tl.constexpr, STORED: tl.constexpr, MODEL: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Add a region's keys to the online softmax; return row_max, row_sum and acc."""
-    BLOCK_N: tl.constexpr = BLOCKS.block_n
-    ROTATES: tl.constexpr = MODEL.rotates_keys[REGION]
-    OPERAND: tl.constexpr = q0.dtype
-    dim_v = tl.arange(0, MODEL.dims_v)
-    for start in tl.range(begin, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)  # (N,)
-        valid = key < end
-        slot = pad + key  # int32: in 64 bits, a GPU calls a function for every division
-        if MODEL.paged:
-            block = tl.load(pages + slot // page_size, mask=valid, other=0).to(tl.int64)
-            slot = slot % page_size
-        else:
-            block = sequence
-
-        # logits = q @ k.T: (M, N)
-        k_offset = block * k_stride_block + slot.to(tl.int64) * k_stride_slot
-        k_row = k_head + k_offset * BLOCKS.align  # (N,)
-        k0, k1, k_rest = load_parts(k_row, valid, MODEL)  # (N, P), (N, P), (N, R); 0 if not valid
-        if MODEL.codes:
-            LIKE: tl.constexpr = tl.float32 if ROTATES else OPERAND
-            k0 = widened_codes(k0, LIKE, MODEL.codes)
-            k1 = widened_codes(k1, LIKE, MODEL.codes)
-            if MODEL.rest > 0:
-                k_rest = widened_codes(k_rest, LIKE, MODEL.codes)
-        if ROTATES:  # from their stored positions to those that this region sees
-            cos, sin = cos_sin_of_map(
-                key, freq, k_decay, pair_maps, pair, head, nth_map(MODEL.k_maps, REGION), STORED,
-                MODEL.half, MODEL.map_heads,
-            )  # fmt: skip
-            k0, k1 = k0.to(tl.float32), k1.to(tl.float32)
-            k0, k1 = k0 * cos - k1 * sin, k1 * cos + k0 * sin
-        k0, k1 = k0.to(OPERAND), k1.to(OPERAND)  # before any product: float32 takes more registers
-        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-        logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
-        if MODEL.rest > 0:
-            logits = tl.dot(q_rest, tl.trans(k_rest.to(OPERAND)), logits, input_precision="ieee")
-        if MODEL.codes:  # not into q: float16 lacks small numbers
-            logits *= k_scale
-        if MODEL.softcap_log2 > 0:  # `softcap` returns tanh(logits * 1.0 / softcap_log2)
-            logits = MODEL.softcap_log2 * softcap(logits, 1.0, MODEL.softcap_log2)
-
-        # weights = exp2(logits - new_max): (M, N)
-        seen = valid[None, :]
-        if BLOCKS.several_tokens:  # rows of one token all see the same keys
-            seen = seen & (key[None, :] < row_end[:, None])
-            if not (REGION == 0 and MODEL.from_key_0):
-                seen = seen & (key[None, :] >= row_begin[:, None])
-        logits = tl.where(seen, logits, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, 1))  # (M,)
-        weights = tl.exp2(logits - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)  # (M,)
-        row_sum = row_sum * rescale + tl.sum(weights, 1)
-        row_max = new_max
-
-        # acc = acc * rescale + weights @ v
-        v_offset = block * v_stride_block + slot.to(tl.int64) * v_stride_slot
-        v_row = v_head + v_offset * BLOCKS.align  # (N,)
-        mask = valid[:, None] & (dim_v < MODEL.head_dim_v)[None, :]
-        v = tl.load(v_row[:, None] + dim_v[None, :], mask=mask, other=0.0)  # (N, V)
-        if MODEL.codes:
-            v = widened_codes(v, OPERAND, MODEL.codes)
-        v = v.to(OPERAND)
-        acc = tl.dot(weights.to(OPERAND), v, acc * rescale[:, None], input_precision="ieee")
-    return row_max, row_sum, acc
 
 
 @triton.jit(
@@ -346,7 +133,7 @@ def _add_region(
 def decode_kernel(
     q, k_cache, v_cache,  # (batch, num_tokens, heads_q, head_dim); (blocks, slots, heads_k, ...)
     out, lse,  # see OutputTarget
-    scratch,  # counters, all 0, then partial results: see _store_split; None if there are no splits
+    scratch,  # counters, all 0, then partial results: see store_split; None if there are no splits
     inv_freq, log_decay,  # (sequences or 1, freq_heads, half) float; (half,) or None: xPos
     pair_maps,  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
     query_scale, sinks,  # (batch or 1, num_tokens) float32 or None; see OutputTarget
@@ -362,7 +149,7 @@ def decode_kernel(
     batch, num_tokens,  # sequences; queries of each, or packed of all
     appended,  # keys that this call wrote for each sequence; packed: for each query, 0 or 1
     num_items, least_blocks,  # of the schedule; blocks of keys that a split has at least
-    num_counters,  # see _store_split
+    num_counters,  # see store_split
     STORED: tl.constexpr,  # the map by which keys in the cache come rotated; None: raw
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -380,7 +167,9 @@ def decode_kernel(
     OPERAND: tl.constexpr = tl.float32 if MODEL.widen else q.dtype.element_ty  # of products
 
     # This program's sequence, split of its keys, and block of rows. An item of the schedule is a
-    # split, 0 to splits - 1, of a sequence; without splits, item i is sequence i.
+    # split, 0 to splits - 1, of a sequence; without splits, item i is sequence i. An item with
+    # nothing to do has a sequence of `batch` or more, and one split. So have packed tokens after
+    # the last boundary, sequence `batch`: they have rows, but see no key.
     head = tl.program_id(1)  # of k
     item, row_block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
     lengths = Lengths(seqlens, leftpad, cu_seqlens, batch, num_tokens, appended, capacity)
@@ -391,7 +180,6 @@ def decode_kernel(
         )
     if MODEL.packed:  # items always have splits then, and split counts those of all blocks of rows
         row_block, split = split // splits, split % splits
-    # Else the program has nothing to do, or packed tokens after the last boundary: they see no key.
     exists = sequence < batch
     first_token, seqlen_q = queries_of(sequence, lengths, MODEL)  # first_token is 0 unless packed
     pad, seqlen_k = keys_of(sequence, seqlen_q, lengths, MODEL)  # seqlen_k: with this call's keys
@@ -431,25 +219,30 @@ def decode_kernel(
     if log_decay is not None:
         q_decay = of_pairs(log_decay, MODEL).to(tl.float64)  # (1, P)
         k_decay = -q_decay
+    rope = KeyRope(freq, k_decay, pair_maps, pair, head)
 
     # What all regions share: pointers, and the factor of each row's logits, (M, 1) of base 2.
     # Strides come divided by ALIGN: the product at the end shows the compiler that it may load 16
     # bytes at a time.
     q_offset = q_batch * q_stride_batch + (first_token + token).to(tl.int64) * q_stride_seq
     q_row = q + (q_offset + head_q.to(tl.int64) * q_stride_head) * ALIGN  # (M,)
-    k_head = k_cache + tl.cast(head, tl.int64) * k_stride_head * ALIGN
-    v_head = v_cache + tl.cast(head, tl.int64) * v_stride_head * ALIGN
     pages = None
     if MODEL.paged:
         pages = block_table + tl.cast(sequence, tl.int64) * table_stride
+    scale_of_k = None
+    if MODEL.codes:
+        scale_of_k = tl.load(k_scale + head)
+    cache = CacheOfHead(
+        k_cache + tl.cast(head, tl.int64) * k_stride_head * ALIGN,
+        v_cache + tl.cast(head, tl.int64) * v_stride_head * ALIGN,
+        k_stride_block, k_stride_slot, v_stride_block, v_stride_slot, tl.cast(sequence, tl.int64),
+        pages, page_size, pad, scale_of_k,
+    )  # fmt: skip
     scale = MODEL.softmax_scale_log2
     if query_scale is not None:
         query_scale += q_batch * query_scale_stride
         of_token = tl.load(query_scale + (first_token + token), mask=valid, other=1.0)
         scale = scale * of_token[:, None]  # (M, 1)
-    scale_of_k = None
-    if MODEL.codes:
-        scale_of_k = tl.load(k_scale + head)
 
     # Below any logit, but finite: a row that has seen no key has exp2(-inf - -1e30) = 0, not NaN.
     row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
@@ -484,10 +277,8 @@ def decode_kernel(
         if r + 1 < REGIONS:
             end = tl.minimum(end, region_begin(last_position, seqlen_k, 0, r + 1, MODEL))
         row_max, row_sum, acc = _add_region(
-            row_max, row_sum, acc, q0.to(OPERAND), q1.to(OPERAND), q_rest.to(OPERAND),
-            k_head, v_head, k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
-            tl.cast(sequence, tl.int64), pages, page_size, pad, begin, end, row_begin, row_end,
-            freq, k_decay, pair_maps, pair, head, scale_of_k, r, STORED, MODEL, BLOCKS,
+            row_max, row_sum, acc, q0.to(OPERAND), q1.to(OPERAND), q_rest.to(OPERAND), cache, rope,
+            begin, end, row_begin, row_end, r, STORED, MODEL, BLOCKS,
         )  # fmt: skip
     if MODEL.codes:
         acc *= tl.load(v_scale + head)
@@ -498,14 +289,117 @@ def decode_kernel(
     )
     if BLOCKS.splits:
         if splits > 1:
-            _store_split(
+            store_split(
                 target, scratch, num_counters, item, num_items, split, splits, row_block, num_rows,
                 row, valid, row_max, row_sum, acc, MODEL, BLOCKS,
             )  # fmt: skip
         else:
-            _store_rows(target, row, valid, row_max, row_sum, acc, MODEL)
+            store_results(target, row, valid, row_max, row_sum, acc, MODEL)
     else:
-        _store_rows(target, row, valid, row_max, row_sum, acc, MODEL)
+        store_results(target, row, valid, row_max, row_sum, acc, MODEL)
+
+
+class CacheOfHead(NamedTuple):
+    """The cached keys and values of one sequence and head of k."""
+
+    k: tl.tensor  # pointers to dim 0 of the head in slot 0 of block 0
+    v: tl.tensor
+    k_stride_block: tl.tensor  # all divided by BLOCKS.align
+    k_stride_slot: tl.tensor
+    v_stride_block: tl.tensor
+    v_stride_slot: tl.tensor
+    sequence: tl.tensor  # int64: the block, unless paged
+    pages: tl.tensor  # paged, slot s is in block pages[s // page_size]
+    page_size: tl.tensor
+    pad: tl.tensor  # the slot of key 0
+    k_scale: tl.tensor  # of keys in fp8; else None
+
+
+class KeyRope(NamedTuple):
+    """What rotates keys to other positions than those at which they are stored."""
+
+    freq: tl.tensor  # (1, P)
+    decay: tl.tensor  # (1, P) float64, or None: xPos
+    pair_maps: tl.tensor
+    pair: tl.tensor  # (P,): 0, 1, ...
+    head: tl.tensor  # of k
+
+
+@triton.jit
+def _add_region(
+    row_max, row_sum, acc,  # (M,), (M,), (M, V) float32: the online softmax of the keys so far
+    q0, q1, q_rest,  # (M, P), (M, P), (M, R): rotated and scaled, in the type of products
+    cache, rope,  # CacheOfHead, KeyRope
+    begin, end,  # the keys of this region and split that any of the rows sees
+    row_begin, row_end,  # (M,): row i sees keys [row_begin[i], row_end[i])
+    REGION: tl.constexpr, STORED: tl.constexpr, MODEL: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Add a region's keys to the online softmax; return row_max, row_sum and acc."""
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    ROTATES: tl.constexpr = MODEL.rotates_keys[REGION]
+    OPERAND: tl.constexpr = q0.dtype
+    dim_v = tl.arange(0, MODEL.dims_v)
+    for start in tl.range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)  # (N,)
+        valid = key < end
+        slot = cache.pad + key  # int32: in 64 bits, a GPU calls a function for every division
+        if MODEL.paged:
+            page_ptr = cache.pages + slot // cache.page_size
+            block = tl.load(page_ptr, mask=valid, other=0).to(tl.int64)
+            slot = slot % cache.page_size
+        else:
+            block = cache.sequence
+
+        # logits = q @ k.T: (M, N)
+        k_offset = block * cache.k_stride_block + slot.to(tl.int64) * cache.k_stride_slot
+        k_row = cache.k + k_offset * BLOCKS.align  # (N,)
+        k0, k1, k_rest = load_parts(k_row, valid, MODEL)  # (N, P), (N, P), (N, R); 0 if not valid
+        if MODEL.codes:
+            LIKE: tl.constexpr = tl.float32 if ROTATES else OPERAND
+            k0 = widened_codes(k0, LIKE, MODEL.codes)
+            k1 = widened_codes(k1, LIKE, MODEL.codes)
+            if MODEL.rest > 0:
+                k_rest = widened_codes(k_rest, LIKE, MODEL.codes)
+        if ROTATES:  # from their stored positions to those that this region sees
+            cos, sin = cos_sin_of_map(
+                key, rope.freq, rope.decay, rope.pair_maps, rope.pair, rope.head,
+                nth_map(MODEL.k_maps, REGION), STORED, MODEL.half, MODEL.map_heads,
+            )  # fmt: skip
+            k0, k1 = k0.to(tl.float32), k1.to(tl.float32)
+            k0, k1 = k0 * cos - k1 * sin, k1 * cos + k0 * sin
+        k0, k1 = k0.to(OPERAND), k1.to(OPERAND)  # before any product: float32 takes more registers
+        logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
+        if MODEL.rest > 0:
+            logits = tl.dot(q_rest, tl.trans(k_rest.to(OPERAND)), logits, input_precision="ieee")
+        if MODEL.codes:  # not into q: float16 lacks small numbers
+            logits *= cache.k_scale
+        if MODEL.softcap_log2 > 0:  # `softcap` returns tanh(logits * 1.0 / softcap_log2)
+            logits = MODEL.softcap_log2 * softcap(logits, 1.0, MODEL.softcap_log2)
+
+        # weights = exp2(logits - new_max): (M, N)
+        sees = valid[None, :]
+        if BLOCKS.several_tokens:  # rows of one token all see the same keys
+            sees = sees & (key[None, :] < row_end[:, None])
+            if not (REGION == 0 and MODEL.from_key_0):
+                sees = sees & (key[None, :] >= row_begin[:, None])
+        logits = tl.where(sees, logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, 1))  # (M,)
+        weights = tl.exp2(logits - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)  # (M,)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+
+        # acc = acc * rescale + weights @ v
+        v_offset = block * cache.v_stride_block + slot.to(tl.int64) * cache.v_stride_slot
+        v_row = cache.v + v_offset * BLOCKS.align  # (N,)
+        mask = valid[:, None] & (dim_v < MODEL.head_dim_v)[None, :]
+        v = tl.load(v_row[:, None] + dim_v[None, :], mask=mask, other=0.0)  # (N, V)
+        if MODEL.codes:
+            v = widened_codes(v, OPERAND, MODEL.codes)
+        v = v.to(OPERAND)
+        acc = tl.dot(weights.to(OPERAND), v, acc * rescale[:, None], input_precision="ieee")
+    return row_max, row_sum, acc
 
 
 # -------------------------------------------------------------------------------------------------

@@ -55,8 +55,9 @@ def grid_of(q: Tensor, cache: KVCache, call: AttentionCall, block_m: int, block_
     most_splits = most_keys // LEAST_KEYS  # of a sequence
     least_blocks = triton.cdiv(LEAST_KEYS, block_n)
     if call.cu_seqlens is None:
+        more = _more_items(q, heads_k * row_blocks, batch * most_splits)
         return Grid(
-            num_items=batch + _more_items(q, heads_k * row_blocks, batch * most_splits),
+            num_items=batch + more if most_splits > 1 else batch,
             row_blocks=row_blocks,
             item_rows=rows,
             counters=row_blocks,
