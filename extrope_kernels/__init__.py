@@ -31,8 +31,9 @@ __version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Load `extend` and `check` on first use: they import what goes with transformers."""
-    places = {"extend": "integrations.transformers", "check": "model_check.loaded"}
+    """Load `extend`, `restore` and `check` on first use: they import much more."""
+    places = dict.fromkeys(("extend", "restore"), "integrations.transformers")
+    places |= {"check": "model_check.loaded"}
     if name in places:
         return getattr(importlib.import_module(f"{__name__}.{places[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,9 @@ def evaluate(
         "trials": trials,
         "seed": seed,
     }
-    with without_dropout(loaded):
+    with without_dropout(loaded), warnings.catch_warnings():
+        # Lengths within the training are read for comparison.
+        warnings.filterwarnings("ignore", ".*leaves nothing extended")
         planned = _planned(loaded, params, wanted)
         rows = report.Rows(path, header, ("method", "length", "params"))
         _measure(measured, loaded, read, planned, rows, table or io.StringIO())

@@ -32,13 +32,11 @@ _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
 _BY_KIND = "cannot be told, as far as known, to scale the full layers alone"
 # Why no configuration of such a model yields YaRN's frequencies, by its rope_type.
 _LEFT_OUT = {
-    "longrope": "left out: a model with LongRoPE may load no other type; `save_pretrained` of "
-    "what extend returns writes factors",
+    "longrope": "left out: a model with LongRoPE may load no other type; extend serves it",
     "proportional": "left out: no other rope_type rotates a part of a head as proportional does",
 }
 _TRAINED_UNDER = (
-    "left out: no rope_parameters scale the {} that the model was trained with; `save_pretrained` "
-    "of what extend returns writes factors"
+    "left out: no rope_parameters scale the {} that the model was trained with; extend does"
 )
 # The rope_parameters that YaRN replaces.
 _SCALING = ("factor", "rope_type", "type", "alpha")

@@ -8,8 +8,9 @@ import tiny_models
 import torch
 from hf_models import build, error, generate, gradients, logits, since, tokens, transformers
 
-from extrope_kernels.integrations.transformers import extend, extension
+from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.integrations.transformers.batch import padded
+from extrope_kernels.integrations.transformers.patch import norms
 from extrope_kernels.integrations.transformers.patch.score_forward import ScoreAttention
 
 # One of each kind of architecture, and others of them.
@@ -311,7 +312,7 @@ def test_a_probe_that_fails_changes_nothing(monkeypatch):
     def fail(owner):
         raise KeyError("sliding_attention")
 
-    monkeypatch.setattr(extension, "probe_layers", fail)
+    monkeypatch.setattr(norms, "probe_layers", fail)
     with pytest.raises(ValueError, match=r"needs tables of cos and sin .'sliding_attention'"):
         extend(model, "rerope", window=6)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ import torch
 from hf_models import build, transformers
 from torch import nn
 
-from extrope_kernels import methods
+from extrope_kernels import methods, scores
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.methods import METHODS
 from extrope_kernels.scores import SCORES
@@ -21,10 +21,14 @@ NAMES = f"extend: method must be one of {', '.join((*METHODS, *SCORES))}, got "
 OF_RERO = "extend: parameters of rerope must be among window, factor, log_n, got "
 # Arguments that a plain Llama is given, and what is said. A method that is no text comes as it is.
 ARGUMENTS = [
-    ("yarm", {}, ValueError, f"{NAMES}'yarm'"),
+    ("yarm", {}, ValueError, f"{NAMES}'yarm' (did you mean 'yarn'?)"),
+    ("su", {}, ValueError, f"{NAMES}'su' (did you mean 'longrope'?)"),
     ("ReRoPE", {}, ValueError, f"{NAMES}'ReRoPE' (did you mean 'rerope'?)"),
     ("self-extend", {}, ValueError, f"{NAMES}'self-extend' (did you mean 'self_extend'?)"),
-    (methods.rope(16), {}, TypeError, "as in extend(model, 'yarn', factor=4.0), got RopeFreqs"),
+    (4.0, {}, TypeError, "extend(model, 'yarn', factor=4.0), a Score or a RopeFreqs, got float"),
+    (methods.rope(8), {}, ValueError, "RopeFreqs must have inv_freq (8,) for the 16 dims"),
+    (methods.rope(16), {"factor": 2.0}, TypeError, "factor must be left out with a RopeFreqs"),
+    (scores.rerope(4), {"length": 99}, TypeError, "length must be left out with a Score"),
     ("rerope", {}, ValueError, "extend: rerope needs window, which is missing"),
     ("rerope", {"window": 4, "shift": 2}, TypeError, f"{OF_RERO}shift"),
     ("rerope", {"window": 4, "resonance": True}, TypeError, f"{OF_RERO}resonance"),
@@ -33,7 +37,7 @@ ARGUMENTS = [
     ("self_extend", {"window": 9, "factor": 2}, ValueError, "window must be a multiple of factor"),
     ("string", {"window": 4}, ValueError, "extend: string needs shift, which is missing"),
     ("dpe", {"window": 8, "group_sizes": [2, 2]}, ValueError, "maps of 8 pairs of dims, got 2"),
-    ("yarn", {}, ValueError, "extend: yarn needs factor, which is missing"),
+    ("yarn", {}, ValueError, "extend: yarn needs factor= or length=, got neither"),
     ("yarn", {"factor": 4.0, "resonance": 2}, TypeError, "resonance must be True or False, got 2"),
     ("yarn", {"factor": 2.0, "rope_theta": 1e6}, TypeError, "got rope_theta (base here)"),
     ("yarn", {"factor": 2.0, "over": {}}, ValueError, "extend: over must be a RopeFreqs, "),
@@ -49,7 +53,8 @@ ARGUMENTS = [
     (None, {"length": 0}, ValueError, "extend: length must be > 0, got 0"),
     (None, {"length": 1.5}, ValueError, "length must be a whole number of tokens, got 1.5"),
     (None, {"length": 99, "window": 8}, TypeError, "extend: window needs a method that has it"),
-    ("rerope", {"length": 99}, ValueError, "got rerope; give its own parameters (window="),
+    (None, {"max_length": 9}, TypeError, "given, got max_length (did you mean 'length'?)"),
+    ("leaky_rerope", {"length": 99}, ValueError, "got leaky_rerope; give its own parameters (win"),
     ("dynamic_ntk", {"length": 99}, ValueError, "(yarn), got dynamic_ntk"),
     ("Yarn", {"length": 99}, ValueError, "did you mean 'yarn'"),
     ("yarn", {"length": 99, "factor": 2.0}, ValueError, "factor or length must be given for yarn"),
@@ -91,7 +96,6 @@ LLAMA4 |= {"num_local_experts": 2}
 SLIDING, COMPRESSED = (
     {"layer_types": [f"{kind}_attention"] * 2} for kind in ("sliding", "compressed_sparse")
 )
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 WINDOWS = "all its layers that rotate have a sliding window or chunks"
 DEEPSEEK4, FALCON = "DeepseekV4ForCausalLM", partial(tiny, "FalconForCausalLM", alibi=True)
 RERO, PI = ("rerope", {"window": 8}), ("pi", {"factor": 4.0})
@@ -102,7 +106,6 @@ MODELS = [
     (partial(build, "gemma3_text", **SLIDING), PI, WINDOWS),
     (partial(build, "mistral"), RERO, f"MistralModel is not a supported architecture: {WINDOWS}"),
     (partial(build, "llama4_text", **LLAMA4), RERO, WINDOWS),
-    (partial(build, "llama", DYNAMIC), RERO, "its frequencies (dynamic) ch"),
     (partial(build, "llama", head_dim=12), RERO, "head_dim must be a multiple of 8"),
     (
         lambda: build("llama", attention_dropout=0.1).train(),

@@ -274,7 +274,7 @@ def test_score_methods_go_on_last_and_once():
         extend(model, "rerope", window=8)
     with extend(model, "rerope", window=8):
         want = logits(model, IDS)
-        for method in ("yarn", "dual_chunk"):
+        for method in ("abf", "dual_chunk"):
             with pytest.raises(ValueError, match=f"extend: {method} must come before rerope"):
                 extend(model, method)
         assert torch.equal(logits(model, IDS), want)

@@ -1,6 +1,7 @@
 """Hugging Face models: `extend` a loaded model by any method, save it, `restore` it exactly.
 
-extension: `extend`, and the handle that undoes it. `length` chooses the method for a length.
+extension: `extend`, and the handle that undoes it. `request` reads what it is asked for, `length`
+    chooses the method for a length.
 
 probe: what a model does. `rotary` finds the rotary embeddings, a `RotaryModule` for each.
     `attention` knows how layers call their attention, and runs four tokens to record those calls;
@@ -12,12 +13,20 @@ patch: what we change. `frequencies` and `scores` make the `Patches` of the two 
 batch: the rows that a forward reads: padded, packed, in pages.
 
 interface: `attn_implementation="extrope"`, also for models that are not extended.
-saved: an extension on disk.
-context_parallel: an extension over a mesh, imported when asked for.
+saved: an extension on disk; `rope_parameters` what of it a config can have.
+context_parallel: an extension over a mesh. guards: against trainers with a plain reference model,
+    and torch's regions. Both are imported when needed.
 """
 
 from .._shared.parameters import PARAMETERS
-from .extension import Extension, extend, extend_from_saved
+from .extension import Extension, extend, extend_from_saved, restore
 from .interface import register_interface
 
-__all__ = ["PARAMETERS", "Extension", "extend", "extend_from_saved", "register_interface"]
+__all__ = [
+    "PARAMETERS",
+    "Extension",
+    "extend",
+    "extend_from_saved",
+    "register_interface",
+    "restore",
+]

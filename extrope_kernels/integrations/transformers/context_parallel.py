@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -25,11 +26,13 @@ from .probe.attention import (
     softmax_options,
 )
 from .probe.layers import (
+    LayerProbe,
     Recorder,
     first_call,
     kind_of,
     mixes,
     probe_layers,
+    refuse_without_weights,
     window_of_cache,
 )
 from .probe.rotary import argument_names, by_name
@@ -58,6 +61,24 @@ class Shared:
     @property
     def size(self) -> int:
         return self.mesh.size()
+
+    def share(self, model: nn.Module, owners: Sequence[nn.Module], patches: Patches) -> None:
+        """Add the changes of a mesh to a method's; the model is not changed yet."""
+        for _, _, value in patches.overrides:
+            if isinstance(value, RotaryForward):
+                value.shared = self
+        first: list = [(model, _refuse_labels, None)] if "labels" in argument_names(model) else []
+        last: list = []
+        for owner in owners:
+            refuse_without_weights(owner, "a mesh")
+            layers = _rotating_by_themselves(model, owner, patches.probe)
+            hooks = SharedHooks(owner, self, layers)
+            first.append((owner, hooks.before_forward, None))
+            for layer, call in layers.items():
+                patches.overrides += call.overrides(layer)
+            last += [(layer, hooks.before_layer, None) for layer in layers]
+        patches.hooks = first + patches.hooks + last
+        patches.then = [partial(_try_patched, model, owners)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """Return itself: copies of a model attend across the same ranks."""
@@ -197,47 +218,35 @@ def _refuse_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         )
 
 
-def share(model: nn.Module, owners: Sequence[nn.Module], shared: Shared, patches: Patches) -> None:
-    """Add a mesh's changes to a method's; the model is not changed yet."""
-    for _, _, value in patches.overrides:
-        if isinstance(value, RotaryForward):
-            value.shared = shared
-    first: list = [(model, _refuse_labels, None)] if "labels" in argument_names(model) else []
-    last: list = []
-    for owner in owners:
-        layers = _rotating_by_themselves(model, owner, patches.layers)
-        hooks = SharedHooks(owner, shared, layers)
-        first.append((owner, hooks.before_forward, None))
-        for layer, call in layers.items():
-            patches.overrides += call.overrides(layer)
-        last += [(layer, hooks.before_layer, None) for layer in layers]
-    patches.hooks = first + patches.hooks + last
-
-
 def _rotating_by_themselves(
-    model: nn.Module, owner: nn.Module, known: Collection[nn.Module]
+    model: nn.Module, owner: nn.Module, probe: LayerProbe | None
 ) -> dict[nn.Module, Call]:
-    """Return an owner's attention layers except the known ones, which a score method extends.
+    """Return an owner's attention layers except those that a score method extends.
 
+    probe: what that method found; None without one.
     Raises ValueError if a token depends on others in any other way.
     """
-    calls = calls_in(owner)
-    recorder = Recorder(calls)
-    try:
-        with recorder.in_place():
-            there = probe_layers(first_call(model, owner))
-            back = probe_layers(first_call(model, owner), backwards=True)
-    except Exception as error:  # a foreign model may raise anything
-        reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
-        raise unsupported(owner, reason) from error
-    if mixes(there, back):
+    if probe is not None:
+        calls, seen, mixed, known = probe.calls, probe.seen, probe.others_mix, probe.far
+    else:
+        calls, known = calls_in(owner), {}
+        recorder = Recorder(calls)
+        try:
+            with recorder.in_place():
+                there = probe_layers(first_call(model, owner))
+                back = probe_layers(first_call(model, owner), backwards=True)
+        except Exception as error:  # a foreign model may raise anything
+            reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
+            raise unsupported(owner, reason) from error
+        seen, mixed = recorder.seen, mixes(there, back)
+    if mixed:
         raise unsupported(
             owner,
             "over a mesh tokens must meet in attention alone, which an op replaces",
         )
-    found = {layer: calls[layer] for layer in recorder.seen if layer not in known}
+    found = {layer: calls[layer] for layer in seen if layer not in known}
     for layer, call in found.items():
-        given, name = recorder.seen[layer], type(layer).__name__
+        given, name = seen[layer], type(layer).__name__
         if "sliding_window" not in softmax_options(layer, given.options):
             if is_bounded(kind_of(layer)):
                 raise unsupported(owner, f"{name} attends in chunks, which a mesh does not support")
@@ -249,3 +258,15 @@ def _rotating_by_themselves(
         qkv = given.q, given.k, given.v
         attend_as_own(owner, layer, call, qkv, no_freqs(given.q), {}, given)
     return found
+
+
+def _try_patched(model: nn.Module, owners: Sequence[nn.Module]) -> Patches:
+    """Run four tokens, to find what a model does between its rotary embedding and its layers."""
+    for owner in owners:
+        try:
+            probe_layers(first_call(model, owner))
+        except ValueError as error:  # raised by the attention over the mesh
+            raise reprefix_error(error) from None
+        except Exception as error:  # a foreign model may raise anything
+            raise unsupported(owner, f"it does not run over a mesh ({shortened(error)})") from error
+    return Patches()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,38 +13,45 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...scores import FIRST_KEY, SCORES, UNROTATED, PositionMap, Region, Score
-from .._shared.parameters import PARAMETERS
+from ... import RopeFreqs
+from ...scores import SCORES, Score
 from .interface import register_interface
-from .length import choose, factor_for, why_no_images
-from .model import generation_config_owner, reprefix_error, shortened, unsupported
+from .model import Override, generation_config_owner, shortened
 from .patch.frequencies import frequency_patches
-from .patch.generate import forget_pages, generation_patches, length_patches
-from .patch.hooks import (
-    ON_OWNER,
-    Applied,
-    Patches,
-    RegionGuard,
-    TrainingGuard,
-    route_forward_through_hooks,
-)
-from .patch.norms import norm_patches
+from .patch.generate import forget_pages, length_patches
+from .patch.hooks import ON_OWNER, Applied, Patches, route_forward_through_hooks
 from .patch.rotation import RotaryForward, unwrap_apply, wrap_apply
 from .patch.score_forward import ScoreRotaryForward
-from .patch.scores import ScoreRequest, read_score, score_patches
-from .probe.layers import first_call, probe_layers, refuse_without_weights
-from .probe.rotary import RotaryModule, find_rotary_modules, owners_of
+from .patch.scores import score_patches
+from .probe.rotary import (
+    RotaryModule,
+    argument_names,
+    by_name,
+    find_rotary_modules,
+    owners_of,
+)
+from .request import (
+    by_length_as_stated,
+    choose_method,
+    read_method,
+    warn_of_nothing,
+    why_no_region,
+    with_stated,
+)
 from .saved import Saved, describe, read, save, save_beside_adapters, save_plain
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy
     from ...distributed.layout import Balance, Mesh
+    from .context_parallel import Shared
+
+_HANDLE = "_extrope_handle"  # the attribute that has the handle of an owner's last extension
 
 
 @torch.inference_mode(False)  # its tensors would have no part in a later backward
 def extend(
     model: nn.Module,
-    method: str | None = None,
+    method: str | Score | RopeFreqs | None = None,
     *,
     length: int | None = None,
     layers: str = "full",
@@ -58,11 +66,18 @@ def extend(
         handle = extend(model, length=65536)  # what measured best: print(handle) says what and why
         handle = extend(model, "yarn", factor=4.0)
 
-    **This runs the model on four tokens, several times**: for a score method, a mesh and raw
-    keys, and where a model norms queries and keys. No list of models says how layers rotate and
-    attend, so `extend` tries it: which dims rotate, in which pairs, what each attention gets, and
-    if the op gives the same as the layer's own. It raises ValueError where that fails. The probe
-    changes nothing; it needs the weights, and a model's hooks see it.
+    **This runs the model on four tokens, four times at most.** No list of models says how layers
+    rotate and attend, so `extend` tries it, for a score method and raw keys:
+
+    1. at position 0: what each attention gets without a rotation;
+    2. at positions 0 to 3: which dims rotate, in which pairs, and if the op attends as the layer;
+    3. backwards, as two packed sequences, and louder: if tokens mix elsewhere, if masks tell
+       sequences apart, and if a norm undoes an amplitude;
+    4. with everything in place, norms of queries and keys too.
+
+    A mesh alone runs two and the last; a frequency method the last one, in models with such norms.
+    It raises ValueError where that fails. The probe changes nothing; it needs the weights, and a
+    model's hooks see it.
 
     Then rotary embeddings, attentions and `generate` of this model get other functions and hooks.
     Weights, buffers and configuration do not change. `generate` alone stops by default at
@@ -87,7 +102,8 @@ def extend(
     this package computes it too, faster on a CPU.
 
     A score method (`scores.SCORES`) keeps the frequencies of the model, or of an extension before
-    it, and changes the relative position that a pair sees; `log_n` scales queries too. Positions
+    it (LongRoPE's and dynamic ones of a request's length), and changes the relative position that a
+    pair sees; `log_n` scales queries too. Positions
     count from a row's first token: padded batches (on the left to generate) and packed rows (by
     position_ids that start anew, or by cu_seq_lens_q; they make no cache) give the same as their
     sequences alone. Refused: layers that do not see all keys before a query (indexers, compressed
@@ -103,12 +119,13 @@ def extend(
 
     model: any language model of transformers that rotates, with or without its head or a vision
         tower, which is left alone. docs/models.md lists them.
-    method: a name of `PARAMETERS`. If None, one is chosen for `length`: ReRoPE with half the
-        trained length as its window, the chunks of a dual_chunk_attention_config, or YaRN for
-        models that no score method serves, or whose images none takes. A model that reaches the
-        length stays as it is.
+    method: a name of `PARAMETERS`, or a `Score` or `RopeFreqs` of your own. If None, one is chosen
+        for `length`: ReRoPE with half the trained length as its window, the chunks of a
+        dual_chunk_attention_config, or YaRN for models that no score method serves, or whose images
+        none takes. A model that reaches the length stays as it is.
     length: tokens to reach. With a method that has a factor it stands in place of the factor, which
-        becomes length / trained length. A warning says if the trained length has them already.
+        becomes length / trained length, or of ReRoPE's window, half the trained length. A warning
+        says if the trained length has them already.
     layers: "full" extends the layers that see all keys. For a frequency method that is so if
         layers with a sliding window have their own rotation (Gemma 3); for a score method always,
         since distances in the others never exceed their window or chunk. "all" extends all layers
@@ -130,139 +147,102 @@ def extend(
     impossible parameter; TypeError for a parameter that the method does not have. The model is
     unchanged then.
     """
-    options = {"cache": cache, "mesh": mesh, "strategy": strategy, "balance": balance}
-    if method is not None:
-        if length is not None and method in PARAMETERS:
-            parameters |= {"factor": factor_for(model, method, length, layers, parameters)}
-        return _extend(model, method, parameters, layers, **options)
-    choice, layers = choose(model, length, layers, parameters)
-    try:
-        handle = _extend(model, choice.method, dict(choice.parameters), layers, **options)
-    except (ValueError, NotImplementedError) as error:
-        if choice.method not in SCORES:
-            raise
-        reason = shortened(error).removeprefix("extend: ").rpartition("architecture: ")[2]
-        choice, layers = choose(model, length, layers, parameters, reason)
-        handle = _extend(model, choice.method, dict(choice.parameters), layers, **options)
-    handle.reason = choice.reason
-    return handle
+    ranks = None
+    if mesh is not None:  # imported late: it takes half a second, and not every torch has it
+        from .context_parallel import Shared
 
-
-def _extend(
-    model: nn.Module,
-    method: str,
-    parameters: dict[str, Any],
-    layers: str,
-    *,
-    cache: str | None,
-    mesh: Mesh | None,
-    strategy: Strategy,
-    balance: Balance,
-) -> Extension:
-    """Extend by a method whose parameters are all chosen."""
-    rotary_modules = find_rotary_modules(model, layers)
-    owners = owners_of(rotary_modules)
-    if not isinstance(method, str):
-        raise TypeError(
-            "extend: method must be a name, with the method's parameters beside it, as in "
-            f"extend(model, 'yarn', factor=4.0), got {type(method).__name__}"
-        )
-    if method not in PARAMETERS:
-        plain = "".join(filter(str.isalnum, method)).lower()
-        same = (name for name in PARAMETERS if name.replace("_", "") == plain)
-        meant = next((f" (did you mean {name!r}?)" for name in same), "")
-        raise ValueError(
-            f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}{meant}"
-        )
+        ranks = Shared(mesh, strategy, balance)
     if cache not in (None, "raw") or (cache is not None and mesh is not None):
         raise ValueError(
             f"extend: cache must be None or 'raw', and None with a mesh, got {cache!r}"
         )
-    _refuse_after(rotary_modules, method)
-    is_score = method in SCORES
-    if is_score or cache is not None or mesh is not None:
-        for owner in owners:
-            refuse_without_weights(owner, method)
-    register_interface()
-    if mesh is not None:  # imported late: it takes half a second, and not every torch has it
-        from .context_parallel import Shared, share
+    if method is not None:
+        method, parameters, own = read_method(model, method, length, layers, parameters)
+        return _extend(model, Applied(method, parameters, layers, cache, own), ranks)
+    choice, layers = choose_method(model, length, layers, parameters)
+    try:
+        applied = Applied(choice.method, dict(choice.parameters), layers, cache)
+        handle = _extend(model, applied, ranks)
+    except (ValueError, NotImplementedError) as error:
+        if choice.method not in SCORES:
+            raise
+        reason = shortened(error).removeprefix("extend: ").rpartition("architecture: ")[2]
+        choice, layers = choose_method(model, length, layers, parameters, reason)
+        applied = Applied(choice.method, dict(choice.parameters), layers, cache)
+        handle = _extend(model, applied, ranks)
+    handle.reason = choice.reason
+    return handle
 
-        shared = Shared(mesh, strategy, balance)
 
-    factor = parameters.get("factor")
-    # In dynamic NTK the factor is the base's rate of growth, in Leaky ReRoPE InvLeaky is below 1.
-    stretches = not is_score and method != "dynamic_ntk"
-    if stretches and isinstance(factor, (int, float)) and 0 < factor < 1:
-        warnings.warn(
-            f"extend: factor {factor:g} of {method} is below 1: it shortens what a model reads",
-            stacklevel=4,
-        )
+def _extend(model: nn.Module, asked: Applied, ranks: Shared | None = None) -> Extension:
+    """Extend by a method whose parameters are all chosen.
 
-    # What changes in the model.
-    if is_score:
-        request = read_score(rotary_modules, method, parameters, cache)
-        patches = score_patches(model, rotary_modules, method, request, layers)
-        if reason := why_no_images(model, rotary_modules):
-            warnings.warn(f"extend: {method} takes text without images: {reason}", stacklevel=4)
-    else:
-        patches = frequency_patches(rotary_modules, method, parameters, cache)
-    has_hooks = bool(patches.hooks) or mesh is not None
-    by_length = method if patches.hooks and not is_score else None
-    patches.overrides += generation_patches(model, by_length, cache, is_score)
-    before = vars(owners[0]).get(ON_OWNER)
-    applied = Applied(method, parameters, layers, cache, before)
-    patches.overrides.append((owners[0], ON_OWNER, applied))
+    ranks: those that share a sequence, over a mesh.
+    """
+    rotary_modules = find_rotary_modules(model, asked.layers)
+    owners = owners_of(rotary_modules)
+    _refuse_after(rotary_modules, asked.method)
+    before = None
+    stated = by_length_as_stated(rotary_modules) if asked.is_score and ranks is None else None
+    if stated is not None:
+        method, parameters = stated  # a score method keeps the frequencies that the model has
+        before = _extend(model, Applied(method, parameters, asked.layers))
+    try:
+        register_interface()
+        asked = with_stated(rotary_modules, asked)
+        applied = replace(asked, before=vars(owners[0]).get(ON_OWNER))
+        warn_of_nothing(rotary_modules, applied)
+        make = score_patches if asked.is_score else frequency_patches
+        patches = make(model, rotary_modules, applied)
+        if ranks is not None:
+            ranks.share(model, owners, patches)
+        if patches.hooks:
+            route_forward_through_hooks(owners, patches)
+        for each in owners:
+            guard = Guard(None if ranks else why_no_region(applied), each is owners[0])
+            patches.hooks.insert(0, (each, guard.before_forward, None))
+        patches.overrides += _on_model(model, owners[0], applied)
+        if "peft" in sys.modules:
+            save_beside_adapters()
+        handle = Extension(model, patches, applied)
+        patches.overrides.append((owners[0], _HANDLE, handle))
+        patches.then.append(partial(handle.warn_past, owners[0]))
+        try:
+            handle.complete(patches)
+        except BaseException:
+            handle.restore()
+            raise
+    except BaseException:
+        if before is not None:
+            before.restore()
+        raise
+    handle.before = before
+    return handle
+
+
+def restore(model: nn.Module) -> None:
+    """Undo all extensions of a model, without their handles; none is fine.
+
+    model: as it was given to `extend`, or one around it.
+
+    Raises RuntimeError as a handle's `restore`, and for a copy of an extended model.
+    """
+    for module in list(model.modules()):
+        while ON_OWNER in vars(module):
+            if (handle := vars(module).get(_HANDLE)) is None:
+                raise RuntimeError(
+                    "restore: model must have been extended itself, got a copy of one that was"
+                )
+            handle.restore()
+
+
+def _on_model(model: nn.Module, owner: nn.Module, applied: Applied) -> list[Override]:
+    """Return the overrides that tell of an extension: on its owner, and where it is saved."""
+    overrides: list[Override] = [(owner, ON_OWNER, applied)]
     for each in dict.fromkeys((model, generation_config_owner(model))):
         if hasattr(each, "save_pretrained"):
-            saving = partial(save_plain, each, model, applied)
-            patches.overrides.append((each, "save_pretrained", saving))
-    patches.hooks[:0] = [(owner, TrainingGuard().before_forward, None) for owner in owners[:1]]
-    if mesh is None:
-        guard = RegionGuard(method)
-        patches.hooks[:0] = [(each.owner, guard.before_forward, None) for each in rotary_modules]
-    else:
-        share(model, owners, shared, patches)
-    if has_hooks:
-        route_forward_through_hooks(owners, patches)
-
-    save_beside_adapters()
-
-    # In place, and tried out.
-    extension = Extension(model, patches, applied)
-    try:
-        if is_score or mesh is not None:
-            _try_patched(model, owners, mesh is not None)
-        if mesh is None and (is_score or cache is None):
-            extension.add(norm_patches(rotary_modules))
-        if cache is not None and not is_score:
-            extension = _with_raw_keys(model, extension)
-        length = None if by_length else extension.length
-        if length is not None and parameters.get("factor", 1) > 1:
-            extension.add(length_patches(model, owners[0], applied, length))
-    except BaseException:
-        extension.restore()
-        raise
-    return extension
-
-
-def _with_raw_keys(model: nn.Module, before: Extension) -> Extension:
-    """Let layers rotate queries and all cached keys by the frequencies of an extension."""
-    applied = before.applied
-    rotary_modules = find_rotary_modules(model, applied.layers)
-    owners, own = owners_of(rotary_modules), PositionMap()
-    request = ScoreRequest(Score(applied.method, (Region(FIRST_KEY, own, own),), stored=UNROTATED))
-    patches = score_patches(model, rotary_modules, applied.method, request, applied.layers)
-    patches.overrides += generation_patches(model, None, applied.cache, True)
-    route_forward_through_hooks(owners, patches)
-    extension = Extension(model, patches, applied)
-    try:
-        _try_patched(model, owners, False)
-        extension.add(norm_patches(rotary_modules))
-    except BaseException:
-        extension.restore()
-        raise
-    extension.before = before
-    return extension
+            overrides.append((each, "save_pretrained", partial(save_plain, each, model, applied)))
+    return overrides
 
 
 def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
@@ -283,7 +263,8 @@ def _extend_by_all(model: nn.Module, extensions: Sequence[Saved] | Sequence[Appl
     try:
         for each in extensions:
             where = {"layers": each.layers, "cache": each.cache}
-            following = extend(model, each.method, **where, **each.parameters)
+            own = getattr(each, "own", None)
+            following = extend(model, own or each.method, **where, **each.parameters)
             following.first.before, handle = handle, following
     except BaseException:
         if handle is not None:
@@ -312,19 +293,32 @@ def _refuse_after(rotary_modules: Sequence[RotaryModule], method: str) -> None:
             )
 
 
-def _try_patched(model: nn.Module, owners: Sequence[nn.Module], over_mesh: bool) -> None:
-    """Run four tokens, to find what a model does between its rotary embedding and its layers."""
-    for owner in owners:
-        try:
-            probe_layers(first_call(model, owner))
-        except Exception as error:  # a foreign model may raise anything
-            if over_mesh and isinstance(error, ValueError):
-                raise reprefix_error(error) from None  # raised by the attention over the mesh
-            raise unsupported(
-                owner,
-                "its code between the rotary embedding and the layers needs tables of cos and sin "
-                f"({shortened(error)})",
-            ) from error
+class Guard:
+    """The hook that calls `guards` in the few forwards that need it, and imports them then.
+
+    why: the method is wrong in a region of torch's `context_parallel`, "" if positions make it
+        right; None over a mesh. trainers: look for one.
+    """
+
+    def __init__(self, why: str | None, trainers: bool) -> None:
+        self.why = why
+        self.looked = not trainers
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Look at the callers and at PyTorch's attention: forward pre-hook of the owner."""
+        if torch.compiler.is_compiling():
+            return
+        attention = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+        if self.why is not None and attention.startswith("torch.distributed"):
+            from .guards import refuse_region
+
+            given = by_name(argument_names(module), args, kwargs).get("position_ids")
+            refuse_region(given, self.why)
+        training = module.training and torch.is_grad_enabled()
+        if not self.looked and (training or "trl" in sys.modules):
+            from .guards import look_for_trainer
+
+            self.looked = look_for_trainer(module)
 
 
 class Extension:
@@ -341,23 +335,40 @@ class Extension:
         self.before: Extension | None = None
         self.reason: str | None = None
         self._layers = len(patches.layers)
+        self._by_length = patches.by_length
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
-        self.add(patches)
         forget_pages(model)
 
     def __repr__(self) -> str:
         layers = f", {self._layers} layers" if self._layers else ""
-        reach = "any length" if self.length is None else f"{self.length:,} tokens"
         reason = f": {self.reason}" if self.reason else ""
-        return f"{self.applied}{layers}, reaches {reach}{reason}"
+        return f"{self.applied}{layers}, {self._reach()}{reason}"
+
+    def _reach(self) -> str:
+        if (length := self.length) is not None:
+            return f"reaches {length:,} tokens"
+        if self._by_length:
+            return "reaches any length, chosen per request"
+        return "reaches any length" if self.method == "rerope" else "reach unknown"
+
+    def __getattr__(self, name: str) -> Any:
+        """Say that a handle is no model."""
+        if not name.startswith("_") and hasattr(self.model, name):
+            verb = {"generate": "generate with the model"}.get(name, f"use the model's {name}")
+            raise AttributeError(f"a handle of extend has no {name}: {verb}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave handles out of copies of a model, which are extended without one."""
+        return type(None), ()
 
     @property
     def length(self) -> int | None:
         """The tokens that the model reaches by a method that stretches its trained length.
 
-        None if the method sets no end (ReRoPE, Dual Chunk Attention, dynamic methods) or does not
-        say it (another base). `extend` leaves max_position_embeddings alone: tell `length` to
+        None if the method sets no end (ReRoPE, dynamic methods) or does not say it (another base,
+        chunks). `extend` leaves max_position_embeddings alone: tell `length` to
         clients that cut prompts there.
         """
         return describe(self.model, self.applied).length
@@ -371,13 +382,27 @@ class Extension:
         """
         return _extend_by_all(model, self.applied.all())
 
+    def warn_past(self, owner: nn.Module) -> Patches:
+        """Return the patch of `generate` that warns of calls past this extension's length."""
+        stretched = not self._by_length and self.applied.parameters.get("factor", 1) > 1
+        if not stretched or self.length is None:
+            return Patches()
+        return length_patches(self.model, owner, self.applied, self.length)
+
     @property
     def first(self) -> Extension:
         """The extension that `restore` undoes last."""
         return self if self.before is None else self.before.first
 
-    def add(self, patches: Patches) -> None:
-        """Apply more patches, as far as the first ones allow."""
+    def complete(self, patches: Patches) -> None:
+        """Put patches in place, and what they ask for then."""
+        self._add(patches)
+        for more in patches.then:
+            self.complete(more())
+        if patches.layers:
+            self._layers = len(patches.layers)
+
+    def _add(self, patches: Patches) -> None:
         for module, name, value in patches.overrides:
             self._overrides.append((module, name, value, vars(module).get(name)))
             vars(module)[name] = value
@@ -395,11 +420,11 @@ class Extension:
     ) -> None:
         """Save the model with all extensions that are in place.
 
-        Other programs read its config: rope_parameters by the names rope, abf, ntk_aware, pi,
-        dynamic_ntk, yarn and llama3 have there, other frequencies as longrope, and the new
-        max_position_embeddings. config.json leaves out score methods, XPOS, methods that follow
-        the length and what the model's class does not take, with a warning. extrope.json beside it
-        has everything for `extend_from_saved`, except a mesh.
+        Other programs read its config: rope_parameters for rope, abf, ntk_aware, pi, dynamic_ntk,
+        yarn, llama3 and longrope, where the model's class computes the same by them, and the new
+        max_position_embeddings. config.json leaves out all else, with a warning and a section of
+        the model card. extrope.json beside it has everything for `extend_from_saved`, except a
+        mesh, and a Score or RopeFreqs of your own.
 
         length: max_position_embeddings of the config; by default the length that its frequencies
             reach, or the model's own if that is longer.
@@ -418,11 +443,8 @@ class Extension:
         If something has wrapped the model's `generate` since (FSDP does), its wrapper stays.
         Raises RuntimeError, and changes nothing, if a later extension of the model is in place.
         """
-        replaced = {
-            name
-            for module, name, value, _ in self._overrides
-            if vars(module).get(name) is not value
-        }
+        last = {(module, name): value for module, name, value, _ in self._overrides}
+        replaced = {name for (module, name), x in last.items() if vars(module).get(name) is not x}
         if replaced - {"generate"}:
             raise RuntimeError(
                 f"extend: the extension by {self.method} must be the model's last, "

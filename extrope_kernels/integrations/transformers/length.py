@@ -14,9 +14,10 @@ from ..._checks import check_length
 from ...methods import METHODS
 from .._shared.choice import Choice, choose_method
 from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in
-from .model import BOUNDED, generation_config_owner
+from .model import BOUNDED
 from .patch.hooks import ON_OWNER
-from .probe.rotary import RotaryModule, argument_names, find_rotary_modules
+from .patch.scores import why_no_images
+from .probe.rotary import RotaryModule, find_rotary_modules
 
 _TRAINED = "original_max_position_embeddings"
 # The methods of scalings that a model may state, besides those that `rope` leaves in force.
@@ -25,7 +26,7 @@ _STATED = {"yarn": "yarn", "dynamic": "dynamic_ntk", "longrope": "longrope", "su
 
 def choose(
     model: nn.Module,
-    length: int | None,
+    length: int,
     layers: str,
     given: Mapping[str, Any],
     refused: str | None = None,
@@ -38,8 +39,6 @@ def choose(
     Raises ValueError for an extended model, and one whose trained length is not known; TypeError
     without a length and for other parameters.
     """
-    if length is None:
-        raise TypeError("extend: method or length must be given, got neither")
     if unknown := [name for name in given if name != _TRAINED]:
         raise TypeError(f"extend: {unknown[0]} needs a method that has it, got none")
     rotary_modules = find_rotary_modules(model, "all")
@@ -66,13 +65,23 @@ def choose(
 
 def _as_it_is(rotary_modules: list[RotaryModule], reason: str) -> Choice:
     """Choose the rotation that the configuration states, which changes nothing."""
+    return Choice(*as_stated(rotary_modules), f"as it is: {reason}")
+
+
+def as_stated(rotary_modules: list[RotaryModule]) -> tuple[str, dict[str, Any]]:
+    """Return the method and the parameters that the configuration states."""
     stated = _stated(rotary_modules)
     method = _STATED.get(stated.get("rope_type"), "rope")
     if stated.get("alpha") is not None:  # HunYuan's dynamic one, which does not follow the length
         method = "rope"
     names = inspect.signature(METHODS[method]).parameters
-    given = {name: stated[name] for name in names if stated.get(name) is not None}
-    return Choice(method, given, f"as it is: {reason}")
+    return method, {name: stated[name] for name in names if stated.get(name) is not None}
+
+
+def window_for(model: nn.Module, length: int, layers: str) -> int:
+    """Return ReRoPE's window for `length` tokens: half of those that the model reaches."""
+    _, reach = _lengths(find_rotary_modules(model, layers), length, {})
+    return max(1, reach // 2)
 
 
 def factor_for(
@@ -118,7 +127,7 @@ def _lengths(
         warnings.warn(
             f"extend: the model was trained to {trained:,} tokens, which length {length:,} does "
             "not exceed",
-            stacklevel=5,
+            stacklevel=6,
         )
     return trained, reach
 
@@ -132,20 +141,3 @@ def _widest(rotary_module: RotaryModule) -> str | None:
     """Return the first kind of layers that sees all keys, else the first."""
     kinds = rotary_module.layer_types
     return next((kind for kind in kinds if not is_bounded(kind or "")), kinds[0])
-
-
-def why_no_images(model: nn.Module, rotary_modules: list[RotaryModule]) -> str | None:
-    """Return why a score method refuses the images that a model reads; None if it takes them."""
-    generator = generation_config_owner(model)
-    whole = getattr(generator, "config", None)
-    text = None if whole is None else whole.get_text_config(decoder=True)
-    if text is whole:
-        return None
-    kinds = [each.parameters(kind) for each in rotary_modules for kind in each.layer_types]
-    if any("mrope_section" in each for each in kinds):
-        return "tokens of images have several positions"
-    if "token_type_ids" in argument_names(generator) or getattr(
-        text, "use_bidirectional_attention", None
-    ):
-        return "tokens of an image see one another"
-    return None

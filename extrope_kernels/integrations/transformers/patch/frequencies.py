@@ -11,6 +11,7 @@ copies of it, whatever other requests come between.
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,31 +31,32 @@ from ..._shared.parameters import (
     yarn_in,
 )
 from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
+from ..probe.layers import refuse_without_weights
 from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
-from .hooks import Patches
-from .rotation import RotaryForward
-from .state import FREQS_ON_CACHE, FreqsByKind, Request, ThreadFrequencies, in_progress
+from .generate import batching_patches, request_patches
+from .hooks import Applied, Patches
+from .norms import tried_patches
+from .rotation import RotaryForward, ThreadFrequencies
+from .scores import raw_key_patches
+from .state import FreqsByKind, Frozen, Request, in_progress, on_cache
 
 
 def frequency_patches(
-    rotary_modules: list[RotaryModule],
-    method: str,
-    parameters: Mapping[str, Any],
-    cache: str | None,
+    model: nn.Module, rotary_modules: list[RotaryModule], applied: Applied
 ) -> Patches:
     """Return the patches of a frequency method; the model is not changed yet.
 
-    cache: "raw" if every forward rotates all keys anew.
+    With cache "raw" every forward rotates all keys anew.
     """
-    patches = Patches()
+    method, cache, patches = applied.method, applied.cache, Patches()
     for rotary_module in rotary_modules:
         if getattr(rotary_module.module.config, "alibi", False):
             raise unsupported(rotary_module.owner, "its layers have ALiBi in place of a rotation")
+        if cache is not None:
+            refuse_without_weights(rotary_module.owner, method)
         functions, freqs, takes_length = {}, {}, False
         for layer_type in rotary_module.layer_types:
-            function, takes_length = bind_method(
-                "extend", method, parameters, values_of(rotary_module, layer_type)
-            )
+            function, takes_length = _bound(rotary_module, layer_type, applied)
             functions[layer_type] = function
             freqs[layer_type] = function(seq_len=1) if takes_length else function()
         if any(each.log_decay is not None for each in freqs.values()):
@@ -70,12 +72,40 @@ def frequency_patches(
                 )
         rotary = RotaryForward(rotary_module, ThreadFrequencies(freqs), method)
         patches.overrides += rotary.overrides()
-        patches.overrides += _softmax_scales(rotary_module, method, parameters)
+        patches.overrides += _softmax_scales(rotary_module, applied)
         if takes_length:
+            patches.by_length = True
             kind = LengthHooks if cache is None else EachLengthHooks
             length = kind(rotary_module, rotary, functions)
             patches.hooks.append((rotary_module.owner, length.before_forward, length.after_forward))
+    if patches.by_length and cache is None:
+        patches.overrides += request_patches(model)
+    patches.overrides += batching_patches(model, method if patches.by_length else None)
+    if cache is None:
+        patches.then.append(partial(tried_patches, model, rotary_modules, False))
+    else:
+        patches.then.append(partial(raw_key_patches, model, applied))
     return patches
+
+
+def _bound(
+    rotary_module: RotaryModule, layer_type: str | None, applied: Applied
+) -> tuple[Callable[..., RopeFreqs], bool]:
+    """Return a method bound to its parameters, and if it takes a length yet."""
+    own, dim = applied.own, rotary_module.dim(layer_type)
+    if not isinstance(own, RopeFreqs):
+        values = values_of(rotary_module, layer_type)
+        return bind_method("extend", applied.method, applied.parameters, values)
+    if tuple(own.inv_freq.shape) != (dim // 2,):
+        raise ValueError(
+            f"extend: RopeFreqs must have inv_freq ({dim // 2},) for the {dim} dims that "
+            f"{type(rotary_module.owner).__name__} rotates, got {tuple(own.inv_freq.shape)}"
+        )
+    return partial(_as_given, own), False
+
+
+def _as_given(own: RopeFreqs) -> RopeFreqs:
+    return own
 
 
 def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValues:
@@ -138,36 +168,55 @@ class LengthHooks:
         self.rotary = rotary
         self.methods = methods
         self.key = uuid.uuid4().hex  # equal in copies of the model, which may continue its caches
+        self.warned = False
         self.argument_names = argument_names(rotary_module.owner)
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the frequencies of this forward's request: forward pre-hook."""
         arguments = by_name(self.argument_names, args, kwargs)
         cache = cache_of(arguments)
-        freqs = self._freqs(arguments, cache)
-        self.rotary.freqs.update(freqs)
+        frozen = self._frozen(arguments, cache)
+        self.rotary.freqs.update(frozen.freqs)
         if cache is not None:
-            self._attach(cache, freqs)
+            self._attach(cache, frozen)
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Mark the cache that the forward made: forward hook."""
         for cache in caches_in(output):
-            self._attach(cache, dict(self.rotary.freqs))
+            if self.key not in on_cache(cache):
+                self._attach(cache, Frozen(dict(self.rotary.freqs), tokens_in(cache)))
 
-    def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> FreqsByKind:
-        of_cache = getattr(cache, FREQS_ON_CACHE, {}).get(self.key)
+    def _frozen(self, arguments: Mapping[str, Any], cache: Any) -> Frozen:
+        of_cache = None if cache is None else on_cache(cache).get(self.key)
         if torch.compiler.is_compiling() and of_cache:
             return of_cache  # a graph of a step: its prompt has chosen
         request = getattr(in_progress, "request", None)
-        chosen = {} if request is None else request.freqs
+        chosen = {} if request is None else request.frozen
         if self.key not in chosen:
             past = tokens_in(cache)
             if past and of_cache is not None:
                 chosen[self.key] = of_cache
+                if request is not None and not request.drafts and not self.warned:
+                    self._warn_of_second(of_cache, self._rows(arguments, past, request))
             else:
                 rows = self._rows(arguments, past, request)
-                chosen[self.key] = self._of_rows(rows, tokens_of(arguments).device)
+                freqs = self._of_rows(rows, tokens_of(arguments).device)
+                chosen[self.key] = Frozen(freqs, max(row.longest for row in rows))
         return chosen[self.key]
+
+    def _warn_of_second(self, first: Frozen, rows: Sequence[Row]) -> None:
+        """Warn of a request on a filled cache, if its frequencies would be others by its length."""
+        longest = max(row.longest for row in rows)
+        if any(
+            each(seq_len=longest) != each(seq_len=first.longest) for each in self.methods.values()
+        ):
+            self.warned = True
+            warnings.warn(
+                f"extend: a cache that is used again keeps the frequencies of its first request: "
+                f"{self.rotary.method} chose them for {first.longest:,} tokens, this request may "
+                f"reach {longest:,}. Give a seq_len, or begin with an empty cache",
+                stacklevel=2,
+            )
 
     def _of_rows(self, rows: Sequence[Row], device: torch.device) -> FreqsByKind:
         """Return the frequencies of a batch; those of each row, if they differ and the op rotates.
@@ -220,25 +269,23 @@ class LengthHooks:
             ]
         return [Row(max(row.shortest, 1), max(row.longest, 1)) for row in rows]
 
-    def _attach(self, cache: Any, freqs: FreqsByKind) -> None:
-        if not hasattr(cache, FREQS_ON_CACHE):
-            setattr(cache, FREQS_ON_CACHE, {})
-        getattr(cache, FREQS_ON_CACHE)[self.key] = freqs
+    def _attach(self, cache: Any, frozen: Frozen) -> None:
+        on_cache(cache)[self.key] = frozen
 
 
 class EachLengthHooks(LengthHooks):
     """Hooks that choose frequencies for every forward anew, by its number of tokens."""
 
-    def _freqs(self, arguments: Mapping[str, Any], cache: Any) -> FreqsByKind:
+    def _frozen(self, arguments: Mapping[str, Any], cache: Any) -> Frozen:
         if torch.compiler.is_compiling():
             raise ValueError(
                 f"extend: a model under {self.rotary.method} with cache='raw' cannot be compiled, "
                 "as its frequencies change from step to step"
             )
         rows = self._rows(arguments, tokens_in(cache), None)
-        return self._of_rows(rows, tokens_of(arguments).device)
+        return Frozen(self._of_rows(rows, tokens_of(arguments).device), 0)
 
-    def _attach(self, cache: Any, freqs: FreqsByKind) -> None:
+    def _attach(self, cache: Any, frozen: Frozen) -> None:
         """Do nothing: a cache of raw keys fits any frequencies."""
 
 
@@ -251,15 +298,13 @@ _MSCALES = ("mscale", "mscale_all_dim")
 _MSCALE_IN_FORCE = "_extrope_mscale"
 
 
-def _softmax_scales(
-    rotary_module: RotaryModule, method: str, given: Mapping[str, Any]
-) -> list[Override]:
+def _softmax_scales(rotary_module: RotaryModule, applied: Applied) -> list[Override]:
     """Return the overrides of the layers' `scaling`; none if the model has no such layers."""
-    config = rotary_module.parameters(rotary_module.layer_types[0])
+    method, config = applied.method, rotary_module.parameters(rotary_module.layer_types[0])
     parameters: dict[str, Any] = {"rope_type": "default"}
-    if set(_MSCALES) <= set(PARAMETERS[method]):
+    if set(_MSCALES) <= set(PARAMETERS.get(method, ())):
         own = {name: config[name] for name in _MSCALES if name in config}
-        parameters = {"rope_type": method, **own, **given}
+        parameters = {"rope_type": method, **own, **applied.parameters}
     overrides: list[Override] = []
     for layer in rotary_module.owner.modules():
         if (function := _mscale_function(layer)) is not None:

@@ -18,26 +18,33 @@ from .state import Request, in_progress
 INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
 
 
-def generation_patches(
-    model: nn.Module, by_length: str | None, cache: str | None, score: bool
-) -> list[Override]:
-    """Return the overrides of the methods that generate.
+def request_patches(model: nn.Module) -> list[Override]:
+    """Return the override of `generate` by which each call is one request."""
+    owner = generation_config_owner(model)
+    if not hasattr(owner, "generate"):
+        return []
+    one_request = partial(_generate_one_request, owner, vars(owner).get("generate"))
+    return [(owner, "generate", one_request)]
 
-    by_length: the extension's method, if its frequencies depend on the length. score: layers attend
-    by a score method.
+
+def mask_patches(model: nn.Module) -> list[Override]:
+    """Return the override that keeps the mask of rows for layers that attend by a score method."""
+    owner = generation_config_owner(model)
+    has = hasattr(owner, "generate")
+    return [(owner, "create_masks_for_generate", keep_mask)] if has else []
+
+
+def batching_patches(model: nn.Module, refused: str | None = None) -> list[Override]:
+    """Return the override of continuous batching.
+
+    refused: the extension's method, if its frequencies depend on the length.
     """
     owner = generation_config_owner(model)
-    overrides: list[Override] = []
-    if hasattr(owner, "generate") and by_length is not None and cache is None:
-        one_request = partial(_generate_one_request, owner, vars(owner).get("generate"))
-        overrides.append((owner, "generate", one_request))
-    if hasattr(owner, "generate") and score:
-        overrides.append((owner, "create_masks_for_generate", keep_mask))
-    if hasattr(owner, "init_continuous_batching"):
-        previous = vars(owner).get("init_continuous_batching")
-        batching = partial(_start_batching, owner, previous, by_length)
-        overrides.append((owner, "init_continuous_batching", batching))
-    return overrides
+    if not hasattr(owner, "init_continuous_batching"):
+        return []
+    previous = vars(owner).get("init_continuous_batching")
+    batching = partial(_start_batching, owner, previous, refused)
+    return [(owner, "init_continuous_batching", batching)]
 
 
 def _start_batching(
@@ -102,7 +109,8 @@ def _generate_one_request(
     mask = kwargs.get("attention_mask")
     known = isinstance(mask, Tensor) and mask.dim() == 2
     pads = (mask == 0).sum(-1).tolist() if known else None
-    in_progress.request = Request(_reach(model, *args, **kwargs), pads)
+    drafts = outer is not None
+    in_progress.request = Request(_reach(model, *args, **kwargs), pads, drafts)
     generate = previous or partial(type(model).generate, model)
     try:
         return generate(*args, **kwargs)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import Override
+from ..model import Override, shortened, unsupported
 from ..probe.attention import call_of
-from ..probe.layers import Recorded, Recorder, probe_layers
+from ..probe.layers import Recorded, Recorder, first_call, probe_layers, replaced, without_dropout
 from ..probe.rotary import RotaryModule, argument_names, by_name, owners_of, rotating_layers
 from .hooks import Patches
 from .rotation import Norm, Rotation
@@ -26,13 +26,36 @@ _NAMES = ("q_norm", "k_norm")
 _ARGUMENT = "position_embeddings"
 
 
-def norm_patches(rotary_modules: Sequence[RotaryModule]) -> Patches:
-    """Return the patches that leave norms to the op, in a model whose rotations are extended."""
+def tried_patches(
+    model: nn.Module, rotary_modules: Sequence[RotaryModule], always: bool
+) -> Patches:
+    """Run four tokens through an extended model; return the patches that leave norms to the op.
+
+    always: run them even if no norm may be left, to find what a model does between its rotary
+        embedding and its layers.
+
+    Raises ValueError if a forward fails that is always run.
+    """
     patches = Patches()
-    for owner in owners_of([each for each in rotary_modules if each.fused is not None]):
-        for layer, fused in _agreeing(owner).items():
-            patches.overrides += fused.overrides()
-            patches.hooks.append((layer, fused.before_layer, fused.after_layer))
+    fused = owners_of([each for each in rotary_modules if each.fused is not None])
+    for owner in owners_of(rotary_modules):
+        layers = _normed_layers(owner) if owner in fused else []
+        if not layers and not always:
+            continue
+        try:
+            seen = _arguments(first_call(model, owner), layers)
+        except Exception as error:  # a foreign model may raise anything
+            if not always:
+                continue
+            raise unsupported(
+                owner,
+                "its code between the rotary embedding and the layers needs tables of cos and sin "
+                f"({shortened(error)})",
+            ) from error
+        for layer, arguments in seen.items():
+            if (norm := _agreeing(layer, arguments)) is not None:
+                patches.overrides += norm.overrides()
+                patches.hooks.append((layer, norm.before_layer, norm.after_layer))
     return patches
 
 
@@ -129,8 +152,8 @@ def _may_be_fused(norm: nn.Module | None) -> bool:
     )
 
 
-def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
-    """Return the norms that the op computes like the model, by a probe with four tokens."""
+def _normed_layers(owner: nn.Module) -> list[nn.Module]:
+    """Return the layers whose norms the op may do."""
     layers = []
     for layer in rotating_layers(owner):
         norms = [getattr(layer, name, None) for name in _NAMES]
@@ -138,33 +161,57 @@ def _agreeing(owner: nn.Module) -> dict[nn.Module, FusedNorm]:
             continue
         if _eps_of(norms[0]) == _eps_of(norms[1]):
             layers.append(layer)
-    if not layers:
-        return {}
-    with _other_weights([getattr(layer, name) for layer in layers for name in _NAMES]):
+    return layers
+
+
+def _arguments(owner: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, dict[str, Any]]:
+    """Run an owner on four tokens; return what its layers get."""
+    seen: dict[nn.Module, dict[str, Any]] = {}
+
+    def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen[layer] = by_name(argument_names(layer), args, kwargs)
+
+    handles = [each.register_forward_pre_hook(note, with_kwargs=True) for each in layers]
+    try:
+        probe_layers(owner)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def _agreeing(layer: nn.Module, arguments: dict[str, Any]) -> FusedNorm | None:
+    """Return the norms of a layer if the op computes the same with them, by calling it alone.
+
+    arguments: of the layer, with a rotation.
+    """
+    with _other_weights([getattr(layer, name) for name in _NAMES]), without_dropout(layer):
         try:
-            own = _record(owner, layers)
+            own = _record(layer, arguments)
             for from_one in (False, True):
-                found = {layer: FusedNorm(layer, from_one) for layer in layers}
-                ours = _record(owner, layers, found)
-                # If one layer goes wrong, the layers after it get other inputs.
-                if all(x in own and x in ours and _same(own[x], ours[x]) for x in layers):
-                    return found
+                norm = FusedNorm(layer, from_one)
+                with replaced(norm.overrides()):
+                    _, normed = norm.before_layer(layer, (), arguments)
+                    ours = _record(layer, normed)
+                    deferred = in_progress.norm is not None
+                if deferred and _same(own, ours):
+                    return norm
         except Exception:  # a foreign layer may raise anything
             pass
-    return {}
+        finally:
+            in_progress.norm = None
+    return None
 
 
-def _record(
-    owner: nn.Module, layers: Sequence[nn.Module], norms: dict[nn.Module, FusedNorm] | None = None
-) -> dict[nn.Module, Recorded]:
-    """Record the arguments of the layers' attention on four tokens."""
-    recorder = Recorder({layer: call_of(layer) for layer in layers})
-    norms = norms or {}
-    overrides = [each for norm in norms.values() for each in norm.overrides()]
-    hooks = [(layer, norm.before_layer) for layer, norm in norms.items()]
-    with recorder.in_place(overrides, hooks):
-        probe_layers(owner)
-    return recorder.seen
+def _record(layer: nn.Module, arguments: dict[str, Any]) -> Recorded:
+    """Call a layer, past its hooks; return the arguments of its attention."""
+    call = call_of(layer)
+    recorder = Recorder({layer: call})
+    given = arguments | {"attention_mask": call.mask(layer, recorder)}
+    with replaced(call.overrides(layer)):
+        layer.forward(**given)
+    return recorder.seen[layer]
 
 
 @contextmanager
@@ -188,7 +235,7 @@ def _same(own: Recorded, ours: Recorded) -> bool:
     """Compare up to the roundings of the model's norm, which the op does not have.
 
     The norm rounds each dim twice, before and after the weights: four times for a pair that
-    rotates, then the result once. Later layers start from recorded values, so they are exact.
+    rotates, then the result once.
     """
     for x, y in ((own.q, ours.q), (own.k, ours.k)):
         if x.shape != y.shape or x.dtype != y.dtype:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 from .... import RopeFreqs, apply_rope, apply_rope_qk
 from ..model import Override, exports_to_onnx
 from ..probe.rotary import APPLY, RotaryModule, Tables
-from .state import FreqsByKind, ThreadFrequencies
+from .state import FreqsByKind
 
 # For each modeling module: its original function, the wrapped one, and their users.
 _wrapped: dict[str, tuple[Callable[..., Any], Callable[..., Any], weakref.WeakSet]] = {}
@@ -93,6 +94,16 @@ class Rotation:
         if norm:  # by angles of 0: the attention rotates
             q, k = apply_rope_qk(q, k, RopeFreqs(torch.zeros_like(self.freqs.inv_freq)), **norm)
         return q, (k if self.positions is None else apply_rope(k, self.freqs, **options))
+
+
+class ThreadFrequencies(threading.local):
+    """The frequencies of forwards, which those in other threads do not change."""
+
+    def __init__(self, freqs: FreqsByKind) -> None:  # in each thread anew
+        self.freqs = dict(freqs)
+
+    def __reduce__(self) -> tuple[type, tuple[FreqsByKind]]:
+        return type(self), (self.freqs,)
 
 
 class RotaryForward:

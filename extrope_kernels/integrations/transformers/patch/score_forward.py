@@ -35,8 +35,8 @@ from ..probe.attention import (
 )
 from ..probe.layers import Heads, LayerProbe
 from ..probe.rotary import RotaryModule, argument_names, by_name
-from .rotation import RotaryForward, Rotation
-from .state import STORED_ON_CACHE, ThreadFrequencies, in_progress
+from .rotation import RotaryForward, Rotation, ThreadFrequencies
+from .state import STORED, in_progress, on_cache
 
 
 class ScoreRotaryForward(RotaryForward):
@@ -164,7 +164,7 @@ class ScoreHooks:
         for rotary in self.rotaries:
             setattr(in_progress, rotary.key, None)
         for cache in caches_in(output):
-            setattr(cache, STORED_ON_CACHE, self.score.stored)
+            on_cache(cache)[STORED] = self.score.stored
 
     def before_far_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -204,7 +204,7 @@ class ScoreHooks:
     def _read_batch(self, tokens: Tensor, cache: Any, arguments: Mapping[str, Any]) -> Batch:
         if (shared := self.rotaries[0].shared) is not None:
             return shared.batch(tokens)
-        if (paged := paged_batch(cache, arguments)) is not None:
+        if cache is not None and (paged := paged_batch(cache, arguments)) is not None:
             return paged
         if arguments.get(BOUNDARIES) is not None:
             return packed_by_boundaries(tokens, arguments)
@@ -243,7 +243,7 @@ class ScoreHooks:
 
         if not isinstance(cache, Cache):
             raise ValueError(f"extend: cache must be a Cache, got {type(cache).__name__}")
-        past, mark = self._length(cache), getattr(cache, STORED_ON_CACHE, None)
+        past, mark = self._length(cache), on_cache(cache).get(STORED)
         if isinstance(past, Tensor) and not torch.compiler.is_compiling():
             past = int(past)
         # A graph cannot tell if a cache without a mark is empty.
@@ -253,7 +253,7 @@ class ScoreHooks:
                 f"extend: cache must have been filled under {self.rotaries[0].method}, "
                 "got one from other forwards"
             )
-        setattr(cache, STORED_ON_CACHE, self.score.stored)
+        on_cache(cache)[STORED] = self.score.stored
         return past
 
     def _length(self, cache: Any) -> int | Tensor:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
-from ....scores import UNROTATED, PositionMap, Score
+from ....ops.attention import check_log_n
+from ....scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
 from ..._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
-from ..model import unsupported
-from ..probe.layers import LayerProbe
-from ..probe.rotary import RotaryModule, owners_of
-from .hooks import Patches
-from .rotation import RotaryForward
+from ..model import generation_config_owner, unsupported
+from ..probe.layers import LayerProbe, refuse_without_weights
+from ..probe.rotary import RotaryModule, argument_names, find_rotary_modules, owners_of
+from .generate import batching_patches, mask_patches
+from .hooks import Applied, Patches, route_forward_through_hooks
+from .norms import tried_patches
+from .rotation import RotaryForward, ThreadFrequencies
 from .score_forward import ScoreHooks, ScoreRotaryForward
-from .state import ThreadFrequencies
 
 
 class ScoreRequest(NamedTuple):
@@ -32,21 +34,21 @@ class ScoreRequest(NamedTuple):
     scale_from: int | None = None
 
 
-def read_score(
-    rotary_modules: list[RotaryModule],
-    method: str,
-    parameters: Mapping[str, Any],
-    cache: str | None,
-) -> ScoreRequest:
-    """Return the score method in `extend`'s arguments; a model may add parameters of dual_chunk."""
-    config = rotary_modules[0].module.config
-    if method == "dual_chunk" and getattr(config, DUAL_CHUNKS, None):
-        warnings.warn(f"extend: {SPARSE}", stacklevel=5)
-        parameters = score_values_in(config, method) | dict(parameters)
-    score, log_n = bind_score("extend", method, parameters)
-    if cache is not None or not _stores(score, rotary_modules):
-        score = replace(score, stored=UNROTATED)
-    return ScoreRequest(score, log_n, scale_from("extend", parameters))
+def read_score(rotary_modules: list[RotaryModule], applied: Applied) -> ScoreRequest:
+    """Return the score method of an extension; a model may add parameters of dual_chunk."""
+    config, parameters = rotary_modules[0].module.config, applied.parameters
+    if isinstance(applied.own, Score):
+        check_log_n("extend", log_n := parameters.get("log_n"))
+        request = ScoreRequest(applied.own, log_n)
+    else:
+        if applied.method == "dual_chunk" and getattr(config, DUAL_CHUNKS, None):
+            warnings.warn(f"extend: {SPARSE}", stacklevel=6)
+            parameters = score_values_in(config, applied.method) | parameters
+        score, log_n = bind_score("extend", applied.method, parameters)
+        request = ScoreRequest(score, log_n, scale_from("extend", parameters))
+    if applied.cache is not None or not _stores(request.score, rotary_modules):
+        return request._replace(score=replace(request.score, stored=UNROTATED))
+    return request
 
 
 def _stores(score: Score, rotary_modules: list[RotaryModule]) -> bool:
@@ -62,13 +64,34 @@ def _stores(score: Score, rotary_modules: list[RotaryModule]) -> bool:
 
 
 def score_patches(
-    model: nn.Module,
-    rotary_modules: list[RotaryModule],
-    method: str,
-    request: ScoreRequest,
-    layers: str,
+    model: nn.Module, rotary_modules: list[RotaryModule], applied: Applied
 ) -> Patches:
     """Return a score method's changes; the model is not changed yet.
+
+    Raises ValueError for a model or parameters that do not fit.
+    """
+    request = read_score(rotary_modules, applied)
+    patches = attention_patches(model, rotary_modules, applied, request)
+    if reason := why_no_images(model, rotary_modules):
+        told = f"{applied.method} takes text without images: {reason}"
+        warnings.warn(f"extend: {told}", stacklevel=5)
+    return patches
+
+
+def raw_key_patches(model: nn.Module, applied: Applied) -> Patches:
+    """Return what lets layers rotate all cached keys anew, by frequencies that are in place."""
+    own = PositionMap()
+    request = ScoreRequest(Score(applied.method, (Region(FIRST_KEY, own, own),), stored=UNROTATED))
+    rotary_modules = find_rotary_modules(model, applied.layers)
+    patches = attention_patches(model, rotary_modules, applied, request)
+    route_forward_through_hooks(owners_of(rotary_modules), patches)
+    return patches
+
+
+def attention_patches(
+    model: nn.Module, rotary_modules: list[RotaryModule], applied: Applied, request: ScoreRequest
+) -> Patches:
+    """Return the changes by which layers attend by a score.
 
     Raises ValueError if parts of a model count different things, such as bytes and patches.
     """
@@ -78,6 +101,8 @@ def score_patches(
         raise unsupported(
             model, f"each of {names} counts its own positions, but a window has one unit"
         )
+    method = applied.method
+    refuse_without_weights(owner, method)
     freqs = [_thread_frequencies(each, method, request.score) for each in rotary_modules]
     if request.score.pair_maps is not None:
         given = request.score.pair_maps.shape[-1]
@@ -86,7 +111,7 @@ def score_patches(
                 raise ValueError(
                     f"extend: {method} must have maps of {pairs} pairs of dims, got {given}"
                 )
-    probe = LayerProbe(model, owner, rotary_modules, layers)
+    probe = LayerProbe(model, owner, rotary_modules, applied.layers)
     rotaries = [
         ScoreRotaryForward(each, its_freqs, method, request, probe.around.get(each.module))
         for each, its_freqs in zip(rotary_modules, freqs, strict=True)
@@ -96,12 +121,15 @@ def score_patches(
     patches = Patches(
         [override for each in rotaries for override in each.overrides()],
         [(owner, hooks.before_forward, hooks.after_forward)],
+        [partial(tried_patches, model, rotary_modules, True)],
         list(probe.far),
+        probe,
     )
     for layer in probe.far:
         patches.overrides += probe.calls[layer].overrides(layer)
     patches.hooks += [(layer, hooks.before_far_layer, None) for layer in probe.far]
     patches.hooks += [(layer, hooks.before_near_layer, None) for layer in probe.near]
+    patches.overrides += [*mask_patches(model), *batching_patches(model)]
     return patches
 
 
@@ -120,3 +148,20 @@ def _thread_frequencies(
             f"extend: {method} must have frequencies without decay, got {before.method}"
         )
     return before.thread_freqs
+
+
+def why_no_images(model: nn.Module, rotary_modules: list[RotaryModule]) -> str | None:
+    """Return why a score method refuses the images that a model reads; None if it takes them."""
+    generator = generation_config_owner(model)
+    whole = getattr(generator, "config", None)
+    text = None if whole is None else whole.get_text_config(decoder=True)
+    if text is whole:
+        return None
+    kinds = [each.parameters(kind) for each in rotary_modules for kind in each.layer_types]
+    if any("mrope_section" in each for each in kinds):
+        return "tokens of images have several positions"
+    if "token_type_ids" in argument_names(generator) or getattr(
+        text, "use_bidirectional_attention", None
+    ):
+        return "tokens of an image see one another"
+    return None

@@ -7,7 +7,7 @@ A forward in progress has one state, `in_progress`, which each thread has for it
     a key of our hooks  the rows (`Batch`) that the owner reads, or True once the hooks have run
 
 Those who begin something set it and take it back, after an error too. Copies of a model share the
-keys: they may go on with each other's caches. `ThreadFrequencies` are each thread's too.
+keys: they may go on with each other's caches. `rotation.ThreadFrequencies` are each thread's too.
 
 In three places it cannot be used, and state travels with the model's own objects instead:
 
@@ -18,13 +18,14 @@ In three places it cannot be used, and state travels with the model's own object
   takes that place. A keyword argument of the name `ARGUMENT` has it where accelerate removes masks
   (a mesh), and brings the batch to layers with rotary embeddings of their own.
 - From one forward to the next. A cache keeps the frequencies and the score's stored form that its
-  keys were rotated by, as attributes `FREQS_ON_CACHE` and `STORED_ON_CACHE`: its copies have them.
+  keys were rotated by, in one attribute (`on_cache`): its copies have it.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from .... import RopeFreqs
 
@@ -32,8 +33,22 @@ FreqsByKind = dict[str | None, RopeFreqs]  # by kind of layers; None if a model 
 
 in_progress = threading.local()
 
-FREQS_ON_CACHE = "_extrope_freqs"
-STORED_ON_CACHE = "_extrope_stored"
+STORED = "stored"  # the entry of `on_cache` that has the position map of stored keys
+_ON_CACHE = "_extrope"
+
+
+class Frozen(NamedTuple):
+    """The frequencies of a request, chosen for its longest row."""
+
+    freqs: FreqsByKind
+    longest: int
+
+
+def on_cache(cache: Any) -> dict[str, Any]:
+    """Return what a cache tells of its keys: `Frozen` by the key of hooks, and STORED."""
+    if not hasattr(cache, _ON_CACHE):
+        setattr(cache, _ON_CACHE, {})
+    return getattr(cache, _ON_CACHE)
 
 
 @dataclass
@@ -42,19 +57,11 @@ class Request:
 
     limit: tokens that it may reach, padding included.
     pads: padding of each row, if known; the first forward may see only a piece of the prompt.
-    freqs: its frequencies, by the key of the hooks that chose.
+    drafts: made by a model that another one asks to draft.
+    frozen: its frequencies, by the key of the hooks that chose.
     """
 
     limit: int
     pads: list[int] | None = None
-    freqs: dict[str, FreqsByKind] = field(default_factory=dict)
-
-
-class ThreadFrequencies(threading.local):
-    """The frequencies of forwards, which those in other threads do not change."""
-
-    def __init__(self, freqs: FreqsByKind) -> None:  # in each thread anew
-        self.freqs = dict(freqs)
-
-    def __reduce__(self) -> tuple[type, tuple[FreqsByKind]]:
-        return type(self), (self.freqs,)
+    drafts: bool = False
+    frozen: dict[str, Frozen] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from ..model import (
     shortened,
     unsupported,
 )
-from .rotary import argument_names, forward_of
+from .rotary import forward_of
 
 TOKENS = 4  # of a probe
 ATTENTION = "extrope_score"  # in the config of a layer that attends by a score method
@@ -43,9 +43,13 @@ _sdpa = nn.functional.scaled_dot_product_attention
 
 
 class Call:
-    """A call through transformers' registered functions, by the name in the layer's config."""
+    """A call through transformers' registered functions, by the name in the layer's config.
+
+    names: of the arguments of the layer's forward.
+    """
 
     attention = ATTENTION
+    names: Sequence[str] = ()
 
     def overrides(self, layer: nn.Module) -> list[Override]:
         """Return attributes that make the layer use the object in the mask's place."""
@@ -97,10 +101,15 @@ class MethodCall(Call):
 
 def call_of(module: nn.Module) -> Call | None:
     """Return how a module calls its attention; None if no op can replace that."""
-    forward = forward_of(module)
-    if forward is None or "attention_mask" not in argument_names(module):
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or "attention_mask" not in code.co_varnames[: code.co_argcount]:
         return None
-    names = forward.__code__.co_names
+    if (found := _call_in(module, code.co_names)) is not None:
+        found.names = code.co_varnames[1 : code.co_argcount]
+    return found
+
+
+def _call_in(module: nn.Module, names: Sequence[str]) -> Call | None:
     if "config" in vars(module):
         if "ALL_ATTENTION_FUNCTIONS" in names:
             return Call()

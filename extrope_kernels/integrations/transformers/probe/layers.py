@@ -1,19 +1,20 @@
 """Probe how a model's layers attend, by four tokens: `LayerProbe`.
 
-The model runs twice with an attention that only records its arguments: once with tables of
-position 0, once with those of positions 0 to 3 and of frequencies for the probe. The difference is
-the rotation, wherever in a layer it happens. Then the op attends to the same arguments by a score
-that changes nothing, and must give the results of the layer's own attention.
+The model runs with an attention that only records its arguments: once with tables of position 0,
+once with those of positions 0 to 3 and of frequencies for the probe. The difference is the
+rotation, wherever in a layer it happens. Then the op attends to the same arguments by a score that
+changes nothing, and must give the results of the layer's own attention. A third run, backwards, by
+louder tables and as two packed sequences, tells what else must be known.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from .... import RopeFreqs, apply_rope
 from ..._shared.parameters import is_bounded
-from ..batch.padded import no_mask
 from ..model import BOUNDED, Override, shortened, unsupported
 from .attention import (
     TOKENS,
@@ -33,7 +33,7 @@ from .attention import (
     close,
     with_mask,
 )
-from .rotary import RotaryModule, argument_names, by_name, probe_numbers, rotating_layers
+from .rotary import RotaryModule, probe_numbers, rotating_layers
 
 _AMPLITUDE = 2.0  # of a probe of attention factors
 
@@ -126,10 +126,11 @@ class Recorder:
     def before_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        arguments = by_name(argument_names(layer), args, kwargs)
+        call = self.calls[layer]
+        arguments = dict(zip(call.names, args, strict=False)) | kwargs
         mask = self.masks[layer] = arguments.get("attention_mask")
         self.names = list(mask) if isinstance(mask, Mapping) else self.names
-        return (), with_mask(arguments, self.name, self.calls[layer].mask(layer, self))
+        return (), with_mask(arguments, self.name, call.mask(layer, self))
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
@@ -259,11 +260,13 @@ class LayerProbe:
     near: layers that attend as before: those without a rotation and, unless layers="all", those
         with a sliding window or chunks, where training has covered all distances.
     calls: each layer's form of call of its attention. mask_name: its mask's name, if layers get
-        several.
+        several. seen: what each layer's attention got at positions 0 to 3.
     unrotated: near layers without a rotation that take part in the probed rotary embeddings.
-    needs_mask: True if something else than the attention of far layers uses the mask.
     others_mix: True if tokens mix outside of attention (convolutions, states).
-    separates: True if the masks of near layers tell packed sequences apart by their positions.
+    needs_mask: True if something else than the attention of far layers may use the mask: padding
+        would change other tokens in convolutions and states.
+    separates: True if the masks of near layers tell packed sequences apart by their positions;
+        transformers makes those of some models without positions (GPT-OSS, AFMoE).
     around: the layer of a rotary embedding that belongs to one layer.
 
     Raises ValueError if a layer does something that the ops do not.
@@ -281,6 +284,7 @@ class LayerProbe:
         self.rotary_modules = rotary_modules
         self.freqs = _probe_freqs(rotary_modules)
         self.calls = calls_in(owner)
+        self.rotating = list(rotating_layers(owner))
         self.around = {
             each.module: layer
             for layer in self.calls
@@ -290,13 +294,14 @@ class LayerProbe:
         self.mask_name: str | None = None
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
-        still, moved = self._try_out()
-        self._loud = self._record(amplitude=_AMPLITUDE).seen
+        still, moved = self._try_out(layers)
         for layer in moved.called:
             if layer not in moved.seen:
                 name = type(layer).__name__
                 reason = f"{name} computes its attention itself, with nothing to replace"
                 raise unsupported(owner, reason)
+        back = self._backwards()
+        self.seen, self._masks, self._loud = moved.seen, moved.masks, back.seen
         self.unrotated = [
             layer
             for layer in moved.seen
@@ -307,22 +312,43 @@ class LayerProbe:
             if len(self.unrotated) < len(moved.seen):
                 reason = f"{BOUNDED}, so none sees distances past it"
             raise unsupported(owner, reason)
-        self.needs_mask = self._needs_mask()
-        self.others_mix = mixes(still.output, self._record(still=True, backwards=True).output)
-        self.separates = not self.needs_mask or self.others_mix or self._separates()
+        self.others_mix = mixes(still.output, back.output)
+        all_far = len(self.far) == getattr(owner.config, "num_hidden_layers", None)
+        self.needs_mask = self.others_mix or not all_far
+        implementation = getattr(owner.config, "_attn_implementation", None)
+        self.separates = self.others_mix or not any(
+            leaks(back.masks[layer], implementation) for layer in self.near
+        )
 
-    def _try_out(self) -> tuple[Recorder, Recorder]:
+    def _try_out(self, layers: str) -> tuple[Recorder, Recorder]:
         """Run the owner twice; if layers get several masks, find the attention's among them."""
         first = Recorder(self.calls)
         try:
-            return self._record(first, still=True), self._record()
+            return self._record(first, still=True), self._moved(layers)
         except ValueError:
             for self.mask_name in first.names:
                 try:
-                    return self._record(still=True), self._record()
+                    return self._record(still=True), self._moved(layers)
                 except ValueError:
                     continue
             raise
+
+    def _moved(self, layers: str) -> Recorder:
+        """Run the owner at positions 0 to 3; in chunks of two tokens if those may be extended."""
+        if layers == "full" or not getattr(self.owner.config, "attention_chunk_size", None):
+            return self._record()
+        config = copy.copy(self.owner.config)
+        config.attention_chunk_size = 2
+        with replaced([(self.owner, "config", config)]):
+            return self._record()
+
+    def _backwards(self) -> Recorder:
+        """Run the owner on the last token first, as two packed sequences, by louder tables."""
+        options = {"still": True, "backwards": True, "amplitude": _AMPLITUDE}
+        try:
+            return self._record(position_ids=torch.arange(TOKENS)[None] % 2, **options)
+        except ValueError:  # a model of tokens with several positions, which are never packed
+            return self._record(**options)
 
     def _record(
         self,
@@ -337,7 +363,7 @@ class LayerProbe:
             (each.module, "forward", _ProbeTables(each, self.freqs, still, amplitude))
             for each in self.rotary_modules
         ]
-        hooks = [(layer, recorder.note_layer) for layer in rotating_layers(self.owner)]
+        hooks = [(layer, recorder.note_layer) for layer in self.rotating]
         try:
             with recorder.in_place(overrides, hooks):
                 recorder.output = probe_layers(self.first_call, **options)
@@ -364,7 +390,7 @@ class LayerProbe:
         qkv = (still.q, still.k, moved.v)
         attend_as_own(self.owner, layer, self.calls[layer], qkv, freqs, heads.layout, moved)
         dims = slice(heads.start, heads.start + 2 * freqs.inv_freq.numel())
-        scaled = _grows(moved.q, self._loud[layer].q, dims)
+        scaled = _grows(still.q[..., dims], self._loud[layer].q[..., dims])
         self.far[layer] = replace(heads, scaled=scaled, **bounds)
         return True
 
@@ -408,45 +434,11 @@ class LayerProbe:
             return {"sliding_window": window}
         if is_bounded(kind_of(layer)):
             size = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
-            if layers == "full" or not size or not sees_chunks(self._masks_of_chunks[layer], 2):
+            if layers == "full" or not size or not sees_chunks(self._masks[layer], 2):
                 return None
             return {"chunk_size": size}
         window = window_of_cache(self.owner, layer)
         return {"sliding_window": window} if window else {}
-
-    @cached_property
-    def _masks_of_chunks(self) -> dict[nn.Module, Any]:
-        """Return the layers' masks if the config names chunks of two tokens."""
-        config = copy.copy(self.owner.config)
-        config.attention_chunk_size = 2
-        with replaced([(self.owner, "config", config)]):
-            return self._record().masks
-
-    def _separates(self) -> bool:
-        """Give the tokens the positions of two sequences, and look at the masks of near layers.
-
-        transformers makes some models' masks without positions (GPT-OSS, AFMoE).
-        """
-        try:
-            masks = self._record(still=True, position_ids=torch.arange(TOKENS)[None] % 2).masks
-        except ValueError:  # a model of tokens with several positions, which are never packed
-            return True
-        implementation = getattr(self.owner.config, "_attn_implementation", None)
-        return not any(leaks(masks[layer], implementation) for layer in self.near)
-
-    def _needs_mask(self) -> bool:
-        """Return True if something else than the attention of extended layers uses the mask.
-
-        Padding must not change other tokens; in convolutions and states it would.
-        """
-        if len(self.far) != getattr(self.owner.config, "num_hidden_layers", None):
-            return True
-        padded = torch.ones(1, TOKENS, dtype=torch.int64)
-        padded[0, 0] = 0
-        masked, free = (
-            self._record(still=True, attention_mask=mask) for mask in (padded, no_mask())
-        )
-        return not torch.equal(masked.output[0][:, 1:], free.output[0][:, 1:])
 
 
 def leaks(mask: Any, implementation: str | None) -> bool:
@@ -508,14 +500,12 @@ def sees_chunks(mask: Any, size: int) -> bool:
     return bool((seen == (own & (token <= token[:, None]))).all())
 
 
-def _grows(normal: Tensor, loud: Tensor, dims: slice) -> bool:
-    """Return True if the probe's attention factor has grown these dims, not been undone.
+def _grows(normal: Tensor, loud: Tensor) -> bool:
+    """Return True if the probe's amplitude has grown these dims, not been undone by a norm.
 
-    The nearer of both: norms add an epsilon, so neither is exact.
+    By their size: norms add an epsilon, and tokens that come backwards may mix otherwise.
     """
-    grown = normal.clone()
-    grown[..., dims] *= _AMPLITUDE
-    return bool((loud - grown).abs().sum() < (loud - normal).abs().sum())
+    return bool(loud.float().norm() > math.sqrt(_AMPLITUDE) * normal.float().norm())
 
 
 def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
