@@ -15,10 +15,6 @@
 
 namespace extrope {
 
-inline int64_t element_size(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
-
 // Returns make(), a tensor of these sizes. The stable ABI of PyTorch before 2.13 loses PyTorch's
 // message if there is no memory.
 template <typename Make>
@@ -41,13 +37,6 @@ Tensor allocate(const char* op, const std::vector<int64_t>& sizes, ScalarType ty
   }
 }
 
-// Returns torch.empty_like(x).
-inline Tensor fresh_like(const Tensor& x, const char* op = "extrope") {
-  std::vector<int64_t> sizes(x.dim());
-  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = x.size(i);
-  return allocate(op, sizes, x.scalar_type(), [&] { return torch::stable::empty_like(x); });
-}
-
 // Returns a contiguous tensor on like's device.
 inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type,
                     const char* op = "extrope") {
@@ -58,6 +47,18 @@ inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes, Scala
 inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType type,
                     const char* op = "extrope") {
   return allocate(op, sizes, type, [&] { return torch::stable::empty(sizes, type); });
+}
+
+// Returns a tensor like x with contiguous rows: torch.empty_like(x), or if rows of x overlap, which
+// may give it others, a contiguous one.
+inline Tensor fresh_like(const Tensor& x, const char* op = "extrope") {
+  std::vector<int64_t> sizes(x.dim());
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = x.size(i);
+  const Tensor out =
+      allocate(op, sizes, x.scalar_type(), [&] { return torch::stable::empty_like(x); });
+  const int64_t last = x.dim() - 1;
+  const bool rows = out.stride(last) == 1 || x.size(last) <= 1;
+  return rows ? out : fresh(x, sizes, x.scalar_type(), op);
 }
 
 // Allocates the results of q and k for the kernel of `p`; empty for a k that is none.

@@ -33,6 +33,8 @@ inline void save_inputs(RopeParams& p, const Tensor& grad_q, const OptionalTenso
 inline void refuse_overlap(const Tensor& q, const OptionalTensor& k) {
   require(!overlaps_itself(q), "q must not be expanded to be rotated in place");
   require(!k.has_value() || !overlaps_itself(*k), "k must not be expanded to be rotated in place");
+  require(!k.has_value() || !share_memory(q, *k),
+          "inplace=True needs q and k of their own, got two that share memory");
 }
 
 inline void set_outputs_in_place(RopeParams& p, const Tensor& q, const OptionalTensor& k,

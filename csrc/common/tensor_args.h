@@ -8,6 +8,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "common/token_params.h"
 
@@ -43,11 +45,80 @@ inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
   return text << ")";
 }
 
+// Returns true if rows of x are expanded, or lie over each other.
 inline bool overlaps_itself(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int64_t i = 0; i < x.dim(); ++i) {
-    if (x.stride(i) == 0 && x.size(i) > 1) return true;
+    if (x.size(i) > 1) dims.emplace_back(x.stride(i), x.size(i));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t end = 0;  // of what the shorter strides reach
+  for (const auto& [stride, size] : dims) {
+    if (stride <= end) return true;
+    end += stride * (size - 1);
   }
   return false;
+}
+
+inline int64_t element_size(ScalarType type) {
+  if (type == ScalarType::Float8_e4m3fn) return 1;
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+// A dimension of two tensors: indices of the first minus those of the second, times a stride.
+struct Difference {
+  int64_t stride, least, most;
+};
+
+// Returns true if some differences add up to `distance`.
+inline bool is_reached(int64_t distance, const std::vector<Difference>& all, size_t first = 0) {
+  if (first == all.size()) return distance == 0;
+  const Difference& x = all[first];
+  int64_t least = 0, most = 0;  // of the differences that follow
+  for (size_t i = first + 1; i < all.size(); ++i) {
+    least += all[i].stride * all[i].least, most += all[i].stride * all[i].most;
+  }
+  const auto floor_div = [](int64_t a, int64_t b) { return a / b - (a % b < 0); };
+  const int64_t begin = std::max(x.least, -floor_div(most - distance, x.stride));
+  const int64_t end = std::min(x.most, floor_div(distance - least, x.stride));
+  for (int64_t n = begin; n <= end; ++n) {
+    if (is_reached(distance - n * x.stride, all, first + 1)) return true;
+  }
+  return false;
+}
+
+// Returns true if two tensors have a byte in common. Their strides may differ; those of the caches
+// that occur divide one another, so few differences are tried.
+inline bool share_memory(const Tensor& x, const Tensor& y) {
+  if (x.numel() == 0 || y.numel() == 0) return false;
+  std::vector<Difference> all;
+  int64_t spans[2] = {0, 0};  // bytes from the first to the last
+  const auto add = [&](const Tensor& t, bool second) {
+    const auto dimension = [&](int64_t stride, int64_t size) {
+      if (stride == 0 || size == 1) return;
+      const int64_t most = size - 1;
+      spans[second] += most * stride;
+      all.push_back({stride, second ? -most : 0, second ? 0 : most});
+    };
+    const int64_t bytes = element_size(t.scalar_type());
+    for (int64_t i = 0; i < t.dim(); ++i) dimension(t.stride(i) * bytes, t.size(i));
+    dimension(1, bytes);
+  };
+  add(x, false), add(y, true);
+  const int64_t distance =
+      static_cast<const char*>(y.data_ptr()) - static_cast<const char*>(x.data_ptr());
+  if (distance > spans[0] || -distance > spans[1]) return false;
+  std::sort(all.begin(), all.end(),
+            [](const auto& a, const auto& b) { return a.stride > b.stride; });
+  std::vector<Difference> merged;
+  for (const Difference& one : all) {
+    if (!merged.empty() && merged.back().stride == one.stride) {
+      merged.back().least += one.least, merged.back().most += one.most;
+    } else {
+      merged.push_back(one);
+    }
+  }
+  return is_reached(distance, merged);
 }
 
 inline void check_rows(const char* op, const Tensor& x, bool packed, const char* name) {

@@ -21,7 +21,10 @@ THETA = FREQS.inv_freq
     "changes, message",
     [
         ({"k": K[:, :, :0], "v": V[:, :, :0]}, "k's heads must divide q's 4 heads, got 0"),
-        ({"k": K[:1], "v": V[:1]}, "k must have q's batch 2, got 1"),
+        (
+            {"k": K[:1], "v": V[:1]},
+            r"k must be \(batch 2, seqlen_k, .* to go with q, got \(1, 6, 2, 32\)",
+        ),
         (
             {"cu_seqlens": torch.tensor([0, 6]), "q": Q[0], "k": K[0, :5], "v": V[0, :5]},
             "k must ha",

@@ -306,7 +306,7 @@ def test_refuses_in_place():
     expanded = out[:1].expand(2, 5, 3, 8)
     with pytest.raises(ValueError, match=r"merge_attention: outs\[0\] and lses\[0\] must not be"):
         merge_attention([expanded, out], [lse, lse], inplace=True)
-    with pytest.raises(ValueError, match=r"merge_attention: outs\[1\] must be torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"merge_attention: outs\[1\] must be bfloat16"):
         merge_attention([out.bfloat16(), out], [lse, lse], inplace=True)
 
 

@@ -32,7 +32,7 @@ REFUSED = [
     ({"return_lse": 1}, TypeError, "return_lse must be a bool, got int"),
     ({"backend": "tpu"}, ValueError, "backend must be None or one of .*, got 'tpu'"),
     ({"k": TWO_KEYS, "v": TWO_KEYS}, ValueError, "k must have q's 4 tokens, got 2"),
-    ({"k": torch.zeros(1, 4, 2, 16)}, ValueError, "k must be torch.float64"),
+    ({"k": torch.zeros(1, 4, 2, 16)}, ValueError, "k must be float64"),
     (
         {"strategy": "ulysses", "heads_q": 6},
         ValueError,

@@ -59,7 +59,7 @@ def test_attention_alone():
     cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32, device=device())
     for changes, message in (
         ({"decay": DECAY, "causal": False}, "decay must be None with causal=False"),
-        ({"cu_seqlens": cu_seqlens}, r"q must be \(total, heads, head_dim\) with cu_seqlens"),
+        ({"cu_seqlens": cu_seqlens}, r"q must be \(total, heads_q, head_dim\) with cu_seqlens"),
     ):
         with pytest.raises(ValueError, match=f"^permuteformer_attention: {message}"):
             call_attention(permuteformer_attention, changes)
@@ -79,7 +79,7 @@ def test_states():
         (
             {"state": (state.kv[:1], state.k), "positions": 6},
             ValueError,
-            r"state.kv must be torch.float32 \(2, 2, 8, 8\) on .*, got .* \(1, 2, 8, 8\)",
+            r"state.kv must be \(batch 2, heads 2, .* to go with k, got \(1, 2, 8, 8\)",
         ),
     ):
         with pytest.raises(error, match=f"^permuteformer_step: {message}"):

@@ -118,7 +118,7 @@ SHARING = {
     "common tokens": (QKV[:, :4], QKV[:, 2:], OWN),
     "dense in part": (*(QKV[0, :, :4].clone().view(1, 6, 4, 64),) * 2, OWN),
     "expanded": (QKV[:, :, :1].expand(2, 6, 3, 64), QKV[:, :, 1:], "q must not be expanded"),
-    "shapes": (QKV[:, :, 1:], QKV[:1, :, :1], "k must have q's shape"),
+    "shapes": (QKV[:, :, 1:], QKV[:1, :, :1], r"k must be \(batch 2, .* to go with q, got \(1"),
     "slices of a projection": (QKV[:, :, :3], QKV[:, :, 3:], None),
     "tokens": (QKV[:, :3], QKV[:, 3:], None),
     "alternate heads": (QKV[:, :, 0::2], QKV[:, :, 1::2], None),

@@ -97,6 +97,19 @@ def autograd_of(op, save, backward):
     return kernel
 
 
+def refuse_negative_views(library, op) -> None:
+    """Let `op`, which writes to arguments, refuse negative views (torch.Tensor.is_neg).
+
+    PyTorch would give it copies, and fail when it brings back what was written.
+    """
+
+    def kernel(*args, **options):
+        name = op.name().partition("::")[2]
+        raise ValueError(f"{name}: tensors must not be negative views (is_neg), got one that is")
+
+    library.impl(op.name(), kernel, "Negative")
+
+
 def refuse_recording(library, op, message: str) -> None:
     """Let `op`, which overwrites its first two arguments, refuse tensors of a graph.
 
@@ -112,10 +125,11 @@ def refuse_recording(library, op, message: str) -> None:
         return out
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+    refuse_negative_views(library, op)
 
 
 def refuse_backward(
-    library, op, message: str, written: Callable[[tuple], tuple] = lambda args: ()
+    library, op, message: str, written: Callable[[tuple], tuple] | None = None
 ) -> None:
     """Let a gradient that flows into `op` fail with the message instead of vanishing.
 
@@ -132,10 +146,12 @@ def refuse_backward(
 
     def kernel(keyset, *args, **options):
         out = recorded(keyset, *args, **options)
-        note_writes(*written(args))
+        note_writes(*(written(args) if written else ()))
         return out
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+    if written:
+        refuse_negative_views(library, op)
 
 
 def call_unrecorded(
@@ -191,6 +207,12 @@ def _refuse_tangents(op, args) -> None:
 def contiguous_rows(x: Tensor) -> Tensor:
     """Make rows contiguous for kernels: gradients come with any strides (a sum's are all zero)."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_rows(x: Tensor) -> Tensor:
+    """Allocate a tensor like x with contiguous rows: like rows that overlap it may have others."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 or x.shape[-1] <= 1 else x.new_empty(x.shape)
 
 
 def batching_rule(op, tensors: int, is_shared: Callable[[tuple], bool]):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from .autograd import in_func_transform
+from .specs import check_dense
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 Result = TypeVar("Result")
@@ -38,15 +39,6 @@ def check_rows(
         raise ValueError(
             f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
         )
-
-
-def check_dense(op: str, name: str, x: Tensor) -> None:
-    """Refuse sparse and nested tensors; a nested one with torch.strided has no sizes to ask."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
-        kind = x.layout if x.layout != torch.strided else "a nested one"
-        raise ValueError(f"{op}: {name} must be a dense tensor, got {kind}")
 
 
 def check_freqs(op: str, freqs: object) -> None:
@@ -158,49 +150,55 @@ def check_ints(
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Return True if elements of x share memory, as in an expanded tensor: it cannot be written."""
-    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
+    """Return True if rows of x are expanded, or lie over each other: it cannot be written."""
+    end = 0  # of what the shorter strides reach
+    for stride, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1 and stride <= end:
+            return True
+        end += stride * max(size - 1, 0)
+    return False
 
 
 def share_memory(x: Tensor, y: Tensor) -> bool:
-    """Return True if two tensors of one storage share elements, as far as strides tell.
-
-    Exact for tensors with the same strides, such as slices of one projection. With other strides
-    only dense tensors are found.
-    """
+    """Return True if two tensors have a byte of memory in common, whatever their strides are."""
     try:
-        storage = x.untyped_storage()
-        if storage.device.type == "meta":  # fake tensors too
+        of_x, of_y = x.untyped_storage(), y.untyped_storage()
+        begin, other = of_x.data_ptr(), of_y.data_ptr()
+        if of_x.device.type == "meta" or of_y.device != of_x.device:  # fake tensors too
             return False
-        if storage.data_ptr() != y.untyped_storage().data_ptr():
+        # Two storages can be of one memory: from_numpy and from_file make such.
+        if not (begin < other + of_y.nbytes() and other < begin + of_x.nbytes()):
             return False
+        distance = y.data_ptr() - x.data_ptr()
     except RuntimeError:  # tensors of torch.func or of other classes may have no memory
         return False
-    if x.numel() == 0 or y.numel() == 0 or x.dtype != y.dtype:
+    if x.numel() == 0 or y.numel() == 0:
         return False
-    distance = y.storage_offset() - x.storage_offset()
-    if not -_span(y) < distance < _span(x):
-        return False
-    if x.stride() != y.stride():
-        return _span(x) == x.numel() and _span(y) == y.numel()
-    sizes = zip(x.stride(), x.shape, y.shape)
-    return _is_reached(distance, sorted(sizes, reverse=True))
-
-
-def _span(x: Tensor) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    # Byte i of x is byte j of y where the strides times the differences of their indices add up.
+    least: dict[int, int] = {}
+    most: dict[int, int] = {}
+    for tensor, limits, sign in ((x, most, 1), (y, least, -1)):
+        size = tensor.element_size()
+        for stride, count in ((1, size), *zip([size * n for n in tensor.stride()], tensor.shape)):
+            if stride > 0:
+                limits[stride] = limits.get(stride, 0) + sign * (count - 1)
+    strides = sorted({*least, *most}, reverse=True)
+    return _is_reached(distance, [(n, least.get(n, 0), most.get(n, 0)) for n in strides])
 
 
 def _is_reached(distance: int, sizes: list[tuple[int, int, int]]) -> bool:
-    """Return True if two indices can differ by `distance`; sizes: sorted (stride, of x, of y)."""
-    sizes = [one for one in sizes if one[0] > 0]
+    """Return True if numbers between least and most, times their strides, can add up to distance.
+
+    sizes: (stride, least, most), the largest stride first. Strides mostly divide one another, so
+    that few numbers are tried.
+    """
     if not sizes:
         return distance == 0
-    (stride, of_x, of_y), *rest = sizes
-    steps = distance // stride
-    return any(
-        -of_y < n < of_x and _is_reached(distance - n * stride, rest) for n in (steps, steps + 1)
-    )
+    (stride, least, most), *rest = sizes
+    smallest, largest = (sum(x[0] * x[n] for x in rest) for n in (1, 2))
+    first = max(least, -((largest - distance) // stride))
+    last = min(most, (distance - smallest) // stride)
+    return any(_is_reached(distance - n * stride, rest) for n in range(first, last + 1))
 
 
 def split_offset(op: str, positions: Tensor | int | None) -> tuple[Tensor | None, int]:

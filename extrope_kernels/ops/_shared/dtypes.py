@@ -81,8 +81,8 @@ def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: S
         )
     if cache.dtype != like.dtype or cache.device != like.device:
         raise ValueError(
-            f"{op}: {name} must be {like.dtype} on {like.device} like the other tensors, or {FP8} "
-            f"with k_scale and v_scale, got {cache.dtype} on {cache.device}"
+            f"{op}: {name} must be {like.dtype} on {like.device} like q, k and v, or {FP8} with "
+            f"k_scale and v_scale, got {cache.dtype} on {cache.device}"
         )
 
 

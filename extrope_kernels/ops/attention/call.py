@@ -277,6 +277,8 @@ def _read(options: Mapping[str, Any]) -> Sequence[Any]:
     count = len(starts)
     if not 1 <= count <= 3:
         raise ValueError(f"attention: region_starts must be of 1 to 3 regions, got {count}")
+    if any(abs(start) > maps.FARTHEST for start in starts):
+        raise ValueError(f"attention: region_starts must be within 2**62, got {list(starts)}")
     *of_regions, stored = maps.maps_of("attention", columns, 2 * count + 1)
     regions = tuple(map(Region, starts, of_regions[::2], of_regions[1::2]))
     score = Score("attention", regions, granularity, stored)

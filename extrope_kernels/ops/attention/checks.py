@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import Score
+from .._shared import specs
 from .._shared.checks import (
     DTYPES,
     check_boundaries,
@@ -21,13 +23,13 @@ from .._shared.checks import (
     check_ints,
     check_real,
     check_rotary_offset,
-    check_rows,
     has_values,
     overlaps_itself,
     refuse_flags,
 )
-from .._shared.dtypes import FP8, accumulator, check_cache_dtype, check_scale_values, check_scales
-from .call import AttentionCall, KVCache, lse_shape
+from .._shared.dtypes import FP8, check_cache_dtype, check_scale_values, check_scales
+from .._shared.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, ROWS, WIDE, Spec
+from .call import AttentionCall, KVCache
 
 
 def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
@@ -55,23 +57,22 @@ def check_kinds(op: str, call: AttentionCall) -> None:
         check_count(op, "sliding_window", call.sliding_window)
 
 
-def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
-    """Check a call without a cache."""
+def check_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: AttentionCall,
+    results: tuple[Tensor | None, ...] = (),
+) -> None:
+    """Check a call without a cache; results: for a backward dout, dlse, out and lse."""
     packed = call.cu_seqlens is not None
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_rows(op, name, x, packed)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{op}: {name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
-            )
-    _check_shapes(op, q, k, v, packed)
-    if packed:
-        check_cu_seqlens(op, call.cu_seqlens, q)
-    sequences = call.cu_seqlens.shape[0] - 1 if packed else q.shape[0]
-    _check_options(op, call, q, k.shape[-2], sequences)
-    _check_start(op, "q_start", call.q_start, q, sequences)
-    _check_start(op, "k_start", call.k_start, q, sequences)
+    table, tensors = _table(packed), (q, k, v, call.cu_seqlens, call.q_start, call.k_start)
+    sizes = specs.check(op, table[: len(tensors + results)], tensors + results)
+    heads_q, heads_k = sizes["heads_q"], sizes["heads_k"]
+    if heads_k == 0 or heads_q % heads_k:
+        raise ValueError(f"{op}: k's heads must divide q's {heads_q} heads, got {heads_k}")
+    _check_options(op, call, q, heads_k, sizes["sequences" if packed else "batch"])
 
 
 def warn_of_unseeing_queries(op: str, q: Tensor, k: Tensor, call: AttentionCall) -> None:
@@ -86,34 +87,54 @@ def warn_of_unseeing_queries(op: str, q: Tensor, k: Tensor, call: AttentionCall)
         )
 
 
-def check_results(
-    op: str,
-    q: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Check the results of a call, and their gradients, that a backward is given."""
-    packed, wide = q.dim() == 3, accumulator(q.dtype)
-    shape = (*q.shape[:-1], v.shape[-1])
-    for name, x in (("dout", dout), ("out", out)):
-        check_rows(op, name, x, packed)
-        if x.dtype != q.dtype or x.device != q.device or x.shape != shape:
-            raise ValueError(
-                f"{op}: {name} must be {q.dtype} {shape} on {q.device} to go with q and v, "
-                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
-    for name, x in (("dlse", dlse), ("lse", lse)):
-        if x is None:
-            continue
-        check_dense(op, name, x)
-        if x.dtype != wide or x.device != q.device or x.shape != lse_shape(q):
-            raise ValueError(
-                f"{op}: {name} must be {wide} {lse_shape(q)} on {q.device} to go with q, "
-                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
+@functools.cache
+def _table(packed: bool) -> tuple[Spec, ...]:
+    """Return the table of a call without a cache, and of what its backward is given."""
+    queries, keys = ("total", "total") if packed else ("batch seqlen_q", "batch seqlen_k")
+    sequences = "sequences" if packed else "batch"
+    lse = "heads_q total" if packed else "batch heads_q seqlen_q"
+    return (
+        Spec("q", f"{queries} heads_q head_dim", ROWS),
+        Spec("k", f"{keys} heads_k head_dim"),
+        Spec("v", f"{keys} heads_k head_dim_v"),
+        Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
+        Spec("q_start", f"1|{sequences}", INT32, optional=True, strides=ANY),
+        Spec("k_start", f"1|{sequences}", INT32, optional=True, strides=ANY),
+        Spec("dout", f"{queries} heads_q head_dim_v"),
+        Spec("dlse", lse, (WIDE,), optional=True, strides=ANY),
+        Spec("out", f"{queries} heads_q head_dim_v"),
+        Spec("lse", lse, (WIDE,), strides=ANY),
+    )
+
+
+def check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
+    """Check factors that are to be multiplied by others."""
+    if query_scale is not None:
+        packed = q.dim() == 3
+        rows = zip(("total",) if packed else ("batch", "seqlen_q"), q.shape)
+        sizes = {word: (n, "q") for word, n in rows}
+        specs.check(op, [_query_scale(packed)], [query_scale], sizes, ("q", q))
+
+
+def _query_scale(packed: bool) -> Spec:
+    dims = "total" if packed else "seqlen_q or batch seqlen_q"
+    return Spec("query_scale", dims, (torch.float32, WIDE), optional=True, strides=ANY)
+
+
+def _options(packed: bool) -> tuple[Spec, ...]:
+    """Return the table of a call's small tensors."""
+    sequences = "sequences" if packed else "batch"
+    rows = f"pairs or 1|{sequences} pairs or 1|{sequences} 1|heads_k pairs"
+    return (
+        Spec("inv_freq", rows, FLOATS),
+        Spec("log_decay", "pairs", FLOAT32, optional=True, strides=DENSE),
+        Spec("sinks", "heads_q", (WIDE,), optional=True, strides=ANY),
+        _query_scale(packed),
+        Spec("pair_maps", "maps 2 1|heads_k pairs", FLOAT64, optional=True, strides=ANY),
+    )
+
+
+_OPTIONS = {packed: _options(packed) for packed in (False, True)}
 
 
 def check_values(op: str, call: AttentionCall, tokens: int) -> None:
@@ -205,10 +226,21 @@ def check_log_n(op: str, log_n: float | None) -> None:
 
 
 def _check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int) -> None:
-    """Check all that depends on neither keys nor values."""
-    _check_frequencies(op, call, q, heads_k, sequences)
-    check_rotary_offset(op, call.rotary_offset, call.layout[0], q.shape[-1])
-    _check_pair_maps(op, call, q, heads_k)
+    """Check all that depends on neither keys nor values, after q."""
+    packed, (heads_q, head_dim) = q.dim() == 3, q.shape[-2:]
+    rows = dict(zip(("total",) if packed else ("batch", "seqlen_q"), q.shape))
+    known = rows | {"heads_q": heads_q, "head_dim": head_dim, "heads_k": heads_k}
+    sizes = {word: (n, "q") for word, n in known.items()}
+    sizes["sequences" if packed else "batch"] = (sequences, "cu_seqlens" if packed else "q")
+    tensors = (call.inv_freq, call.log_decay, call.sinks, call.query_scale, call.pair_maps)
+    pairs = specs.check(op, _OPTIONS[packed], tensors, sizes, ("q", q))["pairs"]
+    if not 1 <= pairs <= head_dim // 2:
+        raise ValueError(
+            f"{op}: inv_freq must hold between 1 and head_dim/2 = {head_dim // 2} frequencies, "
+            f"got {pairs}"
+        )
+    check_rotary_offset(op, call.rotary_offset, 2 * pairs, head_dim)
+    _check_pair_maps(op, call)
     refuse_flags(op, interleaved=call.interleaved)
     check_kinds(op, call)
     if call.softmax_scale is not None and not 0 < call.softmax_scale < math.inf:
@@ -229,129 +261,25 @@ def _check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequen
         raise ValueError(
             f"{op}: softcap must be 0 (none) or from 1e-30 to 1e30, got {call.softcap}"
         )
-    _check_sinks(op, call.sinks, q)
-    check_query_scale(op, call.query_scale, q)
 
 
-def _check_frequencies(
-    op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int
-) -> None:
-    inv_freq, decay = call.inv_freq, call.log_decay
-    check_dense(op, "inv_freq", inv_freq)
-    if inv_freq.dtype not in (torch.float32, torch.float64) or inv_freq.device != q.device:
-        raise ValueError(
-            f"{op}: inv_freq must be float32 or float64 on {q.device}, "
-            f"got {inv_freq.dtype} on {inv_freq.device}"
-        )
-    dims, most = tuple(inv_freq.shape), q.shape[-1] // 2
-    fits = 1 <= len(dims) <= 3 and (len(dims) == 1 or dims[0] in (1, sequences))
-    if not fits or (len(dims) == 3 and dims[1] not in (1, heads_k)):
-        raise ValueError(
-            f"{op}: inv_freq must be (rotary_dim/2,), ({sequences}, rotary_dim/2) or "
-            f"({sequences}, {heads_k}, rotary_dim/2), got {dims}"
-        )
-    if not 1 <= dims[-1] <= most or (dims[-1] > 1 and inv_freq.stride(-1) != 1):
-        raise ValueError(
-            f"{op}: inv_freq must hold 1 to head_dim/2 = {most} contiguous frequencies, "
-            f"got shape {dims} with strides {inv_freq.stride()}"
-        )
-    if decay is not None and (
-        not isinstance(decay, Tensor)
-        or decay.layout != torch.strided
-        or decay.dtype != torch.float32
-        or decay.shape != inv_freq.shape[-1:]
-        or decay.device != q.device
-        or not decay.is_contiguous()
-    ):
-        raise ValueError(
-            f"{op}: log_decay must be float32 ({dims[-1]},), contiguous on {q.device}, "
-            f"got {decay!r}"
-        )
-
-
-def _check_pair_maps(op: str, call: AttentionCall, q: Tensor, heads_k: int) -> None:
-    """Check that pair_maps has a row per map, of the frequencies' pairs and these heads."""
+def _check_pair_maps(op: str, call: AttentionCall) -> None:
+    """Check that pair_maps has a row per map."""
     maps = [x for region in call.regions for x in (region.q_map, region.k_map)]
     rows = [x.row for x in (*maps, call.score.stored) if x.row is not None]
-    table, pairs = call.pair_maps, call.inv_freq.shape[-1]
+    table = call.pair_maps
     if table is None:
         if rows:
             raise ValueError(
                 f"{op}: pair_maps must be given for a score with maps of pairs, got None"
             )
         return
-    shape = tuple(table.shape)
-    fits = len(shape) == 4 and shape[1] == 2 and shape[2] in (1, heads_k) and shape[3] == pairs
-    if not fits or table.dtype != torch.float64 or table.device != q.device:
-        raise ValueError(
-            f"{op}: maps of pairs must be of {pairs} pairs and {heads_k} heads or one, as float64 "
-            f"(rows, 2, heads, pairs) on {q.device}, got {table.dtype} {shape} on {table.device}"
-        )
-    if max(rows, default=-1) >= shape[0]:
-        raise ValueError(f"{op}: maps name row {max(rows)} of {shape[0]} in pair_maps")
+    if max(rows, default=-1) >= len(table):
+        raise ValueError(f"{op}: maps name row {max(rows)} of {len(table)} in pair_maps")
     if call.log_decay is not None:
         raise ValueError(
             f"{op}: log_decay (XPOS) needs maps of one divisor for all pairs, got maps of pairs"
         )
-
-
-def _check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
-    if sinks is None:
-        return
-    check_dense(op, "sinks", sinks)
-    heads, wide = q.shape[-2], accumulator(q.dtype)
-    if sinks.shape != (heads,) or sinks.dtype != wide or sinks.device != q.device:
-        raise ValueError(
-            f"{op}: sinks must be {wide} ({heads},) on {q.device}, "
-            f"got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
-        )
-
-
-def check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
-    """Check the shape (seqlen_q,) or (batch, seqlen_q); for packed queries (total,)."""
-    if query_scale is None:
-        return
-    rows = tuple(q.shape[:-2])
-    check_dense(op, "query_scale", query_scale)
-    fits = tuple(query_scale.shape) in (rows, rows[-1:])
-    fits = fits and query_scale.dtype in (torch.float32, accumulator(q.dtype))
-    if query_scale.device != q.device or not fits:
-        raise ValueError(
-            f"{op}: query_scale must be float32 {rows[-1:]}"
-            + (f" or {rows}" if len(rows) > 1 else "")
-            + f" on {q.device}, got {query_scale.dtype} {tuple(query_scale.shape)} on "
-            f"{query_scale.device}"
-        )
-
-
-def _check_start(op: str, name: str, start: Tensor | None, q: Tensor, sequences: int) -> None:
-    """Check a start: a position per sequence, or one for all."""
-    if start is None:
-        return
-    check_dense(op, name, start)
-    shape = tuple(start.shape)
-    if start.dtype != torch.int32 or start.device != q.device or shape not in ((1,), (sequences,)):
-        raise ValueError(
-            f"{op}: {name} must be an int, or int32 ({sequences},) on {q.device}, "
-            f"got {start.dtype} {shape} on {start.device}"
-        )
-
-
-def _check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    if k.shape[-1] != q.shape[-1] or (packed and k.shape[0] != q.shape[0]):
-        raise ValueError(
-            f"{op}: k must have q's head_dim"
-            + (" and total" if packed else "")
-            + f" of {tuple(q.shape)}, got shape {tuple(k.shape)}"
-        )
-    if not packed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"{op}: k must have q's batch {q.shape[0]}, got {k.shape[0]}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(
-            f"{op}: v must have k's shape {tuple(k.shape)} but for head_dim, got {tuple(v.shape)}"
-        )
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"{op}: k's heads must divide q's {q.shape[-2]} heads, got {k.shape[-2]}")
 
 
 def _check_cache(op: str, cache: KVCache, q: Tensor, batch: int) -> None:

@@ -8,10 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._shared.autograd import contiguous_rows, in_forward_mode, in_func_transform, refuse_recording
+from .._shared import specs
+from .._shared.autograd import (
+    contiguous_rows,
+    empty_rows,
+    in_forward_mode,
+    in_func_transform,
+    refuse_recording,
+)
 from .._shared.backends import missing
-from .._shared.checks import DTYPES, overlaps_itself, refuse_flags
+from .._shared.checks import overlaps_itself, refuse_flags, share_memory
 from .._shared.library import library, ops
+from .._shared.specs import ANY, FLOATS, LIKE, ROWS, Spec
 
 OP = "merge_attention"
 INPLACE = f"{OP}: inplace=True is for inference, got tensors that require grad"
@@ -85,34 +93,20 @@ def check(outs: Sequence[Tensor], lses: Sequence[Tensor], inplace: bool) -> None
         raise ValueError(
             f"{OP}: lses must hold one tensor for each of the {len(outs)} outs, got {len(lses)}"
         )
-    first = outs[0]
-    if first.dim() not in (3, 4):
-        raise ValueError(
-            f"{OP}: outs must be (batch, seqlen, heads, head_dim), or packed "
-            f"(total, heads, head_dim), got shape {tuple(first.shape)}"
-        )
-    if first.dtype not in DTYPES:
-        raise ValueError(
-            f"{OP}: outs must be float32, bfloat16, float16 or float64, got {first.dtype}"
-        )
-    if lses[0].dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{OP}: lses must be float32 or float64, got {lses[0].dtype}")
-    *batch, seqlen, heads, _ = first.shape
-    for name, tensors, shape in (
-        ("outs", outs, tuple(first.shape)),
-        ("lses", lses, (*batch, heads, seqlen)),
-    ):
-        for i, x in enumerate(tensors):
-            narrower = inplace and name == "outs" and x.dtype in (torch.bfloat16, torch.float16)
-            dtype = x.dtype if narrower else tensors[0].dtype
-            if tuple(x.shape) != shape:
-                raise ValueError(f"{OP}: {name}[{i}] must have shape {shape}, got {tuple(x.shape)}")
-            if x.dtype != dtype:
-                raise ValueError(f"{OP}: {name}[{i}] must be {dtype}, got {x.dtype}")
-            if x.device != first.device:
-                raise ValueError(f"{OP}: {name}[{i}] must be on {first.device}, got {x.device}")
+    first, packed = outs[0], outs[0].dim() == 3
+    of_out = "total heads head_dim" if packed else "batch seqlen heads head_dim"
+    of_lse = "heads total" if packed else "batch heads seqlen"
+    narrower = (torch.bfloat16, torch.float16) if inplace else ()
+    table = []
+    for i in range(len(outs)):
+        table.append(Spec(f"outs[{i}]", of_out, (LIKE, *narrower) if i else ROWS, strides=ANY))
+    for i in range(len(lses)):
+        table.append(Spec(f"lses[{i}]", of_lse, (lses[0].dtype,) if i else FLOATS, strides=ANY))
+    specs.check(OP, table, (*outs, *lses))
     if inplace and (overlaps_itself(first) or overlaps_itself(lses[0])):
         raise ValueError(f"{OP}: outs[0] and lses[0] must not be expanded to be written to")
+    if inplace and share_memory(first, lses[0]):
+        raise ValueError(f"{OP}: outs[0] and lses[0] must not share memory to be written to")
 
 
 def _tensors(name: str, value: object) -> Tensors:
@@ -198,13 +192,19 @@ def _inplace_gpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequenc
 
 
 def _fwd_cpu(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    check(outs, lses, inplace=False)
     out, lse = merge_fwd(outs, lses)
-    return torch.empty_like(outs[0]).copy_(out), lse.contiguous()  # the fake's strides
+    return empty_rows(outs[0]).copy_(out), lse.contiguous()  # the fake's strides
+
+
+def _inplace_cpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    check((out, *outs), (lse, *lses), inplace=True)
+    merge_inplace(out, lse, outs, lses)
 
 
 def _fwd_fake(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     check(outs, lses, inplace=False)
-    return torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)
+    return empty_rows(outs[0]), lses[0].new_empty(lses[0].shape)
 
 
 def _inplace_fake(out, lse, outs, lses) -> None:
@@ -249,7 +249,7 @@ def _define() -> None:
     library.impl("merge_fwd", _fwd_gpu, "CUDA")
     library.impl("merge_inplace", _inplace_gpu, "CUDA")
     library.impl("merge_fwd", _fwd_cpu, "CPU")
-    library.impl("merge_inplace", merge_inplace, "CPU")
+    library.impl("merge_inplace", _inplace_cpu, "CPU")
 
 
 _define()

@@ -38,7 +38,6 @@ from .checks import (
     check_attention,
     check_decode,
     check_head_dim,
-    check_results,
     check_slots,
     check_values,
 )
@@ -167,9 +166,7 @@ def _attention(q, k, v, tensors, options, fused: bool = True, results=()) -> Att
 def _checked_attention(q, k, v, tensors, options, fused, results):
     """Return `call.fixed` of a right call."""
     call = read_call(tensors, options)
-    check_attention("attention", q, k, v, call)
-    if results:
-        check_results("attention", q, v, *results)
+    check_attention("attention", q, k, v, call, results=results)
     if fused:
         check_head_dim("attention", q, call.rotary_offset)
         check_head_dim("attention", v)
@@ -311,8 +308,7 @@ def _fwd_fake(q, k, v, *tensors, **options):
 
 def _bwd_fake(dout, dlse, q, k, v, out, lse, *tensors, **options):
     call = read_call(tensors, options)
-    check_attention("attention", q, k, v, call)
-    check_results("attention", q, v, dout, dlse, out, lse)
+    check_attention("attention", q, k, v, call, results=(dout, dlse, out, lse))
     return tuple(x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .._shared.checks import (
-    check_boundaries,
-    check_cu_seqlens,
-    check_dense,
-    check_matching,
-    check_position_tensor,
-    check_rows,
-    has_values,
-)
-from .._shared.dtypes import accumulator
-from .._shared.positions import position_kind
+from .._shared import specs
+from .._shared.checks import check_boundaries, has_values
+from .._shared.specs import ANY, DENSE, FLOATS, INT32, ROWS, WIDE, Spec
 from .permutations import Powers
 
 MAX_DIM = 256  # attention's limit, except the reference's: a state must fit on chip
@@ -25,54 +19,34 @@ MAX_PERMUTED_DIM = 1024  # as kMaxPermutedDim in csrc/cpu/permute/kernel.h
 def check_powers(name: str, q: Tensor, k: Tensor | None, powers: Powers) -> None:
     """Check q, k (or q alone), their permutations and positions."""
     permutations, positions, cu_seqlens, _ = powers
-    packed = cu_seqlens is not None
-    check_rows(name, "q", q, packed)
-    if k is not None:
-        check_rows(name, "k", k, packed)
-        check_matching(name, q, k)
-    if packed:
-        check_cu_seqlens(name, cu_seqlens, q)
-    _check_permutations(name, permutations, q, k)
-    if positions is not None:
-        check_position_tensor(name, positions, q, (torch.int32, torch.int64))
-        shape = torch.Size((1, *q.shape)) if packed else q.shape
-        sequences = cu_seqlens.shape[0] - 1 if packed else shape[0]
-        if position_kind(positions, shape, sequences) is None:
-            raise ValueError(
-                f"{name}: positions must be ({shape[1]},), ({shape[0]}, {shape[1]}) or "
-                f"({sequences},) offsets, got shape {tuple(positions.shape)}"
-            )
-
-
-def _check_permutations(name: str, permutations: Tensor, q: Tensor, k: Tensor | None) -> None:
-    if not isinstance(permutations, Tensor):
-        raise TypeError(f"{name}: permutations must be a Tensor, got {type(permutations).__name__}")
-    heads, head_dim = q.shape[-2:]
+    tensors = (q, k, cu_seqlens, permutations, positions)
+    sizes = specs.check(name, _table_of_powers(cu_seqlens is not None), tensors)
+    head_dim, heads, rows = sizes["head_dim"], sizes["heads_q"], sizes["rows"]
     if not 1 <= head_dim <= MAX_PERMUTED_DIM:
         raise ValueError(f"{name}: head_dim must be from 1 to {MAX_PERMUTED_DIM}, got {head_dim}")
-    if permutations.dtype != torch.int64:
-        raise ValueError(f"{name}: permutations must be int64, got {permutations.dtype}")
-    if permutations.device != q.device:
+    if rows == 0 or heads % rows:
         raise ValueError(
-            f"{name}: permutations must be on q's device {q.device}, got {permutations.device}"
+            f"{name}: permutations must have rows that divide q's {heads} heads, got {rows}"
         )
-    shape = tuple(permutations.shape)
-    rows = shape[0] if len(shape) == 2 else 0
-    if rows == 0 or shape[1] != head_dim or heads % rows != 0:
+    if sizes.get("heads_k", rows) != rows:
         raise ValueError(
-            f"{name}: permutations must be (heads, {head_dim}) with heads a divisor of "
-            f"{heads}, got {shape}"
-        )
-    if k is not None and k.shape[-2] != rows:
-        raise ValueError(
-            f"{name}: permutations must have a row for each of the {k.shape[-2]} k heads, "
+            f"{name}: permutations must have a row for each of the {sizes['heads_k']} k heads, "
             f"got {rows} rows"
         )
-    if permutations.stride(-1) != 1 and head_dim > 1:
-        raise ValueError(
-            f"{name}: permutations must be contiguous in its last dimension, "
-            f"got strides {permutations.stride()}"
-        )
+
+
+@functools.cache
+def _table_of_powers(packed: bool) -> tuple[Spec, ...]:
+    tokens, sequences = ("total", "sequences") if packed else ("batch seqlen", "batch")
+    batch, seqlen = ("1", "total") if packed else ("1|batch", "seqlen")
+    places = f"{seqlen} or {batch} {seqlen} or {sequences} or {sequences} 1"
+    return (
+        Spec("q", f"{tokens} heads_q head_dim", ROWS),
+        Spec("k", f"{tokens} heads_k head_dim", optional=True),
+        Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
+        Spec("permutations", "rows head_dim", (torch.int64,)),
+        Spec("positions", places, (torch.int32, torch.int64), optional=True, strides=ANY),
+    )
 
 
 def check(
@@ -83,50 +57,36 @@ def check(
     decay: Tensor | None,
     cu_seqlens: Tensor | None,
     causal: bool = True,
+    results: tuple[Tensor | None, ...] = (),
 ) -> None:
-    """Check the arguments of attention except permutations and positions."""
-    packed = cu_seqlens is not None
-    for label, x in (("q", q), ("k", k), ("v", v)):
-        check_rows(name, label, x, packed)
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name}: {label} must be {q.dtype} on {q.device} like q, "
-                f"got {x.dtype} on {x.device}"
-            )
-    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"{name}: k must have q's shape {tuple(q.shape)} but for the heads, "
-            f"got {tuple(k.shape)}"
-        )
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(
-            f"{name}: v must have k's shape {tuple(k.shape)} but for head_dim, got {tuple(v.shape)}"
-        )
-    heads_q, heads_k = q.shape[-2], k.shape[-2]
+    """Check the arguments of attention except permutations and positions.
+
+    results: for a backward dout, and out and den if they were normalized.
+    """
+    table, tensors = _table(cu_seqlens is not None), (q, k, v, cu_seqlens, decay, *results)
+    sizes = specs.check(name, table[: len(tensors)], tensors)
+    heads_q, heads_k = sizes["heads_q"], sizes["heads_k"]
     if heads_k == 0 or heads_q == 0 or heads_q % heads_k:
         raise ValueError(f"{name}: k's heads must divide q's {heads_q} heads, got {heads_k}")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"{name}: head_dim must be at least 1, got {q.shape[-1]}, {v.shape[-1]}")
-    if packed:
-        check_cu_seqlens(name, cu_seqlens, q)
-    if decay is not None:
-        _check_decay(name, decay, q, heads_k, causal)
-
-
-def _check_decay(name: str, decay: Tensor, q: Tensor, heads_k: int, causal: bool) -> None:
-    check_dense(name, "decay", decay)
-    if not causal:
+    if decay is not None and not causal:
         raise ValueError(f"{name}: decay must be None with causal=False, got a Tensor")
-    if decay.dtype not in (torch.float32, torch.float64) or decay.device != q.device:
-        raise ValueError(
-            f"{name}: decay must be float32 or float64 on {q.device}, "
-            f"got {decay.dtype} on {decay.device}"
-        )
-    if tuple(decay.shape) not in ((heads_k,), (q.shape[-2],)):
-        raise ValueError(
-            f"{name}: decay must be ({heads_k},), one for each head of k, or ({q.shape[-2]},), "
-            f"of q, got {tuple(decay.shape)}"
-        )
+
+
+@functools.cache
+def _table(packed: bool) -> tuple[Spec, ...]:
+    tokens = "total" if packed else "batch seqlen"
+    return (
+        Spec("q", f"{tokens} heads_q head_dim", ROWS),
+        Spec("k", f"{tokens} heads_k head_dim"),
+        Spec("v", f"{tokens} heads_k head_dim_v"),
+        Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
+        Spec("decay", "heads_k or heads_q", FLOATS, optional=True, strides=ANY),
+        Spec("dout", f"{tokens} heads_q head_dim_v"),
+        Spec("out", f"{tokens} heads_q head_dim_v", optional=True),
+        Spec("den", "heads_q total" if packed else "batch heads_q seqlen", (WIDE,), optional=True),
+    )
 
 
 def check_dims(name: str, q: Tensor, v: Tensor) -> None:
@@ -141,18 +101,15 @@ def check_dims(name: str, q: Tensor, v: Tensor) -> None:
 
 def check_state(name: str, state: Tensor, key_sum: Tensor, k: Tensor, v: Tensor, heads: int):
     """Check that a state of `heads` heads fits k and v."""
-    wide = accumulator(k.dtype)
-    shape = (k.shape[0], heads, k.shape[-1])
-    for label, x, expected in (("kv", state, (*shape, v.shape[-1])), ("k", key_sum, shape)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: state.{label} must be a Tensor, got {type(x).__name__}")
-        if tuple(x.shape) != expected or x.dtype != wide or x.device != k.device:
-            raise ValueError(
-                f"{name}: state.{label} must be {wide} {expected} on {k.device}, "
-                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
-        if not x.is_contiguous():
-            raise ValueError(f"{name}: state.{label} must be contiguous, got strides {x.stride()}")
+    of_k = {"batch": k.shape[0], "heads": heads, "head_dim": k.shape[-1]}
+    sizes = {word: (n, "k") for word, n in of_k.items()} | {"head_dim_v": (v.shape[-1], "v")}
+    specs.check(name, _STATE, (state, key_sum), sizes, ("k", k))
+
+
+_STATE = (
+    Spec("state.kv", "batch heads head_dim head_dim_v", (WIDE,), strides=DENSE),
+    Spec("state.k", "batch heads head_dim", (WIDE,), strides=DENSE),
+)
 
 
 def check_values(

@@ -9,7 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._shared.autograd import batching_rule, contiguous_rows, refuse_backward, register_backward
+from .._shared.autograd import (
+    batching_rule,
+    contiguous_rows,
+    empty_rows,
+    refuse_backward,
+    register_backward,
+)
 from .._shared.backends import missing
 from .._shared.dtypes import accumulator
 from .._shared.library import library, load_on_first_use, ops
@@ -52,7 +58,7 @@ _NAME = "permuteformer"
 
 def _permute_fake(q, k, permutations, positions=None, cu_seqlens=None, *, offset=0, inverse=False):
     check_powers("permute", q, k, Powers(permutations, positions, cu_seqlens, offset))
-    return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
+    return empty_rows(q), q.new_empty(0) if k is None else empty_rows(k)
 
 
 _TOKENS = 4096  # permuted at once: a dim's source takes eight bytes
@@ -98,8 +104,8 @@ def _powers(permutations, positions, cu_seqlens, offset: int | None) -> Powers:
     return Powers(permutations, positions, cu_seqlens, 0 if offset is None else offset)
 
 
-def _call(q, k, v, powers: Powers, decay, causal=True, normalize=True) -> Call:
-    check(_NAME, q, k, v, decay, powers.cu_seqlens, causal)
+def _call(q, k, v, powers: Powers, decay, causal=True, normalize=True, results=()) -> Call:
+    check(_NAME, q, k, v, decay, powers.cu_seqlens, causal, results)
     check_powers(_NAME, q, k, powers)
     heads = k.shape[-2] if decay is None else decay.shape[0]
     return Call(heads, decay, powers.cu_seqlens, causal, normalize)
@@ -146,7 +152,8 @@ def _bwd(
     *, offset=None, **options,
 ):  # fmt: skip
     powers = _powers(permutations, positions, cu_seqlens, offset)
-    call = _call(q, k, v, powers, decay, **options)
+    call = _call(q, k, v, powers, decay, **options, results=(dout, out, den))
+    check_values(_NAME, q.shape[0], powers, decay)
     return implementation(q, v).backward(dout, q, k, v, out, den, powers, call)
 
 
@@ -154,7 +161,8 @@ def _bwd_fake(
     dout, q, k, v, out, den, permutations, positions=None, decay=None, cu_seqlens=None,
     *, offset=None, **options,
 ):  # fmt: skip
-    _call(q, k, v, _powers(permutations, positions, cu_seqlens, offset), decay, **options)
+    powers = _powers(permutations, positions, cu_seqlens, offset)
+    _call(q, k, v, powers, decay, **options, results=(dout, out, den))
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 

@@ -19,7 +19,6 @@ from .._shared.checks import (
     narrowed,
     raise_as_value_error,
     refuse_flags,
-    share_memory,
     split_offset,
 )
 from .._shared.decay import check_numbers
@@ -215,10 +214,7 @@ def _in_place(
     q, k = args[:2]
     if k is q:
         raise ValueError("rope: inplace=True needs q and k of their own, got one tensor for both")
-    compiling = torch.compiler.is_compiling()
-    if not compiling and k is not None and share_memory(q, k):
-        raise ValueError("rope: inplace=True needs q and k of their own, got two that share memory")
-    if backend == "reference" or compiling:
+    if backend == "reference" or torch.compiler.is_compiling():
         op(*args, **options)
         return q, k
     call_unrecorded(op, args, options)

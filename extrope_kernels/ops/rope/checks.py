@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
+from .._shared import specs
 from .._shared.checks import (
-    DTYPES,
     REFUSALS,
-    check_cu_seqlens,
-    check_matching,
-    check_position_tensor,
     check_real,
     check_rotary_offset,
-    check_rows,
     has_values,
     overlaps_itself,
+    share_memory,
 )
 from .._shared.decay import reach
 from .._shared.positions import position_kind as position_kind_of_one_axis
+from .._shared.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
 
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
@@ -45,26 +44,41 @@ def check(
     rotary_offset: int = 0,
 ) -> None:
     """Raise ValueError or TypeError that names the argument, for calls that kernels cannot run."""
-    packed = cu_seqlens is not None
-    check_rows("rope", "q", q, packed)
-    if k is not None:
-        check_rows("rope", "k", k, packed)
-        check_matching("rope", q, k)
-    shape = q.shape if not packed else torch.Size((1, *q.shape))
-    if packed:
-        check_cu_seqlens("rope", cu_seqlens, q)
-    sequences = cu_seqlens.shape[0] - 1 if packed else shape[0]
-    _check_inv_freq(inv_freq, q, k, shape, sequences)
-    check_rotary_offset("rope", rotary_offset, 2 * inv_freq.shape[-1], shape[3])
-    if axes is not None:
-        _check_per_frequency("axes", axes, torch.int32, inv_freq)
-    if positions is not None:
-        _check_positions(positions, q, shape, sequences, axes is not None)
-    if log_decay is not None:
-        _check_per_frequency("log_decay", log_decay, torch.float32, inv_freq)
+    table = _table(cu_seqlens is not None, axes is not None)
+    tensors = (q, k, cu_seqlens, inv_freq, positions, log_decay, axes)
+    sizes = specs.check("rope", table, tensors)
+    pairs, heads, most = sizes["pairs"], sizes["heads_q"], sizes["head_dim"] // 2
+    if not 1 <= pairs <= most:
+        raise ValueError(
+            f"rope: inv_freq must hold between 1 and head_dim/2 = {most} frequencies, got {pairs}"
+        )
+    if inv_freq.dim() == 3 and inv_freq.shape[1] > 1 and sizes.get("heads_k", heads) != heads:
+        raise ValueError(
+            f"rope: frequencies per head need as many k heads as q heads ({heads}), "
+            f"got {sizes['heads_k']}; rotate q and k in two calls"
+        )
+    check_rotary_offset("rope", rotary_offset, 2 * pairs, sizes["head_dim"])
     check_real("rope", "attention_factor", attention_factor)
     if not 0 < attention_factor < math.inf:
         raise ValueError(f"rope: attention_factor must be > 0 and finite, got {attention_factor}")
+
+
+@functools.cache
+def _table(packed: bool, axes: bool) -> tuple[Spec, ...]:
+    tokens, sequences = ("total", "sequences") if packed else ("batch seqlen", "batch")
+    batch, seqlen = ("1", "total") if packed else ("1|batch", "seqlen")
+    by_axes = f" or axes {batch} {seqlen}" if axes else ""
+    places = f"{seqlen} or {batch} {seqlen} or {sequences} or {sequences} 1{by_axes}"
+    rows = f"pairs or 1|{sequences} pairs or 1|{sequences} 1|heads_q pairs"
+    return (
+        Spec("q", f"{tokens} heads_q head_dim", ROWS),
+        Spec("k", f"{tokens} heads_k head_dim", optional=True),
+        Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
+        Spec("inv_freq", rows, FLOATS),
+        Spec("positions", places, POSITION_DTYPES, optional=True, strides=ANY),
+        Spec("log_decay", "pairs", FLOAT32, optional=True, strides=DENSE),
+        Spec("axes", "pairs", INT32, optional=True, strides=DENSE),
+    )
 
 
 def check_saved(
@@ -73,15 +87,11 @@ def check_saved(
     """Check a forward's inputs, which a backward is given, after `check` of their gradients."""
     if (k is None) != (grad_k is None):
         raise ValueError("rope: k must be given with grad_k and q, or not at all")
+    dims = "total heads head_dim" if packed else "batch seqlen heads head_dim"
     for name, x, grad in (("q", q, grad_q), ("k", k, grad_k)):
-        if x is None:
-            continue
-        check_rows("rope", name, x, packed)
-        if (x.dtype, x.shape, x.device) != (grad.dtype, grad.shape, grad.device):
-            raise ValueError(
-                f"rope: {name} must be {grad.dtype} {tuple(grad.shape)} on {grad.device} like its "
-                f"gradient, got {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
+        if x is not None:
+            sizes = {word: (n, "its gradient") for word, n in zip(dims.split(), grad.shape)}
+            specs.check("rope", [Spec(name, dims)], [x], sizes, ("its gradient", grad))
 
 
 def check_norm(
@@ -95,8 +105,12 @@ def check_norm(
     if k is None and k_norm_weight is not None:
         raise ValueError("rope: k_norm_weight needs a k, got None")
     for name, x, weight in (("q", q, q_norm_weight), ("k", k, k_norm_weight)):
-        if weight is not None:
-            _check_norm_weight(f"{name}_norm_weight", x, weight)
+        if weight is not None:  # of each head, or of all together
+            heads, head_dim = x.shape[-2:]
+            all_dims = f"heads_{name}*head_dim"
+            sizes = {"head_dim": (head_dim, name), all_dims: (heads * head_dim, name)}
+            spec = Spec(f"{name}_norm_weight", f"head_dim or {all_dims}", ROWS, strides=DENSE)
+            specs.check("rope", [spec], [weight], sizes, (name, x))
     check_norm_eps(norm_eps)
 
 
@@ -105,26 +119,6 @@ def check_norm_eps(norm_eps: float) -> None:
     check_real("rope", "norm_eps", norm_eps)
     if not norm_eps >= 0:
         raise ValueError(f"rope: norm_eps must be >= 0, got {norm_eps}")
-
-
-def _check_norm_weight(name: str, x: Tensor, weight: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"rope: {name} must be a Tensor, got {type(weight).__name__}")
-    heads, head_dim = x.shape[-2:]
-    if tuple(weight.shape) not in ((head_dim,), (heads * head_dim,)):
-        raise ValueError(
-            f"rope: {name} must be ({head_dim},) to norm each head or ({heads * head_dim},) to "
-            f"norm all together, got shape {tuple(weight.shape)}"
-        )
-    if weight.dtype not in DTYPES:
-        raise ValueError(
-            f"rope: {name} must be float32, bfloat16, float16 or float64, got {weight.dtype}"
-        )
-    if weight.device != x.device or weight.layout != torch.strided or not weight.is_contiguous():
-        raise ValueError(
-            f"rope: {name} must be contiguous on q's device {x.device}, got {weight.layout} "
-            f"on {weight.device}"
-        )
 
 
 def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -> str | None:
@@ -136,6 +130,12 @@ def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -
     return kind
 
 
+def refuse_shared(q: Tensor, k: Tensor | None) -> None:
+    """Raise ValueError for tensors that are to be overwritten and share memory with each other."""
+    if k is not None and share_memory(q, k):
+        raise ValueError("rope: inplace=True needs q and k of their own, got two that share memory")
+
+
 def refuse_expanded(q: Tensor, k: Tensor | None) -> None:
     """Raise ValueError for a tensor whose elements share memory: it cannot be overwritten."""
     for name, x in (("q", q), ("k", k)):
@@ -144,70 +144,6 @@ def refuse_expanded(q: Tensor, k: Tensor | None) -> None:
                 f"rope: {name} must not be expanded to be rotated in place, "
                 f"got strides {x.stride()}"
             )
-
-
-def _check_inv_freq(
-    inv_freq: Tensor, q: Tensor, k: Tensor | None, shape: torch.Size, sequences: int
-) -> None:
-    if not isinstance(inv_freq, Tensor):
-        raise TypeError(f"rope: inv_freq must be a Tensor, got {type(inv_freq).__name__}")
-    if inv_freq.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"rope: inv_freq must be float32 or float64, got {inv_freq.dtype}")
-    if inv_freq.device != q.device:
-        raise ValueError(f"rope: inv_freq must be on q's device {q.device}, got {inv_freq.device}")
-    heads, head_dim = shape[2], shape[3]
-    dims = tuple(inv_freq.shape)
-    rows_fit = (
-        len(dims) == 1
-        or (len(dims) == 2 and dims[0] in (1, sequences))
-        or (len(dims) == 3 and dims[0] in (1, sequences) and dims[1] in (1, heads or 1))
-    )
-    if not rows_fit:
-        raise ValueError(
-            f"rope: inv_freq must be (rotary_dim/2,), ({sequences}, rotary_dim/2) or "
-            f"({sequences} or 1, {heads} or 1, rotary_dim/2), got {dims}"
-        )
-    if not 1 <= dims[-1] <= head_dim // 2:
-        raise ValueError(
-            f"rope: inv_freq must hold between 1 and head_dim/2 = {head_dim // 2} frequencies, "
-            f"got {dims[-1]}"
-        )
-    if inv_freq.layout != torch.strided:
-        raise ValueError(f"rope: inv_freq must be a dense tensor, got {inv_freq.layout}")
-    if dims[-1] > 1 and inv_freq.stride(-1) != 1 and inv_freq.numel() > 0:
-        raise ValueError(
-            "rope: inv_freq must be contiguous in its last dimension, "
-            f"got strides {inv_freq.stride()}"
-        )
-    if len(dims) == 3 and dims[1] > 1 and k is not None and k.shape[-2] != heads:
-        raise ValueError(
-            f"rope: frequencies per head need as many k heads as q heads ({heads}), "
-            f"got {k.shape[-2]}; rotate q and k in two calls"
-        )
-
-
-def _check_positions(
-    positions: Tensor, q: Tensor, shape: torch.Size, sequences: int, with_axes: bool
-) -> None:
-    check_position_tensor("rope", positions, q, POSITION_DTYPES)
-    kind = position_kind(positions, shape, sequences)
-    if kind is None or (kind == "positions by axis" and not with_axes):
-        raise ValueError(
-            f"rope: positions must be ({shape[1]},), ({shape[0]}, {shape[1]}), ({sequences},) "
-            f"offsets or, with axes, (axes, {shape[0]}, {shape[1]}), "
-            f"got shape {tuple(positions.shape)}"
-        )
-
-
-def _check_per_frequency(name: str, x: Tensor, dtype: torch.dtype, inv_freq: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"rope: {name} must be a Tensor, got {type(x).__name__}")
-    shape, device = inv_freq.shape[-1:], inv_freq.device
-    if (x.dtype, x.shape, x.device) != (dtype, shape, device) or not x.is_contiguous():
-        raise ValueError(
-            f"rope: {name} must be contiguous {str(dtype).removeprefix('torch.')} ({shape[0]},) "
-            f"on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
-        )
 
 
 # -------------------------------------------------------------------------------------------------

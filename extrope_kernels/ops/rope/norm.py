@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._shared.dtypes import accumulator
-from .checks import check_norm, check_saved, refuse_expanded
+from .checks import check_norm, check_saved, refuse_expanded, refuse_shared
 from .reference import rotate
 from .rotation import resolve
 
@@ -61,6 +61,7 @@ def rope_norm_bwd(
 def rope_norm_inplace(q: Tensor, k: Tensor | None, *others: Tensor | None, **options) -> None:
     """Compute `torch.ops.extrope.rope_norm_inplace`."""
     refuse_expanded(q, k)
+    refuse_shared(q, k)
     for x, out in zip((q, k), rope_norm_fwd(q, k, *others, **options)):
         if x is not None:
             x.copy_(out)

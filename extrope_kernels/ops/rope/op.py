@@ -24,6 +24,7 @@ from torch import Tensor
 from .._shared.autograd import (
     batching_rule,
     contiguous_rows,
+    empty_rows,
     refuse_backward,
     refuse_recording,
     register_backward,
@@ -74,7 +75,7 @@ _NORM_INPLACE = f"(Tensor(a!) q, Tensor(b!)? k, {_NORM_ARGS}) -> ()"
 
 def like(x: Tensor | None, q: Tensor) -> Tensor:
     """Allocate an output like x; without x an empty one."""
-    return q.new_empty(0) if x is None else torch.empty_like(x)
+    return q.new_empty(0) if x is None else empty_rows(x)
 
 
 def _fwd_fake(q, k, *rope_args, **options):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._shared.dtypes import accumulator
 from .._shared.pairs import cross, join_pairs, split_pairs, with_rotated
 from .._shared.positions import sequence_of_token
-from .checks import check_saved, refuse_expanded
+from .checks import check_saved, refuse_expanded, refuse_shared
 from .rotation import Rotation, resolve, token_positions
 
 
@@ -47,6 +47,7 @@ def rope_bwd(
 def rope_inplace(q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options) -> None:
     """Compute `torch.ops.extrope.rope_inplace`."""
     refuse_expanded(q, k)
+    refuse_shared(q, k)
     for x, out in zip((q, k), rope_fwd(q, k, *rope_args, **options)):
         if x is not None:
             x.copy_(out)

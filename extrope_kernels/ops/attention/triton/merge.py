@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._shared.autograd import empty_rows
 from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
 
 WARPS = 4
@@ -111,7 +112,7 @@ def merge_kernel(
 
 def merge_fwd(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge into new tensors; arguments and results are those of `torch.ops.extrope.merge_fwd`."""
-    out, lse = torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)
+    out, lse = empty_rows(outs[0]), lses[0].new_empty(lses[0].shape)
     _launch(outs, lses, out, lse, in_place=False)
     return out, lse
 

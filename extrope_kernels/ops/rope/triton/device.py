@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
+from ..._shared.autograd import empty_rows
 from ..._shared.triton.exp import exp
 from ..._shared.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
 from ..._shared.triton.pairs import load_parts
@@ -313,4 +314,4 @@ def as_inputs(tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> lis
 
 def empty_outputs(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Allocate outputs like q and k."""
-    return torch.empty_like(q), None if k is None else torch.empty_like(k)
+    return empty_rows(q), None if k is None else empty_rows(k)

@@ -1,0 +1,172 @@
+"""What tensors of a call must be, as a table: names, dimensions, dtypes, strides.
+
+`check` goes through a table and refuses the first tensor that does not fit, in one sentence that
+names it: "v must be (batch 2, seqlen_k 6, heads_k 2, head_dim_v) to go with k, got (2, 5, 2, 32)".
+How sizes relate to each other (heads that divide heads, boundaries that rise) is checked elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dtypes import accumulator
+
+# Dtypes that follow from the table's first tensor: its own, and the one that sums of it have.
+LIKE, WIDE = "like", "wide"
+ROWS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT32 = (torch.int32,)
+FLOAT32 = (torch.float32,)
+FLOAT64 = (torch.float64,)
+FLOATS = (torch.float32, torch.float64)
+# Strides: any, those of a contiguous tensor, or a contiguous last dimension.
+ANY, DENSE, LAST = "any", "dense", "last"
+
+
+class Spec(NamedTuple):
+    """One tensor of a table.
+
+    name: of the argument.
+    dims: a word per dimension: "batch seqlen_k heads_k head_dim". A word has one size in all
+        tensors of a call. "1|batch" is 1 or the batch, "sequences+1" one more; "total" are the
+        tokens of packed sequences. Shapes with " or " between them are all taken.
+    dtypes: that are taken, LIKE and WIDE among them.
+    optional: None is taken.
+    strides: ANY, DENSE or LAST.
+    """
+
+    name: str
+    dims: str
+    dtypes: tuple[torch.dtype | str, ...] = (LIKE,)
+    optional: bool = False
+    strides: str = LAST
+
+
+Sizes = dict[str, tuple[int, str]]  # a word's size, and the tensor that it comes from
+
+
+def check(
+    op: str,
+    specs: Iterable[Spec],
+    tensors: Sequence[Tensor | None],
+    sizes: Sizes | None = None,
+    like: tuple[str, Tensor] | None = None,
+) -> dict[str, int]:
+    """Refuse the first tensor that does not fit its spec; return the size of each word.
+
+    sizes: of words that are known; like: the name and the tensor whose dtype and device the others
+    follow, the table's first one if None.
+    Raises TypeError for what is no tensor, else ValueError; both begin with op.
+    """
+    sizes = {} if sizes is None else sizes
+    for spec, x in zip(specs, tensors, strict=True):
+        if x is None and spec.optional:
+            continue
+        check_dense(op, spec.name, x)
+        like = like or (spec.name, x)
+        _check_dtype(op, spec, x, *like)
+        if x.device != like[1].device:
+            raise ValueError(
+                f"{op}: {spec.name} must be on {like[1].device} like {like[0]}, got {x.device}"
+            )
+        if not any(_fits(dims, x, spec.name, sizes) for dims in _shapes_of(spec.dims)):
+            raise ValueError(f"{op}: {spec.name} must be {_expected(spec, x, sizes)}")
+        _check_strides(op, spec, x)
+    return {word: size for word, (size, _) in sizes.items()}
+
+
+def check_dense(op: str, name: str, x: Tensor) -> None:
+    """Refuse sparse and nested tensors; a nested one with torch.strided has no sizes to ask."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = x.layout if x.layout != torch.strided else "a nested one"
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {kind}")
+
+
+def _check_dtype(op: str, spec: Spec, x: Tensor, like_name: str, like: Tensor) -> None:
+    of_like = {LIKE: like.dtype, WIDE: accumulator(like.dtype)}
+    wanted = dict.fromkeys(of_like.get(dtype, dtype) for dtype in spec.dtypes)
+    if x.dtype in wanted:
+        return
+    follows = f" like {like_name}" if LIKE in spec.dtypes else ""
+    if WIDE in spec.dtypes:
+        follows = f" for {like_name} in {_short(like.dtype)}"
+    listed = _listed([_short(dtype) for dtype in wanted])
+    raise ValueError(f"{op}: {spec.name} must be {listed}{follows}, got {_short(x.dtype)}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+@functools.cache
+def _shapes_of(dims: str) -> list[list[str]]:
+    return [shape.split() for shape in dims.split(" or ")]
+
+
+def _fits(dims: list[str], x: Tensor, name: str, sizes: Sizes) -> bool:
+    """Whether x has a shape; gives its sizes to the words that have none."""
+    if len(dims) != x.dim() or any(not _is(word, n, sizes) for word, n in zip(dims, x.shape)):
+        return False
+    for word, n in zip(dims, x.shape):
+        if "|" not in word:
+            plain = word.removesuffix("+1")
+            sizes.setdefault(plain, (n - (plain != word), name))
+    return True
+
+
+def _is(word: str, n: int, sizes: Sizes) -> bool:
+    """Whether n may be the size of a word; a word without one takes any."""
+    if "|" in word:
+        return any(_is(one, n, sizes) for one in word.split("|"))
+    if word.isdigit():
+        return n == int(word)
+    plain = word.removesuffix("+1")
+    more = int(plain != word)
+    return n == sizes[plain][0] + more if plain in sizes else n > more or not more
+
+
+def _expected(spec: Spec, x: Tensor, sizes: Sizes) -> str:
+    """Say which shapes a tensor may have, what they come from, and what it has."""
+    shapes = _shapes_of(spec.dims)
+    told = _listed([_told(dims, sizes) for dims in shapes])
+    closest = next((dims for dims in shapes if len(dims) == x.dim()), shapes[-1])
+    wrong = [word for word, n in zip(closest, x.shape) if not _is(word, n, sizes)] or closest
+    words = [part.removesuffix("+1") for word in wrong for part in word.split("|")]
+    source = next((sizes[word][1] for word in words if word in sizes), None)
+    together = "" if source in (None, spec.name) else f" to go with {source}"
+    return f"{told}{together}, got {tuple(x.shape)}"
+
+
+def _told(dims: list[str], sizes: Sizes) -> str:
+    """Write a shape with its sizes: (batch 2, seqlen_k 6, heads_k 2, head_dim_v)."""
+    words = [" or ".join(_told_word(one, sizes) for one in word.split("|")) for word in dims]
+    first = dims[0] == "total" and len(dims) == 3 and "total" not in sizes
+    packed = " with cu_seqlens" if first else ""
+    return f"({', '.join(words)}{',' * (len(words) == 1)}){packed}"
+
+
+def _told_word(word: str, sizes: Sizes) -> str:
+    plain = word.removesuffix("+1")
+    if plain != word:
+        return f"{plain} + 1" + (f" = {sizes[plain][0] + 1}" if plain in sizes else "")
+    return f"{word} {sizes[word][0]}" if word in sizes else word
+
+
+def _check_strides(op: str, spec: Spec, x: Tensor) -> None:
+    if spec.strides == DENSE and not x.is_contiguous():
+        raise ValueError(f"{op}: {spec.name} must be contiguous, got strides {x.stride()}")
+    if spec.strides == LAST and x.stride()[-1:] != (1,) and x.shape[-1:] > (1,) and x.numel() > 0:
+        raise ValueError(
+            f"{op}: {spec.name} must be contiguous in its last dimension, got strides {x.stride()}"
+        )
