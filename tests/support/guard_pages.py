@@ -10,34 +10,57 @@ import ctypes
 import mmap
 import os
 import sys
+from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _kept: list[mmap.mmap] = []  # a page that is given back could be handed out again, unguarded
+_used: list[tuple[int, int]] = []  # the room of a block, and where it starts
+_free: dict[int, list[int]] = defaultdict(list)  # by room
+
+
+def bytes_between_pages(size: int, behind: bool) -> Tensor:
+    """Memory that ends (or starts) where no access is allowed."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    room = -(-size // PAGE) * PAGE
+    start = _free[room].pop() if _free[room] else _new_block(room)
+    _used.append((room, start))
+    first = start + (room - size if behind else 0)
+    return torch.frombuffer((ctypes.c_char * size).from_address(first), dtype=torch.uint8)
+
+
+def _new_block(room: int) -> int:
+    block = mmap.mmap(-1, room + 2 * PAGE)
+    _kept.append(block)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(block)) + PAGE
+    for page in (start - PAGE, start + room):
+        if _libc.mprotect(page, PAGE, 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    return start
+
+
+def use_again() -> None:
+    """Give all memory to later tensors: no tensor in it may be read any more."""
+    for room, start in _used:
+        _free[room].append(start)
+    _used.clear()
 
 
 def guarded(x: Tensor, behind: bool) -> Tensor:
     """A copy of x, same strides, whose memory ends (or starts) where no access is allowed."""
     extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
-    size = extent * x.itemsize
-    room = -(-size // PAGE) * PAGE
-    block = mmap.mmap(-1, room + 2 * PAGE)
-    _kept.append(block)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(block))
-    for page in (start, start + PAGE + room):
-        if _libc.mprotect(page, PAGE, 0) != 0:
-            raise OSError(ctypes.get_errno(), "mprotect")
-    if size == 0:
+    if extent == 0:
         return x
-    first = start + PAGE + (room - size if behind else 0)
-    memory = (ctypes.c_char * size).from_address(first)
-    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, x.stride()).copy_(x)
+    memory = bytes_between_pages(extent * x.itemsize, behind)
+    return memory.view(x.dtype).as_strided(x.shape, x.stride()).copy_(x)
 
 
 class Guarded(TorchDispatchMode):
@@ -52,6 +75,9 @@ class Guarded(TorchDispatchMode):
         given: set[int] = set()
         note = lambda x: given.add(x.untyped_storage().data_ptr())  # noqa: E731
         tree_map_only(Tensor, note, (args, kwargs or {}))
+        if func.namespace == "extrope" and all(map(_is_plain, tree_leaves((args, kwargs)))):
+            with self:  # sees what the kernel allocates
+                return cpu_kernel(func, args, kwargs)
         outs = func(*args, **(kwargs or {}))
         return tree_map_only(Tensor, lambda x: self._own(x, given), outs)
 
@@ -60,6 +86,19 @@ class Guarded(TorchDispatchMode):
             return x
         self.count += 1
         return guarded(x, self.behind)
+
+
+def cpu_kernel(op, args, kwargs) -> Any:
+    """Run an op's CPU kernel, with the modes that are on."""
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    return op.redispatch(cpu, *args, **(kwargs or {}))
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether nothing but the CPU's kernel of an op sees x."""
+    if not isinstance(x, Tensor):
+        return True
+    return x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
 
 
 def attention() -> None:
