@@ -27,7 +27,7 @@ THETA = FREQS.inv_freq
         ),
         (
             {"cu_seqlens": torch.tensor([0, 6]), "q": Q[0], "k": K[0, :5], "v": V[0, :5]},
-            "k must ha",
+            r"k must be \(total 6, heads_k, head_dim 32\) to go with q, got \(5, 2, 32\)",
         ),
     ],
 )

@@ -52,6 +52,10 @@ def check(
         raise ValueError(
             f"rope: inv_freq must hold between 1 and head_dim/2 = {most} frequencies, got {pairs}"
         )
+    if sizes.get("axes") == 0:
+        raise ValueError(
+            f"rope: positions must have an axis at least, got {tuple(positions.shape)}"
+        )
     if inv_freq.dim() == 3 and inv_freq.shape[1] > 1 and sizes.get("heads_k", heads) != heads:
         raise ValueError(
             f"rope: frequencies per head need as many k heads as q heads ({heads}), "
