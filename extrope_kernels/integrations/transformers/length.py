@@ -84,6 +84,13 @@ def window_for(model: nn.Module, length: int, layers: str) -> int:
     return max(1, reach // 2)
 
 
+def needs_factor(method: str) -> bool:
+    """Return True for a method that needs a factor, which a length can give."""
+    names = inspect.signature(METHODS[method]).parameters if method in METHODS else {}
+    factor = names.get("factor")
+    return factor is not None and factor.default is factor.empty and "seq_len" not in names
+
+
 def factor_for(
     model: nn.Module, method: str, length: int, layers: str, given: Mapping[str, Any]
 ) -> float:
@@ -91,9 +98,7 @@ def factor_for(
 
     Raises ValueError if the method has no such factor, or `given` has it.
     """
-    names = inspect.signature(METHODS[method]).parameters if method in METHODS else {}
-    factor = names.get("factor")
-    if factor is None or factor.default is not factor.empty or "seq_len" in names:
+    if not needs_factor(method):
         example = next(f"{name}=" for name in PARAMETERS[method] if name != "dim")
         raise ValueError(
             "extend: length must go without a method, or with one whose factor is the length over "

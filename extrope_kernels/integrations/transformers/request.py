@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,11 +11,10 @@ from torch import nn
 
 from ... import RopeFreqs
 from ..._names import meant
-from ...methods import METHODS
 from ...scores import SCORES, Score
 from .._shared.choice import Choice
 from .._shared.parameters import PARAMETERS, lengths_in
-from .length import as_stated, choose, factor_for, window_for
+from .length import as_stated, choose, factor_for, needs_factor, window_for
 from .patch.hooks import Applied
 from .patch.rotation import RotaryForward
 from .probe.rotary import RotaryModule
@@ -80,13 +78,6 @@ def choose_method(
     return choose(model, length, layers, given, refused)
 
 
-def needs_factor(method: str) -> bool:
-    """Return True for a method that needs a factor, which a length can give."""
-    names = inspect.signature(METHODS[method]).parameters if method in METHODS else {}
-    factor = names.get("factor")
-    return factor is not None and factor.default is factor.empty and "seq_len" not in names
-
-
 def with_stated(rotary_modules: list[RotaryModule], asked: Applied) -> Applied:
     """Give LongRoPE the factors that the configuration states."""
     if asked.method != "longrope" or asked.own or "short_factor" in asked.parameters:
@@ -124,20 +115,17 @@ def warn_of_nothing(rotary_modules: list[RotaryModule], applied: Applied) -> Non
     """Warn of arguments that leave nothing extended, or shorten what a model reads."""
     method, given = applied.method, applied.parameters
     factor = given.get("factor")
-    if method in STRETCHING and isinstance(factor, int | float) and 0 < factor <= 1:
-        # Longer factors of LongRoPE stretch by themselves; in Leaky ReRoPE, below 1 is InvLeaky.
-        if factor < 1 and method not in SCORES:
-            told = "is below 1: it shortens what a model reads"
-        else:
-            told = "leaves nothing extended" * (factor == 1 and method != "longrope")
-        if told:
-            _warn(f"extend: factor {factor:g} of {method} {told}")
+    if method in STRETCHING and isinstance(factor, int | float):
+        if factor == 1 and method != "longrope":  # whose other factors may stretch
+            _warn(f"factor 1 of {method} leaves nothing extended")
+        elif 0 < factor < 1 and method not in SCORES:  # Leaky ReRoPE's is InvLeaky
+            _warn(f"factor {factor:g} of {method} is below 1: it shortens what a model reads")
     name = {"dual_chunk": "chunk_size", "string": ""}.get(method, "window")
     size = given.get(name) if applied.own is None and applied.is_score else None
     longest = _reach(rotary_modules, applied) if isinstance(size, int) else None
     if longest is not None and size >= longest:
         _warn(
-            f"extend: {name} {size:,} of {method} leaves nothing extended: the model reaches "
+            f"{name} {size:,} of {method} leaves nothing extended: the model reaches "
             f"{longest:,} tokens"
         )
 
@@ -152,4 +140,4 @@ def _reach(rotary_modules: list[RotaryModule], applied: Applied) -> int | None:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=6)  # of the caller of `extend`
+    warnings.warn(f"extend: {text}", stacklevel=6)  # of the caller of `extend`
