@@ -85,11 +85,26 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     del args.version
+    if args.command == "check" and _is_missing(args.model):
+        missing = "no such folder, .gguf file or config.json, and not in the hub's local cache"
+        print(f"check: {args.model}: {missing}", file=sys.stderr)
+        return 2
     try:
         return importlib.import_module(COMMANDS[args.command]).run(args)
     except KeyboardInterrupt:
         print(f"{args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_missing(model: str) -> bool:
+    """Return True for a path that is none: answered before torch is imported, in seconds.
+
+    A name without a slash or an ending may be that of a package.
+    """
+    path, home = Path(model), Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    named = "/" not in model and path.suffix not in (".json", ".gguf")
+    return not (named or path.exists() or (cache / f"models--{model.replace('/', '--')}").exists())
 
 
 def make_parser() -> Parser:

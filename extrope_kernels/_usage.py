@@ -10,6 +10,14 @@ class UsageError(ValueError):
     """A request that cannot be done; the message says why in one line."""
 
 
+def shortened(error: Exception) -> str:
+    """Return the first line of other code's error, to quote it; two if it ends in a colon."""
+    first, *rest = str(error).split("\n")
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0].strip()}"
+    return first[:200]
+
+
 def require(*packages: str) -> None:
     """Raise UsageError, with the command to run, if one of `packages` is missing."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:

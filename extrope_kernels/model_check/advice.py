@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from ..evaluation.options import method_params
-from ..evaluation.packages import PACKAGES
-from ..evaluation.report import name_of
-from ..integrations._shared.choice import choose_method
-from ..integrations._shared.parameters import trained_in
-from ..integrations.vllm.auto import choose_entry
-from ..integrations.vllm.dual_chunks import adopt_dual_chunk_config
-from ..integrations.vllm.engine import make_engine
-from ..integrations.vllm.latent import adopt_scaling
-from ..integrations.vllm.settings import AUTO, NAME
+from .. import methods
+from ..integrations._shared.choice import Choice, choose_method, images_refused
 from ..scores import SCORES
 from .facts import Facts
 from .source import Source
@@ -57,70 +47,59 @@ class Advice:
     lines: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A method and its parameters for `extend`."""
-
-    method: str
-    params: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return name_of(self.method, self.params)
-
-    @property
-    def call(self) -> str:
-        """The line of Python that extends a model by this candidate."""
-        given = "".join(f", {name}={value!r}" for name, value in self.params.items())
-        return f'extend(model, "{self.method}"{given})'
-
-
 def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
-    """Advise on `length` tokens."""
-    trained, reach = facts.length.trained, facts.reach
+    """Advise on `length` tokens, as `extend(model, length=)` chooses."""
     why = None
-    if length <= reach:
-        why = f"{length:,} tokens are within the {reach:,} that the model is made for"
+    if length <= facts.reach:
+        why = f"{length:,} tokens are within the {facts.reach:,} that the model is made for"
     elif facts.scores.layers == "all":
         why = "no layer that rotates sees past its window or chunk; its distances are all trained"
     if why is not None:
         return Advice(length, None, why, {}, {})
-    yarn = _candidate("yarn", length, reach, trained)
-    first, why = _choose(source, facts, length, yarn)
-    served = "MODEL" if model in PACKAGES or Path(model).is_file() else shlex.quote(model)
-    lines = {"extend": first.call, "vLLM, our plugin": _plugin_line(served, source, length, first)}
-    if left_out := _left_out(source, facts.rope_parameters):
-        return Advice(length, first.name, why, {}, lines | dict.fromkeys(_ENGINES, left_out))
-    parameters = _rope_parameters(source, facts, yarn)
+    first = _choose(source, facts, length)
+    factor = length / facts.length.trained
+    more = "; more than its factor for far details" if first.method == "yarn" else ""
+    why = f"{first.reason}{more} ({PAGE}){_of_images(facts)}"
+    given = "".join(f", {name}={value!r}" for name, value in first.parameters.items())
+    served = "MODEL" if source.gguf or Path(model).is_file() else shlex.quote(model)
+    lines = {
+        "extend": f'extend(model, "{first.method}"{given})',
+        "vLLM, our plugin": f"vllm serve {served} --max-model-len {length} "
+        """--additional-config '{"extrope": "auto"}'""",
+    }
+    numbers = (
+        f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in first.parameters.items()
+    )
+    name = " ".join([first.method, *numbers])
+    if left_out := _left_out(source, facts):
+        return Advice(length, name, why, {}, lines | dict.fromkeys(_ENGINES, left_out))
+    parameters = _rope_parameters(source, facts, factor)
     note = f"  # yarn: no {first.method} here" if first.method in SCORES else ""
-    for engine, line in _lines(served, source, facts, length, yarn).items():
+    for engine, line in _lines(served, source, facts, length, factor).items():
         lines[engine] = line + note * ("$ROPE" in line or "--rope" in line)
     if not _is_built(source, parameters, facts.full_kind):
-        name = type(source.config).__name__
-        lines["transformers"] = f"left out: transformers builds no YaRN of this {name}, extend does"
-    return Advice(length, first.name, why, parameters, lines)
+        cls = type(source.config).__name__
+        lines["transformers"] = f"left out: transformers builds no YaRN of this {cls}, extend does"
+    return Advice(length, name, why, parameters, lines)
 
 
-def _choose(source: Source, facts: Facts, length: int, yarn: Candidate) -> tuple[Candidate, str]:
-    """Return the method to try first, and why."""
-    trained, reach = facts.length.trained, facts.reach
+def _choose(source: Source, facts: Facts, length: int) -> Choice:
+    """Return the method to try first."""
     chunks = source.stated.get("dual_chunk_attention_config")
-    refused = "see below" if facts.scores.layers is None else None
-    if source.whole is not source.config and _axes(facts):  # as in `extend(model, length=)`
-        refused = "tokens of images have several positions"
+    refused = facts.scores.refused
+    if refused is None and source.whole is not source.config:
+        rope = source.config.rope_parameters
+        kinds = [rope, *(each for each in rope.values() if isinstance(each, Mapping))]
+        refused = images_refused(kinds, source.sees_both_ways())
     chosen = choose_method(
         length,
-        trained,
-        reach,
+        facts.length.trained,
+        facts.reach,
         refused=refused,
         chunks=isinstance(chunks, Mapping) and {"chunk_size", "local_size"} <= set(chunks),
     )
     assert chosen is not None  # `advise` has answered for lengths that the model reaches
-    if chosen.method == "yarn":
-        why = f"{chosen.reason}; more than its factor for far details ({PAGE})"
-        return yarn, why + _of_images(facts)
-    first = Candidate(chosen.method, dict(chosen.parameters))
-    return first, f"{chosen.reason} ({PAGE}){_of_images(facts)}"
+    return chosen
 
 
 def _axes(facts: Facts) -> bool:
@@ -137,29 +116,28 @@ def _of_images(facts: Facts) -> str:
     )
 
 
-def _candidate(method: str, length: int, reach: int, trained: int) -> Candidate:
-    return Candidate(method, method_params(method, length, reach, trained))
-
-
-def _rope_parameters(source: Source, facts: Facts, yarn: Candidate) -> dict[str, Any]:
+def _rope_parameters(source: Source, facts: Facts, factor: float) -> dict[str, Any]:
     """Return config.rope_parameters with YaRN for the layers that see all tokens."""
     old = facts.rope_parameters
     kept = {k: v for k, v in old.items() if v is not None and k not in _SCALING}
     kept |= {"original_max_position_embeddings": facts.length.trained}
-    new = {"rope_type": "yarn", **yarn.params, **kept}
+    new = {"rope_type": "yarn", "factor": factor, **kept}
     if facts.full_kind is None:
         return new
     return {**source.config.rope_parameters, facts.full_kind: new}
 
 
-def _left_out(source: Source, rope_parameters: Mapping[str, Any]) -> str | None:
+def _left_out(source: Source, facts: Facts) -> str | None:
     """Return why no rope_parameters with YaRN are known, or None."""
-    if any(isinstance(each, Mapping) for each in rope_parameters.values()):
+    if any(isinstance(each, Mapping) for each in facts.rope_parameters.values()):
         return "left out: none of its kinds of layers is known to be the one that sees all tokens"
-    rope_type = rope_parameters.get("rope_type", "default")
-    if rope_type not in _LEFT_OUT and trained_in(source.config, None, rope_parameters, 2):
-        return _TRAINED_UNDER.format(rope_type)
-    return _LEFT_OUT.get(rope_type)
+    rope_type = facts.rope_parameters.get("rope_type", "default")
+    if rope_type in _LEFT_OUT:
+        return _LEFT_OUT[rope_type]
+    over = methods.trained(source.config, layer_type=facts.full_kind).inv_freq
+    base = facts.rope_parameters.get("rope_theta") or 10000.0
+    plain = torch.equal(over, methods.rope(2 * len(over), base=base).inv_freq)
+    return None if plain else _TRAINED_UNDER.format(rope_type)
 
 
 def _is_built(source: Source, parameters: Mapping[str, Any], kind: str | None) -> bool:
@@ -178,9 +156,7 @@ def _is_built(source: Source, parameters: Mapping[str, Any], kind: str | None) -
     return True
 
 
-def _lines(
-    model: str, source: Source, facts: Facts, length: int, yarn: Candidate
-) -> dict[str, str]:
+def _lines(model: str, source: Source, facts: Facts, length: int, factor: float) -> dict[str, str]:
     """Return each engine's line for YaRN; $ROPE stands for the rope_parameters."""
     inner, several = source.config is not source.whole, facts.full_kind is not None
 
@@ -203,61 +179,7 @@ def _lines(
         f"lmdeploy serve api_server {model} --session-len {length} "
         f"--hf-overrides {override('rope_scaling')}",
         f"llama-server -m MODEL.gguf -c {length} --rope-scaling yarn "
-        f"--rope-scale {yarn.params['factor']:g} --yarn-orig-ctx {facts.length.trained}",
+        f"--rope-scale {factor:g} --yarn-orig-ctx {facts.length.trained}",
     )
     told = dict(zip(_ENGINES, lines, strict=True))
     return told | dict.fromkeys(("LMDeploy", "llama.cpp"), _BY_KIND) if several else told
-
-
-def _plugin_line(model: str, source: Source, length: int, first: Candidate) -> str:
-    """Return vLLM's line with what our plugin makes of "auto" for such an engine."""
-    config = _engine_config(source, length)
-    try:
-        said = choose_entry(config, lambda _: None) or ""
-        chosen = json.dumps(config.additional_config)
-        if NAME in config.additional_config:  # as the plugin goes on
-            adopt_dual_chunk_config(config)
-            adopt_scaling(config)
-            make_engine(config)
-    except (TypeError, ValueError) as error:
-        return f"refused: {str(error).removeprefix(f'{NAME}: ')}"
-    line = f"vllm serve {model} --max-model-len {length}"
-    if NAME not in config.additional_config:  # vLLM heeds a scaling that transformers ignores
-        return line
-    _, refused, reason = said.partition("no score method: ")
-    note = f"  # no {first.method} here: {reason}" if refused and first.method in SCORES else ""
-    return f"{line} --additional-config '{chosen}'{note}"
-
-
-class _Unset(SimpleNamespace):
-    """A configuration without settings: every attribute is None."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-def _engine_config(source: Source, length: int) -> Any:
-    """Return the parts of vLLM's configuration that the plugin reads, with "auto"."""
-    text, sees = copy.copy(source.config), source.config is not source.whole
-    several = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
-    model = _Unset(
-        hf_text_config=text,
-        hf_config=text,
-        is_multimodal_model=sees,
-        supports_multimodal_inputs=sees,
-        uses_mrope=several,
-        architecture=(source.whole.architectures or [type(text).__name__])[0],
-        using_transformers_backend=lambda: False,
-        runner_type="generate",
-        max_model_len=length,
-        dtype=torch.bfloat16,
-    )
-    parallel = _Unset(decode_context_parallel_size=1, prefill_context_parallel_size=1)
-    cache = _Unset(cache_dtype="auto")
-    return SimpleNamespace(
-        additional_config={NAME: AUTO},
-        model_config=model,
-        parallel_config=parallel,
-        cache_config=cache,
-        speculative_config=None,
-    )

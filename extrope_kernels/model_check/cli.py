@@ -14,12 +14,10 @@ from typing import Any
 
 from .._usage import UsageError, quiet, stay_offline
 from .advice import Advice, advise
-from .facts import IGNORED, Facts, Rotation, gather
+from .facts import Facts, Rotation, gather
 from .source import read_source
-from .vllm import NOT_INSTALLED
 
 _WIDTH, _LABEL = 100, 17
-_WRONG = (IGNORED, "differs", "fails")
 _QUOTED = re.compile(r"'[^']*'|\"(?:\\\\.|[^\"\\\\])*\"")
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 
@@ -105,7 +103,7 @@ def _paragraphs(model: str, facts: Facts, advice: Advice | None) -> Iterator[tup
         yield "" if number else "rotation", _rotation(each, length.trained), False
     if facts.temperature and abs(facts.temperature - 1) > 1e-3:
         yield "", f"softmax scale {facts.temperature:.4g} / sqrt({facts.head_dim})", False
-    yield from _engines(facts)
+    yield from _passed_over(facts)
     yield "cache", _cache(facts, length.reach if advice is None else advice.length), False
     yield "score methods", _scores(facts), False
     if advice is not None:
@@ -142,19 +140,12 @@ def _rotation(each: Rotation, trained: int) -> str:
     )
 
 
-def _engines(facts: Facts) -> Iterator[tuple[str, str, bool]]:
-    """Yield how transformers and vLLM apply the stated scaling."""
-    for engine, name in (("transformers", "transformers"), ("vllm", "vLLM")):
-        by_kind = {each.kind: str(getattr(each, engine)) for each in facts.rotations if each.method}
-        said = set(by_kind.values())
-        text = said.pop() if len(said) == 1 else "; ".join(map(": ".join, by_kind.items()))
-        wrong = any(each.startswith(_WRONG) for each in by_kind.values())
-        text = text if text == NOT_INSTALLED else f"{name}: {text}"
-        yield "" if engine == "vllm" else "applied", text, wrong
-    for key in facts.ignored:
-        yield "", f"transformers: {key} is named and IGNORED", True
-    for warning in facts.warnings:
-        yield "", f"transformers: {warning}", True
+def _passed_over(facts: Facts) -> Iterator[tuple[str, str, bool]]:
+    """Yield what transformers does not read, or warns of."""
+    said = [f"transformers: {key} is named and IGNORED" for key in facts.ignored]
+    said += [f"transformers: {warning}" for warning in facts.warnings]
+    for number, text in enumerate(said):
+        yield "" if number else "applied", text, True
 
 
 def _cache(facts: Facts, length: int) -> str:
@@ -169,8 +160,8 @@ def _gibibytes(count: int) -> str:
 
 
 def _scores(facts: Facts) -> str:
-    if facts.scores.layers == "full":
-        return "extend takes them for the layers that see all tokens"
+    if facts.scores.refused is not None:
+        return f"refused: {facts.scores.refused}"
     if facts.scores.layers == "all":
         return 'with layers="all" alone: all layers that rotate have a window or chunks'
-    return f"refused: {facts.scores.refused}"
+    return "`extend` tells"

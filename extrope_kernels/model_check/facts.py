@@ -1,45 +1,33 @@
-"""Facts about a model's positions: lengths, rotations, its cache, and score methods."""
+"""Facts about a model's positions, read from its configuration: nothing is built or run."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .. import RopeFreqs, _ext, methods
+from .. import methods
 from .._usage import UsageError
-from ..integrations._shared.parameters import is_bounded, trained_in
-from ..integrations.transformers import extend
-from ..integrations.transformers.model import caches_in, shortened
-from ..integrations.transformers.probe.layers import LayerProbe, kind_of
-from ..integrations.transformers.probe.rotary import (
-    RotaryModule,
-    attribute_of,
-    find_rotary_modules,
-    owners_of,
-)
-from . import vllm
-from .models import alike, on_meta, small_ones
+from ..integrations._shared.choice import why_no_score
+from ..methods import is_bounded
 from .source import Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
-AS_STATED, IGNORED = "as stated", "plain RoPE: the scaling that is stated is IGNORED"
-_OUR_NAMES = {"default": "rope", "linear": "pi", "dynamic": "dynamic_ntk"}
+_LONGEST = "max_position_embeddings"
+_OUR_NAMES = {"default": "rope", "mrope": "rope", "linear": "pi", "dynamic": "dynamic_ntk"}
+_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
+# By model_type: only layers with a window rotate, which no configuration says.
+_ROTATE_WITH_A_WINDOW = ("afmoe", "beam", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 
 
 @dataclass(frozen=True)
 class Length:
-    """Lengths in tokens.
-
-    trained: by the key named origin. unscaled: before any scaling. reach: the length that the
-    configuration is made for, by reach_origin.
-    """
+    """Lengths in tokens, as of `methods.lengths`; origin and reach_origin: who names them."""
 
     trained: int
     unscaled: int
@@ -54,10 +42,9 @@ class Rotation:
 
     window: tokens that a layer sees, None for all.
     sections: pairs of each axis of positions (mRoPE), None for one axis.
-    method, base, factor, attention_factor: in force, as transformers builds the model.
+    method, base, factor, attention_factor: as stated.
     unfinished: number of rotating pairs that made less than a turn in the tokens that the layer
         saw in training.
-    transformers, vllm: how these apply the stated scaling.
     """
 
     kind: str
@@ -70,8 +57,6 @@ class Rotation:
     pairs: int | None = None
     unfinished: int | None = None
     sections: tuple[int, ...] | None = None
-    transformers: str | None = None
-    vllm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +79,12 @@ class Cache:
 
 @dataclass(frozen=True)
 class Scores:
-    """Layers that `extend` takes a score method for, or None; refused: why it takes none."""
+    """Layers that see past a window ("full") or all ("all"); why no score method is for them.
 
-    layers: str | None
+    refused: None where the configuration does not tell.
+    """
+
+    layers: str
     refused: str | None
 
 
@@ -125,317 +113,189 @@ class Facts:
     @property
     def reach(self) -> int:
         """The tokens that the model is made for, without scalings that are ignored."""
-        fails = any(each.transformers == IGNORED for each in self.rotations) or self.ignored
-        return self.length.unscaled if fails else self.length.reach
-
-
-# A kind of layers: its name, if it rotates, and the number of last tokens that it sees, None for
-# all that the model is made for.
-Kind = tuple[str, bool, "int | None"]
-
-
-class Trial(NamedTuple):
-    """Results of running a small model, by layer.
-
-    Its kind, or None if it does not attend; the dims of keys and values of all heads that its
-    cache has for a token, and the number of tokens. temperature: the softmax scale over
-    1 / sqrt(head_dim); None if the layers do not tell it.
-    """
-
-    scores: Scores
-    kinds: list[Kind | None]
-    cached: list[tuple[int, int | None]]
-    temperature: float | None = None
+        return self.length.unscaled if self.ignored else self.length.reach
 
 
 def gather(source: Source) -> Facts:
-    """Gather the facts; raise UsageError for a model that cannot be built or does not rotate."""
+    """Gather the facts; raise UsageError for a model that cannot be read or does not rotate."""
+    config = source.config
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        raise UsageError(f"{type(config).__name__} does not rotate: it has no rope_parameters")
+    length, layers = read_length(source), _layers(config)
     try:
-        model = on_meta(source.config)
-        return _gather(source, model, find_rotary_modules(model, "all"))
-    except UsageError:
-        raise
-    except KeyError as error:
-        rope_type = f"rope_type {error} is none that transformers knows"
-        raise UsageError(f"cannot be built: {rope_type}") from error
-    except Exception as error:  # a foreign configuration may raise anything
-        text = shortened(error).removeprefix("extend: ")
-        raise UsageError(f"cannot be built, or does not rotate: {text}") from error
-
-
-def _gather(source: Source, model: PreTrainedModel, sites: list[RotaryModule]) -> Facts:
-    config, length, trial = source.config, read_length(source), try_out(model)
-    kind = next((k for site in sites for k in site.layer_types if k is None or "full" in k), None)
+        rotations = tuple(_rotations(source, layers, length.trained))
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error).removeprefix("from_hf_config: ")) from error
+    rotate = [each for each in rotations if each.method is not None]
+    kinds = [kind for kind, value in parameters.items() if isinstance(value, Mapping)]
+    full = next((kind for kind in kinds if not is_bounded(kind)), None)
     return Facts(
-        (source.whole.architectures or [type(model).__name__])[0],
+        _architecture(source),
         config.num_attention_heads,
         _key_heads(config),
-        head_dim(config),
+        _head_dim(config),
         getattr(config, "kv_lora_rank", None),
         length,
-        tuple(_rotations(source, sites, trial, length.trained)),
-        tuple(source.ignored(type(model))),
+        rotations,
+        tuple(source.ignored()),
         (*source.warnings, *_short_yarn(config, length)),
-        _cache(config, trial),
-        trial.temperature,
-        trial.scores,
-        sites[0].parameters(kind),
-        kind,
+        _cache(config, layers),
+        _temperature(source),
+        Scores(
+            "all" if all(each.window for each in rotate) else "full",
+            why_no_score(config) or _long_window(config),
+        ),
+        parameters[full] if full else parameters,
+        full,
     )
+
+
+def _architecture(source: Source) -> str:
+    if source.whole.architectures:
+        return source.whole.architectures[0]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+
+    return names.get(source.config.model_type) or type(source.config).__name__
 
 
 def read_length(source: Source) -> Length:
     """Return the training length and the place of the number; raises UsageError."""
-    config, stated, name = source.config, source.stated, "max_position_embeddings"
+    config, stated = source.config, source.stated
     rope = ("rope_parameters", "rope_scaling")
     shared = {} if any(map(stated.get, rope)) else {rope[0]: getattr(config, rope[0], None)}
-    longest = {name: getattr(config, name, None)}
+    longest = {_LONGEST: getattr(config, _LONGEST, None)}
     try:
         known = methods.lengths({**longest, **shared, **stated})
     except (ValueError, TypeError) as error:
         raise UsageError(str(error).removeprefix("lengths: ")) from error
     origin = known.origin
-    if origin == name and stated.get(name) is None:
-        origin = f"{name}, the default of {type(config).__name__}: the file names none"
+    if origin == _LONGEST and stated.get(_LONGEST) is None:
+        origin = f"{_LONGEST}, the default of {type(config).__name__}: the file names none"
     if source.gguf:
-        ending = (
-            "rope.scaling.original_context_length" if "original" in origin else "context_length"
-        )
-        origin = f"{source.gguf}.{ending}"
-    longest = max(known.trained, getattr(config, name))
-    reach_origin = "the factor of its YaRN" if known.reach > longest else name
-    return Length(known.trained, known.unscaled, origin, max(known.reach, longest), reach_origin)
+        original = "original" in origin
+        origin = "rope.scaling.original_context_length" if original else "context_length"
+        origin = f"{source.gguf}.{origin}"
+    stated_reach = max(known.trained, getattr(config, _LONGEST))
+    reach_origin = "the factor of its YaRN" if known.reach > stated_reach else _LONGEST
+    reach = max(known.reach, stated_reach)
+    return Length(known.trained, known.unscaled, origin, reach, reach_origin)
 
 
 def _short_yarn(config: PreTrainedConfig, length: Length) -> Iterator[str]:
     """Yield a warning if the factor of a model's YaRN does not reach its longest length."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    factor = parameters.get("factor")
-    if parameters.get("rope_type") == "yarn" and factor and factor * length.trained < length.reach:
+    factor = config.rope_parameters.get("factor")
+    yarn = config.rope_parameters.get("rope_type") == "yarn"
+    if yarn and factor and factor * length.trained < length.reach:
         reached = f"{factor:g} x {length.trained:,} = {factor * length.trained:,.0f} tokens"
         yield f"takes the factor of its YaRN, which reaches {reached}"
 
 
-def try_out(model: PreTrainedModel) -> Trial:
-    """Run a small model of random weights with the same kinds of layers."""
-    config, first = model.config, alike(model)
-    for small in small_ones(model):
-        scores = _ask_for_scores(small)
-        if scores.refused is None or "tried out" not in scores.refused:
-            kinds, cached = _kinds(small), _cached(small, config)
-            return Trial(
-                scores,
-                [kinds[each] for each in first],
-                [cached[each] for each in first],
-                _temperature(small),
-            )
-    scores = Scores(None, "not tried out: no small model of its kind can be built here")
-    return Trial(scores, _named_kinds(config), _usual_cache(config))
+# A layer: the name of its kind, if it rotates, and the number of last tokens that it sees, None for
+# all that the model is made for.
+Layer = tuple[str, bool, "int | None"]
 
 
-def _ask_for_scores(model: PreTrainedModel) -> Scores:
-    reason = ""
-    for layers in ("full", "all"):
-        try:
-            with _ext.deferred(), extend(model, "rerope", window=2, layers=layers):
-                return Scores(layers, None)
-        except (ValueError, NotImplementedError) as error:
-            reason = reason or shortened(error).removeprefix("extend: ")
-    return Scores(None, reason)
-
-
-def _kinds(small: PreTrainedModel) -> list[Kind | None]:
-    sites = find_rotary_modules(small, "all")
-    try:
-        with _ext.deferred():
-            found = LayerProbe(small, owners_of(sites)[0], sites, "all")
-    except ValueError:
-        return _named_kinds(small.config)
-    kinds: list[Kind | None] = [None] * small.config.num_hidden_layers
-    for number, layer in enumerate([*found.far, *found.near]):
-        heads = found.far.get(layer)
-        window = (heads and (heads.sliding_window or heads.chunk_size)) or None
-        window = _within(small.config, window)
-        name = kind_of(layer) or ("sliding_attention" if window else "full_attention")
-        window = window or _window(small.config, name)
-        kinds[getattr(layer, "layer_idx", number)] = name, layer not in found.unrotated, window
-    return kinds
-
-
-def _named_kinds(config: PreTrainedConfig) -> list[Kind | None]:
-    """Return the configuration's names for its layers."""
+def _layers(config: PreTrainedConfig) -> list[Layer]:
     count = config.num_hidden_layers
-    names = getattr(config, "layer_types", None) or ["full_attention"] * count
+    window = next((value for name in _WINDOWS if (value := getattr(config, name, None))), None)
+    longest = getattr(config, _LONGEST, None)
+    if window and longest and window >= longest:
+        window = None
+    same = "sliding_attention" if window else "full_attention"
+    names = getattr(config, "layer_types", None) or [same] * count
     rotate = getattr(config, "no_rope_layers", None) or [True] * count
-    return [
-        (name, bool(rotates), _window(config, name)) if _attends(name) else None
-        for name, rotates in zip(names, rotate, strict=False)
-    ]
+    with_window = config.model_type in _ROTATE_WITH_A_WINDOW and any(map(is_bounded, names))
+    found = []
+    for name, rotates in zip(names, rotate, strict=False):
+        seen = window if is_bounded(name) else None
+        rotates = rotates and _attends(name) and (is_bounded(name) or not with_window)
+        found.append((name, bool(rotates), seen))
+    return found
 
 
-def _temperature(small: PreTrainedModel) -> float | None:
-    layers = [layer for layer in small.modules() if hasattr(layer, "layer_idx")]
-    scales = [
-        layer.scaling for layer in layers if isinstance(getattr(layer, "scaling", None), float)
-    ]
-    return scales[0] * head_dim(small.config) ** 0.5 if scales else None
+def _long_window(config: PreTrainedConfig) -> str | None:
+    """Return why a window no shorter than the training (Phi-3's) forbids score methods."""
+    window, named = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if named or not window or window < config.max_position_embeddings:
+        return None
+    return f"its layers have a sliding window, of {window:,} tokens"
 
 
 def _attends(kind: str) -> bool:
     return "attention" in kind and "linear" not in kind
 
 
-def _window(config: PreTrainedConfig, kind: str) -> int | None:
-    names = ("sliding_window", "attention_chunk_size", "attention_window_size")
-    values = [value for name in names if (value := getattr(config, name, None))]
-    return _within(config, values[0]) if values and is_bounded(kind) else None
-
-
-def _within(config: PreTrainedConfig, window: int | None) -> int | None:
-    """Return a window, None if it is no shorter than the texts that the model is made for."""
-    longest = getattr(config, "max_position_embeddings", None)
-    return window if window and longest and window < longest else None
-
-
-def _rotations(source: Source, sites: list[RotaryModule], trial: Trial, trained: int) -> Any:
+def _rotations(source: Source, layers: list[Layer], trained: int) -> Iterator[Rotation]:
     """Yield a `Rotation` for each kind of layers."""
-    by_kind = {kind: site for site in sites for kind in site.layer_types}
-    names = getattr(source.config, "layer_types", None) or ["other"] * len(trial.kinds)
-    counted = Counter(
-        each or (name, False, None) for each, name in zip(trial.kinds, names, strict=False)
-    )
-    for (kind, rotates, window), layers in counted.items():
-        key = kind if kind in by_kind else None
-        if not rotates or key not in by_kind:
-            yield Rotation(kind, layers, window)
+    for (kind, rotates, window), count in Counter(layers).items():
+        if not rotates:
+            yield Rotation(kind, count, window)
             continue
-        yield _rotation(source, by_kind[key], key, Rotation(kind, layers, window), trained)
+        config = source.config
+        parameters = config.rope_parameters.get(kind)
+        key = kind if isinstance(parameters, Mapping) else None
+        parameters = config.rope_parameters if key is None else parameters
+        freqs = methods.from_hf_config(config, layer_type=key)
+        rotating = int((freqs.inv_freq > 0).sum())
+        of_training = methods.trained(config, layer_type=key).inv_freq[:rotating].double()
+        turns = of_training * min(trained, window or trained) / (2 * math.pi)
+        rope_type = parameters.get("rope_type", "default")
+        yield Rotation(
+            kind,
+            count,
+            window,
+            _OUR_NAMES.get(rope_type, rope_type),
+            float(parameters.get("rope_theta") or 10000.0),
+            parameters.get("factor"),
+            freqs.attention_factor,
+            rotating,
+            int((turns < 1).sum()),
+            tuple(parameters.get("mrope_section") or ()) or None,
+        )
 
 
-def _rotation(
-    source: Source, site: RotaryModule, key: str | None, layers: Rotation, trained: int
-) -> Rotation:
-    parameters = site.parameters(key)
-    rope_type = parameters.get("rope_type", "default")
-    base = parameters.get("rope_theta", 10000.0)
-    with torch.device("cpu"):
-        fresh = type(site.module)(site.module.config)
-    built = RopeFreqs(
-        attribute_of(fresh, key, "inv_freq").float().sort(descending=True).values,
-        float(attribute_of(fresh, key, "attention_scaling", 1.0)),
-    )
-    rotating = int((built.inv_freq > 0).sum())
-    dim = 2 * len(built.inv_freq)
-    plain = methods.rope(dim, base=base)
-    of_training = trained_in(source.config, key, parameters, dim).get("over", plain).inv_freq
-    seen = min(trained, layers.window or trained)
-    turns = of_training[:rotating].double() * seen / (2 * math.pi)
-    stated = _stated(source, key)
-    by_vllm = vllm.rotation(source.config, key, 2 * len(built.inv_freq))
-    in_vllm = _compare(by_vllm, stated, plain)
-    far = _stated(source, key, source.config.max_position_embeddings)
-    if in_vllm != AS_STATED and _compare(by_vllm, far, plain) == AS_STATED:
-        in_vllm = "as stated for long texts, at every length"
-    return Rotation(
-        layers.kind,
-        layers.layers,
-        layers.window,
-        _OUR_NAMES.get(rope_type, rope_type),
-        float(base),
-        parameters.get("factor"),
-        built.attention_factor,
-        rotating,
-        int((turns < 1).sum()),
-        tuple(parameters.get("mrope_section") or ()) or None,
-        _of_weights(fresh) or _compare(built, stated, plain),
-        in_vllm,
-    )
-
-
-def _of_weights(rotary: Any) -> str | None:
-    """Return a line for a rotary embedding whose frequencies are weights (Mistral Large 4)."""
-    if not (names := list(rotary._parameters)):
-        return None
-    return f"frequencies are weights ({', '.join(names)}): only `check(model)` can tell them"
-
-
-def _stated(source: Source, key: str | None, length: int | None = None) -> RopeFreqs | str:
-    """Return the configuration's frequencies as this package computes them, or why not."""
-    config: Any = source.config
-    if source.gguf and "rope_parameters" in source.stated:
-        config = {**config.to_dict(), **source.stated}
-    try:
-        freqs = methods.from_hf_config(config, length, layer_type=key)
-    except (ValueError, TypeError) as error:
-        return f"not compared: {shortened(error)}"
-    return RopeFreqs(freqs.inv_freq.sort(descending=True).values, freqs.attention_factor)
-
-
-def _compare(found: RopeFreqs | str, stated: RopeFreqs | str, plain: RopeFreqs) -> str:
-    """Compare the frequencies found with those stated, in words."""
-    for each in (found, stated):
-        if isinstance(each, str):
-            return each
-    assert isinstance(found, RopeFreqs) and isinstance(stated, RopeFreqs)
-    if found.inv_freq.shape != stated.inv_freq.shape:
-        return f"differs: {len(found.inv_freq)} pairs for {len(stated.inv_freq)}"
-    if _close(found, stated):
-        return AS_STATED
-    if _close(found, plain):
-        return IGNORED
-    apart = ((found.inv_freq - stated.inv_freq).abs() / stated.inv_freq.clamp(min=1e-30)).max()
-    factors = f"{found.attention_factor:.4g} for {stated.attention_factor:.4g}"
-    return f"differs: frequencies by up to {apart:.2g}, attention factor {factors}"
-
-
-def _close(a: RopeFreqs, b: RopeFreqs) -> bool:
-    """Return True if equal up to roundings of float32 powers."""
-    same = a.inv_freq.shape == b.inv_freq.shape
-    same = same and torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-5, atol=0)
-    return same and math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-5)
-
-
-@torch.no_grad()
-def _cached(small: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[int, int | None]]:
-    """Read the sizes of keys and values in the cache that a small model fills."""
-    many, few = (_key_heads(each) for each in (config, small.config))
-    try:
-        output = small(input_ids=torch.arange(4, device="cpu")[None], use_cache=True)
-        layers = next(caches_in(output)).layers
-    except Exception:  # a foreign model may raise anything
-        return _usual_cache(config)
-    found: list[tuple[int, int | None]] = [(0, None)] * small.config.num_hidden_layers
-    for number, layer in enumerate(layers[: len(found)]):
-        dims = 0
-        for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if held is not None and held.dim() == 4:  # latents serve all heads together
-                dims += (many if held.shape[1] == few else held.shape[1]) * held.shape[3]
-        window = getattr(layer, "sliding_window", None)
-        found[number] = dims, _within(small.config, window)
-    return found
+def _temperature(source: Source) -> float | None:
+    """Return the softmax scale over 1 / sqrt(head_dim), 1.0 where nothing says otherwise."""
+    config, size = source.config, _head_dim(source.config) ** 0.5
+    if scalar := getattr(config, "query_pre_attn_scalar", None):
+        return size / scalar**0.5
+    if multiplier := getattr(config, "attention_multiplier", None):
+        return multiplier * size
+    if "self.scaling = 1.0" in source.code:  # Gemma 4
+        return size
+    rope = config.rope_parameters
+    weight, factor = rope.get("mscale_all_dim"), rope.get("factor") or 1.0
+    if getattr(config, "kv_lora_rank", None) and weight and factor > 1:
+        return (0.1 * weight * math.log(factor) + 1.0) ** 2  # DeepSeek's latent attention
+    return 1.0
 
 
 def _key_heads(config: PreTrainedConfig) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def head_dim(config: PreTrainedConfig) -> int:
+def _head_dim(config: PreTrainedConfig) -> int:
     """Return the dims of a head of queries and keys; with latent attention both parts."""
     names = ("qk_head_dim", "head_dim")
     found = next((value for name in names if (value := getattr(config, name, None))), None)
     return found or config.hidden_size // config.num_attention_heads
 
 
-def _usual_cache(config: PreTrainedConfig) -> list[tuple[int, int | None]]:
-    dims = 2 * _key_heads(config) * head_dim(config)
-    return [(dims, each[2]) if each else (0, None) for each in _named_kinds(config)]
-
-
-def _cache(config: PreTrainedConfig, trial: Trial) -> Cache:
-    dtype = getattr(config, "dtype", None) or torch.bfloat16
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    sizes: Counter[int] = Counter()
-    for dims, window in trial.cached:
-        sizes[window or 0] += dims * dtype.itemsize
+def _cache(config: PreTrainedConfig, layers: list[Layer]) -> Cache:
+    """Return what layers keep: keys and values of each head, or a latent with the rotated dims."""
+    dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    size = 4 if "32" in dtype else 2
+    latent, sizes = getattr(config, "kv_lora_rank", None), Counter[int]()
+    of_their_own = len(layers) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    for kind, _, window in layers[:of_their_own]:
+        if not _attends(kind):
+            continue
+        one = config
+        if getattr(config, "is_heterogeneous", False):  # Gemma 4: sizes by kind
+            with suppress(ValueError):
+                one = config.per_layer_config[kind]
+        dims = 2 * _key_heads(one) * _head_dim(one)
+        sizes[window or 0] += size * (latent + config.qk_rope_head_dim if latent else dims)
     all_tokens = sizes.pop(0, 0)
-    return Cache(str(dtype).removeprefix("torch."), all_tokens, tuple(sizes.items()))
+    return Cache(dtype, all_tokens, tuple(sizes.items()))

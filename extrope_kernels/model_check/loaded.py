@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import RopeFreqs, methods
-from ..integrations.transformers.model import shortened
+from .._usage import shortened
 from ..integrations.transformers.patch.hooks import ON_OWNER
 from ..integrations.transformers.patch.rotation import RotaryForward
 from ..integrations.transformers.probe.rotary import (

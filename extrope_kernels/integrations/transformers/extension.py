@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ... import RopeFreqs
+from ..._usage import shortened
 from ...scores import SCORES, Score
 from .interface import register_interface
-from .model import Override, generation_config_owner, shortened
+from .model import Override, generation_config_owner
 from .patch.frequencies import frequency_patches
 from .patch.generate import forget_pages, length_patches
 from .patch.hooks import ON_OWNER, Applied, Patches, route_forward_through_hooks

@@ -52,7 +52,10 @@ def choose(
     chunks = {"chunk_size", "local_window"} <= set(score_values_in(config, "dual_chunk"))
     refused = refused or why_no_images(model, rotary_modules)
     kinds = [kind for each in rotary_modules for kind in each.layer_types]
-    if (refused or "").startswith(BOUNDED) or all(is_bounded(kind or "") for kind in kinds):
+    # Phi-3's window is longer than its training: distances within it are not all trained.
+    trained_within = (getattr(config, "sliding_window", None) or 0) < reach
+    bounded = (refused or "").startswith(BOUNDED) and trained_within
+    if bounded or all(is_bounded(kind or "") for kind in kinds):
         return _as_it_is(rotary_modules, BOUNDED), "all"
     choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
     if choice is None:

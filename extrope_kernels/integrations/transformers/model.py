@@ -36,14 +36,6 @@ def reprefix_error(error: Exception) -> Exception:
     return type(error)(f"extend: {str(error).partition(': ')[2]}")
 
 
-def shortened(error: Exception) -> str:
-    """Return the first line of other code's error, to quote it; two if it ends in a colon."""
-    first, *rest = str(error).split("\n")
-    if first.endswith(":") and rest:
-        first = f"{first} {rest[0].strip()}"
-    return first[:200]
-
-
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor:
     """Return a model's tokens, (batch, seqlen) of ids or (batch, seqlen, hidden_size)."""
     ids = arguments.get("input_ids")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...methods import METHODS
 from ...scores import SCORES, Score
+from .._shared.choice import NORMED_AFTER, SPARSE
 from .._shared.parameters import bind_score, check_names, scale_from
 
 NAME = "extrope"  # the entry in additional_config, and the beginning of errors
@@ -43,12 +44,10 @@ _UNFIT = {
         f"all layers must rotate for {OURS}, got a model in which some may not",
     ),
     **dict.fromkeys(
-        ("dory", "hunyuan_v1_dense", "hunyuan_v1_moe"),
+        NORMED_AFTER,
         f"queries and keys must not be normed after the rotation for {OURS}, got a model that does",
     ),
 }
-# Names in configurations of models whose layers choose keys (DeepSeek V3.2, Qwen4Exp).
-_SPARSE = ("index_topk", "indexer_budget")
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn caches
 WIDE_CACHES = ("auto", "float16", "bfloat16")
 CACHES = (*WIDE_CACHES, *FP8)  # those that we support
@@ -171,7 +170,7 @@ def _for_all(config: Any) -> list[tuple[Any, str]]:
     parallel = config.parallel_config
     text = model.hf_text_config
     drafter = None if speculative is None else speculative.method
-    sparse = [name for name in _SPARSE if getattr(text, name, None)]
+    sparse = [name for name in SPARSE if getattr(text, name, None)]
     return [
         (
             model.using_transformers_backend(),

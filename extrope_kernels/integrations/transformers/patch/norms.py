@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import Override, shortened, unsupported
+from ...._usage import shortened
+from ..model import Override, unsupported
 from ..probe.attention import call_of
 from ..probe.layers import Recorded, Recorder, first_call, probe_layers, replaced, without_dropout
 from ..probe.rotary import RotaryModule, argument_names, by_name, owners_of, rotating_layers

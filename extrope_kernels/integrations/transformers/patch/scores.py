@@ -11,6 +11,7 @@ from torch import nn
 
 from ....ops.attention import check_log_n
 from ....scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
+from ..._shared.choice import images_refused
 from ..._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
 from ..model import generation_config_owner, unsupported
 from ..probe.layers import LayerProbe, refuse_without_weights
@@ -158,10 +159,5 @@ def why_no_images(model: nn.Module, rotary_modules: list[RotaryModule]) -> str |
     if text is whole:
         return None
     kinds = [each.parameters(kind) for each in rotary_modules for kind in each.layer_types]
-    if any("mrope_section" in each for each in kinds):
-        return "tokens of images have several positions"
-    if "token_type_ids" in argument_names(generator) or getattr(
-        text, "use_bidirectional_attention", None
-    ):
-        return "tokens of an image see one another"
-    return None
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    return images_refused(kinds, bool(both_ways) or "token_type_ids" in argument_names(generator))

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .... import RopeFreqs, rope_attention
+from ...._usage import shortened
 from ..batch.packed import BOUNDARIES
 from ..model import (
     Override,
     reprefix_error,
-    shortened,
     unsupported,
 )
 from .rotary import forward_of

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from .... import RopeFreqs, apply_rope
+from ...._usage import shortened
 from ..._shared.parameters import is_bounded
-from ..model import BOUNDED, Override, shortened, unsupported
+from ..model import BOUNDED, Override, unsupported
 from .attention import (
     TOKENS,
     Call,
