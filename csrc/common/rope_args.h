@@ -15,6 +15,20 @@ void require(bool condition, const Message&... message) {
   require_of("rope", condition, message...);
 }
 
+// What every op's function is given for the rotation, in the order of
+// extrope_kernels/ops/rope/op.py: tensors, and at its end options; and the call that reads these.
+#define EXTROPE_ROPE_TENSORS                                                                 \
+  const Tensor &inv_freq, const OptionalTensor &positions, const OptionalTensor &cu_seqlens, \
+      const OptionalTensor &log_decay, const OptionalTensor &axes
+#define EXTROPE_ROPE_OPTIONS                                                \
+  double attention_factor, std::optional<int64_t> offset, bool interleaved, \
+      std::optional<int64_t> rotary_offset, bool inverse, double decay_origin
+#define EXTROPE_READ_ROPE_OPTIONS                                                               \
+  RopeOptions {                                                                                 \
+    cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, rotary_offset, inverse, \
+        decay_origin                                                                            \
+  }
+
 struct RopeOptions {
   OptionalTensor cu_seqlens, log_decay, axes;
   double attention_factor;
@@ -205,7 +219,7 @@ inline void check_axes_of_pairs(const RopeParams& p) {
 }
 
 inline void check_values(const RopeParams& p) {
-  if (p.cu_seqlens) check_boundaries("rope", p);
+  if (p.cu_seqlens) check_boundaries("rope", p, p.seqlen);
   check_axes_of_pairs(p);
 }
 

@@ -48,32 +48,20 @@ inline void set_outputs_in_place(RopeParams& p, const Tensor& q, const OptionalT
 template <void (*launch)(const RopeParams&, int device_index)>
 struct RopeOps {
   static std::tuple<Tensor, Tensor> fwd(const Tensor& q, const OptionalTensor& k,
-                                        const Tensor& inv_freq, const OptionalTensor& positions,
-                                        const OptionalTensor& cu_seqlens,
-                                        const OptionalTensor& log_decay, const OptionalTensor& axes,
-                                        double attention_factor, std::optional<int64_t> offset,
-                                        bool interleaved, std::optional<int64_t> rotary_offset,
-                                        bool inverse, double decay_origin) {
+                                        EXTROPE_ROPE_TENSORS, EXTROPE_ROPE_OPTIONS) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(q, k, inv_freq, positions,
-                               {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved,
-                                rotary_offset, inverse, decay_origin},
+    RopeParams p = make_params(q, k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
                                /*adjoint=*/false);
     const std::tuple<Tensor, Tensor> outs = make_outputs("rope", p, q, k, packed);
     launch(p, q.get_device());
     return outs;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> bwd(
-      const Tensor& grad_q, const OptionalTensor& grad_k, const OptionalTensor& q,
-      const OptionalTensor& k, const Tensor& inv_freq, const OptionalTensor& positions,
-      const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& axes,
-      double attention_factor, std::optional<int64_t> offset, bool interleaved,
-      std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
+  static std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_q, const OptionalTensor& grad_k,
+                                                const OptionalTensor& q, const OptionalTensor& k,
+                                                EXTROPE_ROPE_TENSORS, EXTROPE_ROPE_OPTIONS) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(grad_q, grad_k, inv_freq, positions,
-                               {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved,
-                                rotary_offset, inverse, decay_origin},
+    RopeParams p = make_params(grad_q, grad_k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
                                /*adjoint=*/true);
     const auto [dq, dk] = make_outputs("rope", p, grad_q, grad_k, packed);
     const ScalarType wide = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
@@ -88,15 +76,10 @@ struct RopeOps {
     return {dq, dk, angle_grad};
   }
 
-  static void inplace(const Tensor& q, const OptionalTensor& k, const Tensor& inv_freq,
-                      const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
-                      const OptionalTensor& log_decay, const OptionalTensor& axes,
-                      double attention_factor, std::optional<int64_t> offset, bool interleaved,
-                      std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
+  static void inplace(const Tensor& q, const OptionalTensor& k, EXTROPE_ROPE_TENSORS,
+                      EXTROPE_ROPE_OPTIONS) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(q, k, inv_freq, positions,
-                               {cu_seqlens, log_decay, axes, attention_factor, offset, interleaved,
-                                rotary_offset, inverse, decay_origin},
+    RopeParams p = make_params(q, k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
                                /*adjoint=*/false);
     set_outputs_in_place(p, q, k, packed);
     launch(p, q.get_device());

@@ -140,8 +140,9 @@ inline void check_matching(const char* op, const Tensor& x, const Tensor& q, con
              shape_of(x));
 }
 
-inline int64_t set_cu_seqlens(const char* op, TokenParams& p, const Tensor& cu_seqlens,
-                              const Tensor& q) {
+// `Params`: TokenParams or a similar struct.
+template <typename Params>
+int64_t set_cu_seqlens(const char* op, Params& p, const Tensor& cu_seqlens, const Tensor& q) {
   require_of(op,
              cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
                  cu_seqlens.size(0) >= 2,
@@ -230,11 +231,11 @@ inline bool rise_from_zero(const int32_t* cu_seqlens, int64_t sequences) {
   return cu_seqlens[0] == 0 && std::is_sorted(cu_seqlens, cu_seqlens + sequences + 1);
 }
 
-inline void check_boundaries(const char* op, const TokenParams& p) {
+template <typename Params>
+void check_boundaries(const char* op, const Params& p, int64_t tokens) {
   require_of(
-      op,
-      rise_from_zero(p.cu_seqlens, p.num_sequences) && p.cu_seqlens[p.num_sequences] == p.seqlen,
-      "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
+      op, rise_from_zero(p.cu_seqlens, p.num_sequences) && p.cu_seqlens[p.num_sequences] == tokens,
+      "cu_seqlens must rise from 0 to the number of tokens ", tokens);
 }
 
 }  // namespace extrope

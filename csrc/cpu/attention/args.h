@@ -74,17 +74,6 @@ inline void set_sizes(AttentionParams& p, const TensorView& q, const TensorView&
           kMaxSeqlen, ", got ", p.seqlen_q, " and ", p.seqlen_k);
 }
 
-inline void set_cu_seqlens(AttentionParams& p, const TensorView& cu_seqlens) {
-  require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
-              cu_seqlens.size(0) >= 2 && cu_seqlens.is_contiguous() && cu_seqlens.is_cpu(),
-          "cu_seqlens must be contiguous int32 (sequences + 1,), got shape ", shape_of(cu_seqlens));
-  p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  p.num_sequences = cu_seqlens.size(0) - 1;
-  require(
-      rise_from_zero(p.cu_seqlens, p.num_sequences) && p.cu_seqlens[p.num_sequences] == p.seqlen_q,
-      "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen_q);
-}
-
 inline Starts starts_of(const char* name, const OptionalView& start, int64_t sequences) {
   if (!start.has_value()) return {};
   require(start->scalar_type() == ScalarType::Int && start->is_cpu() && start->dim() == 1 &&
@@ -132,7 +121,10 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   p.v = view(v, packed, "v");
   check_like(v, k, p.v.head_dim, "v", "k");
   check_head_dim("attention", "v's head_dim", p.v.head_dim);
-  if (packed) set_cu_seqlens(p, *args.cu_seqlens);
+  if (packed) {
+    set_cu_seqlens("attention", p, *args.cu_seqlens, q);
+    check_boundaries("attention", p, p.seqlen_q);
+  }
   set_starts(p, args);
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, p.heads_k,
                     args.inv_freq, args.log_decay, args.options.rotary_offset);

@@ -55,17 +55,6 @@ void set_sizes(ScanParams& p, const Tensor& q, bool packed) {
   p.score_dim = q.size(d - 1);
 }
 
-void set_cu_seqlens(ScanParams& p, const Tensor& cu_seqlens) {
-  require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
-              cu_seqlens.size(0) >= 1 && cu_seqlens.is_contiguous() && cu_seqlens.is_cpu(),
-          "cu_seqlens must be contiguous int32 (sequences + 1,)");
-  p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  p.num_sequences = cu_seqlens.size(0) - 1;
-  require(
-      rise_from_zero(p.cu_seqlens, p.num_sequences) && p.cu_seqlens[p.num_sequences] == p.seqlen,
-      "cu_seqlens must rise from 0 to the number of tokens ", p.seqlen);
-}
-
 ScanParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
                        const OptionalTensor& cu_seqlens) {
   ScanParams p{};
@@ -87,7 +76,10 @@ ScanParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, int64_
             "heads of a tensor and of states must divide one another, got ", given, " and ", heads);
   }
   require(p.q.heads <= heads || p.k.heads <= heads, "q and k cannot both have groups of heads");
-  if (packed) set_cu_seqlens(p, *cu_seqlens);
+  if (packed) {
+    set_cu_seqlens("linear_attn", p, *cu_seqlens, q);
+    check_boundaries("linear_attn", p, p.seqlen);
+  }
   return p;
 }
 

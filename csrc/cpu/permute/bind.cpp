@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
   p.offset = offset, p.inverse = inverse;
   const std::tuple<Tensor, Tensor> outs = make_outputs("permute", p, q, k, cu_seqlens.has_value());
   if (p.batch * p.seqlen == 0) return outs;
-  if (p.cu_seqlens) check_boundaries("permute", p);
+  if (p.cu_seqlens) check_boundaries("permute", p, p.seqlen);
   const Decomposition decomposition(p);
   const int64_t heads = p.tensors[0].heads + p.tensors[1].heads;
   const PermuteTokens tokens = EXTROPE_WIDEST(EXTROPE_KERNEL);

@@ -46,15 +46,11 @@ void launch_norm(const RopeNormParams& p) {
             [&](int64_t begin, int64_t end) { norms(p, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> norm_fwd(
-    const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_norm_weight,
-    const OptionalTensor& k_norm_weight, const Tensor& inv_freq, const OptionalTensor& positions,
-    const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& axes,
-    double norm_eps, double attention_factor, std::optional<int64_t> offset, bool interleaved,
-    std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
-  const RopeParams rope = make_params(q, k, inv_freq, positions,
-                                      {cu_seqlens, log_decay, axes, attention_factor, offset,
-                                       interleaved, rotary_offset, inverse, decay_origin},
+std::tuple<Tensor, Tensor> norm_fwd(const Tensor& q, const OptionalTensor& k,
+                                    const OptionalTensor& q_norm_weight,
+                                    const OptionalTensor& k_norm_weight, EXTROPE_ROPE_TENSORS,
+                                    double norm_eps, EXTROPE_ROPE_OPTIONS) {
+  const RopeParams rope = make_params(q, k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
                                       /*adjoint=*/false);
   RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
   const auto outs = make_outputs("rope", p, q, k, cu_seqlens.has_value());
@@ -63,14 +59,9 @@ std::tuple<Tensor, Tensor> norm_fwd(
 }
 
 void norm_inplace(const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_norm_weight,
-                  const OptionalTensor& k_norm_weight, const Tensor& inv_freq,
-                  const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
-                  const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
-                  double attention_factor, std::optional<int64_t> offset, bool interleaved,
-                  std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
-  const RopeParams rope = make_params(q, k, inv_freq, positions,
-                                      {cu_seqlens, log_decay, axes, attention_factor, offset,
-                                       interleaved, rotary_offset, inverse, decay_origin},
+                  const OptionalTensor& k_norm_weight, EXTROPE_ROPE_TENSORS, double norm_eps,
+                  EXTROPE_ROPE_OPTIONS) {
+  const RopeParams rope = make_params(q, k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
                                       /*adjoint=*/false);
   RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
   set_outputs_in_place(p, q, k, cu_seqlens.has_value());
@@ -112,16 +103,12 @@ void run_norm_backward(RopeNormParams& p, const Tensor (&weight_grads)[2]) {
 // Gradients of the weights are float, or double with tensors in double; empty without weights.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     const Tensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const OptionalTensor& k,
-    const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
-    const Tensor& inv_freq, const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
-    const OptionalTensor& log_decay, const OptionalTensor& axes, double norm_eps,
-    double attention_factor, std::optional<int64_t> offset, bool interleaved,
-    std::optional<int64_t> rotary_offset, bool inverse, double decay_origin) {
+    const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight, EXTROPE_ROPE_TENSORS,
+    double norm_eps, EXTROPE_ROPE_OPTIONS) {
   const bool packed = cu_seqlens.has_value();
-  const RopeParams rope = make_params(grad_q, grad_k, inv_freq, positions,
-                                      {cu_seqlens, log_decay, axes, attention_factor, offset,
-                                       interleaved, rotary_offset, inverse, decay_origin},
-                                      /*adjoint=*/true);
+  const RopeParams rope =
+      make_params(grad_q, grad_k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
+                  /*adjoint=*/true);
   RopeNormParams p = make_norm_params(rope, grad_q, grad_k, q_norm_weight, k_norm_weight, norm_eps);
   save_inputs(p, grad_q, grad_k, q, k, packed);
   const auto [dq, dk] = make_outputs("rope", p, grad_q, grad_k, packed);
