@@ -2,23 +2,22 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <mutex>
+#include <new>
 #include <vector>
 
 namespace extrope {
 namespace {
 
-#if defined(__aarch64__)
-constexpr uintptr_t kPage = uintptr_t{1} << 16;  // the largest page size of a Linux kernel
-#else
-constexpr uintptr_t kPage = 4096;
-#endif
-constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+constexpr int64_t kLarge = int64_t{4} << 20;  // bytes; malloc keeps smaller blocks
+constexpr int64_t kCacheLine = 64, kHugePage = int64_t{1} << 21;
 constexpr int64_t kMostKept = int64_t{1} << 30;
 
 class KeptPages {
  public:
-  // Takes the smallest mapping of at least `bytes` and at most a quarter more; begin is null if
+  // Takes the smallest block of at least `bytes` and at most a quarter more; begin is null if
   // none fits.
   Pages take(int64_t bytes) {
     // A fork while another thread holds the lock leaves it locked in the child forever.
@@ -38,7 +37,7 @@ class KeptPages {
 
   void keep(Pages pages) {
     if (pages.bytes > kMostKept || madvise(pages.begin, pages.bytes, MADV_FREE) != 0) {
-      munmap(pages.begin, pages.bytes);
+      std::free(pages.begin);
       return;
     }
     std::vector<Pages> surplus{pages};
@@ -48,7 +47,7 @@ class KeptPages {
       kept_ += pages.bytes;
       while (kept_ > kMostKept) surplus.push_back(oldest());
     }
-    for (const Pages& each : surplus) munmap(each.begin, each.bytes);
+    for (const Pages& each : surplus) std::free(each.begin);
   }
 
  private:
@@ -70,31 +69,24 @@ KeptPages& kept_pages() {
   return all;
 }
 
-// Maps memory from a huge page's boundary on; its last, partial huge page has small pages.
-Pages map(int64_t bytes) {
-  const uintptr_t wanted = (bytes + kPage - 1) / kPage * kPage, all = wanted + kHugePage;
-  void* memory = mmap(nullptr, all, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) return {nullptr, 0};
-  const uintptr_t first = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;
-  if (begin > first) munmap(memory, begin - first);
-  if (begin + wanted < first + all) {
-    munmap(reinterpret_cast<void*>(begin + wanted), first + all - begin - wanted);
-  }
-  void* aligned = reinterpret_cast<void*>(begin);
-  madvise(aligned, wanted, MADV_HUGEPAGE);  // a hint: its result does not matter
-  return {aligned, static_cast<int64_t>(wanted)};
+Pages allocate(int64_t bytes) {
+  const int64_t unit = bytes < kLarge ? kCacheLine : kHugePage;
+  const int64_t wanted = std::max<int64_t>((bytes + unit - 1) / unit, 1) * unit;
+  void* memory = std::aligned_alloc(unit, wanted);
+  if (!memory) throw std::bad_alloc();
+  if (unit == kHugePage) madvise(memory, wanted, MADV_HUGEPAGE);  // a hint, which may fail
+  return {memory, wanted};
 }
 
 }  // namespace
 
 Pages take_pages(int64_t bytes) {
-  if (bytes < kLarge) return {nullptr, 0};
-  const Pages kept = kept_pages().take(bytes);
-  return kept.begin ? kept : map(bytes);
+  const Pages kept = bytes < kLarge ? Pages{} : kept_pages().take(bytes);
+  return kept.begin ? kept : allocate(bytes);
 }
 
-void keep_pages(Pages pages) { kept_pages().keep(pages); }
+void keep_pages(Pages pages) {
+  pages.bytes < kLarge ? std::free(pages.begin) : kept_pages().keep(pages);
+}
 
 }  // namespace extrope
