@@ -424,8 +424,9 @@ def test_a_cap_is_as_exact_near_0_as_elsewhere(mixed, any_backend):
     options = {"softmax_scale": 1.0, "softcap": 1.0}
     _, lse = attend(EXAMPLES["rerope"], q, k, k, frequencies(8), any_backend, **options)
     exact = x.double().tanh().transpose(1, 2)
-    # 6e-7 is the approximation's; the rest are roundings on the way to base 2 and back.
-    allowed = (6e-7 + 4 * torch.finfo(torch.float32).eps) * exact.abs()
+    approximation = 1.2e-7 if any_backend == "cpu" else 6e-7
+    # The rest are roundings on the way to base 2 and back.
+    allowed = (approximation + 4 * torch.finfo(torch.float32).eps) * exact.abs()
     assert ((lse.cpu() - exact).abs() <= allowed).all()
 
 

@@ -45,7 +45,7 @@ void differentiate_slice(const TileQueries& queries, const Backward& w, int64_t 
                  .dim_tiles = dim_tiles_of(queries.p.q),
                  .value_tiles = dim_tiles_of(queries.p.v),
                  .key_tiles = key_block.padded / kDepth,
-                 .softcap = queries.p.softcap * kLog2E};
+                 .softcap = queries.p.softcap};
   for (int j = 0; j < kQueryVectors; ++j) {
     const int64_t at = slice * kQueryLanes + j * kFloats;
     view.lse[j] = load<floats>(w.rows.lse + at);

@@ -51,7 +51,7 @@ struct Backward {
 struct SliceView {
   const Backward& w;
   int64_t slice, slices, dim_tiles, value_tiles, key_tiles;
-  float softcap;  // to base 2
+  float softcap;
   floats lse[kQueryVectors], delta[kQueryVectors];
   floats logit_scale[kQueryVectors], q_scale[kQueryVectors];
 };
@@ -93,7 +93,8 @@ EXTROPE_INLINE void differentiate(const SliceView& view, int i, const RowKeys& s
 #pragma GCC unroll 16
   for (int j = 0; j < kQueryVectors; ++j) {
     const floats product = load<floats>(view.w.products + i * kQueryLanes + j * kFloats);
-    probability[j] = exp2_reduced(logits[j] - view.lse[j]);
+    const floats exponent = logits[j] - view.lse[j];
+    probability[j] = exp2_reduced(Capped ? exponent * kLog2E : exponent);
     gradient[j] = probability[j] * (product - view.delta[j]) * slopes[j];
   }
 }

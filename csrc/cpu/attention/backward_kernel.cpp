@@ -5,7 +5,7 @@
 // and gradients of logits once, and adds to its rows of dq and to dk and dv (in memory; tiles add
 // in the order of their rows). For each slice of rows and block of keys:
 //
-//   P = exp2(K Q^T - lse)                (keys, rows)   logits and lse to base 2
+//   P = exp2(K Q^T - lse)                (keys, rows)   logits and lse to base 2, or e if capped
 //   dS = P * (V dO^T - delta)            (keys, rows)   times the softcap's slopes
 //   dQ += K^T dS,  dV += P dO,  dK += dS Q
 
@@ -57,7 +57,7 @@ struct Backward {
 struct SliceView {
   const float *q, *dout, *lse, *delta;
   float *dq, *probabilities, *dlogits;
-  float softcap;  // to base 2
+  float softcap;
 };
 
 SliceView slice_view(const TileQueries& queries, const Backward& w, int64_t slice,
@@ -71,7 +71,7 @@ SliceView slice_view(const TileQueries& queries, const Backward& w, int64_t slic
           .dq = w.dq + square,
           .probabilities = w.probabilities + at,
           .dlogits = w.dlogits + at,
-          .softcap = p.softcap * kLog2E};
+          .softcap = p.softcap};
 }
 
 // Hides the keys that a row does not see in the region.
@@ -111,7 +111,8 @@ EXTROPE_INLINE void probability_parts(const SliceView& view, const float* keys, 
     for (int i = 0; i < kKeyRows; ++i) {
 #pragma GCC unroll 16
       for (int j = 0; j < kQueryVectors; ++j) {
-        sums.at[i][j] = exp2_vector(sums.at[i][j] - load<floats>(view.lse + j * kFloats));
+        const floats exponent = sums.at[i][j] - load<floats>(view.lse + j * kFloats);
+        sums.at[i][j] = exp2_vector(Capped ? exponent * kLog2E : exponent);
       }
     }
     store_sums(sums, view.probabilities + key * kQueryLanes, kQueryLanes);

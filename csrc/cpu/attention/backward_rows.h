@@ -14,7 +14,7 @@ struct RowValues {
         delta(space.take(rows)),
         logit_scale(space.take(rows)),
         q_scale(space.take(rows)) {}
-  float *lse, *delta;  // (rows,), lse to base 2
+  float *lse, *delta;  // (rows,), lse to base 2; with a softcap to base e
   float* logit_scale;  // (rows,): d logit / d <q, k>
   float* q_scale;      // (rows,): the same with log2(e), or 1 / softcap
 };
@@ -28,7 +28,9 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// Computes delta = <dout, out> - dlse, and lse to base 2. Rows past the last one have a probability
+// Computes delta = <dout, out> - dlse, and lse. A capped logit is rounded once, to base e, as lse
+// is: another base would round both anew, near the cap, where they are large and nearly equal. Rows
+// past the last one have a probability
 // of 1 for every key, and no gradient.
 template <typename T>
 void load_row_values(const TileQueries& queries, const RowValues& w) {
@@ -42,7 +44,7 @@ void load_row_values(const TileQueries& queries, const RowValues& w) {
     w.q_scale[row] = p.softcap > 0 ? w.logit_scale[row] / p.softcap : w.logit_scale[row] * kLog2E;
     if (!valid) continue;
     const int64_t at = queries.lse_index(row);
-    const float lse = p.lse[at] * kLog2E;
+    const float lse = p.softcap > 0 ? p.lse[at] : p.lse[at] * kLog2E;
     w.lse[row] = lse == -__builtin_inff() ? 0.0f : lse;
     widen_row(static_cast<const T*>(p.out.data) + queries.offset(p.out, row), dim, out);
     widen_row(static_cast<const T*>(p.dout.data) + queries.offset(p.dout, row), dim, dout);

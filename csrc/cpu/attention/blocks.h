@@ -1,9 +1,6 @@
-// The blocks of keys that a tile of the forward reads, each once for all regions.
-//
-// The regions of a row follow each other without a gap. So a block of keys belongs to one region,
-// except the few in which the rows of the tile change to the next region. Those blocks hold keys
-// rotated for both. Parts of kKeyRows keys in which the rows of a slice agree need one product;
-// others need one per region, and every row takes its region's.
+// The blocks of keys that a tile of the forward reads, each once for all regions; see
+// forward_kernel.cpp. Most blocks belong to one region. The few in which the rows of the tile
+// change to the next one hold keys rotated for both.
 
 #pragma once
 
@@ -88,7 +85,8 @@ inline void finish_softmax(const TileQueries& queries, const float* row_max, con
     const bool none = row_sum[row] == 0.0f;
     out_scale[row] = none ? 0.0f : 1.0f / row_sum[row];
     float& lse = queries.p.lse[queries.lse_index(token, head)];
-    lse = none ? -__builtin_inff() : row_max[row] * kLn2 + __builtin_logf(row_sum[row]);
+    const double max = row_max[row] * kLn2;
+    lse = none ? -__builtin_inff() : static_cast<float>(max + __builtin_logf(row_sum[row]));
     if (sinks.data) join_sink(sinks.of(head), out_scale[row], lse);
     if (queries.p.v_scale) out_scale[row] *= queries.p.v_scale[queries.tile.head];
   };

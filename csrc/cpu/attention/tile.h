@@ -14,7 +14,8 @@
 namespace extrope {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr double kLn2 = 0.69314718055994530942;
 
 // A product keeps the logits of kKeyRows keys and kQueryLanes rows in registers, a row in each
 // lane. kQueryLanes rows of a tile are a slice; kKeyRows keys of a block are a part.
@@ -106,13 +107,9 @@ inline SliceKeys tile_keys(const TileQueries& queries, int64_t region) {
   return {queries.first_key(region, low), queries.first_key(region + 1, high), 0, 0};
 }
 
-// A slice's parts of a block of keys in one region, counted in keys from the block's first one:
-//
-//   begin      full_begin        full_end       end
-//     | merged     |      full      |   merged   |
-//
-// Full parts are those that all rows see. In merged parts some rows see keys of other regions, or
-// none. All four are multiples of kKeyRows.
+// A slice's parts of a block of keys in one region, counted in keys from the block's first one;
+// forward_kernel.cpp draws them. In full parts every row sees every key, in merged ones some rows
+// see keys of other regions, or none. All four are multiples of kKeyRows.
 struct SliceParts {
   int64_t begin, full_begin, full_end, end;
 

@@ -34,42 +34,47 @@ inline bool all_within(floats x, float bound) {
 #endif
 }
 
-// Returns scale * tanh(x) for a scale >= 0, at most scale. The relative error is below 6e-7 up to
-// 7.9; beyond, tanh is that close to 1. NaN stays NaN.
-inline floats scaled_tanh(floats x, float scale) {
-  constexpr float kLast = 7.9f;
-  x = lesser(floats{} + kLast, larger(floats{} - kLast, x));
-  const floats u = x * x;
-  // x * P(u) / Q(u), minimax in the relative error. Leading coefficients are 1; the scale, which is
-  // multiplied in anyway, includes their quotient.
-  const floats p = ((u + 0x1.00b8ccp8f) * u + 0x1.5e8238p13f) * u + 0x1.52bc86p16f;
-  const floats q =
-      (((u + 0x1.e175acp9f) * u + 0x1.75d5bap16f) * u + 0x1.c52f1cp20f) * u + 0x1.e9bdeap21f;
-  return x * (scale * 0x1.721f4ep5f) * p / q;
+// Up to this square of x, tanh has a polynomial; most logits are that near to 0 in units of their
+// cap.
+constexpr float kNear = 0.75f;
+
+// Returns scale * tanh(x) for squares up to kNear. Minimax in the relative error, below 1.2e-7.
+EXTROPE_INLINE floats tanh_near(floats x, floats square, float scale) {
+  floats sum = square * (scale * 0x1.6dd7f8p-10f) - scale * 0x1.ce470ap-8f;
+  sum = sum * square + scale * 0x1.58f9p-6f;
+  sum = sum * square - scale * 0x1.b885b6p-5f;
+  sum = sum * square + scale * 0x1.1105b6p-3f;
+  sum = sum * square - scale * 0x1.55551ep-2f;
+  return x * (sum * square + scale);
+}
+
+// Returns scale * tanh(x) for larger squares, at most scale, as scale - 2 * scale / (e**2|x| + 1)
+// with the sign of x: so its error falls to half a unit of the last place where tanh nears 1. NaN
+// stays NaN.
+inline floats tanh_far(floats x, float scale) {
+  constexpr float kLast = 9.1f,
+                  kTwoLog2E = 2.8853900817779268f;  // tanh is 1 in float from kLast on
+  const words sign = bits_as<words>(x) & 0x80000000;
+  const floats size = lesser(floats{} + kLast, bits_as<floats>(bits_as<words>(x) & 0x7fffffff));
+  const floats result = scale - 2.0f * scale / (exp2_vector(size * kTwoLog2E) + 1.0f);
+  return bits_as<floats>(bits_as<words>(result) | sign);
 }
 
 // The softcap: x becomes cap * tanh(x), for x = logits / softcap. To base 2, log2(e) is in `cap`.
-// If all values are near 0, as most logits are in units of their cap, a polynomial takes half the
-// operations; it is minimax in the relative error, below 3e-7.
 template <int Count>
 EXTROPE_INLINE void apply_softcap(floats (&x)[Count], float cap) {
   floats squares[Count], all{};
 #pragma GCC unroll 16
   for (int i = 0; i < Count; ++i) all += squares[i] = x[i] * x[i];
-  if (all_within(all, 0.75f)) {
+  if (all_within(all, kNear)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Count; ++i) {
-      const floats u = squares[i];
-      floats sum = u * (cap * -0x1.036338p-8f) + cap * 0x1.2f1512p-6f;
-      sum = sum * u - cap * 0x1.b0a95cp-5f;
-      sum = sum * u + cap * 0x1.10b32ep-3f;
-      sum = sum * u - cap * 0x1.5552eap-2f;
-      sum = sum * u + cap;
-      x[i] = x[i] * sum;
-    }
+    for (int i = 0; i < Count; ++i) x[i] = tanh_near(x[i], squares[i], cap);
   } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < Count; ++i) x[i] = scaled_tanh(x[i], cap);
+    for (int i = 0; i < Count; ++i) {
+      const floats far = tanh_far(x[i], cap);
+      x[i] = squares[i] <= kNear ? tanh_near(x[i], squares[i], cap) : far;
+    }
   }
 }
 
