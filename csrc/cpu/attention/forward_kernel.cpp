@@ -133,7 +133,9 @@ EXTROPE_INLINE void multiply_parts(const Scratch& w, const RegionView& view, int
 #pragma GCC unroll 16
     for (int i = 0; i < kKeyRows; ++i) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kQueryVectors; ++j) new_max[j] = larger(new_max[j], sums.at[i][j]);
+      for (int j = 0; j < kQueryVectors; ++j) {
+        new_max[j] = larger(new_max[j], sums.at[i][j]);  // the logit if either is NaN
+      }
     }
     store_sums(sums, logits, kQueryLanes);  // a step of kQueryLanes from key to key
   }

@@ -13,12 +13,14 @@
 //
 // S is key-major: a vector holds all BlockM rows of some keys. So the softmax needs no
 // transposition, and the sums over values read P in order. Keys and values are read where they lie
-// in the cache, without a copy. The cache has keys rotated to the position that the score method
-// stores; a region in which they need another position rotates them on, into a buffer.
+// in the cache, without a copy. The cache has key j rotated to stored(j), where the score method
+// stores it. A region in which it needs another position, k_map(j), rotates it on, by the rest of
+// the angle, into a buffer of plain floats.
 //
-// load_dims reads rows in the cheapest form: two vectors of bf16 as 32-bit words, the even dims in
-// the first and the odd ones in the second; e4m3 divided by kUnitE4m3. Queries were converted to
-// match; write_partial and merge_row undo it for O.
+// load_dims reads rows of the cache in the cheapest form: two vectors of bf16 as 32-bit words, the
+// even dims in the first and the odd ones in the second; e4m3 divided by kUnitE4m3. Queries were
+// converted to match, except in regions that rotate keys on; write_partial and merge_row undo it
+// for O.
 //
 // Types of the headers:
 //   QueryBlock   tokens [first_token, last_token) of one sequence, and the splits of its keys
@@ -28,6 +30,7 @@
 //   Regions      start(r, position): the first key of region r for the query at `position`, in the
 //                sliding window; start(count, position): the first key after its own
 //   RowPointers  row(n): the row of a block's key or value n, in one head
+//   BlockRows    the rows of the block of keys at hand, and of the next one
 //   Prefetch     what to fetch beside the work on a block; none by default
 //   floats       a vector of kFloats (4, 8 or 16) lanes
 // A key's index in its sequence is its position.
@@ -36,6 +39,7 @@
 #include <cmath>
 
 #include "cpu/decode/kernels.h"
+#include "cpu/decode/prefetch.h"
 #include "cpu/decode/queries.h"
 #include "cpu/decode/rows.h"
 #include "cpu/runtime/buffer.h"
@@ -196,7 +200,8 @@ class Worker {
         head_dim_(p.cache.head_dim),
         head_dim_v_(p.cache.head_dim_v),
         softcap_(static_cast<float>(p.softcap * kLog2E)),
-        queries_(p) {}
+        queries_(p),
+        rows_(p.cache) {}
 
   // Consecutive splits of the same queries load these once.
   void run(const Split& split) {
@@ -259,15 +264,14 @@ class Worker {
   // Attends to the keys [begin, end), between two edges.
   void attend(int64_t begin, int64_t end) {
     const Seen seen = seen_regions(begin, end);
-    find_next(begin);
+    const int64_t all_end = queries_.last_position() + 1;
+    rows_.find_next(*queries_.block(), begin, all_end);
     for (int64_t key = begin; key < end; key += kBlockN) {
       const int64_t count = std::min<int64_t>(kBlockN, end - key);
-      std::copy_n(next_keys_, kBlockN, key_rows_);
-      std::copy_n(next_values_, kBlockN, value_rows_);
-      find_next(key + count);  // past the end of these keys too
-      // If r rotates keys on: finds their cosines and sines, and rotates the queries anew. Both are
-      // without the angle by which key `key` rotates on, so that they stay small (not if each pair
-      // has its own map).
+      rows_.advance(*queries_.block(), key + count, all_end);  // past the end of these keys too
+      // If r rotates keys on, key j by u(j) = k_map(j) - stored(j): finds the cosines and sines of
+      // u(j) - u(key), and rotates queries to q_map(i) - u(key). So no angle is large. (If each
+      // pair has its own map, keys rotate by all of u(j), and queries stay.)
       for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
         queries_.start_keys(r, key, count);
       }
@@ -283,18 +287,17 @@ class Worker {
   // Attends from all rows of a head to `count` keys.
   template <int BlockM>
   void attend_head(int64_t first_key, int64_t count, const Seen& seen) {
-    // Padded rows stay inside key_rows_ and logits_.
+    // Padded rows stay inside a block's rows and logits_.
     static_assert(kBlockN % kKeysAtOnce<BlockM> == 0);
-    const RowPointers<Cached> keys{key_rows_, head_ * p_.cache.k.head};
-    const RowPointers<Cached> values{value_rows_, head_ * p_.cache.v.head};
+    const RowPointers<Cached> keys = rows_.keys(head_);
     RowPointers<float> rotated[kMaxRegions];  // set only for regions that rotate keys on
     for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
       KeyRotation* rotation = queries_.key_rotation(r);  // nullptr: r takes keys as they lie
       if (rotation) rotated[r] = rotation->rotate(keys, head_);  // kBlockN rows: the last repeats
     }
     const KeyBlock block{.keys = keys,
-                         .values = values,
-                         .prefetch = prefetch(values),
+                         .values = rows_.values(head_),
+                         .prefetch = rows_.prefetch(head_),
                          .rotated = rotated,
                          .first_key = first_key,
                          .count = count,
@@ -399,73 +402,16 @@ class Worker {
     }
   }
 
-  // ----------------------------------------------------------------------------------------------
-  // The next block of keys, and its prefetches
-
-  // Finds the rows of kBlockN keys from `key` on, if any; after the last key that rows see, the
-  // last row repeats.
-  void find_next(int64_t key) {
-    const int64_t end = queries_.last_position() + 1;
-    next_is_contiguous_ = false;
-    if (key >= end) return;
-    // Each key's row in head 0, through the sequence's pages if the cache is paged.
-    find_rows(p_.cache, p_.cache.k, *queries_.block(), key, end, next_keys_);
-    find_rows(p_.cache, p_.cache.v, *queries_.block(), key, end, next_values_);
-    next_is_contiguous_ = is_contiguous(next_keys_, p_.cache.k, head_dim_) &&
-                          is_contiguous(next_values_, p_.cache.v, head_dim_v_);
-  }
-
-  // Returns true if a block's rows are contiguous, per head or for all heads of a key together.
-  // Only prefetches depend on it: the end rows suffice. A Plane is the keys or the values of the
-  // cache; its strides: `head` from one head to the next, `slot` from one key to the next.
-  bool is_contiguous(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
-    const bool all_heads = plane.head == head_dim;
-    const int64_t row = all_heads ? p_.cache.heads * head_dim : head_dim;
-    return plane.slot == row && rows[kBlockN - 1] - rows[0] == (kBlockN - 1) * row;
-  }
-
-  // Returns where this head's share of a block's contiguous rows begins: its own rows, or with all
-  // heads together an equal share of them.
-  const char* share_of(const Cached* const* rows, const Plane& plane, int64_t head_dim) const {
-    const bool all_heads = plane.head == head_dim;
-    const Cached* first = rows[0] + head_ * (all_heads ? kBlockN * head_dim : plane.head);
-    return reinterpret_cast<const char*>(first);
-  }
-
-  // Returns what this head prefetches: its own values, the next head's keys (after the last head,
-  // the first one's of the next block), and (far_) its share of the next block, if contiguous.
-  Prefetch<Cached> prefetch(const RowPointers<Cached>& values) const {
-    const KVCache& cache = p_.cache;
-    const bool last_head = head_ + 1 == cache.heads;
-    Prefetch<Cached> later{.values = values,
-                           .next_keys = {last_head ? next_keys_ : key_rows_,
-                                         last_head ? 0 : (head_ + 1) * cache.k.head}};
-    // Beside key n's logits: value n, far key n, the rest of far value n. Beside the sum over value
-    // n: key n of the next head, and half of far value n, in whole lines: sums take less time.
-    later.key_bytes = head_dim_ * sizeof(Cached);
-    later.value_bytes = head_dim_v_ * sizeof(Cached);
-    if (next_is_contiguous_) {
-      later.far_keys = share_of(next_keys_, cache.k, head_dim_);
-      later.far_values = share_of(next_values_, cache.v, head_dim_v_);
-      later.far_key_bytes = later.key_bytes;
-      later.far_value_bytes_at_sum = later.value_bytes / 2 / kLineBytes * kLineBytes;
-      later.far_value_bytes_at_logits = later.value_bytes - later.far_value_bytes_at_sum;
-    }
-    return later;
-  }
-
   const DecodeParams& p_;
   const int64_t head_dim_, head_dim_v_;  // of queries and keys, of values
   const float softcap_;                  // log2(e) included; 0: none
   Queries<T, Cached> queries_;
+  BlockRows<Cached> rows_;
   int64_t head_ = 0;         // the current head of k
   Buffer<float> out_;        // (heads of k, padded rows, head_dim_v_): O
   Buffer<Softmax> softmax_;  // (heads of k, padded rows / BlockM)
   // (kBlockN, BlockM): S and then P, and S in a later region
   alignas(64) float logits_[kBlockN * kMaxBlockM], region_logits_[kBlockN * kMaxBlockM];
-  const Cached *key_rows_[kBlockN], *value_rows_[kBlockN];    // the current block's, of head 0
-  const Cached *next_keys_[kBlockN], *next_values_[kBlockN];  // the next block's
-  bool next_is_contiguous_ = false;                           // both have contiguous rows
 };
 
 // -------------------------------------------------------------------------------------------------

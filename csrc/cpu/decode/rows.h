@@ -1,5 +1,4 @@
-// Rows of keys and values in the cache: their places, how they are read, and the prefetches of the
-// next block.
+// Rows of keys and values in the cache: their places, and how they are read.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +10,7 @@
 namespace extrope {
 namespace {
 
-constexpr int kBlockN = 32;         // keys per block: few, to come soon to its next heads
-constexpr int64_t kLineBytes = 64;  // in a processor's caches
+constexpr int kBlockN = 32;  // keys per block: few, to come soon to its next heads
 
 // The rows of one head: row n starts at at[n] + offset.
 template <typename T>
@@ -70,47 +68,6 @@ void find_rows(const KVCache& cache, const Plane& plane, const QueryBlock& queri
   }
   std::fill(rows + count, rows + kBlockN, rows[count - 1]);
 }
-
-// Prefetches the lines of some bytes into caches from `level` on; returns the address after them.
-template <int level>
-EXTROPE_INLINE const char* fetch(const char* from, int64_t bytes) {
-  for (const char* end = from + bytes; from < end; from += kLineBytes) {
-    __builtin_prefetch(from, 0, 4 - level);
-  }
-  return from;
-}
-
-// Prefetches of later rows, spread over the work on a head of a block: memory answers while the
-// core computes, and a core can wait for only a dozen lines or so at once.
-//
-// The head's own values and the next head's keys are needed soon, in the first-level cache. This
-// head's keys and values in the next block go to the second level: one block ahead is far enough
-// for memory, and too far for the first level. At most half of those values, in whole lines, wait
-// for the sums over values, which take too little time for more. If the next block's rows are not
-// contiguous, as in scattered pages of a few rows, none of them is prefetched.
-template <typename T>
-struct Prefetch {
-  RowPointers<T> values{}, next_keys{};  // none if `at` is nullptr
-  const char *far_keys = nullptr, *far_values = nullptr;
-  int64_t key_bytes = 0, value_bytes = 0;  // per row
-  // Bytes of a far row: of a key and a value beside the logits, of a value beside the sums.
-  int64_t far_key_bytes = 0, far_value_bytes_at_logits = 0, far_value_bytes_at_sum = 0;
-
-  // Prefetches during the logits of `count` keys from j on.
-  EXTROPE_INLINE void fetch_at_logits(int64_t j, int count) {
-    if (!values.at) return;
-    for (int k = 0; k < count; ++k) fetch<1>(values.bytes(j + k), value_bytes);
-    far_keys = fetch<2>(far_keys, count * far_key_bytes);
-    far_values = fetch<2>(far_values, count * far_value_bytes_at_logits);
-  }
-
-  // Prefetches during the sum over value j.
-  EXTROPE_INLINE void fetch_at_value(int64_t j) {
-    if (!values.at) return;
-    fetch<1>(next_keys.bytes(j), key_bytes);
-    far_values = fetch<2>(far_values, far_value_bytes_at_sum);
-  }
-};
 
 }  // namespace
 }  // namespace extrope
