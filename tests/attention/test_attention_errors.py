@@ -136,3 +136,10 @@ def test_heads_before_tokens_are_warned_of():
     q, k = torch.randn(1, 8, 16, 32), torch.randn(1, 2, 16, 32)  # 8 and 2 heads, 16 tokens
     with pytest.warns(UserWarning, match="first 6 of q.s 8 tokens .* seqlen, heads, head_dim"):
         rope_attention(q, k, k, FREQS)
+
+
+def test_heads_before_tokens_are_warned_of_where_the_call_stands():
+    q, k = torch.zeros(1, 8, 5, 32), torch.zeros(1, 2, 5, 32)
+    with pytest.warns(UserWarning, match="the first 6 of q's 8 tokens see no key") as told:
+        rope_attention(q, k, k, FREQS)
+    assert told[0].filename == __file__

@@ -31,11 +31,12 @@ from attention_oracle import (
 from rope_oracle import DEVICE, INTERPRETED, Guarded
 from score_examples import EXAMPLES, PLAIN, Example, example_of
 from test_attention import call_of, ints, packed
+from triton_attention import backward, forward
 
 from extrope_kernels import methods, scores
 from extrope_kernels.ops._shared.layouts import forget
 from extrope_kernels.ops.attention import AttentionCall
-from extrope_kernels.ops.attention.triton import backward, configs, device, forward
+from extrope_kernels.ops.attention.triton import configs, device
 from extrope_kernels.scores.base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score
 from extrope_kernels.testing import assert_within_budget
 

@@ -29,7 +29,6 @@ from triton import JITFunction
 import extrope_kernels as ek
 from extrope_kernels import methods, scores
 from extrope_kernels.ops._shared import layouts
-from extrope_kernels.ops.attention import checks
 
 ROOT = Path(__file__).parents[2]
 FREQS = methods.rope(64)
@@ -287,9 +286,10 @@ def an_unaligned_tensor_compiles_a_kernel_of_its_own():
 
 def a_kept_kernel_belongs_to_one_gpu():
     """Tensors of two, with one layout: each has the kernel loaded on it, and launches that one."""
+    import triton_attention as by_triton
+
     from extrope_kernels.ops._shared.triton import launch
     from extrope_kernels.ops.attention.call import AttentionCall
-    from extrope_kernels.ops.attention.triton import forward
     from extrope_kernels.ops.rope.triton.rotation import rope_fwd
 
     driver, loaded, current = DRIVER[0], [], 0
@@ -315,7 +315,7 @@ def a_kept_kernel_belongs_to_one_gpu():
             inv_freq = torch.empty(32, device=q.device)
             for run in (
                 partial(rope_fwd, q, k, torch.empty(1, 1, 32, device=q.device)),
-                partial(forward, q, k, k, AttentionCall(inv_freq)),
+                partial(by_triton.forward, q, k, k, AttentionCall(inv_freq)),
             ):
                 driver.handles.clear()
                 run()
@@ -354,7 +354,6 @@ def main() -> None:
 
     leave_out_ptxas()
     DRIVER.append(null_driver.install())
-    checks.has_values = lambda x: False  # as on a GPU, where nobody looks at values
     failed = {}
     for name in sys.argv[1:]:
         try:

@@ -103,8 +103,10 @@ def _is_plain(x: Any) -> bool:
 
 def attention() -> None:
     """Forward and backward in two and three regions, with dims, rows and keys left over."""
+    import triton_attention as triton
+
     from extrope_kernels import methods, scores
-    from extrope_kernels.ops.attention import AttentionCall, triton
+    from extrope_kernels.ops.attention import AttentionCall
 
     ends = torch.tensor([0, 5, 5, 23], dtype=torch.int32)
     for score, cu_seqlens, decay, dtype in (
@@ -124,8 +126,10 @@ def attention() -> None:
 
 def cache() -> None:
     """Appending to and reading from caches, in one piece and in pages."""
+    import triton_attention as triton
+
     from extrope_kernels import methods, scores
-    from extrope_kernels.ops.attention import AttentionCall, triton
+    from extrope_kernels.ops.attention import AttentionCall
     from extrope_kernels.ops.attention.call import KVCache
 
     pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)

@@ -151,76 +151,129 @@ def _run(op: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tenso
 # From an op's arguments to a kernel
 
 
-def _attention(q, k, v, tensors, options, fused: bool = True, results=()) -> AttentionCall:
-    """Rebuild the call, checked once for each layout of its tensors.
+def _planned(given, args, tensors, options, check, build=None):
+    """Return the call, and build(*args, call), the launches of a fused kernel.
 
-    fused: for a fused kernel. results: for a backward dout, dlse, out and lse.
+    A call is read and checked, and its launches are built, once for the layouts of `given`, all of
+    the op's tensors, and the options. args: of check and build, before the call. tensors: the
+    call's. build: None for the reference, which has no limits of fused kernels.
     """
-    key = (layout_key(q, k, v, *tensors, *results), options_key(options), fused)
-    fixed = cached_by_layout(_checked_attention, key, q, k, v, tensors, options, fused, results)
-    call = with_tensors(tensors, fixed)
-    check_values("attention", call, len(q))
-    return call
+    key = (check, build, layout_key(*given), options_key(options))
+    fixed, launches = cached_by_layout(_plan, key, args, tensors, options, check, build)
+    return with_tensors(tensors, fixed), launches
 
 
-def _checked_attention(q, k, v, tensors, options, fused, results):
-    """Return `call.fixed` of a right call."""
+def _plan(args, tensors, options, check, build):
+    """Return what of a right call its layouts and options fix: `call.fixed`, and its launches."""
     call = read_call(tensors, options)
+    check(*args, call, build is not None)
+    return call.fixed, build(*args, call) if build else None
+
+
+def _check_forward(q, k, v, call, fused, results=()):
     check_attention("attention", q, k, v, call, results=results)
     if fused:
         check_head_dim("attention", q, call.rotary_offset)
         check_head_dim("attention", v)
-    return call.fixed
 
 
-def _fwd_reference(q, k, v, *tensors, **options):
-    return reference.forward(q, k, v, _attention(q, k, v, tensors, options, fused=False))
+def _check_backward(dout, dlse, q, k, v, out, lse, call, fused):
+    _check_forward(q, k, v, call, fused, results=(dout, dlse, out, lse))
 
 
-def _bwd_reference(dout, dlse, q, k, v, out, lse, *tensors, **options):
-    call = _attention(q, k, v, tensors, options, fused=False, results=(dout, dlse, out, lse))
-    return reference.backward(dout, dlse, q, k, v, out, lse, call)
+def _check_decode(q, k, v, cache, call, fused):
+    check_decode("decode", q, k, v, cache, call)
+    if fused:
+        check_head_dim("decode", q, call.rotary_offset)
+        check_head_dim("decode", cache.v)
 
 
-def _fwd_triton(q, k, v, *tensors, **options):
+def _no_launches(*args):
+    """Stand in for the launches of flash-attn's engines, which plan their own."""
+
+
+def _forward(given, options, build=None, has_values=True):
+    """Return the arguments of a backend's forward: q, k, v, the call and its launches.
+
+    has_values: those of integer tensors are looked at, in every call, if that waits for no device.
+    """
+    q, k, v, *tensors = given
+    call, launches = _planned(given, (q, k, v), tensors, options, _check_forward, build)
+    if has_values:
+        check_values("attention", call, len(q))
+    return q, k, v, call, launches
+
+
+def _backward(given, options, build=None, has_values=True):
+    """Return those of a backend's backward: the op's first seven, the call and its launches."""
+    args, tensors = given[:7], given[7:]
+    call, launches = _planned(given, args, tensors, options, _check_backward, build)
+    if has_values:
+        check_values("attention", call, len(args[2]))
+    return *args, call, launches
+
+
+def _decode(given, options, build=None, has_values=True):
+    """Return those of a backend's decode: q, k, v, the cache, the call and its launches."""
+    x = DecodeTensors(*given)
+    args, tensors = (x.q, x.k, x.v, x.cache()), x.of_call()
+    call, launches = _planned(given, args, tensors, options, _check_decode, build)
+    if has_values:
+        check_slots("decode", args[-1], call.cu_seqlens, len(x.q))
+    return *args, call, launches
+
+
+def _fwd_reference(*given, **options):
+    *args, _ = _forward(given, options)
+    return reference.forward(*args)
+
+
+def _bwd_reference(*given, **options):
+    *args, _ = _backward(given, options)
+    return reference.backward(*args)
+
+
+def _decode_reference(*given, **options):
+    *args, _ = _decode(given, options)
+    return reference.decode(*args)
+
+
+def _fwd_triton(*given, **options):
     from . import triton
 
-    return triton.forward(q, k, v, _attention(q, k, v, tensors, options))
+    return triton.forward(*_forward(given, options, triton.forward_launches, triton.INTERPRETED))
 
 
-def _bwd_triton(dout, dlse, q, k, v, out, lse, *tensors, **options):
+def _bwd_triton(*given, **options):
     from . import triton
 
-    call = _attention(q, k, v, tensors, options, results=(dout, dlse, out, lse))
-    return triton.backward(dout, dlse, q, k, v, out, lse, call)
+    return triton.backward(*_backward(given, options, triton.backward_launches, triton.INTERPRETED))
 
 
-def _fwd_flash_attn(q, k, v, *tensors, **options):
-    return flash_attn.forward(q, k, v, _attention(q, k, v, tensors, options))
-
-
-def _bwd_flash_attn(dout, dlse, q, k, v, out, lse, *tensors, **options):
-    call = _attention(q, k, v, tensors, options, results=(dout, dlse, out, lse))
-    return flash_attn.backward(dout, dlse, q, k, v, out, lse, call)
-
-
-def _fwd_cuda(q, k, v, *tensors, **options):
-    call = _attention(q, k, v, tensors, options)
-    if select_backend() == "flash_attn":
-        return flash_attn.forward(q, k, v, call)
+def _decode_triton(*given, **options):
     from . import triton
 
-    return triton.forward(q, k, v, call)
+    return triton.decode(*_decode(given, options, triton.decode_launches, triton.INTERPRETED))
 
 
-def _bwd_cuda(dout, dlse, q, k, v, out, lse, *tensors, **options):
-    given = (dout, dlse, q, k, v, out, lse)
-    call = _attention(q, k, v, tensors, options, results=(dout, dlse, out, lse))
-    if select_backend() == "flash_attn":
-        return flash_attn.backward(*given, call)
-    from . import triton
+def _fwd_flash_attn(*given, **options):
+    *args, _ = _forward(given, options, _no_launches)
+    return flash_attn.forward(*args)
 
-    return triton.backward(*given, call)
+
+def _bwd_flash_attn(*given, **options):
+    *args, _ = _backward(given, options, _no_launches)
+    return flash_attn.backward(*args)
+
+
+def _fwd_cuda(*given, **options):
+    by_flash_attn = select_backend() == "flash_attn"
+    return (_fwd_flash_attn if by_flash_attn else _fwd_triton)(*given, **options)
+
+
+def _bwd_cuda(*given, **options):
+    by_flash_attn = select_backend() == "flash_attn"
+    return (_bwd_flash_attn if by_flash_attn else _bwd_triton)(*given, **options)
 
 
 class DecodeTensors(NamedTuple):
@@ -262,37 +315,6 @@ class DecodeTensors(NamedTuple):
             self.inv_freq, self.cu_seqlens_q, self.log_decay, self.sinks, self.query_scale,
             self.pair_maps,
         )  # fmt: skip
-
-
-def _decode_call(x: DecodeTensors, options, fused: bool = True) -> tuple[KVCache, AttentionCall]:
-    """Rebuild the cache and the call, checked once for each layout of the tensors."""
-    key = (layout_key(*x), options_key(options), fused)
-    fixed = cached_by_layout(_checked_decode, key, x, options, fused)
-    cache, call = x.cache(), with_tensors(x.of_call(), fixed)
-    check_slots("decode", cache, call.cu_seqlens, len(x.q))
-    return cache, call
-
-
-def _checked_decode(x: DecodeTensors, options, fused: bool):
-    """Return `call.fixed` of a right call."""
-    call = read_call(x.of_call(), options)
-    check_decode("decode", x.q, x.k, x.v, x.cache(), call)
-    if fused:
-        check_head_dim("decode", x.q, call.rotary_offset)
-        check_head_dim("decode", x.v_cache)
-    return call.fixed
-
-
-def _decode_reference(*tensors, **options):
-    x = DecodeTensors(*tensors)
-    return reference.decode(x.q, x.k, x.v, *_decode_call(x, options, fused=False))
-
-
-def _decode_triton(*tensors, **options):
-    from . import triton
-
-    x = DecodeTensors(*tensors)
-    return triton.decode(x.q, x.k, x.v, *_decode_call(x, options))
 
 
 # -------------------------------------------------------------------------------------------------

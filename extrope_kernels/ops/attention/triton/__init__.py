@@ -1,7 +1,16 @@
 """Region attention in Triton, forward, backward and over a cache, for GPUs."""
 
-from .backward import backward
-from .decode import decode
-from .forward import forward
+from ..._shared.triton.launch import INTERPRETED
+from .backward import backward, backward_launches
+from .decode import decode, decode_launches
+from .forward import forward, forward_launches
 
-__all__ = ["backward", "decode", "forward"]
+__all__ = [
+    "INTERPRETED",
+    "backward",
+    "backward_launches",
+    "decode",
+    "decode_launches",
+    "forward",
+    "forward_launches",
+]

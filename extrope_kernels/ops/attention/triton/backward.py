@@ -58,7 +58,6 @@ from ..call import AttentionCall
 from . import configs
 from .device import (
     constants_of,
-    launch_for,
     log2_e,
     programs_of,
     sequence_stride,
@@ -393,17 +392,17 @@ def backward(
     out: Tensor,
     lse: Tensor,
     call: AttentionCall,
+    launches: Launches,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of raw q and k, and of v, in their dtypes or float32; four launches.
 
     dout: like out, contiguous in the last dimension. dlse: like lse, or None. The other arguments
-    are those of `forward`. The gradient of sinks needs no kernel: op.py has it.
+    are those of `forward`, launches from `backward_launches`. The gradient of sinks needs no
+    kernel: op.py has it.
     """
     # Kernels read the call's small tensors without strides.
     call, lse = with_contiguous_rows(call), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    # _build_launches(q, ..., call), once for the layouts of these tensors
-    launches = launch_for(_build_launches, (q, k, v, out, dout), call)
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
     places = (call.cu_seqlens, call.q_start, call.k_start)
@@ -417,10 +416,18 @@ def backward(
     return dq, dk, dv
 
 
-def _build_launches(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, call: AttentionCall
+def backward_launches(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: AttentionCall,
 ) -> Launches:
-    by_queries_and_keys = []
+    """Build the launches for tensors of these layouts."""
+    call, by_queries_and_keys = with_contiguous_rows(call), []
     start_strides = (sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1))
     # The kernel, the tensor whose blocks its programs take, and those whose strides it is given.
     for name, kernel, blocks_of, strided in (

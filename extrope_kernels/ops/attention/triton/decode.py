@@ -41,7 +41,6 @@ from torch import Tensor
 
 from ....scores import UNROTATED
 from ..._shared.dtypes import FP8, as_bits
-from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.maps import columns_of
 from ..._shared.triton.fp8 import kind_of_cache, widened_codes
 from ..._shared.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
@@ -417,7 +416,12 @@ class Launches(NamedTuple):
 
 
 def decode(
-    q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache: KVCache,
+    call: AttentionCall,
+    launches: Launches,
 ) -> tuple[Tensor, Tensor]:
     """Append and attend; arguments and results as in `reference`; float32, bfloat16 and float16.
 
@@ -426,13 +430,7 @@ def decode(
     out = q.new_empty((*q.shape[:-1], cache.v.shape[3]))
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     call = with_contiguous_rows(call)  # copies its small tensors if they have strides
-    # Shapes, strides, dtypes and devices: not where the data lies.
-    layouts = layout_key(q, k, v, cache.k, cache.v, *cache.tensors, *call.tensors)
-    key = (layouts, call.fixed, cache.appended)  # fixed: all of the call but its tensors
-    # _build_launches(q, ..., call), once for these shapes, strides and dtypes
-    append, attend, append_rotates, num_counters, scratch_size = cached_by_layout(
-        _build_launches, key, q, k, v, cache, call
-    )
+    append, attend, append_rotates, num_counters, scratch_size = launches
     # Kernels read fp8 as its bits, int8.
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
     scratch = q.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
@@ -455,10 +453,11 @@ def decode(
     return out, lse
 
 
-def _build_launches(
+def decode_launches(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
 ) -> Launches:
-    """Build both launches."""
+    """Build both launches for tensors of these layouts."""
+    call = with_contiguous_rows(call)
     if call.cu_seqlens is not None:  # as one sequence; only the device knows the boundaries
         q = q[None]
     batch, num_tokens = q.shape[:2]

@@ -7,8 +7,7 @@ backward.py, rotate.py and decode.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ....scores import UNROTATED, Region
 from ....scores.base import PairRow, PlainMap
-from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.angles import cos_sin, fixed_angle
 from ..._shared.triton.exp import exp
 from ..._shared.triton.launch import VECTOR_BYTES, strides_of
@@ -247,14 +245,6 @@ def cos_sin_of_map(
 # The host: launches, and the constants of compiled kernels
 
 
-def launch_for(
-    make: Callable[..., Any], given: tuple[Tensor | None, ...], call: AttentionCall, *more: Any
-) -> Any:
-    """Return make(*given, call, *more), cached by the layouts of all these tensors."""
-    layouts = layout_key(*given, *call.tensors)
-    return cached_by_layout(make, (layouts, call.fixed, more), *given, call, *more)
-
-
 class ModelConstants(NamedTuple):
     """What a model and a score method fix, as constants of a kernel."""
 
@@ -411,11 +401,11 @@ def sequence_stride(x: Tensor | None, dims: int) -> int:
 
 def with_contiguous_rows(call: AttentionCall) -> AttentionCall:
     """Return the call with contiguous rows in its small tensors, which kernels read as such."""
-    rows = {name: getattr(call, name) for name in ("sinks", "query_scale", "pair_maps")}
-    if call.inv_freq.dim() == 3:
-        rows["inv_freq"] = call.inv_freq
-    strided = {n: x for n, x in rows.items() if x is not None and not x.is_contiguous()}
-    return call._replace(**{n: x.contiguous() for n, x in strided.items()}) if strided else call
+    for name in ("sinks", "query_scale", "pair_maps", "inv_freq"):
+        x = getattr(call, name)
+        if x is not None and not x.is_contiguous() and (name != "inv_freq" or x.dim() == 3):
+            call = call._replace(**{name: x.contiguous()})
+    return call
 
 
 def rope_heads_of(call: AttentionCall) -> tuple[int, int]:

@@ -52,7 +52,6 @@ from . import configs
 from .device import (
     add_sink,
     constants_of,
-    launch_for,
     ln_2,
     log2_e,
     programs_of,
@@ -246,18 +245,21 @@ class Launches(NamedTuple):
     needs_scratch: bool  # rotated queries go through memory, and rows of out cannot hold them
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, launches: Launches
+) -> tuple[Tensor, Tensor]:
     """Attend by one softmax over the keys of every region, in two launches.
 
     q: raw, (batch, seqlen_q, heads_q, head_dim). k: rotated by call.stored, or raw, (batch,
     seqlen_k, heads_k, head_dim). With call.cu_seqlens both are (total, heads, head_dim). v: like k,
-    with any head_dim. All are contiguous in the last dimension.
+    with any head_dim. All are contiguous in the last dimension. launches: `forward_launches` of
+    tensors with these layouts.
 
     Returns out, like q with v's head_dim, and the natural log of the sum of exponentials, float32
     (batch, heads_q, seqlen_q) or (heads_q, total).
     """
     call = with_contiguous_rows(call)
-    rotate_keys, attend, needs_scratch = launch_for(_build_launches, (q, k, v), call)
+    rotate_keys, attend, needs_scratch = launches
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=call.results_dtype(q.dtype))
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     scratch = q.new_empty(q.shape) if needs_scratch else None
@@ -269,8 +271,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tenso
     return out, lse
 
 
-def _build_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launches:
+def forward_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launches:
     """Build both launches; sizes are the kernel's integers from q_stride_batch to seqlen_k."""
+    call = with_contiguous_rows(call)
     config = configs.config_of("forward", q, v)
     model, blocks = constants_of(config, q, k, v, call)
     programs, blocks_of_head = programs_of(q, config.block_m, call)
