@@ -58,7 +58,6 @@ def score_of(name: str, seqlen: int, head_dim: int) -> scores.Score | None:
     """Return a score method with its measured parameters."""
     window, chunk, block = (sized(n, seqlen) for n in (WINDOW, CHUNK, BLOCK))
     local = sized(LOCAL if device() == "cuda" else 256, seqlen)
-    yarn = methods.yarn(head_dim, factor=4.0, original_max_position_embeddings=4096)
     return {
         "plain": lambda: None,
         "rerope": lambda: scores.rerope(window),
@@ -68,9 +67,6 @@ def score_of(name: str, seqlen: int, head_dim: int) -> scores.Score | None:
         "blockwise_causal": lambda: scores.blockwise_causal(block),
         "string": lambda: scores.string(seqlen // 2, window),
         "dpe": lambda: scores.dpe(window, [2, 8, 2, 8, 32, 32, 32, 4], head_dim // 2),
-        "far_frequencies": lambda: scores.far_frequencies(
-            window, methods.rope(head_dim).inv_freq / yarn.inv_freq
-        ),
     }[name]()
 
 

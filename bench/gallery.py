@@ -65,7 +65,6 @@ SCORES: dict[str, dict[str, Any]] = {
     "blockwise_causal": {"block_size": SHORT},
     "string": {"shift": SHORT, "window": 4},
     "dpe": {"window": 16, "group_sizes": [8, 12, 8, 12, 16, 16, 16, 10]},
-    "far_frequencies": {"window": 16, "divisors": [1, 2, 4, 8, 8, 8]},
 }
 PLAIN = Score("plain", (Region(FIRST_KEY, SAME, SAME),))
 

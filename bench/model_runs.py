@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import evaluations
 from harness import kept_memory
 
-from extrope_kernels import methods
 from extrope_kernels._usage import stay_offline
 from extrope_kernels.evaluation import evaluate
 
@@ -62,16 +61,8 @@ LONG = {method: sets[:1] for method, sets in METHODS.items()} | {
 }
 
 
-# Of SmolLM2: 32 pairs of dims, base 100,000.
-def yarn_divisors(factor: float) -> list[float]:
-    """Return the divisor of each frequency under YaRN."""
-    yarn = methods.yarn(64, factor=factor, original_max_position_embeddings=TRAINED, base=100_000.0)
-    return (methods.rope(64, base=100_000.0).inv_freq / yarn.inv_freq).tolist()
-
-
-# Methods whose far keys have frequencies, or groups, of each pair of dims.
+# Methods whose far keys have groups of each pair of dims.
 OF_PAIRS: dict[str, list[dict[str, Any]]] = {
-    "far_frequencies": [{"window": 2048, "divisors": yarn_divisors(2.0)}],
     "dpe": [{"window": 2048, "pairs": 32, "group_sizes": [1, 1, 2, 2, 4, 4, 4, 4]}],
 }
 

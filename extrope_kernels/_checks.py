@@ -173,19 +173,15 @@ def check_pair_factors(
 
 
 def check_of_pairs(function: str, name: str, values: Sequence[Any] | Tensor) -> Tensor:
-    """Return numbers > 0, one a pair or one a head and pair, as float64 with a tensor's graph."""
+    """Return numbers > 0, one a pair, as float64."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence | Tensor):
         raise TypeError(f"{function}: {name} must be a list of numbers, got {values!r}")
     if isinstance(values, Tensor) and torch.compiler.is_compiling():  # no values to read
         return values.double()
     listed = values.tolist() if isinstance(values, Tensor) else values
-    by_head = isinstance(listed, Sequence) and listed and isinstance(listed[0], list | tuple)
-    rows = listed if by_head else [listed]
-    if any(not isinstance(row, Sequence) or not row or len(row) != len(rows[0]) for row in rows):
-        raise ValueError(
-            f"{function}: {name} must be (pairs,) or (heads_k, pairs) numbers, got {listed}"
-        )
-    for n, value in enumerate(value for row in rows for value in row):
+    if not isinstance(listed, Sequence) or not listed or isinstance(listed[0], list | tuple):
+        raise ValueError(f"{function}: {name} must be (pairs,) numbers, got {listed}")
+    for n, value in enumerate(listed):
         check_real(function, f"{name}[{n}]", value, above=0)
     if isinstance(values, Tensor):
         return values.double()

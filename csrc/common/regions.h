@@ -61,18 +61,14 @@ struct PositionMap {
 
 // Divisors and offsets of each pair of dims, a row per map of pairs.
 struct PairMaps {
-  const double* data = nullptr;  // (rows, 2, heads, padded)
-  int64_t heads = 1;             // heads of keys; 1: all heads share them
+  const double* data = nullptr;  // (rows, 2, padded)
   int64_t padded = 0;            // pairs, rounded up to whole vectors
 
-  EXTROPE_INLINE const double* divisors(const PositionMap& map, int64_t head) const {
-    return data + (map.row * 2 * heads + (heads > 1 ? head : 0)) * padded;
+  EXTROPE_INLINE const double* divisors(const PositionMap& map) const {
+    return data + map.row * 2 * padded;
   }
-  EXTROPE_INLINE const double* offsets(const PositionMap& map, int64_t head) const {
-    return divisors(map, head) + heads * padded;
-  }
-  EXTROPE_INLINE bool differ_by_head(const PositionMap& map) const {
-    return heads > 1 && map.is_of_pairs();
+  EXTROPE_INLINE const double* offsets(const PositionMap& map) const {
+    return divisors(map) + padded;
   }
 };
 

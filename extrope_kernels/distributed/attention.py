@@ -134,17 +134,15 @@ def _attend(
 
 def _check(op: str, q: Tensor, k: Tensor, call: attention.AttentionCall, balance: Balance) -> None:
     """Refuse arguments that only one device can take."""
-    for name in ("inv_freq", "log_decay", "query_scale", "pair_maps"):
+    for name in ("inv_freq", "log_decay", "query_scale"):
         value = getattr(call, name)
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} must not require grad over ranks, got one that does")
-    for name, dims in (("inv_freq", 3), ("pair_maps", 4)):
-        value = getattr(call, name)
-        if value is not None and value.dim() == dims and value.shape[-2] > 1:
-            raise ValueError(
-                f"{op}: {name} must be the same for all heads over ranks, "
-                f"got shape {tuple(value.shape)}"
-            )
+    if call.inv_freq.dim() == 3 and call.inv_freq.shape[-2] > 1:
+        raise ValueError(
+            f"{op}: inv_freq must be the same for all heads over ranks, "
+            f"got shape {tuple(call.inv_freq.shape)}"
+        )
     tokens = q.shape[-3]
     if k.shape[-3] != tokens:
         raise ValueError(f"{op}: k must have q's {tokens} tokens, got {k.shape[-3]}")

@@ -135,14 +135,12 @@ def _attention_args(what: str, q: Any, args: Args) -> Args | None:
     if what == "sequence" or (what == "batch" and q.ndim == 3):
         return None
     found = _whole(args)
-    inv_freq, maps, scale = args["inv_freq"], args["pair_maps"], args["query_scale"]
+    inv_freq, scale = args["inv_freq"], args["query_scale"]
     if what == "heads":
         if args["sinks"] is not None:
             found["sinks"] = Shard(0)
         if _per_head(inv_freq):
             found["inv_freq"] = Shard(1)
-        if maps is not None and maps.shape[2] > 1:
-            found["pair_maps"] = Shard(2)
         return found
     of_sequences = {"q_start": args["q_start"], "k_start": args["k_start"]}
     if inv_freq.ndim > 1:

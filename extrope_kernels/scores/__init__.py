@@ -16,7 +16,6 @@ from .base import FIRST_KEY, UNROTATED, PairMap, PositionMap, Region, Score
 from .blockwise_causal import blockwise_causal as blockwise_causal
 from .dpe import dpe as dpe
 from .dual_chunk import dual_chunk as dual_chunk
-from .far_frequencies import far_frequencies as far_frequencies
 from .rerope import leaky_rerope as leaky_rerope
 from .rerope import rerope as rerope
 from .self_extend import self_extend as self_extend
@@ -32,7 +31,6 @@ SCORES: dict[str, Callable[..., Score]] = {
         blockwise_causal,
         string,
         dpe,
-        far_frequencies,
     )
 }
 AXES[__name__] = tuple(SCORES)

@@ -7,7 +7,7 @@ region holds the keys
     start_r(i) <= j < start_{r+1}(i),    start_r(i) = i // granularity * granularity + start,
 
 and the last one ends at the diagonal, j <= i. One softmax runs over all regions. A map that differs
-between pairs of dims, or between heads, is a `PairMap`.
+between pairs of dims is a `PairMap`.
 """
 
 from __future__ import annotations
@@ -109,9 +109,8 @@ def constant(position: int) -> PositionMap:
 class PairMap:
     """Map p, for pair i of dims, to f((p mod modulus) / divisor_i) + offset_i.
 
-    divisor, offset: (pairs,) for all heads, or (heads_k, pairs), as tensors or lists of numbers.
-        Divisors are > 0, and whole numbers with floor; the offset may be one number. Without floor
-        both may require gradients.
+    divisor, offset: (pairs,), as tensors or lists of numbers, without a gradient. Divisors are > 0,
+        and whole numbers with floor; the offset may be one number.
     modulus: in tokens; 0 for none.
     floor: True for whole numbers.
 
@@ -127,27 +126,21 @@ class PairMap:
         if type(self.floor) is not bool:
             raise TypeError(f"PairMap: floor must be a bool, got {self.floor!r}")
         divisor = _float64("divisor", self.divisor)
-        if divisor.dim() not in (1, 2) or not divisor.numel():
-            raise ValueError(
-                "PairMap: divisor must be (pairs,) or (heads_k, pairs), "
-                f"got shape {tuple(divisor.shape)}"
-            )
+        if divisor.dim() != 1 or not divisor.numel():
+            raise ValueError(f"PairMap: divisor must be (pairs,), got shape {tuple(divisor.shape)}")
         offset = _float64("offset", self.offset).to(divisor.device)
-        if offset.dim() and (
-            offset.dim() > divisor.dim()
-            or any(n not in (1, m) for n, m in zip(offset.shape[::-1], divisor.shape[::-1]))
-        ):
+        if offset.shape not in ((), (1,), divisor.shape):
             raise ValueError(
                 f"PairMap: offset must be a number or as divisor {tuple(divisor.shape)}, "
                 f"got shape {tuple(offset.shape)}"
             )
         if not torch.compiler.is_compiling():  # in a graph it has no values to read
-            _check_values(divisor.detach(), offset.detach(), self.floor)
+            _check_values(divisor, offset, self.floor)
         object.__setattr__(self, "divisor", divisor)
         object.__setattr__(self, "offset", offset.expand(divisor.shape))
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """Map positions (any shape) for each pair: (..., *divisor.shape) float64."""
+        """Map positions (any shape) for each pair: (..., pairs) float64."""
         divisor, offset = (x.to(positions.device) for x in (self.divisor, self.offset))
         return map_pairs(positions, self.modulus, divisor, self.floor, offset)
 
@@ -161,12 +154,7 @@ class PairMap:
         return hash((self.modulus, self.floor, self.divisor.shape))
 
     def same_row(self, other: PairMap) -> bool:
-        """Return True if divisors and offsets are equal and will stay so (no gradients)."""
-        if self.divisor is other.divisor and self.offset is other.offset:
-            return True
-        tensors = (self.divisor, self.offset, other.divisor, other.offset)
-        if any(x.requires_grad for x in tensors):
-            return False
+        """Return True if divisors and offsets are equal."""
         return torch.equal(self.divisor, other.divisor) and torch.equal(self.offset, other.offset)
 
 
@@ -179,6 +167,8 @@ def _float64(name: str, given: Any) -> Tensor:
         raise TypeError(f"PairMap: {name} must be numbers, got {given!r}") from None
     if x.is_complex():
         raise TypeError(f"PairMap: {name} must be real numbers, got {x.dtype}")
+    if x.requires_grad:
+        raise ValueError(f"PairMap: {name} must not require grad, got one that does")
     return torch.as_tensor(given, dtype=torch.float64, device=device)
 
 
@@ -193,9 +183,8 @@ def _check_values(divisor: Tensor, offset: Tensor, floor: bool) -> None:
 def map_pairs(
     positions: Tensor, modulus: int, divisor: Tensor, floor: bool, offset: Tensor
 ) -> Tensor:
-    """Map positions (any shape) as a PairMap with these values: (..., *divisor.shape)."""
-    of_pairs = PositionMap(modulus, divisor, floor, offset)
-    return of_pairs(positions.reshape(*positions.shape, *[1] * divisor.dim()))
+    """Map positions (any shape) as a PairMap with these values (pairs,): (..., pairs)."""
+    return PositionMap(modulus, divisor, floor, offset)(positions.unsqueeze(-1))
 
 
 class Region(NamedTuple):
@@ -227,7 +216,7 @@ class Score:
     granularity: int = 1
     stored: PlainMap | PairMap = UNROTATED
     given: Mapping[str, Any] | None = field(default=None, compare=False)
-    # Divisors and offsets of all PairMaps, (rows, 2, heads_k or 1, pairs) float64, or None.
+    # Divisors and offsets of all PairMaps, (rows, 2, pairs) float64, or None.
     pair_maps: Tensor | None = field(init=False, compare=False)
     _in_rows: Score | None = field(init=False, compare=False)
     _copies: dict[tuple[torch.device, bool], Tensor] = field(init=False, compare=False)
@@ -277,8 +266,8 @@ class Score:
     def pair_maps_on(self, x: Tensor) -> Tensor | None:
         """Return `pair_maps` on the device of x, copied there once, for training once more."""
         maps = self.pair_maps
-        if maps is None or maps.device == x.device or maps.requires_grad:
-            return maps if maps is None else maps.to(x.device)
+        if maps is None or maps.device == x.device:
+            return maps
         # Copies made in inference mode cannot be saved for a backward.
         key = (x.device, torch.is_grad_enabled())
         found = self._copies.get(key)
@@ -289,11 +278,11 @@ class Score:
         return found
 
     def stored_at(self, positions: Tensor) -> Tensor:
-        """Map positions (...) by `stored`: (...), or (..., pairs) by a PairMap of all heads."""
+        """Map positions (...) by `stored`: (...), or (..., pairs) by a PairMap."""
         if isinstance(self.stored, PositionMap):
             return self.stored(positions)
         maps, row = self.pair_maps_on(positions), self.plain.stored.row  # type: ignore[union-attr]
-        divisor, offset = maps[row, :, 0]  # type: ignore[index]
+        divisor, offset = maps[row]  # type: ignore[index]
         return map_pairs(positions, self.stored.modulus, divisor, self.stored.floor, offset)
 
     @property
@@ -356,11 +345,7 @@ def _plain(by: PlainMap | PairMap, rows: list[PairMap]) -> PlainMap:
 
 
 def _table(name: str, rows: list[PairMap]) -> Tensor:
-    pairs = {x.divisor.shape[-1] for x in rows}
-    heads = {x.divisor.shape[0] for x in rows if x.divisor.dim() == 2}
-    if len(pairs) > 1 or len(heads) > 1:
-        shapes = [tuple(x.divisor.shape) for x in rows]
-        raise ValueError(f"{name}: PairMaps must be of the same pairs and heads, got {shapes}")
-    shape = (*(heads or {1}), *pairs)
-    tables = [torch.stack((x.divisor.expand(shape), x.offset.expand(shape))) for x in rows]
-    return torch.stack(tables)
+    pairs = [len(x.divisor) for x in rows]
+    if len({*pairs}) > 1:
+        raise ValueError(f"{name}: PairMaps must be of the same pairs, got {pairs}")
+    return torch.stack([torch.stack((x.divisor, x.offset)) for x in rows])

@@ -24,8 +24,8 @@ def dpe(window: int, group_sizes: Sequence[Any] | Tensor, pairs: int | None = No
     decoding and this function window // s. A size of 1 leaves a pair unchanged (their top-k dims).
 
     window: in tokens.
-    group_sizes: whole numbers >= 1, one per pair, (pairs,), or per head of k and pair, (heads_k,
-        pairs). With the argument pairs: one per equal part of the pairs.
+    group_sizes: whole numbers >= 1, one per pair. With the argument pairs: one per equal part of
+        the pairs.
     pairs: the number of pairs that rotate, rotary_dim/2; a multiple of the number of sizes.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.

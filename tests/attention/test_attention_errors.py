@@ -116,8 +116,7 @@ def test_a_cap_may_be_past_64_bits(named):
 def test_what_was_made_in_inference_mode_trains():
     with torch.inference_mode():
         freqs = RopeFreqs(FREQS.inv_freq * 1)
-        divisors = torch.full(freqs.inv_freq.shape, 2.0, device=device())
-        score = scores.far_frequencies(2, divisors)
+        score = scores.dpe(2, torch.full(freqs.inv_freq.shape, 2.0, device=device()))
     q = Q.clone().requires_grad_()
     rope_attention(q, K, V, freqs, score).sum().backward()
     assert q.grad.isfinite().all()

@@ -67,9 +67,9 @@ SWITCHES = {
 
 
 OF_PAIRS = PairRow(0, floor=False, row=0)
-SWITCHES["frequencies and divisors of heads"] = {
+SWITCHES["frequencies of heads and divisors of pairs"] = {
     "inv_freq": rope(16).inv_freq * torch.tensor([1.0, 0.5])[None, :, None],
-    "pair_maps": 1 + torch.arange(32).view(1, 2, 2, 8).double().sqrt(),
+    "pair_maps": 1 + torch.arange(16).view(1, 2, 8).double().sqrt(),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_oracle import by_formula, check_both, closed_form, make_qkv
 from decode_oracle import Case, check
-from score_examples import PLAIN, Example, of_pairs
+from score_examples import PLAIN, Example, of_pairs, other_frequencies
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, methods, rope_attention, scores
@@ -27,18 +27,17 @@ def drawn(*shape, seed=0) -> Tensor:
 
 
 def stretched(factors: Tensor) -> Score:
-    return scores.far_frequencies(WINDOW, factors)
+    return other_frequencies(WINDOW, factors)
 
 
-def example(name: str, heads: int = 1) -> Example:
-    """A score with sizes or factors of each pair, and maybe each head."""
-    shape = (heads, PAIRS) if heads > 1 else (PAIRS,)
+def example(name: str) -> Example:
+    """A score with sizes or factors of each pair."""
     if name == "factors":
-        factors = 0.5 + 8 * drawn(*shape, seed=1)
+        factors = 0.5 + 8 * drawn(PAIRS, seed=1)
         return Example(
             stretched(factors), functools.partial(of_pairs, window=WINDOW, divisors=factors)
         )
-    sizes = (1 + 5 * drawn(*shape)).round()
+    sizes = (1 + 5 * drawn(PAIRS)).round()
     score = scores.dpe(WINDOW, sizes)
     if name == "stored by another map":  # keys are stored by one map, and far keys seen by another
         score = Score("stored by another map", score.regions, stored=PositionMap())
@@ -59,10 +58,8 @@ class Row(NamedTuple):
 
 MADE = {
     "groups": Row(example("groups")),
-    "groups of heads": Row(example("groups", 2)),
     "factors": Row(example("factors")),
-    "factors of heads": Row(example("factors", 2)),
-    "stored by another map": Row(example("stored by another map", 2)),
+    "stored by another map": Row(example("stored by another map")),
     "frequencies of heads": Row(PLAIN, frequencies(2)),
     "frequencies and factors": Row(example("factors"), frequencies(2)),
 }
@@ -93,7 +90,7 @@ def test_outputs_and_gradients(name, dtype, any_backend):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", ("groups of heads", "frequencies and factors"))
+@pytest.mark.parametrize("name", ("groups", "frequencies and factors"))
 def test_options(name, option, any_backend):
     """With frequencies of each sequence."""
     made, options = MADE[name].example, dict(OPTIONS[option])
@@ -121,90 +118,76 @@ CACHES = {
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", MADE)
 def test_decode(name, kind, any_backend):
-    """What is read, and where new keys are written: by pair and head."""
+    """What is read, and where new keys are written: by pair, and by head."""
     of_heads = MADE[name].freqs is not BASE
     check(replace(CACHES[kind], example=MADE[name].example, freqs_per_head=of_heads), any_backend)
 
 
 # -------------------------------------------------------------------------------------------------
-# Gradients of frequencies, divisors and offsets
+# Gradients of frequencies
 
 
 @pytest.mark.parametrize("kind", ["batch", "packed", "no score"])
-def test_gradients_of_frequencies_and_divisors(kind, any_backend):
+def test_gradients_of_frequencies(kind, any_backend):
     """By every backend as by autograd through the formula of the reference, in float64."""
     q, k, v = qkv(batch=1 if kind == "packed" else 2, seqlen_q=19)
-    factors = (0.5 + 8 * drawn(2, PAIRS)).to(q.device).requires_grad_()
     inv_freq = frequencies(2, 2).inv_freq.requires_grad_()
     options = {"rotary_offset": 4 if kind == "batch" else 0}
     if kind == "packed":
         options["cu_seqlens"] = torch.tensor([0, 5, 19], dtype=torch.int32, device=q.device)
         q, k, v = q[0], k[0], v[0]
     dout = torch.randn_like(q)
+    score = None if kind == "no score" else stretched(0.5 + 8 * drawn(PAIRS))
 
     def found(backend, dtype):
-        score = None if kind == "no score" else stretched(factors)
         tensors = (x.to(dtype) for x in (q, k, v))
         out = rope_attention(*tensors, RopeFreqs(inv_freq), score, backend=backend, **options)
-        leaves = (inv_freq,) if score is None else (inv_freq, factors)
-        return torch.autograd.grad((out * dout.to(dtype)).sum(), leaves)
+        return torch.autograd.grad((out * dout.to(dtype)).sum(), inv_freq)[0]
 
-    exact = found("reference", torch.float64)
-    for name, got, low, want in zip(
-        ("inv_freq", "divisor"), found(any_backend, torch.float32),
-        found("reference", torch.float32), exact, strict=False,
-    ):  # fmt: skip
-        # Sums of some hundred terms that were rounded in float32, of which regions are differences.
-        noise = 1e-5 * want.abs().max().item()
-        assert_within_budget(name, got, low, want.to(got.dtype).double(), noise=noise)
+    want, low = found("reference", torch.float64), found("reference", torch.float32)
+    # Sums of some hundred terms that were rounded in float32, of which regions are differences.
+    noise = 1e-5 * want.abs().max().item()
+    got = found(any_backend, torch.float32)
+    assert_within_budget("inv_freq", got, low, want.to(got.dtype).double(), noise=noise)
 
 
 def losses(q, k, v):
-    """A loss of frequencies and divisors by the fused kernels, and both."""
+    """A loss of frequencies by the fused kernels, and these."""
+    score = stretched(0.5 + 8 * drawn(PAIRS))
 
-    def loss(inv_freq, divisors):
-        score = stretched(divisors)
+    def loss(inv_freq):
         return rope_attention(q, k, v, RopeFreqs(inv_freq), score).square().sum()
 
-    inv_freq = frequencies(2).inv_freq
-    return loss, (inv_freq, (0.5 + 8 * drawn(PAIRS)).to(q.device))
+    return loss, frequencies(2).inv_freq
 
 
 def test_gradients_of_frequencies_within_torch_func():
-    loss, leaves = losses(*qkv())
-    shifted = tuple(x + 0.1 for x in leaves)
-    want = []
-    for given in (leaves, shifted):
-        given = [x.clone().requires_grad_() for x in given]
-        want.append(torch.autograd.grad(loss(*given), given))
-    found = torch.func.grad(loss, (0, 1))(*leaves)
-    by_freq = torch.func.grad(lambda inv_freq: loss(inv_freq, leaves[1]))
-    several = torch.func.vmap(by_freq)(torch.stack((leaves[0], shifted[0])))
-    for got, wanted in zip((*found, several[0]), (*want[0], want[0][0]), strict=True):
-        torch.testing.assert_close(got, wanted)
+    loss, inv_freq = losses(*qkv())
+    given, want = torch.stack((inv_freq, inv_freq + 0.1)), []
+    for x in given:
+        leaf = x.clone().requires_grad_()
+        want.append(torch.autograd.grad(loss(leaf), leaf)[0])
+    torch.testing.assert_close(torch.func.grad(loss)(inv_freq), want[0])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(given)[0], want[0])
 
 
 def test_gradients_of_frequencies_have_none_of_their_own():
     """They say so, in place of a zero."""
-    loss, leaves = losses(*qkv())
-    leaves = [x.requires_grad_() for x in leaves]
-    first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
-    for found in first:
-        with pytest.raises(NotImplementedError, match="attention: the fused kernels have first"):
-            torch.autograd.grad(found.square().sum(), leaves, retain_graph=True)
+    loss, inv_freq = losses(*qkv())
+    leaf = inv_freq.requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention: the fused kernels have first"):
+        torch.autograd.grad(first.square().sum(), leaf)
 
 
 @pytest.mark.thorough
-def test_divisors_are_learned_in_a_graph():
-    """A score that is made anew in every step is part of the graph."""
-    loss, leaves = losses(*qkv())
-    leaves = [x.requires_grad_() for x in leaves]
+def test_frequencies_are_learned_in_a_graph():
+    loss, inv_freq = losses(*qkv())
+    leaf = inv_freq.requires_grad_()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    want = torch.autograd.grad(loss(*leaves), leaves)
-    for got, wanted in zip(torch.autograd.grad(compiled(*leaves), leaves), want, strict=True):
-        torch.testing.assert_close(got, wanted)
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], want)
     whole = torch.compile(backend="eager", fullgraph=True)  # of a backward alone
     with torch._dynamo.compiled_autograd._enable(whole):
-        loss(*leaves).backward()
-    for leaf, wanted in zip(leaves, want, strict=True):
-        torch.testing.assert_close(leaf.grad, wanted)
+        loss(leaf).backward()
+    torch.testing.assert_close(leaf.grad, want)

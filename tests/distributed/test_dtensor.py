@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from extrope_kernels import (
     RopeFreqs,
@@ -158,27 +158,21 @@ def test_norms_and_rotates(ranks, case):
         ranks.run(norms_and_rotates, 4, placement=placement, case=case)
 
 
-def attends_by_learned_frequencies(mesh, placement, by_axes):
+def attends_by_learned_frequencies(mesh, placement):
     q, k = make_qk(4, 8, 8, 4, 16, torch.float32)
-    options = {"positions": POSITIONS.expand(3, 4, 8)} if by_axes else {}
-    sinks = torch.linspace(-1, 1, 8)
+    sinks, score = torch.linspace(-1, 1, 8), scores.dpe(3, [1 + n % 3 for n in range(8)])
 
-    def function(q, k, v, inv_freq, divisors):
-        freqs = RopeFreqs(inv_freq, axes=AXES if by_axes else None)
-        if isinstance(divisors, DTensor):  # a score takes plain ones
-            divisors = divisors.to_local()
-        score = scores.far_frequencies(3, divisors)
-        return (rope_attention(q, k, v, freqs, score, sinks=sinks, **options),)
+    def function(q, k, v, inv_freq):
+        return (rope_attention(q, k, v, RopeFreqs(inv_freq), score, sinks=sinks),)
 
-    leaves = [q, k, k + 1, FREQS.inv_freq, torch.linspace(1, 3, 8)]
-    placements = [*[placement] * 3, *[[Replicate()]] * 2]
+    leaves = [q, k, k + 1, FREQS.inv_freq]
+    placements = [*[placement] * 3, [Replicate()]]
     equals_plain(mesh, function, leaves, [q + 1], placements, kept=False)
 
 
-@pytest.mark.parametrize("by_axes", [False, True])
-def test_attends_by_learned_frequencies(ranks, by_axes):
+def test_attends_by_learned_frequencies(ranks):
     for placement in ([Shard(0)], [Shard(2)]):
-        ranks.run(attends_by_learned_frequencies, 4, placement=placement, by_axes=by_axes)
+        ranks.run(attends_by_learned_frequencies, 4, placement=placement)
 
 
 def merges(mesh):

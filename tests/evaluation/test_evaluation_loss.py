@@ -220,8 +220,7 @@ def test_defaults_of_score_methods_follow_the_training_length():
 
 def test_score_methods_in_the_table(run, folder, text, tokenizer, tmp_path, capsys):
     methods = ",".join(("rope", *SCORES))
-    params = ["leaky_rerope.factor=4", "far_frequencies.divisors=[1,2,3,4]"]
-    params += ["dpe.group_sizes=[1,2,2,4]"]  # a model's own, as the divisors: no defaults
+    params = ["leaky_rerope.factor=4", "dpe.group_sizes=[1,2,2,4]"]  # a model's own: no default
     assert run(methods=methods, lengths="70", param=params) == 0
     rows = {row["method"]: row for row in results(tmp_path)["rows"]}
     assert list(rows) == methods.split(",")

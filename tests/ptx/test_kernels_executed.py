@@ -79,8 +79,8 @@ def of_norms(name: str, exact: Tensor) -> float:
 
 
 def of_heads(dim: int, floor: bool, heads: int = 2) -> dict:
-    """Frequencies of each head of k, and a divisor and an offset of each of its pairs."""
-    divisors = 1 + torch.arange(heads * dim // 2).view(heads, -1) % 7
+    """Frequencies of each head of k, and a divisor and an offset of each pair."""
+    divisors = 1 + torch.arange(dim // 2) % 7
     k_map = PairMap(divisors, floor=floor)
     q_map = PairMap(divisors, 32 - (32 // divisors if floor else 32 / divisors), floor=floor)
     near = Region(-31, PositionMap(), PositionMap())

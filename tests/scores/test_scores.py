@@ -35,7 +35,6 @@ def test_a_score_prints_its_parameters():
         "blockwise_causal(block_size=8)": scores.blockwise_causal(8),
         "string(shift=9, window=3)": scores.string(9, 3),
         "dpe(window=8, group_sizes=(4,))": scores.dpe(8, [1, 2, 4, 8]),
-        "far_frequencies(window=8, divisors=(2,))": scores.far_frequencies(8, [1.0, 2.0]),
     }
     assert [repr(score) for score in shown.values()] == list(shown)
     own = Score("own", (Region(FIRST_KEY, PositionMap(), PositionMap()),))
@@ -71,25 +70,10 @@ def test_dpe_with_one_size_is_self_extend():
     assert torch.equal(found, want[..., None].expand_as(found))
 
 
-def test_far_frequencies_goes_on_where_the_window_ends():
-    """At the window's end both regions see the same angle, and past it the other method's."""
-    near, far = methods.rope(32), methods.yarn(32, factor=4, original_max_position_embeddings=64)
-    ratio = near.inv_freq / far.inv_freq
-    score = SCORES["far_frequencies"](16, ratio)
-    i = torch.tensor(100)
-    region = score.regions[0]
-    for x in (16, 17, 90):
-        angle = near.inv_freq * (region.q_map(i) - region.k_map(i - x))
-        want = near.inv_freq.double() * 16 + far.inv_freq.double() * (x - 16)
-        torch.testing.assert_close(angle, want, rtol=1e-6, atol=1e-6)
-
-
 def test_equal_pair_maps_are_equal_scores():
     one, same, other = (SCORES["dpe"](8, sizes) for sizes in ([1, 2], [1, 2], [2, 1]))
     assert one == same and one != other and hash(one) == hash(same)
     assert one.plain == other.plain and one.plain.regions[0].k_map.row == 1
-    learned = torch.ones(2).requires_grad_()
-    assert SCORES["far_frequencies"](8, learned) != SCORES["far_frequencies"](8, learned + 1)
 
 
 def test_plain_attention_has_one_region():
@@ -129,7 +113,8 @@ def test_maps_survive_their_columns():
         ("dual_chunk", (4, 4), "local_window must be less than chunk_size 4, got 4"),
         ("string", (4, 5), "string: window must be at most shift 4, got 5"),
         ("dpe", (8, [1.5]), r"dpe: group_sizes must be whole numbers >= 1, got \[1.5\]"),
-        ("dpe", (8, [[1, 2], [0, 1]]), r"dpe: group_sizes\[2\] must be > 0, got 0"),
+        ("dpe", (8, [[1, 2], [0, 1]]), r"dpe: group_sizes must be \(pairs,\) numbers, got"),
+        ("dpe", (8, [1, 0]), r"dpe: group_sizes\[1\] must be > 0, got 0"),
         ("dpe", (8, [1, 2], 5), "dpe: pairs must be a multiple of the 2 group_sizes, got 5"),
         ("dpe", (8, [1, 2, 4, 8], 2**31), r"dpe: pairs must be < 2\*\*20, got 2147483648"),
     ],
@@ -218,8 +203,8 @@ def test_copies_are_real():
 
 def test_numbers_are_read_whatever_the_default_device():
     with torch.device("meta"):
-        scores_made = (scores.dpe(4, [1, 2, 4]), scores.far_frequencies(8, [1.5] * 4))
-    assert all(score.pair_maps.device.type == "cpu" for score in scores_made)
+        score = scores.dpe(4, [1, 2, 4])
+    assert score.pair_maps.device.type == "cpu"
 
 
 def test_regions_are_one_to_three_in_order():
@@ -238,6 +223,16 @@ def test_regions_are_one_to_three_in_order():
     [
         (lambda: PairMap(None), TypeError, "PairMap: divisor must be numbers, got None"),
         (lambda: PairMap([1.0 + 2j]), TypeError, "PairMap: divisor must be real numbers"),
+        (
+            lambda: PairMap(torch.ones(2, requires_grad=True)),
+            ValueError,
+            "PairMap: divisor must not require grad, got one that does",
+        ),
+        (
+            lambda: PairMap([[1.0], [2.0]]),
+            ValueError,
+            r"PairMap: divisor must be \(pairs,\), got shape \(2, 1\)",
+        ),
         (lambda: PairMap([1.0], floor=0.5), TypeError, "PairMap: floor must be a bool, got 0.5"),
         (
             lambda: PairMap([1.0, 2.0, 4.0], [1.0, 2.0]),

@@ -21,6 +21,7 @@ from score_examples import (
     dual_chunk,
     example,
     of_pairs,
+    other_frequencies,
     rerope,
     self_extend,
     string,
@@ -101,17 +102,17 @@ def offsets(head_dim: int, rotary_dim: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def by_pair(draw, pairs: int, heads: int) -> Example:
-    """A score whose pairs of dims, and maybe heads, see other positions, stored so or not."""
+def by_pair(draw, pairs: int) -> Example:
+    """A score whose pairs of dims see other positions, stored so or not."""
     generator = torch.Generator().manual_seed(draw(seeds()))
-    drawn = torch.rand(draw(st.sampled_from((1, heads))), pairs, generator=generator).double()
+    drawn = torch.rand(pairs, generator=generator).double()
     window = draw(st.integers(1, 50))
     if draw(st.booleans()):
         sizes = {"sizes": (1 + 5 * drawn).round()}
         score = scores.dpe(window, sizes["sizes"])
     else:
         sizes = {"divisors": 0.5 + 8 * drawn}
-        score = scores.far_frequencies(window, sizes["divisors"])
+        score = other_frequencies(window, sizes["divisors"])
     if draw(st.booleans()):
         score = Score(score.name, score.regions, stored=PositionMap())
     return Example(score, functools.partial(of_pairs, window=window, **sizes))
@@ -144,7 +145,7 @@ def cases(draw, dtypes=LOW) -> Case:
         leading_k = (batch, seqlen)
     freqs = draw(frequencies(head_dim, names=("rope", "yarn", "pi", "ntk_by_parts", "longrope")))
     pairs = freqs.inv_freq.shape[-1]
-    example = draw(st.one_of(examples(), examples(), by_pair(pairs, heads_k)))
+    example = draw(st.one_of(examples(), examples(), by_pair(pairs)))
     rows = (
         draw(st.sampled_from((1, max(batch, 1)))),
         draw(st.sampled_from((0, 0, heads_k))),
@@ -195,7 +196,7 @@ def caches(draw) -> decode_oracle.Case:
     head_dim = draw(st.sampled_from((8, 24, 32, 64, 128) if short else (8, 24, 32)))
     rotary_dim = 2 * draw(st.integers(1, head_dim // 2))
     pads = st.lists(st.integers(0, 9), **each)
-    example = draw(st.one_of(examples(), examples(), by_pair(rotary_dim // 2, heads_k)))
+    example = draw(st.one_of(examples(), examples(), by_pair(rotary_dim // 2)))
     per_head = draw(st.booleans()) and draw(st.booleans())
     xpos = example.score.name == "blockwise_causal" and not per_head and draw(st.booleans())
     return decode_oracle.Case(

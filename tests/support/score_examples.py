@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from extrope_kernels import scores
-from extrope_kernels.scores import Score
+from extrope_kernels.scores import FIRST_KEY, PairMap, PositionMap, Region, Score
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,21 @@ def string(seqlen_q, seqlen_k, shift, window) -> Relative:
 
 
 def of_pairs(seqlen_q, seqlen_k, window, sizes=None, divisors=None) -> Relative:
-    """DPE by sizes, other frequencies far away by divisors: of each pair, and maybe each head."""
+    """DPE by sizes, or other frequencies far away by divisors: of each pair."""
     i, j = (x[..., None] for x in indices(seqlen_q, seqlen_k))
     x = i - j
     by = torch.as_tensor(sizes if divisors is None else divisors).double()
-    by = by.view(-1, 1, 1, by.shape[-1])
     far = window + (x - window) / by if sizes is None else i // by - j // by + window - window // by
     seen = x[..., 0].masked_fill(x[..., 0] < 0, torch.nan)
-    return Relative(seen, by_pair=torch.where(x < window, x, far)[None])
+    return Relative(seen, by_pair=torch.where(x < window, x, far)[None, None])
+
+
+def other_frequencies(window: int, divisors) -> Score:
+    """Keep distances up to a window; past it pair n's grow by 1 / divisors[n] a token."""
+    d = torch.as_tensor(divisors, dtype=torch.float64)
+    far = Region(FIRST_KEY, PairMap(d, window - window / d), PairMap(d))
+    near = Region(1 - window, PositionMap(), PositionMap())
+    return Score("other_frequencies", (far, near), stored=far.k_map)
 
 
 def by_regions(seqlen_q: int, seqlen_k: int, score: Score) -> Relative:
@@ -134,7 +141,7 @@ class Example:
 
     @property
     def by_pair(self) -> bool:
-        """Whether pairs of dims, or heads, see other positions."""
+        """Whether pairs of dims see other positions."""
         return self.score is not None and self.score.pair_maps is not None
 
 
@@ -158,9 +165,5 @@ EXAMPLES = {
 # Scores with maps of pairs, by the number of pairs: tests/attention/test_pair_maps.py has them.
 OF_PAIRS: dict[str, Callable[[int], dict]] = {
     "dpe": lambda pairs: {"window": 6, "group_sizes": [1 + 2 * n % 7 for n in range(pairs)]},
-    "far_frequencies": lambda pairs: {
-        "window": 6,
-        "divisors": [0.5 + 0.75 * n for n in range(pairs)],
-    },
 }
 PLAIN = Example(None, functools.partial(rerope, window=1 << 40))  # rope_attention without a score

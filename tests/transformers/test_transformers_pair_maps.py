@@ -1,4 +1,4 @@
-"""`extend` with scores whose maps differ by pair of dims, and by head."""
+"""`extend` with scores whose maps differ by pair of dims."""
 
 import pytest
 import torch
@@ -23,14 +23,11 @@ def test_equal_groups_are_self_extend(family):
         torch.testing.assert_close(logits(model, IDS), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cache_gives_the_same(family, by_head):
+def test_a_cache_gives_the_same(family):
     model = build(family)
-    heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
-    groups = [[n + h for n in sizes(family)] for h in range(heads)] if by_head else sizes(family)
     plain = logits(model, IDS)
-    with extend(model, "dpe", window=8, group_sizes=groups):
+    with extend(model, "dpe", window=8, group_sizes=sizes(family)):
         whole = logits(model, IDS)
         past = model(IDS[:, :30], use_cache=True)[CACHE]
         with torch.no_grad():
@@ -61,23 +58,3 @@ def test_another_score_refuses_the_cache():
         pytest.raises(ValueError, match="extend: cache must have been filled under dpe"),
     ):
         model(IDS[:, 30:], **{CACHE: past})
-
-
-def test_divisors_are_learned():
-    """Their gradient is the slope between two values of each."""
-    model = build("gpt_neox").double()  # other families' norms round to float32
-    pairs = len(sizes("gpt_neox"))
-    divisors = torch.linspace(1.5, 4.0, pairs, dtype=torch.float64)
-
-    def loss(d):
-        with extend(model, "far_frequencies", window=8, divisors=d):
-            return model(input_ids=IDS, use_cache=False).logits.square().mean()
-
-    learned = divisors.clone().requires_grad_()
-    (found,) = torch.autograd.grad(loss(learned), learned)
-    for pair in (0, pairs - 1):
-        step = torch.zeros(pairs, dtype=torch.float64)
-        step[pair] = 1e-5
-        with torch.no_grad():
-            slope = (loss(divisors + step) - loss(divisors - step)) / 2e-5
-        torch.testing.assert_close(found[pair], slope, rtol=1e-5, atol=1e-9)

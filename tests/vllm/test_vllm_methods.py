@@ -51,7 +51,6 @@ SCORE_METHODS = {
     "blockwise_causal": {"block_size": 48},
     "string": {"window": 16, "shift": 48},
     "dpe": {"window": 64, "group_sizes": [1 + n % 5 for n in range(PAIRS)]},
-    "far_frequencies": {"window": 64, "divisors": [1.5 + n % 5 for n in range(PAIRS)]},
 }
 
 

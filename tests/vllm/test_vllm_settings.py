@@ -305,26 +305,6 @@ def test_refused(extrope, given, message):
         make_engine(config(extrope, **given))
 
 
-@pytest.mark.parametrize(
-    ("divisors", "ranks", "message"),
-    [
-        ([[1.5] * 16] * 3, 1, "maps for each of the 2 heads of keys, got 3 over 1 ranks"),
-        ([[1.5] * 16] * 2, 2, "without tensor parallelism .* got 2 over 2 ranks"),
-        ([[1.5] * 16] * 2, 1, None),
-        ([1.5] * 16, 2, None),
-    ],
-)
-def test_maps_for_each_head_are_those_of_the_heads(divisors, ranks, message):
-    score = {"method": "far_frequencies", "window": 64, "divisors": divisors}
-    given = parallel(tensor_parallel_size=ranks)
-    made = config({"score": score}, (), {"get_total_num_kv_heads": lambda: 2}, **given)
-    if message is None:
-        assert make_engine(made).settings.score.name == "far_frequencies"
-    else:
-        with pytest.raises(ValueError, match=f"^extrope: .*{message}"):
-            make_engine(made)
-
-
 def test_frequencies_alone_need_less():
     for text, model in (
         ({"num_kv_shared_layers": 2}, {}),

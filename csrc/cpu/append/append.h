@@ -156,40 +156,24 @@ class Append {
     x.out = cache.data, x.out_head = cache.head, x.out_rows = rows.data();
   }
 
-  // Rotates by positions by axis, with an axis for each pair of dims. Heads with maps of their own
-  // are rotations of their own.
+  // Rotates by positions by axis, with an axis for each pair of dims.
   void add_keys_by_pair(const RopeNormParams& keys, const PositionMap& stored,
                         const PairMaps& pair_maps, const std::vector<int64_t>& positions) {
     const int64_t pairs = keys.rotary_dim / 2;
     axes_.resize(pairs);
     std::iota(axes_.begin(), axes_.end(), 0);
-    for (int64_t head = 0; head < pair_maps.heads; ++head) {
-      std::vector<double> places;  // (pairs, tokens)
-      places.reserve(pairs * positions.size());
-      for (int64_t i = 0; i < pairs; ++i) {
-        const double divisor = pair_maps.divisors(stored, head)[i];
-        const double offset = pair_maps.offsets(stored, head)[i];
-        for (const int64_t position : positions) {
-          places.push_back(stored.place(stored.remainder(position), divisor, offset));
-        }
+    std::vector<double> places;  // (pairs, tokens)
+    places.reserve(pairs * positions.size());
+    for (int64_t i = 0; i < pairs; ++i) {
+      const double divisor = pair_maps.divisors(stored)[i], offset = pair_maps.offsets(stored)[i];
+      for (const int64_t position : positions) {
+        places.push_back(stored.place(stored.remainder(position), divisor, offset));
       }
-      RopeNormParams p = pair_maps.heads > 1 ? of_head(keys, head) : keys;
-      p.axes = axes_.data(), p.num_axes = pairs, p.position_axis = positions.size();
-      set_positions(p, std::move(places));
-      add(p);
     }
-  }
-
-  // Returns the same rotation for only one head.
-  static RopeNormParams of_head(RopeNormParams p, int64_t head) {
-    RopeTensor& x = p.tensors[0];
-    const int64_t bytes = element_bytes(p.dtype);
-    x.in = static_cast<const char*>(x.in) + head * x.in_head * bytes;
-    x.out = static_cast<char*>(x.out) + head * x.out_head * bytes;
-    const int64_t element = p.inv_freq_is_f64 ? 8 : 4;
-    p.inv_freq = static_cast<const char*>(p.inv_freq) + head * p.freq_head * element;
-    x.heads = p.angle_heads = 1, p.freq_head = 0;
-    return p;
+    RopeNormParams p = keys;
+    p.axes = axes_.data(), p.num_axes = pairs, p.position_axis = positions.size();
+    set_positions(p, std::move(places));
+    add(p);
   }
 
   bool overlaps(const Rows& source, const Rows& cache, const std::vector<int64_t>& rows) const {

@@ -29,7 +29,7 @@ struct Args {
   bool packed() const { return cu_seqlens.has_value(); }
   std::vector<double> pair_maps_of(AttentionParams& p) const {
     const int64_t half = inv_freq.size(inv_freq.dim() - 1);
-    return set_pair_maps("attention", pair_maps, p.heads_k, half, log_decay.has_value(), p.regions);
+    return set_pair_maps("attention", pair_maps, half, log_decay.has_value(), p.regions);
   }
   RotationArgs rotation() const {
     const double factor = options.attention_factor;

@@ -42,7 +42,7 @@ inline void fill_token(const CosSinTable& t, const double* inv_freq, int64_t pos
     const double* freq = inv_freq;
     if (of_pairs) {
       const PositionMap from = t.from ? *t.from : PositionMap::constant(0);
-      freq = pairs.fill(t.pair_maps, t.map, from, head, position, inv_freq);
+      freq = pairs.fill(t.pair_maps, t.map, from, position, inv_freq);
     }
     fill_sincos(freq, t.half, angles, row, row + t.padded);
   }

@@ -127,18 +127,13 @@ class Rotation {
     }
   }
 
-  // Returns the number of heads of k with their own table; 1: all share one.
-  int64_t heads_of(const PositionMap& map) const {
-    return inv_freq_.heads > 1 || p_.regions.pair_maps.differ_by_head(map) ? p_.heads_k : 1;
-  }
-
   CosSinTable table(const PositionMap& map) const {
     CosSinTable t{};
     t.inv_freq = inv_freq_.values.data();
     t.half = inv_freq_.half, t.padded = inv_freq_.padded;
     t.freq_row = inv_freq_.rows > 1 ? inv_freq_.heads * inv_freq_.padded : 0;
     t.freq_head = inv_freq_.heads > 1 ? inv_freq_.padded : 0;
-    t.heads = heads_of(map);
+    t.heads = inv_freq_.heads;
     t.map = map, t.pair_maps = p_.regions.pair_maps;
     t.cu_seqlens = p_.cu_seqlens, t.num_sequences = p_.num_sequences;
     return t;
@@ -160,7 +155,6 @@ class Rotation {
     t.log_decay = k_decay_.empty() ? nullptr : k_decay_.data();
     t.amplitude = 1.0;
     t.from = &p_.regions.stored;
-    t.heads = std::max(t.heads, heads_of(p_.regions.stored));
     t.start = p_.k_start;
     t.tokens = p_.seqlen_k;
     return t;

@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor> decode(
   DecodeParams p = make_params(args, q, sinks, query_scale, options);
   const FrequencyRows freqs = frequencies_of(args, p.cache);
   p.freqs = freqs.params;
-  const std::vector<double> maps_of_p = set_pair_maps(
-      args.op, pair_maps, p.cache.heads, p.freqs.half, log_decay.has_value(), p.regions);
+  const std::vector<double> maps_of_p =
+      set_pair_maps(args.op, pair_maps, p.freqs.half, log_decay.has_value(), p.regions);
   const int64_t batch = p.cache.batch;
   const Tensor out =
       result(args, {batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v}, q.scalar_type());

@@ -26,7 +26,7 @@ class KeyRotation {
         k_map_(k_map),
         pair_maps_(p.regions.pair_maps),
         freq_head_(p.freqs.head()),
-        heads_(std::max(p.heads_of(k_map), p.heads_of(stored_))),
+        heads_(p.freqs.heads),
         padded_(round_up(p.freqs.half, kFloats)),
         stride_(round_up(p.cache.head_dim, kFloats)) {
     const double step = is_of_pairs() ? 0 : angle(1) - angle(0);
@@ -96,7 +96,7 @@ class KeyRotation {
     for (int64_t head = 0; head < heads_; ++head) {
       const int64_t at = (row * heads_ + head) * padded_;
       const double* inv_freq = inv_freq_ + head * freq_head_;
-      if (is_of_pairs()) inv_freq = pairs.fill(pair_maps_, k_map_, stored_, head, j, inv_freq);
+      if (is_of_pairs()) inv_freq = pairs.fill(pair_maps_, k_map_, stored_, j, inv_freq);
       fill_sincos(inv_freq, rotation_.half, Angles{.position = u}, &cos_[at], &sin_[at]);
     }
   }

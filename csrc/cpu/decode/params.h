@@ -43,12 +43,6 @@ struct DecodeParams {
   float* partial;  // rows of head_dim_v sums, then row_max and row_sum
   void* out;       // contiguous (batch, seqlen_q, heads_q, head_dim_v)
   float* lse;      // contiguous (batch, heads_q, seqlen_q)
-
-  // Returns the number of heads of k with their own cosines and sines under a map; 1: all share
-  // them.
-  int64_t heads_of(const PositionMap& map) const {
-    return freqs.heads > 1 || regions.pair_maps.differ_by_head(map) ? cache.heads : 1;
-  }
 };
 
 // All heads of the tokens first_token..last_token-1 of one sequence. Row r belongs to

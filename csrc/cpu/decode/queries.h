@@ -124,7 +124,7 @@ class Queries {
 
   // Rotates the queries of region r to q_map(i) - origin.
   void rotate_to(int64_t r, double origin) {
-    const int64_t heads_k = p_.heads_of(p_.regions.at[r].q_map), alike = p_.heads_q / heads_k;
+    const int64_t heads_k = p_.freqs.heads, alike = p_.heads_q / heads_k;
     for (int64_t token = 0; token < tokens_; ++token) {
       for (int64_t head_k = 0, head = 0; head_k < heads_k; ++head_k) {
         fill(r, head_k, position(token), origin);
@@ -148,7 +148,7 @@ class Queries {
     PairAngles pairs;
     if (map.is_of_pairs()) {
       const PositionMap from = PositionMap::constant(origin);
-      inv_freq = pairs.fill(p_.regions.pair_maps, map, from, head, position, inv_freq);
+      inv_freq = pairs.fill(p_.regions.pair_maps, map, from, position, inv_freq);
     }
     fill_sincos(inv_freq, p_.freqs.half, angles, cos_.data(), sin_.data());
   }

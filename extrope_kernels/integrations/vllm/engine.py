@@ -123,7 +123,6 @@ def make_engine(config: Any) -> Engine | None:
     engine = Engine(settings, kinds, layer_types, model.is_multimodal_model)
     _check_kinds(engine, len(layer_types))
     _check_heads(engine)
-    _check_maps(engine, config)
     _check_cache(engine, config.cache_config.cache_dtype)
     return engine
 
@@ -261,21 +260,6 @@ def _check_heads(engine: Engine) -> None:
         raise ValueError(
             f"{NAME}: heads must have at most {LARGEST_HEAD} dims for {OURS}, "
             f"got {dims} that rotate"
-        )
-
-
-def _check_maps(engine: Engine, config: Any) -> None:
-    """Check that a score's maps of pairs are for all heads alike, or for each of the model's."""
-    score = engine.settings.score
-    heads = 1 if score is None or score.pair_maps is None else score.pair_maps.shape[-2]
-    if heads == 1:
-        return
-    held = config.model_config.get_total_num_kv_heads()
-    ranks = config.parallel_config.tensor_parallel_size
-    if heads != held or ranks > 1:
-        raise ValueError(
-            f"{NAME}: {score.name} must have the same maps for all heads, or without tensor "
-            f"parallelism maps for each of the {held} heads of keys, got {heads} over {ranks} ranks"
         )
 
 

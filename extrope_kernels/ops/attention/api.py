@@ -104,8 +104,8 @@ def rope_attention(
 
     Returns: out like q, with v's head_dim, and with return_lse the log-sum-exp of the logits and
         the sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32 (float64 with float64
-        tensors); -inf for a row without keys or sink. Differentiable in q, k, v, sinks, inv_freq,
-        and the divisors and offsets of a score's PairMaps; to any order with backend="reference".
+        tensors); -inf for a row without keys or sink. Differentiable in q, k, v, sinks and
+        inv_freq; to any order with backend="reference".
     Raises: ValueError or TypeError that begins with the score's name and names the argument;
         NotImplementedError if the named backend cannot run here.
     """

@@ -19,9 +19,9 @@ from ...scores.base import (
     SAME,
     UNROTATED,
     PlainMap,
+    PositionMap,
     Region,
     Score,
-    map_pairs,
 )
 from .._shared import maps
 from .._shared.dtypes import NO_SCALES, Scales, accumulator
@@ -53,7 +53,7 @@ class AttentionCall(NamedTuple):
     sinks: Tensor | None = None  # (heads_q,) float32: logits without a value
     # (seqlen_q,) or (batch, seqlen_q) float32, or float64 with float64 q; packed (total,)
     query_scale: Tensor | None = None
-    # (rows, 2, heads_k or 1, pairs) float64: divisors and offsets of the PairMaps
+    # (rows, 2, pairs) float64: divisors and offsets of the PairMaps
     pair_maps: Tensor | None = None
     q_start: Tensor | None = None  # (1,) or (sequences,) int32: the first query's position
     k_start: Tensor | None = None  # the first key's; if both are None, both sides end together
@@ -153,11 +153,14 @@ class AttentionCall(NamedTuple):
         return accumulator(dtype) if self.float32_results else dtype
 
     def mapped(self, by: PlainMap, positions: Tensor) -> Tensor:
-        """Map positions (...) by a map of the score: (...) or (..., heads, pairs) float64."""
+        """Map positions (..., seqlen) by a map of the score, to float64.
+
+        Like positions, or by pair (pairs, 1 or batch, seqlen), as `rope_fwd` takes axes.
+        """
         if by.row is None:
             return by(positions)
-        divisor, offset = self.pair_maps[by.row]
-        return map_pairs(positions, by.modulus, divisor, by.floor, offset)
+        divisor, offset = self.pair_maps[by.row, :, :, None, None]
+        return PositionMap(by.modulus, divisor, by.floor, offset)(torch.atleast_2d(positions))
 
     @property
     def layout(self) -> tuple[int, bool, int]:

@@ -130,7 +130,7 @@ def _options(packed: bool) -> tuple[Spec, ...]:
         Spec("log_decay", "pairs", FLOAT32, optional=True, strides=DENSE),
         Spec("sinks", "heads_q", (WIDE,), optional=True, strides=ANY),
         _query_scale(packed),
-        Spec("pair_maps", "maps 2 1|heads_k pairs", FLOAT64, optional=True, strides=ANY),
+        Spec("pair_maps", "maps 2 pairs", FLOAT64, optional=True, strides=ANY),
     )
 
 

@@ -1,4 +1,4 @@
-"""Gradients of frequencies, divisors and offsets of pairs, computed from those of q and k.
+"""Gradients of frequencies, computed from those of q and k.
 
 The kernels return dq and dk, summed over regions. The gradient of a pair's angle is the cross
 product of a raw row and its gradient, if that comes from one region. So the backward runs again
@@ -8,7 +8,7 @@ gradient from one region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -26,8 +26,8 @@ Backward = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
 
 def backward_with_frequencies(
     backward: Backward, q: Tensor, k: Tensor, call: AttentionCall
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]:
-    """Return dq, dk and dv in the dtypes of q and k, dinv_freq, and dpair_maps or None.
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Return dq, dk and dv in the dtypes of q and k, and dinv_freq.
 
     backward(call): dq, dk and dv for a call with fewer regions, in float32.
     """
@@ -45,57 +45,50 @@ def backward_with_frequencies(
     rounded = every if call.float32_results else (x.to(t) for x, t in zip(every, dtypes))
     # Of DTensors every rank takes all tokens: it has all frequencies.
     call = call._replace(**dict(zip(call._fields, whole(call.tensors))))
-    of_angles = _of_angles([whole(x) for x in by_region], *whole((q, k)), call)
-    return tuple(rounded), *replicated(q, of_angles)
+    of_freq = _of_frequencies([whole(x) for x in by_region], *whole((q, k)), call)
+    return tuple(rounded), *replicated(q, (of_freq,))
 
 
-def _of_angles(
+def _of_frequencies(
     by_region: list[tuple[Tensor, Tensor]], q: Tensor, k: Tensor, call: AttentionCall
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     gradients = [(_of_angle(q, dq, call), _of_angle(k, dk, call)) for dq, dk in by_region]
+    at = places(q, k, call)
 
-    def total(inv_freq: Tensor, *maps: Tensor) -> Tensor:
+    def total(inv_freq: Tensor) -> Tensor:
         """Return the sum of all angles times their gradients."""
-        own = call._replace(inv_freq=inv_freq, pair_maps=maps[0] if maps else None)
-        at = places(q, k, own)
+        own = call._replace(inv_freq=inv_freq)
         of_regions = (
             (_angle(place.q, own, q) * of_q).sum() + (_angle(place.k, own, k) * of_k).sum()
             for place, (of_q, of_k) in zip(at, gradients)
         )
         return sum(of_regions)
 
-    leaves = [call.inv_freq.double(), *([] if call.pair_maps is None else [call.pair_maps])]
-    of_freq, *of_maps = _gradient(total, leaves)
-    return of_freq.to(call.inv_freq.dtype), of_maps[0] if of_maps else None
+    return _gradient(total, call.inv_freq.double()).to(call.inv_freq.dtype)
 
 
-def _gradient(function: Callable[..., Tensor], leaves: list[Tensor]) -> Sequence[Tensor]:
+def _gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
     """Return the gradient; a derivative of it reaches the op's backward, which has none."""
     if in_func_transform() or torch.compiler.is_compiling():  # elsewhere it imports the compiler
-        value, backward = torch.func.vjp(function, *leaves)
-        return backward(torch.ones_like(value))
-    leaves = [x.detach().requires_grad_() for x in leaves]
+        value, backward = torch.func.vjp(function, leaf)
+        return backward(torch.ones_like(value))[0]
+    leaf = leaf.detach().requires_grad_()
     with torch.enable_grad():
-        value = function(*leaves)
-    return torch.autograd.grad(
-        value, leaves, create_graph=torch.is_grad_enabled(), materialize_grads=True
-    )
+        value = function(leaf)
+    return torch.autograd.grad(value, leaf, create_graph=torch.is_grad_enabled())[0]
 
 
 def _of_angle(x: Tensor, dx: Tensor, call: AttentionCall) -> Tensor:
     """Return the gradient of x's rotation angles: (..., seqlen, heads_k or 1, pairs) float64."""
-    heads = max(
-        call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1,
-        1 if call.pair_maps is None else call.pair_maps.shape[-2],
-    )
+    heads = call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1
     found = cross(x, dx, *call.layout, per_head=True).double()
     return found.unflatten(-2, (heads, -1)).sum(-2)
 
 
 def _angle(place: Tensor, call: AttentionCall, x: Tensor) -> Tensor:
     """Return places times frequencies: (..., seqlen, heads_k or 1, pairs)."""
-    if place.dim() <= x.dim() - 2:
-        place = place[..., None, None]
+    # By pair (pairs, 1 or batch, seqlen).
+    place = place[..., None, None] if place.dim() < 3 else place.movedim(0, -1).unsqueeze(-2)
     inv_freq = call.inv_freq
     if inv_freq.dim() < 3:
         inv_freq = inv_freq.unsqueeze(-2)

@@ -67,7 +67,7 @@ _SCHEMAS = {
         "-> (Tensor out, Tensor lse)"
     ),
 }
-_DIFFERENTIABLE = ("q", "k", "v", "inv_freq", "sinks", "pair_maps")  # of attention_fwd
+_DIFFERENTIABLE = ("q", "k", "v", "inv_freq", "sinks")  # of attention_fwd
 
 
 # -------------------------------------------------------------------------------------------------
@@ -370,14 +370,13 @@ def _register_gradient(suffix: str) -> None:
         # The first two arguments that are recorded are not the op's.
         needs = dict(zip(names, ctx.needs_input_grad[2:]))
         grads: dict[str, Tensor | None] = {}
-        if needs["inv_freq"] or needs["pair_maps"]:
+        if needs["inv_freq"]:
 
             def of_call(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
                 return bwd(dout, dlse, q, k, v, out, lse, *call.tensors, **call.options)
 
             call = read_call(tensors, ctx.options)
-            of_rows, of_freq, of_maps = backward_with_frequencies(of_call, q, k, call)
-            grads |= {"inv_freq": of_freq, "pair_maps": of_maps}
+            of_rows, grads["inv_freq"] = backward_with_frequencies(of_call, q, k, call)
         else:
             of_rows = bwd(dout, dlse, q, k, v, out, lse, *tensors, **ctx.options)
         grads |= dict(zip(("q", "k", "v"), of_rows))

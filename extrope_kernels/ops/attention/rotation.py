@@ -11,10 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...scores import UNROTATED, PositionMap
-from .._shared.dtypes import accumulator
+from ...scores import UNROTATED
 from .._shared.library import ops
-from .._shared.pairs import join_pairs, split_pairs, with_rotated
 from .._shared.positions import sequence_of_token
 from .call import AttentionCall
 
@@ -22,7 +20,7 @@ from .call import AttentionCall
 class Places(NamedTuple):
     """The places to which a region rotates queries and keys: (seqlen,), or (batch, seqlen).
 
-    If every pair has its own place, dimensions (heads_k or 1, pairs) follow.
+    If every pair has its own place: (pairs, 1 or batch, seqlen).
     """
 
     q: Tensor
@@ -64,32 +62,14 @@ def places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
     i, j = positions(q, k, call)
     if not i.numel() or not j.numel():
         return [Places(i, j) for _ in call.regions]
-    found = []
-    for region, (of_q, of_k) in zip(call.regions, used(q, k, call)):
-        by_pair = region.k_map.row is not None or call.stored.row is not None
-        found.append(
-            Places(
-                _where(of_q, call.mapped(region.q_map, i), region.q_map.row is not None),
-                _where(of_k, moved(region.k_map, j, call), by_pair),
-            )
+    from_stored = call.mapped(call.stored, j)
+    return [
+        Places(
+            torch.where(of_q, call.mapped(region.q_map, i), 0.0),
+            torch.where(of_k, call.mapped(region.k_map, j) - from_stored, 0.0),
         )
-    return found
-
-
-def moved(by: PositionMap, j: Tensor, call: AttentionCall) -> Tensor:
-    """Return how far keys at positions j (...) rotate on from their present rotation.
-
-    (...), or for pairs (..., heads_k or 1, pairs).
-    """
-    to, origin = call.mapped(by, j), call.mapped(call.stored, j)
-    most = max(to.dim(), origin.dim())
-    to, origin = (x if x.dim() == most else x[..., None, None] for x in (to, origin))
-    return to - origin
-
-
-def _where(seen: Tensor, places: Tensor, by_pair: bool) -> Tensor:
-    """Return the places of tokens that are seen, and 0 for others."""
-    return torch.where(seen[..., None, None] if by_pair else seen, places, 0.0)
+        for region, (of_q, of_k) in zip(call.regions, used(q, k, call))
+    ]
 
 
 def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], list[Tensor]]:
@@ -136,39 +116,17 @@ def _rotate_keys(x: Tensor, j: Tensor, call: AttentionCall, adjoint: bool = Fals
 
 
 def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:
-    inv_freq = _of_heads(call.inv_freq, x)
-    if call.pair_maps is not None and position.dim() > x.dim() - 2:
-        return _rotate_pairs(x, position, inv_freq, call, amplitude, adjoint)
-    rope_args = (inv_freq, position, call.cu_seqlens, log_decay)
+    inv_freq, axes = call.inv_freq, None
+    if inv_freq.dim() == 3 and inv_freq.shape[-2] > 1:
+        inv_freq = inv_freq.repeat_interleave(x.shape[-2] // inv_freq.shape[-2], dim=-2)
+    if position.dim() == 3:  # each pair is an axis
+        axes = torch.arange(len(position), dtype=torch.int32, device=x.device)
+    rope_args = (inv_freq, position, call.cu_seqlens, log_decay, axes)
     options = {"attention_factor": amplitude, "interleaved": call.interleaved}
     options["rotary_offset"] = call.rotary_offset
     if adjoint:
         return ops.rope_bwd(x, None, None, None, *rope_args, **options)[0]
     return ops.rope_fwd(x, None, *rope_args, **options)[0]
-
-
-def _of_heads(of_keys: Tensor, x: Tensor) -> Tensor:
-    """Repeat frequencies or places (..., heads_k, pairs) for the heads of x, (..., heads, dims)."""
-    if of_keys.dim() < 3 or of_keys.shape[-2] == 1:
-        return of_keys
-    return of_keys.repeat_interleave(x.shape[-2] // of_keys.shape[-2], dim=-2)
-
-
-def _rotate_pairs(x, position, inv_freq, call, amplitude, adjoint=False) -> Tensor:
-    """Rotate each pair to its own place; position: (..., seqlen, heads_k or 1, pairs)."""
-    if inv_freq.dim() < 3:
-        inv_freq = inv_freq.unsqueeze(-2)
-    if call.cu_seqlens is not None and inv_freq.dim() == 3 and inv_freq.shape[0] > 1:
-        inv_freq = inv_freq[sequence_of_token(call.cu_seqlens, x.shape[0])]
-    elif inv_freq.dim() == 3:
-        inv_freq = inv_freq.unsqueeze(-3) if call.cu_seqlens is None else inv_freq[0]
-    angle = _of_heads(position, x) * inv_freq.double()
-    wide = accumulator(x.dtype)
-    cos, sin = ((f(angle) * amplitude).to(wide) for f in (torch.cos, torch.sin))
-    sin = -sin if adjoint else sin
-    a, b = split_pairs(x.to(wide), *call.layout)
-    rotated = join_pairs(a * cos - b * sin, b * cos + a * sin, call.interleaved)
-    return with_rotated(x, rotated, call.rotary_offset)
 
 
 def _of_tokens(start: Tensor | None, sequence: Tensor | None) -> Tensor | int:

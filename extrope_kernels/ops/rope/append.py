@@ -90,7 +90,7 @@ def rope_append_kvcache(
     score: a score method such as `scores.rerope(window)`: keys are rotated by `score.stored`, as
         `rope_attention_with_kvcache` expects them. Queries come back only normed, since that
         attention rotates them itself. XPOS's log_decay then needs a method that stores keys by
-        blocks, and a PairMap in `score.stored` must be the same for all heads.
+        blocks.
     k_scale, v_scale: (heads_k,) float32, positive, for a cache in float8_e4m3fn: keys and values
         are divided by their head's scale, rounded to nearest even, and clamped at 448 either way.
     q_norm_weight, k_norm_weight, norm_eps: as for `apply_rope_qk`; None leaves that tensor without
@@ -181,10 +181,9 @@ def _placed_by_pair(
     check(_OP, call)
     check_values(_OP, call)
     pairs = call.inv_freq.shape[-1]
-    if shape[-1] != pairs or shape.numel() != pairs:
+    if shape != (pairs,):
         raise ValueError(
-            f"{_OP}: {score.name} must store keys by a map of {pairs} pairs, the same for all "
-            f"heads, got divisors of shape {tuple(shape)}"
+            f"{_OP}: {score.name} must store keys by a map of {pairs} pairs, got {shape[0]}"
         )
     places = score.stored_at(call.token_positions()).detach().movedim(-1, 0)
     places = places if places.dim() == 3 else places[:, None]

@@ -102,7 +102,7 @@ class Call {
     if (c_.decay) t.log_decay = (queries ? q_decay_ : k_decay_).data();
     t.amplitude = queries ? kAmplitude : 1.0;
     t.map = map, t.pair_maps = p_.regions.pair_maps;
-    t.heads = t.pair_maps.differ_by_head(map) ? p_.heads_k : 1;
+    t.heads = 1;
     if (!queries) t.from = &p_.regions.stored;
     t.start = queries ? p_.q_start : p_.k_start;
     t.cu_seqlens = p_.cu_seqlens, t.num_sequences = p_.num_sequences;

@@ -27,12 +27,12 @@ inline Regions self_extend(int64_t window, int64_t group) {
   return {2, 1, {{kFirstKey, q, k}, {1 - window, kSame, kSame}}, kUnrotated};
 }
 
-// Divisors and offsets of 32 pairs in each of two heads of k: those of queries, then of keys.
+// Divisors and offsets of 32 pairs: those of queries, then of keys.
 inline const std::vector<double>& groups_of_pairs(int64_t window) {
   static const std::vector<double> table = [&] {
     std::vector<double> values;
-    for (int64_t n = 0; n < 256; ++n) {
-      const int64_t part = n / 64, group = 1 + n % 64 % 7;
+    for (int64_t n = 0; n < 128; ++n) {
+      const int64_t part = n / 32, group = 1 + n % 32 % 7;
       const int64_t offset = part == 1 ? window - window / group : 0;
       values.push_back(static_cast<double>(part % 2 == 0 ? group : offset));
     }
@@ -41,13 +41,13 @@ inline const std::vector<double>& groups_of_pairs(int64_t window) {
   return table;
 }
 
-// As self_extend, with groups of each pair and head.
+// As self_extend, with groups of each pair.
 inline Regions groups_by_pair() {
   constexpr int64_t kWindow = 40;
   const PositionMap q{.kind = MapKind::kPerPair, .floor = true, .row = 0};
   const PositionMap k{.kind = MapKind::kPerPair, .floor = true, .row = 1};
   Regions regions{2, 1, {{kFirstKey, q, k}, {1 - kWindow, kSame, kSame}}, kUnrotated};
-  regions.pair_maps = {groups_of_pairs(kWindow).data(), 2, 32};
+  regions.pair_maps = {groups_of_pairs(kWindow).data(), 32};
   return regions;
 }
 

@@ -23,7 +23,7 @@ If all dims rotate, the third part is the first again, and never used.
 of_pairs(ptr, MODEL) loads one number for each pair, (1, P). widened_codes(bits, LIKE, MODEL.codes)
 makes numbers of type LIKE of the bits of fp8, without their scale.
 
-cos_sin_of_map(position, freq, decay, pair_maps, pair, head, MAP, FROM, HALF, MAP_HEADS) returns
+cos_sin_of_map(position, freq, decay, pair_maps, pair, MAP, FROM, HALF) returns
 cosines and sines of freq * (MAP(position) - FROM(position)), exact in fixed point, times
 exp(decay * (MAP(position) - FROM(position))): float32, (tokens, P), or (1, P) if no token differs.
 FROM None counts as 0. A map by pair has a divisor and an offset for each pair, in pair_maps.
@@ -54,10 +54,10 @@ from .device import (
     FARTHEST,
     LEAST_DIMS,
     cos_sin_of_map,
+    freq_heads_of,
     log2_e,
     map_of,
     nth_map,
-    rope_heads_of,
     sequence_stride,
     softcap,
     stored_map,
@@ -81,7 +81,6 @@ class ModelConstants(NamedTuple):
     dims_v: int  # head_dim_v, rounded up to a power of two
     half: int  # pairs of dims that rotate
     freq_heads: int  # heads of k with frequencies of their own; 1: all share
-    map_heads: int  # heads of k with maps of pairs of their own; 1: all share
     pairs: int  # half, rounded up to a power of two
     rotary_offset: int  # the first dim of the first pair
     rest: int  # dims before and after the rotated ones
@@ -134,7 +133,7 @@ def decode_kernel(
     out, lse,  # see OutputTarget
     scratch,  # counters, all 0, then partial results: see store_split; None if there are no splits
     inv_freq, log_decay,  # (sequences or 1, freq_heads, half) float; (half,) or None: xPos
-    pair_maps,  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
+    pair_maps,  # (rows, 2: divisors and offsets, half) float64, or None
     query_scale, sinks,  # (batch or 1, num_tokens) float32 or None; see OutputTarget
     k_scale, v_scale,  # (heads_k,) float32 of a cache in fp8, or None
     seqlens,  # (batch,) int32: slots in use before this call
@@ -218,7 +217,7 @@ def decode_kernel(
     if log_decay is not None:
         q_decay = of_pairs(log_decay, MODEL).to(tl.float64)  # (1, P)
         k_decay = -q_decay
-    rope = KeyRope(freq, k_decay, pair_maps, pair, head)
+    rope = KeyRope(freq, k_decay, pair_maps, pair)
 
     # What all regions share: pointers, and the factor of each row's logits, (M, 1) of base 2.
     # Strides come divided by ALIGN: the product at the end shows the compiler that it may load 16
@@ -256,9 +255,8 @@ def decode_kernel(
         # q, rotated to the positions of the region's map. cos, sin: (M, P), or (1, P) if all rows
         # share one position. Keys have no attention factor: queries carry it for both.
         cos, sin = cos_sin_of_map(
-            position, freq, q_decay, pair_maps, pair, head, nth_map(MODEL.q_maps, r), None,
-            MODEL.half, MODEL.map_heads,
-        )  # fmt: skip
+            position, freq, q_decay, pair_maps, pair, nth_map(MODEL.q_maps, r), None, MODEL.half
+        )
         factor = MODEL.attention_factor_sq * scale
         cos *= factor
         sin *= factor
@@ -321,7 +319,6 @@ class KeyRope(NamedTuple):
     decay: tl.tensor  # (1, P) float64, or None: xPos
     pair_maps: tl.tensor
     pair: tl.tensor  # (P,): 0, 1, ...
-    head: tl.tensor  # of k
 
 
 @triton.jit
@@ -361,8 +358,8 @@ def _add_region(
                 k_rest = widened_codes(k_rest, LIKE, MODEL.codes)
         if ROTATES:  # from their stored positions to those that this region sees
             cos, sin = cos_sin_of_map(
-                key, rope.freq, rope.decay, rope.pair_maps, rope.pair, rope.head,
-                nth_map(MODEL.k_maps, REGION), STORED, MODEL.half, MODEL.map_heads,
+                key, rope.freq, rope.decay, rope.pair_maps, rope.pair,
+                nth_map(MODEL.k_maps, REGION), STORED, MODEL.half,
             )  # fmt: skip
             k0, k1 = k0.to(tl.float32), k1.to(tl.float32)
             k0, k1 = k0 * cos - k1 * sin, k1 * cos + k0 * sin
@@ -531,15 +528,13 @@ def constants_of(
     head_dim, head_dim_v, half = cache.k.shape[3], cache.v.shape[3], call.inv_freq.shape[-1]
     regions, window, group = call.regions, call.sliding_window, q.shape[2] // cache.k.shape[2]
     packed, rest = call.cu_seqlens is not None, head_dim - 2 * half
-    freq_heads, map_heads = rope_heads_of(call)
     model = ModelConstants(
         group=group,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         dims_v=_power_of_two(head_dim_v),
         half=half,
-        freq_heads=freq_heads,
-        map_heads=map_heads,
+        freq_heads=freq_heads_of(call),
         pairs=_power_of_two(half),
         rotary_offset=call.rotary_offset,
         rest=rest,

@@ -184,20 +184,13 @@ def _mapped(position, MAP: tl.constexpr):
 
 
 @triton.jit
-def _angle(
-    position, freq, pair_maps, pair, head_k, MAP: tl.constexpr, HALF: tl.constexpr,
-    MAP_HEADS: tl.constexpr,
-):  # fmt: skip
+def _angle(position, freq, pair_maps, pair, MAP: tl.constexpr, HALF: tl.constexpr):
     """Return angles, int64 that count 2**-64 circles: (tokens, pairs) or (1, pairs)."""
     if MAP.per_pair:
-        # pair_maps: (rows, 2: divisors and offsets, MAP_HEADS, HALF)
         LARGEST: tl.constexpr = 2147483520.0  # the largest float32 within int32
-        divisor_ptr = pair_maps + MAP.row * 2 * MAP_HEADS * HALF + pair
-        if MAP_HEADS > 1:
-            divisor_ptr += head_k * HALF
-        offset_ptr = divisor_ptr + MAP_HEADS * HALF
+        divisor_ptr = pair_maps + MAP.row * 2 * HALF + pair  # of (rows, 2: divisors, offsets, HALF)
         divisor = tl.load(divisor_ptr, mask=pair < HALF, other=1.0)[None, :]
-        offset = tl.load(offset_ptr, mask=pair < HALF, other=0.0)[None, :]
+        offset = tl.load(divisor_ptr + HALF, mask=pair < HALF, other=0.0)[None, :]
         whole = position[:, None]
         if MAP.modulus > 0:
             whole = whole % MAP.modulus
@@ -216,8 +209,8 @@ def _angle(
 
 @triton.jit
 def cos_sin_of_map(
-    position, freq, decay, pair_maps, pair, head_k, MAP: tl.constexpr, FROM: tl.constexpr,
-    HALF: tl.constexpr, MAP_HEADS: tl.constexpr,
+    position, freq, decay, pair_maps, pair, MAP: tl.constexpr, FROM: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """Return cosine and sine, float32, that rotate tokens to the positions of MAP.
 
@@ -227,9 +220,9 @@ def cos_sin_of_map(
 
     The results have as many rows as the maps need.
     """
-    angle = _angle(position, freq, pair_maps, pair, head_k, MAP, HALF, MAP_HEADS)
+    angle = _angle(position, freq, pair_maps, pair, MAP, HALF)
     if FROM is not None:
-        angle -= _angle(position, freq, pair_maps, pair, head_k, FROM, HALF, MAP_HEADS)
+        angle -= _angle(position, freq, pair_maps, pair, FROM, HALF)
     cos, sin = cos_sin(angle)
     if decay is not None:
         moved = _mapped(position, MAP)
@@ -254,7 +247,6 @@ class ModelConstants(NamedTuple):
     head_dim_v: int
     half: int  # pairs of dims that rotate
     freq_heads: int  # heads of k with frequencies of their own; 1: all share
-    map_heads: int  # heads of k with maps of pairs of their own; 1: all share
     interleaved: bool  # a pair's two dims are neighbours
     rotary_offset: int  # the first dim of the first pair
     starts: tuple[int, ...]  # start of each region, counted from the query's block
@@ -303,7 +295,6 @@ def constants_of(
             )
     regions, copies = regions_of(k, call), key_maps(k, call)
     half, scale = call.inv_freq.shape[-1], call.scale(q.shape[-1])
-    freq_heads, map_heads = rope_heads_of(call)
     d0, d1 = _dims_of_tiles(q.shape[-1], config.halves)
     dv0, dv1 = _dims_of_tiles(v.shape[-1], config.halves)
     model = ModelConstants(
@@ -312,8 +303,7 @@ def constants_of(
         head_dim=q.shape[-1],
         head_dim_v=v.shape[-1],
         half=half,
-        freq_heads=freq_heads,
-        map_heads=map_heads,
+        freq_heads=freq_heads_of(call),
         interleaved=call.interleaved,
         rotary_offset=call.rotary_offset,
         starts=tuple(max(-FARTHEST, min(region.start, FARTHEST)) for region in regions),
@@ -408,7 +398,6 @@ def with_contiguous_rows(call: AttentionCall) -> AttentionCall:
     return call
 
 
-def rope_heads_of(call: AttentionCall) -> tuple[int, int]:
-    """Return how many heads of k have their own frequencies and maps of pairs; 1: all share."""
-    of_freq = call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1
-    return of_freq, 1 if call.pair_maps is None else call.pair_maps.shape[-2]
+def freq_heads_of(call: AttentionCall) -> int:
+    """Return how many heads of k have their own frequencies; 1: all share."""
+    return call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1

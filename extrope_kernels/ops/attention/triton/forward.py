@@ -145,7 +145,7 @@ def forward_kernel(
     out, lse,  # (batch, seqlen_q, heads_q, head_dim_v); (batch, heads_q, seqlen_q): contiguous
     scratch,  # like q, contiguous; None: rows of out hold rotated queries meanwhile
     inv_freq, log_decay,  # (sequences or 1, freq_heads, half) float; (half,) or None: xPos
-    pair_maps,  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
+    pair_maps,  # (rows, 2: divisors and offsets, half) float64, or None
     cu_seqlens, q_start, k_start,  # (sequences + 1,), (sequences or 1,), ... int32, or None
     query_scale, sinks,  # (batch or 1, seqlen_q) float32; (heads_q,) float32 logits; or None
     q_stride_batch, q_stride_seq, q_stride_head,  # divided by BLOCKS.align
@@ -194,7 +194,7 @@ def forward_kernel(
         inv_freq += head_k * MODEL.half
     if query_scale is not None:
         query_scale += batch * scale_stride + token
-    rope = QueryRope(inv_freq, log_decay, pair_maps, head_k, query_scale)
+    rope = QueryRope(inv_freq, log_decay, pair_maps, query_scale)
 
     acc = zero_rows(BLOCK_M, DV0, DV1)
     # Below any logit, but finite: a row that has seen no key has exp2(-inf - -1e30) = 0, not NaN.

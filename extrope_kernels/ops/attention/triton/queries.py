@@ -24,8 +24,7 @@ class QueryRope(NamedTuple):
 
     inv_freq: tl.tensor  # pointer to their frequencies, (half,)
     log_decay: tl.tensor  # (half,), or None: xPos
-    pair_maps: tl.tensor  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
-    head_k: tl.tensor
+    pair_maps: tl.tensor  # (rows, 2: divisors and offsets, half) float64, or None
     scale: tl.tensor  # pointer to the factor of the block's first query, or None
 
 
@@ -42,7 +41,7 @@ def _cos_sin(pair, q_pos, scale, rope, MAP: tl.constexpr, MODEL: tl.constexpr):
     if rope.log_decay is not None:
         decay = tl.load(rope.log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
     cos, sin = cos_sin_of_map(
-        q_pos, freq, decay, rope.pair_maps, pair, rope.head_k, MAP, None, HALF, MODEL.map_heads
+        q_pos, freq, decay, rope.pair_maps, pair, MAP, None, HALF
     )  # None: queries come rotated by no map
     # Keys are rotated without the attention factor: the query carries it for both.
     factor = tl.where(rotates, MODEL.attention_factor_sq, 1.0)[None, :] * scale
@@ -150,7 +149,7 @@ def rotated_queries(
             chunk_rope = rope
             if rope.scale is not None:
                 chunk_rope = QueryRope(
-                    rope.inv_freq, rope.log_decay, rope.pair_maps, rope.head_k, rope.scale + chunk
+                    rope.inv_freq, rope.log_decay, rope.pair_maps, rope.scale + chunk
                 )
             tiles = _load_rotated(
                 row_of(q, 0, chunk, 0), rows - chunk, first_pos + chunk + tl.arange(0, CHUNK_M),

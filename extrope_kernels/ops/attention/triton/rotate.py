@@ -34,11 +34,11 @@ from ..call import AttentionCall
 from .device import (
     alignment_of,
     cos_sin_of_map,
+    freq_heads_of,
     key_maps,
     map_of,
     nth_map,
     regions_of,
-    rope_heads_of,
     sequence_stride,
     sequences_of,
     stored_map,
@@ -59,7 +59,6 @@ class RotateTile(NamedTuple):
     head_dim: int
     half: int  # pairs of dims that rotate
     freq_heads: int  # heads of k with frequencies of their own; 1: all share
-    map_heads: int  # heads of k with maps of pairs of their own; 1: all share
     pairs: int  # half, rounded up to a power of two
     rotary_offset: int  # the first dim of the first pair
     rest: int  # dims before and after the rotated ones
@@ -99,9 +98,8 @@ def _cos_sin_of_copies(
     cos_sin = ()
     for c in tl.static_range(len(MAPS)):
         cos, sin = cos_sin_of_map(
-            position, freq, decay, pair_maps, pair, head_k, nth_map(MAPS, c), FROM, HALF,
-            TILE.map_heads,
-        )  # fmt: skip
+            position, freq, decay, pair_maps, pair, nth_map(MAPS, c), FROM, HALF
+        )
         if BACKWARD and decay is not None:
             # Outside of a region the amplitude may overflow. Gradients are 0 there: not NaN.
             # Forward such a copy may be infinite: attention loads keys that some row sees, only.
@@ -127,7 +125,7 @@ def _rotate_tokens(
     TOKENS: tl.constexpr = TILE.tokens
     COPIES: tl.constexpr = len(MAPS)
     HEAD_DIM: tl.constexpr = TILE.head_dim
-    BY_HEAD: tl.constexpr = TILE.freq_heads > 1 or TILE.map_heads > 1
+    BY_HEAD: tl.constexpr = TILE.freq_heads > 1
 
     # Tokens, their positions and where their sequence's frequencies begin.
     token = tile * TOKENS + tl.arange(0, TOKENS)  # (T,)
@@ -208,7 +206,7 @@ def rotate_kernel(
     q, k,  # (batch, seqlen, heads, head_dim), or (1, total, heads, head_dim) if packed
     q_copies, k_copies,  # (batch, seqlen, copies, heads, head_dim), contiguous; None without maps
     inv_freq, log_decay,  # (sequences or 1, freq_heads, half) float; (half,) or None: xPos
-    pair_maps,  # (rows, 2: divisors and offsets, map_heads, half) float64, or None
+    pair_maps,  # (rows, 2: divisors and offsets, half) float64, or None
     cu_seqlens, q_start, k_start,  # (sequences + 1,), (sequences or 1,), ... int32, or None
     query_scale,  # (batch or 1, seqlen_q) float32, or None
     q_stride_batch, q_stride_seq, q_stride_head,  # divided by TILE.align
@@ -368,7 +366,6 @@ def _tile(
     call: AttentionCall,
 ) -> RotateTile:
     half = call.inv_freq.shape[-1]
-    freq_heads, map_heads = rope_heads_of(call)
     pairs, rest = triton.next_power_of_2(half), q.shape[-1] - 2 * half
     return RotateTile(
         tokens=max(1, THREADS * VECTOR_BYTES // q.itemsize // pairs),
@@ -376,8 +373,7 @@ def _tile(
         heads_k=k.shape[-2],
         head_dim=q.shape[-1],
         half=half,
-        freq_heads=freq_heads,
-        map_heads=map_heads,
+        freq_heads=freq_heads_of(call),
         pairs=pairs,
         rotary_offset=call.rotary_offset,
         rest=rest,

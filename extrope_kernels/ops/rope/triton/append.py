@@ -259,7 +259,7 @@ def build_append(call: Append, pair_maps: Tensor | None = None, num_counters: in
         eps=float(call.norm_eps),
         by_pair=by_pair,
         map_row=stored.row if by_pair else 0,
-        map_heads=pair_maps.shape[-2] if by_pair else 1,
+        map_heads=1,
     )
     numbers += (
         *((0, 0) if mapping is None else strides_of(mapping.view(call.batch, call.seqlen))),
