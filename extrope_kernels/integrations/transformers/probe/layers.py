@@ -262,7 +262,6 @@ class LayerProbe:
         with a sliding window or chunks, where training has covered all distances.
     calls: each layer's form of call of its attention. mask_name: its mask's name, if layers get
         several. seen: what each layer's attention got at positions 0 to 3.
-    unrotated: near layers without a rotation that take part in the probed rotary embeddings.
     others_mix: True if tokens mix outside of attention (convolutions, states).
     needs_mask: True if something else than the attention of far layers may use the mask: padding
         would change other tokens in convolutions and states.
@@ -303,16 +302,12 @@ class LayerProbe:
                 raise unsupported(owner, reason)
         back = self._backwards()
         self.seen, self._masks, self._loud = moved.seen, moved.masks, back.seen
-        self.unrotated = [
-            layer
-            for layer in moved.seen
-            if not self._sort(layer, still.seen[layer], moved.seen[layer], layers)
+        rotates = [
+            self._sort(each, still.seen[each], moved.seen[each], layers) for each in self.seen
         ]
         if not self.far:
-            reason = "none of its layers rotates"
-            if len(self.unrotated) < len(moved.seen):
-                reason = f"{BOUNDED}, so none sees distances past it"
-            raise unsupported(owner, reason)
+            bounded = f"{BOUNDED}, so none sees distances past it"
+            raise unsupported(owner, bounded if any(rotates) else "none of its layers rotates")
         self.others_mix = mixes(still.output, back.output)
         all_far = len(self.far) == getattr(owner.config, "num_hidden_layers", None)
         self.needs_mask = self.others_mix or not all_far
