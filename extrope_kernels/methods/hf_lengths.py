@@ -47,6 +47,8 @@ def lengths(config: Any, layer_type: str | None = None) -> Lengths:
     trained = unscaled
     if source.rope_type not in _UNSCALED and not is_replaced(source):
         trained, origin = longest, _LONGEST
+    elif source.rope_type in _UNSCALED and unscaled > longest:  # a key that nothing reads
+        trained, unscaled, origin = longest, longest, _LONGEST
     if {"chunk_size", "local_size"} <= set(source.of_config(_CHUNKS) or ()):
         return Lengths(trained, unscaled, trained, origin)
     factor = source.get("factor", 1.0) if source.rope_type == "yarn" else 1.0

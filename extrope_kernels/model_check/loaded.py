@@ -1,22 +1,23 @@
 """`check(model)`: what a loaded model rotates by, beside what its configuration says.
 
 A rotary embedding is run at single positions, in the model's dtype. Where its cosines and sines are
-not those of exact angles, the frequencies that they follow are measured and compared with known
-mistakes. The probe of `extend` finds the rotary embeddings, and tells the column of each pair.
+not those of exact angles, the frequencies and the amplitude that they follow are measured. The
+probe of `extend` finds the rotary embeddings, and tells the column of each pair.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import RopeFreqs, methods
 from .._usage import shortened
+from ..integrations._shared.parameters import SAVED
 from ..integrations.transformers.patch.hooks import ON_OWNER
 from ..integrations.transformers.patch.rotation import RotaryForward
 from ..integrations.transformers.probe.rotary import (
@@ -46,8 +48,9 @@ class RotationInForce:
     kind: of layers, None if all rotate alike. embeddings: rotary embeddings that rotate so.
     stated: the rotation by the configuration. in_force: in words, the one that runs.
     ok: True if that is the stated one, an extension, or one whose frequencies are weights.
-    rounded: the dtype that frequencies or angles are rounded to, None if no less than float32.
+    rounded: the dtype that frequencies are rounded to, None if no less than float32.
     shows_from: the first position at which that moves a cosine or sine by more than 0.01.
+    extended: True for an extension by `extend`.
     error: the largest difference of cosines and sines from those of exact angles, up to `length`.
     """
 
@@ -60,6 +63,7 @@ class RotationInForce:
     error: float | None = None
     length: int | None = None
     embeddings: int = 1
+    extended: bool = False
 
     def __str__(self) -> str:
         count = f" ({self.embeddings} rotary embeddings)" if self.embeddings > 1 else ""
@@ -68,8 +72,6 @@ class RotationInForce:
             text += f" ({self.stated})"
         elif not self.ok and self.rounded is None:
             text += f"; NOT as stated ({self.stated})"
-        if self.ok and self.rounded is not None:
-            text += f"; angles in {self.rounded}"
         if self.shows_from is not None:
             text += f"; off by more than {_SHOWS} from position {self.shows_from:,} on"
         if self.ok and self.error is not None:
@@ -82,20 +84,25 @@ class LoadedReport:
     """What rotates in a loaded model: a line for each kind of layers, and for each ignored key.
 
     ignored: keys of the configuration about positions that nothing reads.
+    saved: the folder that the model comes from, if it was saved there as extended, and is not.
     """
 
     model: str
     rotations: tuple[RotationInForce, ...]
     ignored: tuple[str, ...]
+    saved: str | None = None
 
     @property
     def ok(self) -> bool:
-        """True if all layers rotate as they should, and no key is ignored."""
-        return all(each.ok for each in self.rotations) and not self.ignored
+        """True if all layers rotate as they should, no key is ignored and no extension missing."""
+        return all(each.ok for each in self.rotations) and not self.ignored and not self.saved
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {'ok' if self.ok else 'NOT ok'}", *map(str, self.rotations)]
         lines += [f"{key} is in the configuration, and nothing reads it" for key in self.ignored]
+        if self.saved:
+            restored = f"extend_from_saved(model, {self.saved!r}) restores it"
+            lines.append(f"saved as extended, and is not; {restored}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -132,8 +139,18 @@ def check(model: nn.Module) -> LoadedReport:
             f"got a {type(model).__name__} without"
         )
     rotations = tuple(replace(each, embeddings=count) for each, count in counted.items())
-    ignored = () if whole is None else tuple(_ignored(whole))
-    return LoadedReport(type(whole or model).__name__, rotations, ignored)
+    if whole is None:
+        return LoadedReport(type(model).__name__, rotations, ())
+    saved = None if any(each.extended for each in rotations) else _saved_as_extended(whole.config)
+    return LoadedReport(type(whole).__name__, rotations, tuple(_ignored(whole)), saved)
+
+
+def _saved_as_extended(config: Any) -> str | None:
+    """Return the folder of a configuration whose extension it cannot express."""
+    path = Path(getattr(config, "_name_or_path", None) or "", SAVED)
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("in_config"):
+        return None
+    return str(path.parent)
 
 
 def _text(config: Any) -> Any:
@@ -150,7 +167,7 @@ def _ignored(whole: nn.Module) -> list[str]:
         return {key: value for key, value in vars(config).items() if key not in own}
 
     beside = {} if text is config else given(config)
-    return Source(text, config, given(text), beside).ignored(type(whole))
+    return Source(text, config, given(text), beside).ignored()
 
 
 def _kinds(rotary: nn.Module) -> list[str | None]:
@@ -166,7 +183,7 @@ def _in_force(
     forward = vars(rotary).get("forward")
     if isinstance(forward, RotaryForward) and kind in forward.freqs:
         extension = vars(owner).get(ON_OWNER) or forward.method
-        return RotationInForce(kind, stated, f"extended by {extension}", True)
+        return RotationInForce(kind, stated, f"extended by {extension}", True, extended=True)
     if getattr(attribute_of(rotary, kind, "inv_freq", None), "is_meta", False):
         raise ValueError("check: model must have its values, got one on the meta device")
     try:
@@ -287,11 +304,11 @@ class _Run:
             return replace(found, in_force=in_force, error=None)
         wrong = [at for at, each in errors.items() if (each > self.allowed(at)).any()]
         if not wrong:
-            return found if within <= _SHOWS else self._in_float32(found)
+            return found
         if wrong[0] >= self.measured:
             says = f"as stated up to position {self.measured - 1:,}, other frequencies past it"
             return replace(found, in_force=says, ok=False)
-        return self._rounded(found) or replace(found, in_force=self._other(), ok=False)
+        return self._other(replace(found, ok=False))
 
     def allowed(self, position: int) -> Tensor:
         """Return the error of each pair's values in the model's dtype, of angles in float32."""
@@ -318,123 +335,30 @@ class _Run:
         apart = 8 * self.eps * 4 / self.measured + 2**-20 * inv_freq
         return bool(((measured - inv_freq).abs() <= apart).all())
 
-    def _rounded(self, found: RotationInForce) -> RotationInForce | None:
-        """Return the rotation with the dtype that rounds its frequencies or angles, or None."""
-        inv_freq, factor = self.promised(1)
-        measured = self.measure()
-        for dtype, what in product((torch.bfloat16, torch.float16), ("angles", "positions")):
-            coarse = inv_freq.to(dtype if what == "angles" else torch.float64)
-
-            def angle(positions: Tensor, dtype=dtype, coarse=coarse) -> Tensor:
-                return (positions.to(dtype) * coarse).double()
-
-            if self._follows(angle, factor):
-                return self._with(found, what, dtype, self._first(angle, inv_freq))
-        for dtype in (torch.bfloat16, torch.float16):
-            coarse = inv_freq.to(dtype).double()
-            if self.same(measured, coarse) and self._amplitude_is(factor):
-                first = math.ceil(_SHOWS / float((coarse - inv_freq).abs().max()))
-                return self._with(found, "frequencies", dtype, first)
-        return None
-
-    def _with(
-        self, found: RotationInForce, what: str, dtype: torch.dtype, first: int | None
-    ) -> RotationInForce:
-        name = str(dtype).removeprefix("torch.")
-        says = f"{found.stated}, with {what} rounded to {name}"
-        return replace(found, in_force=says, ok=False, rounded=name, shows_from=first)
-
-    def _in_float32(self, found: RotationInForce) -> RotationInForce:
-        """Return the rotation with the position at which angles in float32 show."""
-        inv_freq, _ = self.promised(1)
-        first = self._first(
-            lambda positions: (positions.float() * inv_freq.float()).double(),
-            inv_freq,
-            int(_SHOWS * 2**23 / float(inv_freq.max())),
-        )
-        return replace(found, rounded="float32", shows_from=first)
-
-    def _follows(self, angle: Callable[[Tensor], Tensor], factor: float) -> bool:
-        """Return True if the values are of these angles, within the measured length."""
-        for position in (self.measured - 1, self.measured * 2 // 3, self.measured // 3):
-            angles = angle(torch.tensor([position], device="cpu"))
-            expected = torch.polar(torch.full_like(angles, factor), angles)
-            apart = (self.at(position) - expected).abs()
-            if not (apart <= factor * self.allowed(position)).all():
-                return False
-        return True
-
-    def _first(
-        self, angle: Callable[[Tensor], Tensor], inv_freq: Tensor, begin: int = 1
-    ) -> int | None:
-        """Return the first position, from `begin` on, at which such angles show."""
-        for start in range(begin, self.measured, 4096):
-            stop = min(start + 4096, self.measured)
-            positions = torch.arange(start, stop, device="cpu")[:, None]
-            apart = angle(positions) - positions.double() * inv_freq
-            off = (2 * (apart / 2).sin().abs() > _SHOWS).any(1).nonzero()
-            if len(off):
-                return start + int(off[0])
-        return None
-
-    def _amplitude_is(self, factor: float) -> bool:
-        return math.isclose(self.amplitude, factor, rel_tol=4 * self.eps + 1e-5)
-
-    @property
-    def amplitude(self) -> float:
-        """The amplitude in force."""
-        return float(self.at(1).abs().median())
-
-    def _other(self) -> str:
-        """Return what is in force, if it is a known mistake, and where it differs if not."""
+    def _other(self, found: RotationInForce) -> RotationInForce:
+        """Return the rotation that the values follow: its frequencies and amplitude, measured."""
         measured, (inv_freq, factor) = self.measure(), self.promised(1)
         if not measured.isfinite().all():
-            return "cosines are not finite"
+            return replace(found, in_force="cosines are not finite")
+        amplitude = float(self.at(1).abs().median())
+        loud = not math.isclose(amplitude, factor, rel_tol=4 * self.eps + 1e-5)
+        for dtype in (torch.bfloat16, torch.float16):
+            coarse = inv_freq.to(dtype).double()
+            if not loud and self.same(measured, coarse) and not self.same(measured, inv_freq):
+                name = str(dtype).removeprefix("torch.")
+                says = f"{found.stated}, with frequencies rounded to {name}"
+                first = math.ceil(_SHOWS / float((coarse - inv_freq).abs().max()))
+                return replace(found, in_force=says, rounded=name, shows_from=first)
         if self.same(measured, torch.zeros_like(measured)):
-            return "no rotation at all: all frequencies are 0"
-        told = self._known(measured, inv_freq)
-        if self._amplitude_is(factor):
-            return told or self._ratios(measured, inv_freq)
-        if told is None and self.same(measured, inv_freq):
+            told = "no rotation at all: all frequencies are 0"
+        elif self.same(measured, inv_freq):
             told = "the stated frequencies"
-        square = " (its square)" if factor != 1 and self._amplitude_is(factor**2) else ""
-        amplitude = f"amplitude {self.amplitude:.3g}{square} where {factor:.3g} is stated"
-        return f"{told or self._ratios(measured, inv_freq)}, {amplitude}"
-
-    def _known(self, measured: Tensor, inv_freq: Tensor) -> str | None:
-        parameters = _parameters(self.config, self.kind)
-        base = parameters.get("rope_theta") or 10000.0
-        plain = methods.rope(2 * len(inv_freq), base=base).inv_freq.double()
-        was = getattr(self.rotary, "rope_type", None)
-        was = was.get(self.kind) if isinstance(was, Mapping) else was
-        built = f" (the model was built as {was!r})" if was != self.rope_type else ""
-        if self.same(measured, plain):
-            return f"plain RoPE, base {base:g}{built}"
-        if not self.same(inv_freq, plain) and self.same(measured, inv_freq**2 / plain):
-            return "the scaling twice"
-        if self.rope_type == "longrope" and self.same(measured, self.promised(2 * self.length)[0]):
-            return "the factors for long texts at every length"
-        # A ladder of another base, divided by a factor: PI, or a base that was lost.
-        index = torch.arange(len(measured), dtype=torch.float64, device="cpu")
-        seen = measured * self.measured > 64 * self.eps
-        if int(seen.sum()) < 3:
-            return None
-        of_line = torch.stack([torch.ones_like(index), index], 1)
-        weight = measured[seen, None]  # fast pairs are measured best
-        logs = measured[seen, None].log()
-        line = torch.linalg.lstsq(weight * of_line[seen], weight * logs).solution
-        if not self.same(measured, (of_line @ line)[:, 0].exp()):
-            return None
-        fastest, ratio = line[:, 0].exp().tolist()
-        base = float(f"{ratio ** -len(index):.3g}")
-        if math.isclose(fastest, 1, rel_tol=1e-3):
-            return f"plain RoPE, base {base:g}{built}"
-        return f"linear factor {1 / fastest:.4g}, base {base:g}{built}"
-
-    @staticmethod
-    def _ratios(measured: Tensor, inv_freq: Tensor) -> str:
-        ratio = measured[inv_freq > 0] / inv_freq[inv_freq > 0]
-        return f"frequencies {ratio.min():.3g} to {ratio.max():.3g} times those stated"
+        else:
+            ratio = measured[inv_freq > 0] / inv_freq[inv_freq > 0]
+            told = f"other frequencies ({ratio.min():.3g} to {ratio.max():.3g} times those stated)"
+        if loud:
+            told += f", amplitude {amplitude:.3g} where {factor:.3g} is stated"
+        return replace(found, in_force=told)
 
 
 def _complex(made: Any) -> Tensor:

@@ -256,6 +256,7 @@ LENGTHS = {  # trained, unscaled, reach, origin
         {**PLAIN, LENGTH: 1024, "rope_scaling": {"type": "linear", "factor": 4.0}},
         (1024, 1024, 4096, LENGTH),
     ),
+    "a length without a scaling": ({**PLAIN, LENGTH: 8192}, (4096, 4096, 4096, LONGEST)),
     "proportional": (PROPORTIONAL, (8192, 8192, 8192, LONGEST)),
 }
 

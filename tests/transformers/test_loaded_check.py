@@ -100,39 +100,6 @@ def test_a_cast_of_the_whole_model_rounds_the_frequencies():
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("what", ["angles", "positions"])
-def test_angles_and_positions_in_half_precision_are_told(dtype, what):
-    model = llama().to(dtype)
-    rotary = model.model.rotary_emb
-    exact = methods.from_hf_config(model.config).inv_freq
-
-    def angles(positions):
-        if what == "angles":
-            return (positions.to(dtype) * exact.to(dtype)).float()
-        return positions.to(dtype).float() * exact
-
-    def forward(x, position_ids):
-        both = angles(position_ids[..., None]).repeat(1, 1, 2)
-        return tuple((f(both) * AMPLITUDE).to(x.dtype) for f in (torch.cos, torch.sin))
-
-    rotary.forward = forward
-    (rotation,) = check(model).rotations
-    name = str(dtype).removeprefix("torch.")
-    assert rotation.in_force.endswith(f"with {what} rounded to {name}") and not rotation.ok
-    positions = torch.arange(LENGTH)[:, None]
-    off = (angles(positions).double() - positions * exact.double()).abs().max(1).values
-    assert rotation.shows_from == int((off > 0.01).nonzero()[0])
-
-
-def test_angles_in_float32_show_in_a_million_tokens():
-    (rotation,) = check(llama(PLAIN, max_position_embeddings=1 << 20)).rotations
-    assert rotation.ok and rotation.rounded == "float32" and rotation.error > 0.01
-    # The fastest pair's angles are whole numbers: exact. The next one's are off by up to 2^-25.
-    assert 2**17 < rotation.shows_from < 2**20
-    assert "; angles in float32; off by more than 0.01 from position " in str(rotation)
-
-
 def test_a_configuration_edited_after_loading_changes_nothing():
     edited, replaced = llama(PLAIN), llama(PLAIN)
     edited.config.rope_parameters.update(YARN)
@@ -140,7 +107,7 @@ def test_a_configuration_edited_after_loading_changes_nothing():
     for model in (edited, replaced):
         (line,) = lines(model)
         assert line == (
-            "all layers: plain RoPE, base 10000 (the model was built as 'default'), "
+            "all layers: other frequencies (1 to 4 times those stated), "
             f"amplitude 1 where 1.14 is stated{NOT_YARN}"
         )
 
@@ -161,43 +128,55 @@ def test_a_scaling_under_a_wrong_key_is_ignored():
         (
             methods.pi(64, factor=4.0),
             1.0,
-            "linear factor 4, base 10000, amplitude 1 where 1.14 is stated",
+            "other frequencies (0.25 to 1 times those stated), amplitude 1 where 1.14 is stated",
         ),
-        (methods.pi(64, factor=4.0), AMPLITUDE, "linear factor 4, base 10000"),
-        (methods.rope(64, base=5e5), AMPLITUDE, "plain RoPE, base 500000"),
-        (
-            None,
-            AMPLITUDE**2,
-            "the stated frequencies, amplitude 1.3 (its square) where 1.14 is stated",
-        ),
+        (methods.pi(64, factor=4.0), AMPLITUDE, "other frequencies (0.25 to 1 times those stated)"),
+        (methods.rope(64, base=5e5), AMPLITUDE, "other frequencies (0.0"),
+        (None, AMPLITUDE**2, "the stated frequencies, amplitude 1.3 where 1.14 is stated"),
         (None, 1.0, "the stated frequencies, amplitude 1 where 1.14 is stated"),
-        ("twice", AMPLITUDE, "the scaling twice"),
         (methods.nope(64), AMPLITUDE, "no rotation at all: all frequencies are 0"),
-        (methods.ntk_aware(64, factor=4.0, base=1e4), AMPLITUDE, "plain RoPE, base 41800"),
-        (
-            methods.llama3(64, factor=4.0, original_max_position_embeddings=1024, base=1e4),
-            AMPLITUDE,
-            "frequencies 0.",
-        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_trainer_or_a_second_engine_put_in_place_is_named(inv_freq, amplitude, said, dtype):
-    """Linear scaling in place of the model's own, YaRN over YaRN, the amplitude twice."""
+def test_what_a_trainer_or_a_second_engine_put_in_place_is_measured(
+    inv_freq, amplitude, said, dtype
+):
+    """Linear scaling in place of the model's own, another base, the amplitude twice or lost."""
     model = llama().to(dtype)
-    rotary, config = model.model.rotary_emb, model.config
-    yarn = methods.from_hf_config(config).inv_freq
-    if inv_freq == "twice":
-        twice = methods.yarn(
-            64, factor=4.0, original_max_position_embeddings=1024, over=methods.RopeFreqs(yarn)
-        )
-        rotary.inv_freq = yarn**2 / methods.rope(64).inv_freq
-        assert torch.allclose(twice.inv_freq[[0, -1]], rotary.inv_freq[[0, -1]])
-    else:
-        rotary.inv_freq = yarn if inv_freq is None else inv_freq.inv_freq
+    rotary = model.model.rotary_emb
+    yarn = methods.from_hf_config(model.config).inv_freq
+    rotary.inv_freq = yarn if inv_freq is None else inv_freq.inv_freq
     rotary.attention_scaling = amplitude
     (line,) = lines(model)
     assert line.startswith(f"all layers: {said}") and line.endswith(NOT_YARN)
+
+
+def test_a_base_edited_after_loading_and_one_kind_of_layers_alone():
+    model = llama(PLAIN)
+    model.config.rope_parameters["rope_theta"] = 5e5
+    (line,) = lines(model)
+    assert line.startswith("all layers: other frequencies (1 to ")
+    gemma = build("Gemma3ForCausalLM")
+    rotary = next(each for each in gemma.modules() if hasattr(each, "full_attention_inv_freq"))
+    rotary.full_attention_inv_freq.mul_(0.5)
+    told = {each.kind: each.in_force for each in check(gemma).rotations}
+    assert told["full_attention"] == "other frequencies (0.5 to 0.5 times those stated)"
+    assert told["sliding_attention"] == "as stated"
+
+
+def test_a_model_saved_as_extended_that_is_not_is_told(tmp_path):
+    handle = extend(llama(PLAIN), "rerope", window=512)
+    with pytest.warns(UserWarning, match="without it"):
+        handle.save_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not check(model).ok and lines(model)[-1] == (
+        f"saved as extended, and is not; extend_from_saved(model, {str(tmp_path)!r}) restores it"
+    )
+    with ours.extend_from_saved(model, tmp_path):
+        assert check(model).ok
+    with extend(llama(PLAIN), "yarn", factor=2.0) as handle:  # its configuration says all
+        handle.save_pretrained(tmp_path / "yarn")
+    assert check(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "yarn")).ok
 
 
 def test_values_that_are_not_finite_are_told():

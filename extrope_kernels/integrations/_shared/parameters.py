@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,15 +94,9 @@ def values_in(
 
 
 def yarn_in(config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of YaRN beside factor, length and base.
-
-    Of the type default too: there transformers reads it once someone names YaRN and a factor.
-    """
-    if (saved := _saved_extension(config, parameters)) is not None:
-        stated = saved["parameters"] if saved["method"] in _YARNS else {}
-        return stated_yarn(stated, False) | {k: v for k, v in stated.items() if k == "ramp"}
+    """Return what the YaRN of a configuration says beside factor, length and base."""
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if rope_type not in ("default", "yarn"):
+    if rope_type != "yarn":
         return {}
     kinds = (getattr(config, "rope_parameters", None) or {}).values()
     return stated_yarn(parameters, any(isinstance(each, Mapping) for each in kinds))
@@ -119,9 +111,6 @@ def trained_in(
     """
     if (known := lengths_in(config, kind)) is None:
         return {}
-    if (saved := _saved_extension(config, parameters)) is not None:
-        over = saved["parameters"].get("over")
-        return {} if over is None else {_TRAINED: known.trained, "over": freqs_of(over)}
     described = {name: value for name, value in parameters.items() if name != "mrope_section"}
     if described.get("rope_type") != "proportional":  # dim has the share already
         described.pop("partial_rotary_factor", None)
@@ -150,21 +139,6 @@ def axes_in(config: Any, parameters: Mapping[str, Any], dim: int) -> Tensor | No
     return trained(of_kind).axes
 
 
-def _saved_extension(config: Any, parameters: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the extension that `save_pretrained` of a handle wrote into a folder as longrope.
-
-    Its factors are the same at every length, and extrope.json says what they scale: a new method
-    replaces them, as it does a YaRN of the configuration.
-    """
-    short, long = (parameters.get(f"{name}_factor") for name in ("short", "long"))
-    path = Path(getattr(config, "_name_or_path", None) or "", SAVED)
-    if short is None or short != long or not path.is_file():
-        return None
-    stored = json.loads(path.read_text(encoding="utf-8"))["extensions"]
-    scaled = [each for each in stored if each["method"] in METHODS]
-    return scaled[-1] if scaled and scaled[-1]["method"] != "rope" else None
-
-
 def freqs_of(stored: Mapping[str, Any]) -> RopeFreqs:
     """Return the RopeFreqs that `plain` has made JSON of."""
     inv_freq = torch.tensor(stored["inv_freq"], dtype=torch.float32, device="cpu")
@@ -172,22 +146,9 @@ def freqs_of(stored: Mapping[str, Any]) -> RopeFreqs:
 
 
 def lengths_in(config: Any, kind: str | None = None) -> Lengths | None:
-    """Return `methods.lengths` of a model, in a saved extension's folder those before it.
-
-    None if its configuration names no length (RecurrentGemma).
-    """
-    if getattr(config, "max_position_embeddings", None) is None:
-        return None
-    known, rope_parameters = lengths(config, kind), getattr(config, "rope_parameters", None) or {}
-    saved = _saved_extension(config, rope_parameters.get(kind) or rope_parameters)
-    if saved is None:
-        return known
-    before = known.unscaled
-    if saved["parameters"].get("over") is not None:
-        before = saved["parameters"].get(_TRAINED) or round(
-            saved["length"] / saved["parameters"]["factor"]
-        )
-    return known._replace(trained=before)
+    """Return `methods.lengths`; None if the configuration names no length (RecurrentGemma)."""
+    unnamed = getattr(config, "max_position_embeddings", None) is None
+    return None if unnamed else lengths(config, kind)
 
 
 def values_for(

@@ -217,7 +217,9 @@ def _refuse_upload(options: Mapping[str, Any]) -> None:
 def _write(
     model: nn.Module, applied: Applied, folder: str | os.PathLike, card: bool = True
 ) -> bool:
-    """Write all extensions of a model into a folder; card: say so in the model card too.
+    """Write all extensions of a model into a folder.
+
+    card: the configuration is without them: say so in the model card too.
 
     Returns False, with a warning, if one is by a Score or a RopeFreqs of the user's own.
     """
@@ -228,7 +230,7 @@ def _write(
         )
         return False
     extensions = [asdict(describe(model, each)) for each in applied.all()]
-    text = json.dumps({"extensions": extensions}, indent=2)
+    text = json.dumps({"extensions": extensions, "in_config": not card}, indent=2)
     Path(folder, SAVED).write_text(text + "\n", encoding="utf-8")
     path = Path(folder, _CARD)
     before = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -303,7 +303,8 @@ def _softmax_scales(rotary_module: RotaryModule, applied: Applied) -> list[Overr
     method, config = applied.method, rotary_module.parameters(rotary_module.layer_types[0])
     parameters: dict[str, Any] = {"rope_type": "default"}
     if set(_MSCALES) <= set(PARAMETERS.get(method, ())):
-        own = {name: config[name] for name in _MSCALES if name in config}
+        stated = config if config.get("rope_type") == "yarn" else {}
+        own = {name: stated[name] for name in _MSCALES if name in stated}
         parameters = {"rope_type": method, **own, **applied.parameters}
     overrides: list[Override] = []
     for layer in rotary_module.owner.modules():
