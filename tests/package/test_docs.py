@@ -1,7 +1,8 @@
 """Every Python block of README.md and docs/ runs, page by page, and every link leads somewhere.
 
 Blocks of a page share their names and run in order, in a folder that has a tiny Llama at
-path/to/model. One that cannot run here follows a line `<!-- skip: why -->`.
+path/to/model, for a model that pip brings too. One that cannot run here follows a line
+`<!-- skip: why -->`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 import extrope_kernels
 from extrope_kernels import distributed, methods, positions, scores
+from extrope_kernels.evaluation import models
 from extrope_kernels.integrations import transformers
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
 def test_the_blocks_of_a_page_run(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(models, "unpacked", lambda name: folder / "path" / "to" / "model")
     torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks(page):
