@@ -217,7 +217,7 @@ def changes(kind: str, x: Any, others: list[Tensor]) -> Iterator[tuple[str, Call
     optional, kind = kind.startswith("Optional"), kind.removeprefix("Optional[")
     if isinstance(x, Tensor):
         yield from of_tensor(x, others)
-    elif isinstance(x, list) or "[]" in kind:
+    elif isinstance(x, list) or kind.startswith("List"):
         x = [] if x is None else x
         yield from of_list(kind, x, others)
     elif "Tensor" in kind:
@@ -232,7 +232,7 @@ def changes(kind: str, x: Any, others: list[Tensor]) -> Iterator[tuple[str, Call
 
 
 def of_list(kind: str, x: list, others: list[Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    inner = kind.replace("Optional[List[", "").replace("List[", "").rstrip("]")
+    inner = kind.removeprefix("List[").rstrip("]")
     one = x[0] if x else {"bool": True, "float": 1.0}.get(inner, 1)
     yield "one more", lambda: [*x, one]
     yield "ones", lambda: [one] * 3

@@ -6,10 +6,13 @@ those of the call before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Result = TypeVar("Result")
 _MOST = 4096
@@ -31,6 +34,43 @@ def cached_by_layout(make: Callable[..., Result], key: Hashable, *args: Any) -> 
         if len(_done) >= _MOST:
             _done.clear()
         _done[key] = found
+    return found
+
+
+def once_per_layout(check: Callable[..., None]) -> Callable[..., None]:
+    """Let check(*args), which may raise, run until it has passed for the layouts of its tensors.
+
+    Whatever has no layout, such as a list or a tensor of a graph, is checked every time.
+    """
+
+    @functools.wraps(check)
+    def run(*args: Any) -> None:
+        key = None if torch.compiler.is_compiling() else _key_of(args)
+        if key is None:
+            check(*args)
+        else:
+            cached_by_layout(check, key, *args)
+
+    return run
+
+
+def _key_of(args: tuple[Any, ...]) -> Hashable | None:
+    """Return a key with everything about arguments except tensors' data; None if there is none."""
+    key = []
+    try:
+        for x in args:
+            if isinstance(x, tuple):
+                x = _key_of(x)
+                if x is None:
+                    return None
+            elif type(x) in (Tensor, Parameter):
+                x = (x.shape, x.stride(), x.dtype, x.device)
+            elif isinstance(x, Tensor):
+                return None
+            key.append(x)
+        hash(found := tuple(key))
+    except (RuntimeError, TypeError):
+        return None
     return found
 
 

@@ -46,7 +46,8 @@ class Spec(NamedTuple):
     strides: str = LAST
 
 
-Sizes = dict[str, tuple[int, str]]  # a word's size, and the tensor that it comes from
+Dim = tuple[tuple[str | int, ...], int]  # words, of which one is the size, and what is added to it
+Sizes = dict[str | int, tuple[int, str]]  # a word's size, and the tensor that it comes from
 
 
 def check(
@@ -55,7 +56,7 @@ def check(
     tensors: Sequence[Tensor | None],
     sizes: Sizes | None = None,
     like: tuple[str, Tensor] | None = None,
-) -> dict[str, int]:
+) -> dict[str | int, int]:
     """Refuse the first tensor that does not fit its spec; return the size of each word.
 
     sizes: of words that are known; like: the name and the tensor whose dtype and device the others
@@ -63,19 +64,27 @@ def check(
     Raises TypeError for what is no tensor, else ValueError; both begin with op.
     """
     sizes = {} if sizes is None else sizes
-    for spec, x in zip(specs, tensors, strict=True):
+    device = None if like is None else like[1].device
+    for spec, x in zip(specs, tensors):
         if x is None and spec.optional:
             continue
         check_dense(op, spec.name, x)
-        like = like or (spec.name, x)
-        _check_dtype(op, spec, x, *like)
-        if x.device != like[1].device:
+        if like is None:
+            like, device = (spec.name, x), x.device
+        if x.dtype not in spec.dtypes and not (x.dtype == like[1].dtype and LIKE in spec.dtypes):
+            _check_dtype(op, spec, x, *like)
+        if x.device != device:
             raise ValueError(
-                f"{op}: {spec.name} must be on {like[1].device} like {like[0]}, got {x.device}"
+                f"{op}: {spec.name} must be on {device} like {like[0]}, got {x.device}"
             )
-        if not any(_fits(dims, x, spec.name, sizes) for dims in _shapes_of(spec.dims)):
+        shape = x.shape
+        for dims in _shapes_of(spec.dims):
+            if _fits(dims, shape, spec.name, sizes):
+                break
+        else:
             raise ValueError(f"{op}: {spec.name} must be {_expected(spec, x, sizes)}")
-        _check_strides(op, spec, x)
+        if spec.strides != ANY:
+            _check_strides(op, spec, x)
     return {word: size for word, (size, _) in sizes.items()}
 
 
@@ -110,30 +119,38 @@ def _listed(names: list[str]) -> str:
 
 
 @functools.cache
-def _shapes_of(dims: str) -> list[list[str]]:
-    return [shape.split() for shape in dims.split(" or ")]
+def _shapes_of(dims: str) -> tuple[tuple[Dim, ...], ...]:
+    return tuple(tuple(map(_dim_of, shape.split())) for shape in dims.split(" or "))
 
 
-def _fits(dims: list[str], x: Tensor, name: str, sizes: Sizes) -> bool:
-    """Whether x has a shape; gives its sizes to the words that have none."""
-    if len(dims) != x.dim() or any(not _is(word, n, sizes) for word, n in zip(dims, x.shape)):
+def _dim_of(text: str) -> Dim:
+    plain = text.removesuffix("+1")
+    words = [int(word) if word.isdigit() else word for word in plain.split("|")]
+    return tuple(words), int(plain != text)
+
+
+def _fits(dims: tuple[Dim, ...], shape: torch.Size, name: str, sizes: Sizes) -> bool:
+    """Whether a tensor has a shape; gives its sizes to the words that have none."""
+    if len(dims) != len(shape):
         return False
-    for word, n in zip(dims, x.shape):
-        if "|" not in word:
-            plain = word.removesuffix("+1")
-            sizes.setdefault(plain, (n - (plain != word), name))
+    found = {}
+    for (words, more), n in zip(dims, shape):
+        for word in words:
+            if _is(word, more, n, sizes):
+                break
+        else:
+            return False
+        if len(words) == 1 and word not in sizes:
+            found[word] = (n - more, name)
+    sizes.update(found)
     return True
 
 
-def _is(word: str, n: int, sizes: Sizes) -> bool:
+def _is(word: str | int, more: int, n: int, sizes: Sizes) -> bool:
     """Whether n may be the size of a word; a word without one takes any."""
-    if "|" in word:
-        return any(_is(one, n, sizes) for one in word.split("|"))
-    if word.isdigit():
-        return n == int(word)
-    plain = word.removesuffix("+1")
-    more = int(plain != word)
-    return n == sizes[plain][0] + more if plain in sizes else n > more or not more
+    if word in sizes:
+        return n == sizes[word][0] + more
+    return n == word if isinstance(word, int) else n > more or not more
 
 
 def _expected(spec: Spec, x: Tensor, sizes: Sizes) -> str:
@@ -141,26 +158,29 @@ def _expected(spec: Spec, x: Tensor, sizes: Sizes) -> str:
     shapes = _shapes_of(spec.dims)
     told = _listed([_told(dims, sizes) for dims in shapes])
     closest = next((dims for dims in shapes if len(dims) == x.dim()), shapes[-1])
-    wrong = [word for word, n in zip(closest, x.shape) if not _is(word, n, sizes)] or closest
-    words = [part.removesuffix("+1") for word in wrong for part in word.split("|")]
+    wrong = [
+        (words, more)
+        for (words, more), n in zip(closest, x.shape)
+        if not any(_is(word, more, n, sizes) for word in words)
+    ]
+    words = [word for of_dim, _ in wrong or closest for word in of_dim]
     source = next((sizes[word][1] for word in words if word in sizes), None)
     together = "" if source in (None, spec.name) else f" to go with {source}"
     return f"{told}{together}, got {tuple(x.shape)}"
 
 
-def _told(dims: list[str], sizes: Sizes) -> str:
+def _told(dims: tuple[Dim, ...], sizes: Sizes) -> str:
     """Write a shape with its sizes: (batch 2, seqlen_k 6, heads_k 2, head_dim_v)."""
-    words = [" or ".join(_told_word(one, sizes) for one in word.split("|")) for word in dims]
-    first = dims[0] == "total" and len(dims) == 3 and "total" not in sizes
-    packed = " with cu_seqlens" if first else ""
-    return f"({', '.join(words)}{',' * (len(words) == 1)}){packed}"
+    told = [" or ".join(_told_word(word, more, sizes) for word in words) for words, more in dims]
+    packed = dims[0][0] == ("total",) and len(dims) == 3 and "total" not in sizes
+    comma, packing = "," * (len(told) == 1), " with cu_seqlens" * packed
+    return f"({', '.join(told)}{comma}){packing}"
 
 
-def _told_word(word: str, sizes: Sizes) -> str:
-    plain = word.removesuffix("+1")
-    if plain != word:
-        return f"{plain} + 1" + (f" = {sizes[plain][0] + 1}" if plain in sizes else "")
-    return f"{word} {sizes[word][0]}" if word in sizes else word
+def _told_word(word: str | int, more: int, sizes: Sizes) -> str:
+    if more:
+        return f"{word} + 1" + (f" = {sizes[word][0] + 1}" if word in sizes else "")
+    return f"{word} {sizes[word][0]}" if word in sizes else f"{word}"
 
 
 def _check_strides(op: str, spec: Spec, x: Tensor) -> None:

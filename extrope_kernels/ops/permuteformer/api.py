@@ -127,7 +127,7 @@ def _powers(
     positions, offset = split_offset(name, positions)
     cu_seqlens = narrowed(cu_seqlens)
     powers = Powers(permutations, positions, cu_seqlens, offset)
-    check_powers(name, q, k, powers)
+    check_powers(name, q, k, *powers[:3])
     return powers
 
 

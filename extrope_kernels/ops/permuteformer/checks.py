@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._shared import specs
 from .._shared.checks import check_boundaries, has_values
+from .._shared.layouts import once_per_layout
 from .._shared.specs import ANY, DENSE, FLOATS, INT32, ROWS, WIDE, Spec
 from .permutations import Powers
 
@@ -16,9 +17,16 @@ MAX_DIM = 256  # attention's limit, except the reference's: a state must fit on 
 MAX_PERMUTED_DIM = 1024  # as kMaxPermutedDim in csrc/cpu/permute/kernel.h
 
 
-def check_powers(name: str, q: Tensor, k: Tensor | None, powers: Powers) -> None:
+@once_per_layout
+def check_powers(
+    name: str,
+    q: Tensor,
+    k: Tensor | None,
+    permutations: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
     """Check q, k (or q alone), their permutations and positions."""
-    permutations, positions, cu_seqlens, _ = powers
     tensors = (q, k, cu_seqlens, permutations, positions)
     sizes = specs.check(name, _table_of_powers(cu_seqlens is not None), tensors)
     head_dim, heads, rows = sizes["head_dim"], sizes["heads_q"], sizes["rows"]
@@ -49,6 +57,7 @@ def _table_of_powers(packed: bool) -> tuple[Spec, ...]:
     )
 
 
+@once_per_layout
 def check(
     name: str,
     q: Tensor,
@@ -99,6 +108,7 @@ def check_dims(name: str, q: Tensor, v: Tensor) -> None:
             )
 
 
+@once_per_layout
 def check_state(name: str, state: Tensor, key_sum: Tensor, k: Tensor, v: Tensor, heads: int):
     """Check that a state of `heads` heads fits k and v."""
     of_k = {"batch": k.shape[0], "heads": heads, "head_dim": k.shape[-1]}

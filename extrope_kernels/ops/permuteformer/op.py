@@ -57,7 +57,7 @@ _NAME = "permuteformer"
 
 
 def _permute_fake(q, k, permutations, positions=None, cu_seqlens=None, *, offset=0, inverse=False):
-    check_powers("permute", q, k, Powers(permutations, positions, cu_seqlens, offset))
+    check_powers("permute", q, k, permutations, positions, cu_seqlens)
     return empty_rows(q), q.new_empty(0) if k is None else empty_rows(k)
 
 
@@ -68,7 +68,7 @@ def _permute_by_gather(
     q, k, permutations, positions=None, cu_seqlens=None, *, offset=0, inverse=False
 ):
     powers = Powers(permutations, positions, cu_seqlens, offset)
-    check_powers("permute", q, k, powers)
+    check_powers("permute", q, k, permutations, positions, cu_seqlens)
     check_values("permute", q.shape[0], powers)
     packed = cu_seqlens is not None
     inputs = [x[None] if packed else x for x in (q, k) if x is not None]
@@ -106,7 +106,7 @@ def _powers(permutations, positions, cu_seqlens, offset: int | None) -> Powers:
 
 def _call(q, k, v, powers: Powers, decay, causal=True, normalize=True, results=()) -> Call:
     check(_NAME, q, k, v, decay, powers.cu_seqlens, causal, results)
-    check_powers(_NAME, q, k, powers)
+    check_powers(_NAME, q, k, *powers[:3])
     heads = k.shape[-2] if decay is None else decay.shape[0]
     return Call(heads, decay, powers.cu_seqlens, causal, normalize)
 
