@@ -323,6 +323,19 @@ def test_tokens_too_far_apart_for_offsets_of_a_block():
         forward(q, k, far, described(EXAMPLES["rerope"]))
 
 
+def test_a_product_that_overflows_behind_the_mask(monkeypatch):
+    """Query 0 does not see key 1, and their product is inf - inf: no gradient may become NaN."""
+    tiles(monkeypatch, halves=True)  # a product for each: one of inf, one of -inf
+    q, k, v = (torch.zeros(1, 2, 1, 32, device=DEVICE) for _ in "qkv")
+    q[:, 0] = 1e20
+    k[:, 1, 0, 1:16], k[:, 1, 0, 17:] = 1e20, -1e20  # all but pair 0, which turns too far
+    v.normal_()
+    call = described(EXAMPLES["rerope"], 32, softcap=2.0)  # its derivative is NaN there
+    out, lse = forward(q, k, v, call)
+    for gradient in backward(torch.ones_like(out), None, q, k, v, out, lse, call):
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.thorough
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's addresses")
 @pytest.mark.parametrize("side", ("before", "behind", "itself"))

@@ -22,7 +22,11 @@ from extrope_kernels.ops.attention import AttentionCall  # noqa: E402
 from extrope_kernels.ops.attention.call import KVCache  # noqa: E402
 from extrope_kernels.ops.attention.triton import configs  # noqa: E402
 from extrope_kernels.ops.attention.triton.decode import constants_of  # noqa: E402
-from extrope_kernels.ops.attention.triton.schedule import Lengths, work_of_item  # noqa: E402
+from extrope_kernels.ops.attention.triton.schedule import (  # noqa: E402
+    Lengths,
+    grid_of,
+    work_of_item,
+)
 from extrope_kernels.testing import device  # noqa: E402
 
 WIDE = example_of(scores.rerope(20))
@@ -259,6 +263,15 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more, window
     if window is None and more >= len(lengths) and max(lengths) >= 1000:
         assert max(splits for *_, splits in expected) > 1
     assert (found[len(expected) :, 0] > len(lengths)).all()
+
+
+def test_without_splits_a_sequence_is_one_item():
+    """A cache too short for two splits has no programs for more."""
+    inputs = make(Case((70, 9)))
+    kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
+    grid = grid_of(inputs.q, kv, call_of(scores.rerope(7)), 16, 16)
+    assert kv.capacity < 512 and not grid.splits
+    assert grid.num_items == 2
 
 
 @pytest.mark.parametrize("page", (-1, 3))

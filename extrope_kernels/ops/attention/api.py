@@ -93,7 +93,8 @@ def rope_attention(
         sequences: an int or (batch,) int32, with cu_seqlens (sequences,), from 0 on, below 2**29.
         Regions, windows and log_n count from absolute positions. By default k_start is 0, and
         queries and keys end together.
-    cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences.
+    cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of packed sequences, from 0 to the
+        total. On a GPU nothing checks that, and tokens past the last get no result or gradient.
     interleaved: pairs of rotated dims are (2i, 2i + 1), as in GPT-J; else (i, i + rotary_dim/2).
     rotary_offset: the first of the 2 * len(inv_freq) dims that rotate, in their place: 128 if the
         last 64 of 192 do (latent attention). Even, unless backend="reference".

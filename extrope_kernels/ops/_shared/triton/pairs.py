@@ -76,7 +76,7 @@ def widened(parts):
 
 
 @triton.jit
-def rotate(parts, cos, sin, scale):
+def rotate_parts(parts, cos, sin, scale):
     """Rotate float32 parts; multiply the rest by `scale`, which cos and sin contain."""
     first = parts[0] * cos - parts[1] * sin
     return first, parts[1] * cos + parts[0] * sin, parts[2] * scale

@@ -35,13 +35,17 @@ all rows see, and num_masked others; block_start says where the i-th of these is
 
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes as a tuple
 of one or two tiles, of D0 and D1 dims (D1 is 0: one), a row of v, out or dout of DV0 and DV1: see
-Blocks in device.py. MODEL is a ModelConstants of device.py. Rows are a tensor with its strides;
-row_of(x, batch, token, head) are those from one row on.
+Blocks in device.py. MODEL is a ModelConstants of device.py.
+
+Rows are a tensor with its strides: strided_rows takes those divided by BLOCKS.align, nth_copy(ptr,
+n, seqlen, COPIES, HEADS, HEAD_DIM) is copy n of a contiguous (batch, seqlen, COPIES, HEADS,
+HEAD_DIM) tensor, keys_of_region is k or a copy of k_rotated. row_of(x, batch, token, head) are Rows
+from one row of x on.
 
 load_rows(x, first, rows, ROWS, D0, D1, HEAD_DIM, MASK_ROWS) loads ROWS rows of Rows x, from row
 `first` on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_rows rounds rows to the
 pointer's dtype, and leaves these out. dot_rows(a, b) is a @ b.T; add_dot(acc, w, x) is acc + w @ x,
-with w rounded to x's dtype.
+with w rounded to x's dtype; scale_rows(x, factor) is x * factor.
 """
 
 from __future__ import annotations
@@ -398,7 +402,8 @@ def backward(
 
     dout: like out, contiguous in the last dimension. dlse: like lse, or None. The other arguments
     are those of `forward`, launches from `backward_launches`. The gradient of sinks needs no
-    kernel: op.py has it.
+    kernel: op.py has it. Packed tokens past the last boundary, which no valid call has, get no
+    gradients: memory as it was.
     """
     # Kernels read the call's small tensors without strides.
     call, lse = with_contiguous_rows(call), lse.contiguous()

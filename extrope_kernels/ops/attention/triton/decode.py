@@ -23,10 +23,10 @@ If all dims rotate, the third part is the first again, and never used.
 of_pairs(ptr, MODEL) loads one number for each pair, (1, P). widened_codes(bits, LIKE, MODEL.codes)
 makes numbers of type LIKE of the bits of fp8, without their scale.
 
-cos_sin_of_map(position, freq, decay, pair_maps, pair, MAP, FROM, HALF) returns
-cosines and sines of freq * (MAP(position) - FROM(position)), exact in fixed point, times
-exp(decay * (MAP(position) - FROM(position))): float32, (tokens, P), or (1, P) if no token differs.
-FROM None counts as 0. A map by pair has a divisor and an offset for each pair, in pair_maps.
+cos_sin_of_map(position, freq, decay, pair_maps, pair, MAP, FROM, HALF) returns cosines and sines of
+freq * (MAP(position) - FROM(position)), exact in fixed point, times exp(decay * (MAP(position) -
+FROM(position))): float32, (tokens, P), or (1, P) if no token differs. FROM None counts as 0. A map
+by pair has a divisor and an offset for each pair, in pair_maps.
 """
 
 from __future__ import annotations

@@ -25,8 +25,12 @@ all rows see, and num_masked others; block_start says where the i-th of these is
 
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes as a tuple
 of one or two tiles, of D0 and D1 dims (D1 is 0: one), a row of v or out of DV0 and DV1: see Blocks
-in device.py. MODEL is a ModelConstants of device.py. Rows are a tensor with its strides; row_of(x,
-batch, token, head) are those from one row on.
+in device.py. MODEL is a ModelConstants of device.py.
+
+Rows are a tensor with its strides: strided_rows takes those divided by BLOCKS.align, nth_copy(ptr,
+n, seqlen, COPIES, HEADS, HEAD_DIM) is copy n of a contiguous (batch, seqlen, COPIES, HEADS,
+HEAD_DIM) tensor, keys_of_region is k or a copy of k_rotated. row_of(x, batch, token, head) are Rows
+from one row of x on.
 
 load_rows(x, first, rows, ROWS, D0, D1, HEAD_DIM, MASK_ROWS) loads ROWS rows of Rows x, from row
 `first` on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_rows rounds rows to the
@@ -34,7 +38,8 @@ pointer's dtype, and leaves these out. dot_rows(a, b) is a @ b.T; add_dot(acc, w
 with w rounded to x's dtype; scale_rows(x, factor) is x * factor.
 
 softcap(qk, SCALE, CAP) returns tanh(qk * SCALE / CAP), or qk without a cap: logits in units of
-their cap, or of the scale. MODEL.logit_unit is that unit times log2(e).
+their cap, or of the scale. MODEL.logit_unit is that unit times log2(e). add_sink(row_max, row_sum,
+sink) adds a logit without a value; it also returns what to multiply acc by.
 """
 
 from __future__ import annotations
@@ -224,6 +229,7 @@ def forward_kernel(
         row_max, row_sum, rescale = add_sink(row_max, row_sum, lse_without_keys * log2_e())
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         factor = rescale / row_sum
+    # A pair's two dims in dim i of both tiles: then the first region's queries need no memory.
     if REGIONS > 1 or not BLOCKS.tiles_are_pairs:
         tl.debug_barrier()  # all threads have loaded q from out's rows
     store_rows(out_row, scale_rows(acc, factor[:, None]), rows, BLOCK_M, DV0, DV1, HEAD_DIM_V)

@@ -40,9 +40,8 @@ def _cos_sin(pair, q_pos, scale, rope, MAP: tl.constexpr, MODEL: tl.constexpr):
     decay = None
     if rope.log_decay is not None:
         decay = tl.load(rope.log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
-    cos, sin = cos_sin_of_map(
-        q_pos, freq, decay, rope.pair_maps, pair, MAP, None, HALF
-    )  # None: queries come rotated by no map
+    # None: queries come rotated by no map.
+    cos, sin = cos_sin_of_map(q_pos, freq, decay, rope.pair_maps, pair, MAP, None, HALF)
     # Keys are rotated without the attention factor: the query carries it for both.
     factor = tl.where(rotates, MODEL.attention_factor_sq, 1.0)[None, :] * scale
     return cos * factor, sin * factor

@@ -11,9 +11,17 @@ The kernel runs in both directions. Forward, it writes a copy of a row x for eac
 copy_c = scale * R_c @ x, where R_c rotates to the positions of map c. Backward, it reads gradients
 of all copies, and writes their sum, each rotated back: dx = sum over c of scale * R_c.T @ dcopy_c.
 
-Names: T is TOKENS, P is TILE.pairs: pairs of dims, rounded up to a power of two. load_parts loads
-rows as their pairs' first dims, second dims, and the dims that do not rotate; store_parts stores
-these. of_pairs loads one number for each pair, (1, P).
+Names: T is TOKENS, P is TILE.pairs: pairs of dims, rounded up to a power of two. A row is in three
+parts: its pairs' first dims and second dims, (T, P), and the dims that do not rotate, (T,
+rest_dims). load_parts loads them, widened makes them float32, store_parts rounds and stores them.
+rotate_parts(parts, cos, sin, scale) rotates them: (a * cos - b * sin, b * cos + a * sin, rest *
+scale). of_pairs loads one number for each pair, (1, P). sequence_of(token, cu_seqlens, ..) finds
+packed tokens' sequences, (T,).
+
+cos_sin_of_map(position, freq, decay, pair_maps, pair, MAP, FROM, HALF) returns cosines and sines of
+freq * (MAP(position) - FROM(position)), exact in fixed point, times exp(decay * (MAP(position) -
+FROM(position))): float32, (T, P), or (1, P) if no token differs. FROM None counts as 0. A map by
+pair has a divisor and an offset for each pair, in pair_maps.
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ from torch import Tensor
 
 from ....scores.base import PlainMap
 from ..._shared.triton.launch import VECTOR_BYTES, Launch
-from ..._shared.triton.pairs import load_parts, of_pairs, store_parts, widened
+from ..._shared.triton.pairs import load_parts, of_pairs, rotate_parts, store_parts, widened
 from ..._shared.triton.tokens import sequence_of
 from ..call import AttentionCall
 from .device import (
@@ -75,9 +83,37 @@ class RotateTile(NamedTuple):
 # The kernel
 
 
+class Rope(NamedTuple):
+    """What rotates both sides, and packed sequences."""
+
+    inv_freq: tl.tensor  # (sequences or 1, freq_heads, half)
+    freq_stride: tl.tensor  # between sequences; 0: they share
+    pair_maps: tl.tensor  # (rows, 2: divisors and offsets, half) float64, or None
+    cu_seqlens: tl.tensor  # (num_sequences + 1,), or None
+    num_sequences: tl.tensor
+    search_steps: tl.tensor  # of a binary search for one
+
+
+class Side(NamedTuple):
+    """Queries or keys."""
+
+    x: tl.tensor  # (batch, seqlen, heads, head_dim)
+    stride_batch: tl.tensor  # divided by TILE.align
+    stride_seq: tl.tensor
+    stride_head: tl.tensor
+    copies: tl.tensor  # (batch, seqlen, maps, heads, head_dim), contiguous
+    seqlen: tl.tensor  # the total if packed
+    shift: tl.tensor  # from a token's index to its position, if not packed
+    start: tl.tensor  # (sequences or 1,) int32: a further shift; or None
+    start_stride: tl.tensor
+    decay: tl.tensor  # (1, P) float64, or None: xPos
+    scale: tl.tensor  # (batch or 1, seqlen) float32: factors of tokens; or None
+    scale_stride: tl.tensor
+
+
 @triton.jit
 def _cos_sin_of_copies(
-    position, inv_freq, freq_offset, valid, decay, pair_maps, head_k, factor, MAPS: tl.constexpr,
+    position, freq_offset, valid, head_k, factor, decay, rope, MAPS: tl.constexpr,
     FROM: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Return ((cos, sin), ...) for every copy, times `factor`: (T, P) float32 each.
@@ -87,6 +123,7 @@ def _cos_sin_of_copies(
     """
     HALF: tl.constexpr = TILE.half
     pair = tl.arange(0, TILE.pairs)
+    inv_freq = rope.inv_freq
     if TILE.freq_heads > 1:
         inv_freq += head_k * HALF
     if TILE.freq_per_token:
@@ -98,7 +135,7 @@ def _cos_sin_of_copies(
     cos_sin = ()
     for c in tl.static_range(len(MAPS)):
         cos, sin = cos_sin_of_map(
-            position, freq, decay, pair_maps, pair, nth_map(MAPS, c), FROM, HALF
+            position, freq, decay, rope.pair_maps, pair, nth_map(MAPS, c), FROM, HALF
         )
         if BACKWARD and decay is not None:
             # Outside of a region the amplitude may overflow. Gradients are 0 there: not NaN.
@@ -111,13 +148,7 @@ def _cos_sin_of_copies(
 
 @triton.jit
 def _rotate_tokens(
-    x, stride_batch, stride_seq, stride_head,  # (batch, seqlen, HEADS, head_dim); / align
-    copies,  # (batch, seqlen, len(MAPS), HEADS, head_dim), contiguous
-    tile, batch, seqlen,  # tile: of TOKENS tokens
-    shift,  # from a token's index to its position, if not packed
-    start, start_stride,  # (sequences or 1,) int32: a further shift; or None
-    inv_freq, freq_stride, decay, pair_maps, cu_seqlens, num_sequences, search_steps,
-    token_scale, scale_stride,  # (batch or 1, seqlen) float32; or None
+    side, rope, tile, batch,  # tile: of TOKENS tokens
     MAPS: tl.constexpr, FROM: tl.constexpr,  # rows come rotated by FROM, or raw (None)
     FACTOR: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -129,68 +160,65 @@ def _rotate_tokens(
 
     # Tokens, their positions and where their sequence's frequencies begin.
     token = tile * TOKENS + tl.arange(0, TOKENS)  # (T,)
-    valid = token < seqlen
-    if cu_seqlens is None:
-        position = token + shift
-        if start is not None:
-            position += tl.load(start + batch * start_stride)
-        freq_offset = batch * freq_stride
+    valid = token < side.seqlen
+    if rope.cu_seqlens is None:
+        position = token + side.shift
+        if side.start is not None:
+            position += tl.load(side.start + batch * side.start_stride)
+        freq_offset = batch * rope.freq_stride
     else:
-        sequence = sequence_of(token, cu_seqlens, num_sequences, search_steps)  # (T,)
-        position = token - tl.load(cu_seqlens + sequence)
-        if start is not None:
-            position += tl.load(start + sequence * start_stride)
+        sequence = sequence_of(token, rope.cu_seqlens, rope.num_sequences, rope.search_steps)
+        position = token - tl.load(rope.cu_seqlens + sequence)
+        if side.start is not None:
+            position += tl.load(side.start + sequence * side.start_stride)
         freq_offset = 0
         if TILE.freq_per_token:
-            freq_offset = sequence.to(tl.int64) * freq_stride
+            freq_offset = sequence.to(tl.int64) * rope.freq_stride
 
     # Factors of a token: dims that do not rotate get `scale`, the others FACTOR * scale.
     scale = 1.0
-    if token_scale is not None:
-        scale_ptr = token_scale + batch * scale_stride + token
+    if side.scale is not None:
+        scale_ptr = side.scale + batch * side.scale_stride + token
         scale = tl.load(scale_ptr, mask=valid, other=0.0)[:, None]  # (T, 1)
     if not BY_HEAD:  # cosines and sines serve all heads
         cos_sin = _cos_sin_of_copies(
-            position, inv_freq, freq_offset, valid, decay, pair_maps, 0, FACTOR * scale, MAPS, FROM,
-            BACKWARD, TILE,
+            position, freq_offset, valid, 0, FACTOR * scale, side.decay, rope, MAPS, FROM, BACKWARD,
+            TILE,
         )  # fmt: skip
 
     # Pointers to dim 0 of head 0. The factor `align` shows the compiler that rows begin at
     # multiples of it, so that it moves 16 bytes at a time.
-    row_offset = batch * tl.cast(stride_batch, tl.int64) + token * tl.cast(stride_seq, tl.int64)
-    copy_index = (batch * seqlen + token) * COPIES  # (T,) int64, as batch is
+    row_offset = batch * side.stride_batch + token * tl.cast(side.stride_seq, tl.int64)
+    copy_index = (batch * side.seqlen + token) * COPIES  # (T,) int64, as batch is
     share = tl.cdiv(HEADS, tl.num_programs(1))
     begin = tl.program_id(1) * share
     for head in range(begin, tl.minimum(begin + share, HEADS)):
         if BY_HEAD:
             head_k = head // (HEADS // TILE.heads_k)
             cos_sin = _cos_sin_of_copies(
-                position, inv_freq, freq_offset, valid, decay, pair_maps, head_k, FACTOR * scale,
-                MAPS, FROM, BACKWARD, TILE,
+                position, freq_offset, valid, head_k, FACTOR * scale, side.decay, rope, MAPS, FROM,
+                BACKWARD, TILE,
             )  # fmt: skip
-        x_rows = x + (row_offset + tl.cast(head, tl.int64) * stride_head) * TILE.align  # (T,)
-        copy_rows = copies + (copy_index * HEADS + head) * HEAD_DIM  # (T,): of copy 0
-        # A row's parts: first and second dims of its pairs, (T, P), and the rest, (T, rest_dims).
+        head_offset = tl.cast(head, tl.int64) * side.stride_head
+        x_rows = side.x + (row_offset + head_offset) * TILE.align  # (T,)
+        copy_rows = side.copies + (copy_index * HEADS + head) * HEAD_DIM  # (T,): of copy 0
         if BACKWARD:
             for c in tl.static_range(COPIES):
-                a, b, rest = load_parts(copy_rows + c * HEADS * HEAD_DIM, valid, TILE)
+                parts = load_parts(copy_rows + c * HEADS * HEAD_DIM, valid, TILE)
                 cos, sin = cos_sin[c]
-                sin = -sin  # the backward rotates by minus the angle
-                back_a = a * cos - b * sin
-                back_b = b * cos + a * sin
-                back_rest = rest * scale
+                a, b, rest = rotate_parts(parts, cos, -sin, scale)  # by minus the angle
                 if c == 0:
-                    dx_a, dx_b, dx_rest = back_a, back_b, back_rest
+                    dx_a, dx_b, dx_rest = a, b, rest
                 else:
-                    dx_a += back_a
-                    dx_b += back_b
-                    dx_rest += back_rest
+                    dx_a += a
+                    dx_b += b
+                    dx_rest += rest
             store_parts(x_rows, (dx_a, dx_b, dx_rest), valid, TILE)
         else:
-            a, b, rest = widened(load_parts(x_rows, valid, TILE))
+            parts = widened(load_parts(x_rows, valid, TILE))
             for c in tl.static_range(COPIES):
                 cos, sin = cos_sin[c]
-                rotated = (a * cos - b * sin, b * cos + a * sin, rest * scale)
+                rotated = rotate_parts(parts, cos, sin, scale)
                 store_parts(copy_rows + c * HEADS * HEAD_DIM, rotated, valid, TILE)
 
 
@@ -234,22 +262,27 @@ def rotate_kernel(
     if log_decay is not None:
         q_decay = of_pairs(log_decay, TILE).to(tl.float64)  # (1, P)
         k_decay = -q_decay
+    rope = Rope(inv_freq, freq_stride, pair_maps, cu_seqlens, num_sequences, search_steps)
     # Two nested conditions: only the first is known to the compiler.
     if len(Q_MAPS) > 0:  # noqa: SIM102
         if tile < q_tiles:
+            side = Side(
+                q, q_stride_batch, q_stride_seq, q_stride_head, q_copies, seqlen_q, shift,
+                q_start, q_start_stride, q_decay, query_scale, scale_stride,
+            )  # fmt: skip
             _rotate_tokens(
-                q, q_stride_batch, q_stride_seq, q_stride_head, q_copies, tile, batch, seqlen_q,
-                shift, q_start, q_start_stride, inv_freq, freq_stride, q_decay, pair_maps,
-                cu_seqlens, num_sequences, search_steps, query_scale, scale_stride, Q_MAPS, None,
-                TILE.attention_factor_sq, TILE.heads_q, BACKWARD, TILE,
+                side, rope, tile, batch, Q_MAPS, FROM=None, FACTOR=TILE.attention_factor_sq,
+                HEADS=TILE.heads_q, BACKWARD=BACKWARD, TILE=TILE,
             )  # fmt: skip
     if len(K_MAPS) > 0:  # noqa: SIM102
         if tile >= q_tiles:
+            side = Side(
+                k, k_stride_batch, k_stride_seq, k_stride_head, k_copies, seqlen_k, 0,
+                k_start, k_start_stride, k_decay, None, 0,
+            )  # fmt: skip
             _rotate_tokens(
-                k, k_stride_batch, k_stride_seq, k_stride_head, k_copies,
-                tile - q_tiles + first_k_tile, batch, seqlen_k, 0, k_start, k_start_stride,
-                inv_freq, freq_stride, k_decay, pair_maps, cu_seqlens, num_sequences, search_steps,
-                None, 0, K_MAPS, STORED, 1.0, TILE.heads_k, BACKWARD, TILE,
+                side, rope, tile - q_tiles + first_k_tile, batch, K_MAPS, FROM=STORED, FACTOR=1.0,
+                HEADS=TILE.heads_k, BACKWARD=BACKWARD, TILE=TILE,
             )  # fmt: skip
 
 
