@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from numbers import Real
 from typing import TypeVar
 
@@ -174,16 +175,25 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
         return False
     if x.numel() == 0 or y.numel() == 0:
         return False
+    of_x, of_y = ((t.element_size(), t.stride(), t.shape) for t in (x, y))
+    return _meet(distance, of_x, of_y)
+
+
+@functools.lru_cache(4096)  # a step writes into the caches of the step before
+def _meet(distance: int, of_x: tuple, of_y: tuple) -> bool:
+    """Return True if y, which begins `distance` bytes after x, has a byte of x.
+
+    of_x, of_y: the size of an element, strides and shape.
+    """
     # Byte i of x is byte j of y where the strides times the differences of their indices add up.
     least: dict[int, int] = {}
     most: dict[int, int] = {}
-    for tensor, limits, sign in ((x, most, 1), (y, least, -1)):
-        size = tensor.element_size()
-        for stride, count in ((1, size), *zip([size * n for n in tensor.stride()], tensor.shape)):
+    for (size, strides, shape), limits, sign in ((of_x, most, 1), (of_y, least, -1)):
+        for stride, count in ((1, size), *zip([size * n for n in strides], shape)):
             if stride > 0:
                 limits[stride] = limits.get(stride, 0) + sign * (count - 1)
-    strides = sorted({*least, *most}, reverse=True)
-    return _is_reached(distance, [(n, least.get(n, 0), most.get(n, 0)) for n in strides])
+    found = sorted({*least, *most}, reverse=True)
+    return _is_reached(distance, [(n, least.get(n, 0), most.get(n, 0)) for n in found])
 
 
 def _is_reached(distance: int, sizes: list[tuple[int, int, int]]) -> bool:
