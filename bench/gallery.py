@@ -17,7 +17,7 @@ from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from PIL import Image
 from tables import API, api_link, described, link
 from torch import Tensor
@@ -71,7 +71,6 @@ PLAIN = Score("plain", (Region(FIRST_KEY, SAME, SAME),))
 BEFORE, AFTER, LIMIT, UNSEEN = "#8a949e", "#0b62a4", "#c8321f", "#e4e6e8"
 AXES = (AFTER, "#d98200", "#0a8754")
 NEAR_TO_FAR = colormaps["YlGnBu"].with_extremes(over=LIMIT)
-COLUMNS = 3
 STRIP = ("rope", "yarn", "rerope")  # the three of README
 
 
@@ -222,28 +221,6 @@ def draw_one(name: str, method: RopeFreqs | Score) -> Figure:
     return figure
 
 
-def draw_all() -> Figure:
-    """Draw the picture of all methods."""
-    frequencies, maps = frequency_examples(), {"plain RoPE": PLAIN} | score_examples()
-    rows = [math.ceil(len(each) / COLUMNS) for each in (frequencies, maps)]
-    heights = [0.6 + 1.2 * rows[0], 0.6 + 1.65 * rows[1]]
-    figure = Figure(figsize=(5.2, sum(heights)), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
-    for axes, freqs in panels(upper, frequencies):
-        draw_frequencies(axes, freqs)
-        axes.tick_params(labelsize=7)
-        axes.label_outer()
-    for axes, score in panels(lower, maps):
-        draw_small(axes, score)
-    told = """Frequencies: in how many tokens each pair rotates once,
-grey as trained, blue with the method; red: trained length"""
-    upper.suptitle(told, fontsize=9)
-    told = """Scores: the distance that a query (down) sees of a key (across),
-near (yellow) to the trained length (blue), and farther (red)"""
-    lower.suptitle(told, fontsize=9)
-    return figure
-
-
 def draw_small(axes: Axes, score: Score) -> None:
     """Draw the map of a score method, and its curve in the corner."""
     seen = distances(score)
@@ -270,17 +247,6 @@ def draw_strip() -> Figure:
     return figure
 
 
-def panels(figure: SubFigure, shown: Mapping[str, Any]) -> list[tuple[Axes, Any]]:
-    """Make a panel for each method, with its name."""
-    rows = math.ceil(len(shown) / COLUMNS)
-    every = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
-    for axes, name in zip(every, shown, strict=False):
-        axes.set_title(name, fontsize=8.5, fontweight="bold", pad=3).set_in_layout(False)
-    for axes in every[len(shown) :]:
-        axes.set_axis_off()
-    return list(zip(every, shown.values(), strict=False))
-
-
 # -------------------------------------------------------------------------------------------------
 # The page
 
@@ -288,9 +254,7 @@ HEAD = """# Gallery
 
 <!-- python bench/gallery.py writes this page and its pictures -->
 
-Every method in one picture, drawn from what it gives the kernels.
-
-![All methods](methods.png)
+Every method, drawn from what it gives the kernels.
 
 """
 OF_FREQUENCIES = f"""## Frequencies
@@ -333,7 +297,6 @@ def entry(axis: str, method: Callable, given: list[str], named: dict[str, Any]) 
 
 if __name__ == "__main__":
     rcParams.update({"xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 8})
-    save(draw_all(), DOCS / "methods.png", 220)
     save(draw_strip(), DOCS / "strip.png", 160)
     for name, method in (frequency_examples() | score_examples()).items():
         save(draw_one(name, method), DOCS / "gallery" / f"{name}.png", 150)
