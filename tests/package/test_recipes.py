@@ -125,3 +125,19 @@ def test_the_steps_are_enough(title, checkout):
     (checkout / "tests/rope/test_slow_half.py").write_text(ROTATED)
     words = f"{Path(new).stem} or cover or every_method or public"
     assert passed(checkout, words, *tests) > 30
+
+
+def test_the_places_of_an_option_are_the_files_that_name_it():
+    page = (ROOT / "docs" / "guide" / "add_method.md").read_text()
+    section = page.split("## Add an option of attention\n")[1]
+    listed = set(re.findall(r"`((?:extrope_kernels|csrc|tests)/[^`]+)`", section))
+    assert all((ROOT / path).exists() for path in listed)
+    sources = [
+        path for folder in ("extrope_kernels", "csrc") for path in (ROOT / folder).rglob("*")
+    ]
+    named = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources
+        if path.suffix in (".py", ".h", ".cpp") and re.search(r"\bsoftcap\b", path.read_text())
+    }
+    assert {path for path in listed if not path.startswith("tests/")} == named
