@@ -11,6 +11,7 @@ from method_examples import example
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import engine_of, make_engine
+from extrope_kernels.integrations.vllm.query_scale import adopt_query_scale
 from extrope_kernels.integrations.vllm.settings import read_settings
 from extrope_kernels.integrations.vllm.warnings import summary, warnings_for
 
@@ -161,6 +162,18 @@ def test_a_new_factor_of_yarn_leaves_its_other_parameters():
         config(YARN | {"truncate": True}, {"rope_parameters": rope})
     ).kinds.values()
     assert kind.freqs == methods.yarn(32, factor=4.0, **own | {"truncate": True})
+
+
+def test_a_factor_of_queries_is_named_as_vllm_reads_it():
+    """Ministral 3's: vLLM reads `llama_4_scaling` of Mistral's own files."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    for more, want in (
+        ({}, None),
+        ({"llama_4_scaling_beta": 0.1}, {"original_max_position_embeddings": 32, "beta": 0.1}),
+    ):
+        made = config(YARN, {"rope_parameters": rope | more})
+        adopt_query_scale(made)
+        assert getattr(made.model_config.hf_text_config, "llama_4_scaling", None) == want
 
 
 def test_a_method_for_one_axis_of_mrope():

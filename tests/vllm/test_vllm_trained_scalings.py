@@ -31,10 +31,21 @@ LONGROPE = {
     "factor": 4.0,
     **ORIGINAL,
 }
+MISTRAL = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+    **ORIGINAL,
+}
 MODELS = {
     "Gemma3": TWO_KINDS | GEMMA | {"rope_parameters": LINEAR},
     "Llama": {"rope_parameters": LLAMA3},
     "Phi3": {"rope_parameters": LONGROPE, "hidden_size": 128, **ORIGINAL},
+    # Its amplitude is 1, and its queries grow with their position.
+    "Ministral3": {"rope_parameters": MISTRAL, "sliding_window": None},
 }
 
 

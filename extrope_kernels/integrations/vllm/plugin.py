@@ -13,6 +13,7 @@ from .auto import choose_entry
 from .dual_chunks import adopt_dual_chunk_config
 from .engine import engine_of, make_engine
 from .latent import adopt_scaling
+from .query_scale import adopt_query_scale
 from .settings import NAME, OURS, read_entry, read_settings
 from .warnings import summary, warnings_for
 
@@ -162,6 +163,7 @@ def check_configurations() -> None:
         if read_entry(config.additional_config) is not None:
             if adopt_dual_chunk_config(config):
                 LOGGER.warning("%s: %s", NAME, SPARSE)
+            adopt_query_scale(config)
             adopt_scaling(config)
         choose_backend(config)
         complete()
