@@ -59,8 +59,9 @@ def guarded(x: Tensor, behind: bool) -> Tensor:
     extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
     if extent == 0:
         return x
-    memory = bytes_between_pages(extent * x.itemsize, behind)
-    return memory.view(x.dtype).as_strided(x.shape, x.stride()).copy_(x)
+    memory = bytes_between_pages(extent * x.itemsize, behind).view(x.dtype)
+    memory.copy_(x.as_strided((extent,), (1,)))  # not by rows, which may be expanded
+    return memory.as_strided(x.shape, x.stride())
 
 
 class Guarded(TorchDispatchMode):
