@@ -76,16 +76,16 @@ inline void prefetch_block(const TileQueries& queries, const TileKeys& seen, int
 }
 
 // Ends the online softmax: out_scale = v_scale / row_sum, the factor of each row's sums over
-// values, and lse = ln(row_sum * 2**row_max). A sink joins both. A row without keys gets 0 and
-// -inf.
+// values, and lse = row_max * unit + ln(row_sum); unit: ln 2 if logits are to base 2. A sink joins
+// both. A row without keys gets 0 and -inf.
 inline void finish_softmax(const TileQueries& queries, const float* row_max, const float* row_sum,
-                           float* out_scale) {
+                           double unit, float* out_scale) {
   const Sinks& sinks = queries.p.sinks;
   const auto finish = [&](int64_t row, int64_t token, int64_t head) {
     const bool none = row_sum[row] == 0.0f;
     out_scale[row] = none ? 0.0f : 1.0f / row_sum[row];
     float& lse = queries.p.lse[queries.lse_index(token, head)];
-    const double max = row_max[row] * kLn2;
+    const double max = row_max[row] * unit;
     lse = none ? -__builtin_inff() : static_cast<float>(max + __builtin_logf(row_sum[row]));
     if (sinks.data) join_sink(sinks.of(head), out_scale[row], lse);
     if (queries.p.v_scale) out_scale[row] *= queries.p.v_scale[queries.tile.head];

@@ -79,7 +79,7 @@ void finish(const TileQueries& queries, const Scratch& w) {
   for (int64_t slice = 0; slice < queries.slices; ++slice) {
     if (!sees_keys(queries, slice)) std::memset(w.out + slice * sums, 0, sums * sizeof(float));
   }
-  finish_softmax(queries, w.row_max, w.row_sum, w.out_scale);
+  finish_softmax(queries, w.row_max, w.row_sum, kLn2, w.out_scale);
   with_out_type<bf16>(queries.p, [&](auto type) {
     unpack_sums<decltype(type)>(queries, w.out, w.out_scale, queries.p.out);
   });

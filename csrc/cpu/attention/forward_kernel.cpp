@@ -7,7 +7,7 @@
 // a row in each lane of kQueryVectors = 3 vectors of kFloats floats, it does for each block, with
 // online softmax:
 //
-//   S = K Q^T                    (keys, rows)   logits to base 2
+//   S = K Q^T                    (keys, rows)   logits to base 2, or e if capped
 //   P = exp2(S - row_max)        (keys, rows)
 //   O = O * rescale + V^T P      (head_dim of v, rows)
 //
@@ -79,7 +79,7 @@ struct Scratch {
   float* keys;       // (regions, block_n, head_dim), rotated
   float* values;     // (head_dim of v / kKeyRows, key_block.padded, kKeyRows)
   float* logits;     // (block_n, kQueryLanes): S of one slice, then P
-  float* row_max;    // (rows,): largest S so far, to base 2
+  float* row_max;    // (rows,): largest S so far
   float* row_sum;    // (rows,): sum of P
   float* q_scale;    // (rows,): the logits' factor, with log2(e) or 1 / softcap; 0 in padding
   float* out_scale;  // (rows,): v_scale / row_sum with the sink; 0 for a row without keys; not set
@@ -92,7 +92,7 @@ struct RegionView {
   const float* keys;  // (block_n, head_dim)
   int64_t head_dim;
   int64_t first_key;  // the block's first key, in the sequence
-  float softcap;      // to base 2: times log2(e)
+  float softcap;
 };
 
 // Keeps the logits of keys that a row sees in this region: `bounds` has each row's begin and end.
@@ -157,14 +157,17 @@ void multiply_region(const TileQueries& queries, const Scratch& w, const RegionV
 }
 
 // P = exp2(S - new_max) for the block's keys [begin, end). Updates the slice's row_max and row_sum;
-// returns the rescale factors of its earlier sums.
+// returns the rescale factors of its earlier sums. Capped logits are to base e, so that a row at
+// its cap has an lse of it, which a change of base would round.
+template <bool Capped>
 EXTROPE_INLINE void softmax_slice(const Scratch& w, int64_t slice, int64_t begin, int64_t end,
                                   const floats (&new_max)[kQueryVectors],
                                   floats (&rescale)[kQueryVectors]) {
+  constexpr float kUnit = Capped ? kLog2E : 1.0f;
   floats sum[kQueryVectors];
   for (int j = 0; j < kQueryVectors; ++j) {
     const int64_t row = slice * kQueryLanes + j * kFloats;
-    rescale[j] = exp2_vector(load<floats>(w.row_max + row) - new_max[j]);
+    rescale[j] = exp2_vector((load<floats>(w.row_max + row) - new_max[j]) * kUnit);
     sum[j] = load<floats>(w.row_sum + row) * rescale[j];
     store(w.row_max + row, new_max[j]);
   }
@@ -172,7 +175,8 @@ EXTROPE_INLINE void softmax_slice(const Scratch& w, int64_t slice, int64_t begin
     float* logits = w.logits + key * kQueryLanes;  // (kQueryLanes,)
 #pragma GCC unroll 16
     for (int j = 0; j < kQueryVectors; ++j) {
-      const floats probability = exp2_vector(load<floats>(logits + j * kFloats) - new_max[j]);
+      const floats probability =
+          exp2_vector((load<floats>(logits + j * kFloats) - new_max[j]) * kUnit);
       store(logits + j * kFloats, probability);
       sum[j] += probability;
     }
@@ -202,13 +206,13 @@ void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratc
                           .keys = w.keys + r * plan.block_n * p.head_dim,
                           .head_dim = p.head_dim,
                           .first_key = key_block.first,
-                          .softcap = p.softcap * kLog2E};
+                          .softcap = p.softcap};
     multiply_region<Capped>(queries, w, view, slice, r, block_parts.of[r], written, new_max);
     written = block_parts.of[r].end;
   }
 
   // P = exp2(S - new_max)
-  softmax_slice(w, slice, block_parts.begin, block_parts.end, new_max, rescale);
+  softmax_slice<Capped>(w, slice, block_parts.begin, block_parts.end, new_max, rescale);
 
   // O = O * rescale + V^T P
   for (int64_t d = 0; d < p.v.head_dim; d += kKeyRows) {
@@ -232,7 +236,8 @@ void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratc
 // Ends the softmax, where sinks join: writes lse, and out = O * out_scale, of type Out.
 template <typename Out>
 void finish(const TileQueries& queries, const Scratch& w) {
-  finish_softmax(queries, w.row_max, w.row_sum, w.out_scale);  // sets p.lse, ln, and w.out_scale
+  // Sets p.lse, to base e, and w.out_scale.
+  finish_softmax(queries, w.row_max, w.row_sum, queries.p.softcap > 0 ? 1.0 : kLn2, w.out_scale);
   const AttentionTensor& out = queries.p.out;
   RowBuffer buffer;  // (kFloats, more than kMaxHeadDim): unpack_rows writes whole vectors
   for (int64_t first = 0; first < queries.count; first += kFloats) {
@@ -278,7 +283,7 @@ template <typename T, bool Capped>
 void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
   const AttentionParams& p = queries.p;
   const int64_t padded_rows = queries.slices * kQueryLanes;  // queries.count rows, then padding
-  // With a softcap, S is in units of it until apply_softcap(), which brings log2(e).
+  // With a softcap, S is in units of it until apply_softcap().
   const float unit = Capped ? 1.0f / p.softcap : kLog2E;
   std::memset(w.out, 0, padded_rows * p.v.head_dim * sizeof(float));
   std::memset(w.row_sum, 0, padded_rows * sizeof(float));

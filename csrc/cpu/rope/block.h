@@ -133,7 +133,6 @@ struct Cursor {
   int64_t token, head;
 
   explicit Cursor(const Run& rows) : run(rows), token(0), head(rows.first_head) {}
-  EXTROPE_INLINE void next() { skip_of_token(1); }
 
   // Returns how many rows of the same token follow, this one included.
   EXTROPE_INLINE int64_t left_of_token() const {

@@ -434,15 +434,16 @@ void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* ou
   });
 }
 
-// The backward of one tensor of a block of tokens. Rows are read for their sums, then once more for
-// their gradients: in groups whose sums over lanes cost little together, or, if all heads share a
-// mean square, token by token.
+// The backward of one tensor of a block of tokens. A row is read for its sums, then once more for
+// its gradients; if all heads of a token share a mean square, the whole block is read first.
 template <typename T, bool Interleaved>
 struct NormBackward {
-  using V = WideVector<T>;
-  static constexpr int kGroup = Lanes<V>::count;
   struct Sums {
-    V squares, products;
+    WideVector<T> squares, products;  // per lane
+  };
+  // One over the root mean square, and the mean of products times it.
+  struct Factors {
+    Wide<T> scale, mean;
   };
 
   const RopeNormParams& p;
@@ -452,7 +453,6 @@ struct NormBackward {
   const Scratch<T>& scratch;
   const PrefetchDistances& ahead;
   Wide<T>* weight_grad;
-  Sums of_tokens[kBlock];  // used if all heads share a mean square
 
   void add_row(int64_t t, int64_t head, Sums& sums) const {
     const T* in = input_row<T>(x, tokens[t], head);
@@ -464,69 +464,40 @@ struct NormBackward {
                                                  &norm.weight[head * norm.head_step]);
   }
 
-  // For a row, or a vector of rows: one over the root mean square, and the mean of products.
-  template <typename U>
-  struct ScaleAndMean {
-    U scale, mean;
-  };
-
-  template <typename U>
-  ScaleAndMean<U> scale_and_mean(U squares, U products) const {
+  Factors factors_of(const Sums& sums) const {
     const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.heads_per_mean * p.head_dim);
-    const U scale = Wide<T>{1} / root(squares * share + static_cast<Wide<T>>(p.norm_eps));
-    return {scale, products * scale * share};
+    const Wide<T> mean_square = sum_of(sums.squares) * share;
+    const Wide<T> scale = Wide<T>{1} / root(mean_square + static_cast<Wide<T>>(p.norm_eps));
+    return {scale, sum_of(sums.products) * scale * share};
   }
 
-  void write_row(int64_t t, int64_t head, Wide<T> scale, Wide<T> mean) const {
+  void write_row(int64_t t, int64_t head, Factors factors) const {
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
     norm_backward_row<T, Interleaved>(p, in, saved_row<T>(x, tokens[t], head), out, {scratch, t},
-                                      &norm.weight[head * norm.head_step], scale, mean,
-                                      weight_grad + head * norm.head_step);
+                                      &norm.weight[head * norm.head_step], factors.scale,
+                                      factors.mean, weight_grad + head * norm.head_step);
     if (in != out) prefetch(out, ahead.out, ahead.bytes);
   }
 
-  void run_per_head(Run run) const {
-    Cursor read(run), written(run);
-    V squares[kGroup] = {}, products[kGroup] = {};
-    for (int64_t left = run.tokens * run.heads; left > 0; left -= kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, left);
-      for (int64_t i = 0; i < count; ++i, read.next()) {
-        Sums sums{};
-        add_row(read.token, read.head, sums);
-        squares[i] = sums.squares, products[i] = sums.products;
-      }
-      const auto [scale, mean] = scale_and_mean(sums_of(squares), sums_of(products));
-      Wide<T> scales[kGroup], means[kGroup];
-      store(scales, scale), store(means, mean);
-      for (int64_t i = 0; i < count; ++i, written.next()) {
-        write_row(written.token, written.head, scales[i], means[i]);
-      }
-    }
-  }
-
-  void run_all_heads(Run run) {
-    ScaleAndMean<Wide<T>> shared;
-    run.for_each_row([&](int64_t t, int64_t head) {
-      if (run.of_heads && head == 0) {
-        for (int64_t h = 0; h < run.heads; ++h) add_row(t, h, of_tokens[t]);
-      }
-      if (!run.of_heads || head == 0) {
-        shared = scale_and_mean(sum_of(of_tokens[t].squares), sum_of(of_tokens[t].products));
-      }
-      write_row(t, head, shared.scale, shared.mean);
-    });
-  }
-
   template <typename EachRun>
-  void run(const EachRun& each_run) {
-    if (norm.head_step == 0) return each_run([&](Run run) { run_per_head(run); });
-    each_run([&](Run run) {  // all sums first, if a token's heads are not contiguous
-      if (!run.of_heads) {
-        run.for_each_row([&](int64_t t, int64_t h) { add_row(t, h, of_tokens[t]); });
-      }
+  void run(const EachRun& each_run) const {
+    const bool all_heads = norm.head_step > 0;
+    Factors of_tokens[kBlock];
+    if (all_heads) {
+      Sums sums[kBlock] = {};
+      each_run([&](Run run) {
+        run.for_each_row([&](int64_t t, int64_t head) { add_row(t, head, sums[t]); });
+      });
+      for (int64_t t = 0; t < kBlock; ++t) of_tokens[t] = factors_of(sums[t]);
+    }
+    each_run([&](Run run) {
+      run.for_each_row([&](int64_t t, int64_t head) {
+        Sums sums{};
+        if (!all_heads) add_row(t, head, sums);
+        write_row(t, head, all_heads ? of_tokens[t] : factors_of(sums));
+      });
     });
-    each_run([&](Run run) { run_all_heads(run); });
   }
 };
 

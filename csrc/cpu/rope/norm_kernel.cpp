@@ -83,7 +83,7 @@ void norm_tokens_backward(const RopeNormParams& p, int64_t begin, int64_t end, c
     } else {
       const PrefetchDistances ahead(p, x, sizeof(T));
       Wide<T>* grads = weight_grads[n].data();
-      NormBackward<T, Interleaved>{p, x, norms[n], tokens, scratch, ahead, grads, {}}.run(each_run);
+      NormBackward<T, Interleaved>{p, x, norms[n], tokens, scratch, ahead, grads}.run(each_run);
     }
   };
   for_each_tensor(p, begin, end, scratch, block);

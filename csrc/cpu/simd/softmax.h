@@ -1,6 +1,8 @@
 // The softcap of logits with its derivative, and sinks, for attention with and without a cache.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/simd/exp2.h"
 
 namespace extrope {
@@ -60,6 +62,14 @@ inline floats tanh_far(floats x, float scale) {
   return bits_as<floats>(bits_as<words>(result) | sign);
 }
 
+// Not inlined: its constants would take the registers of a product's sums.
+[[gnu::noinline]] inline void apply_softcap_anywhere(floats* x, int count, float cap) {
+  for (int i = 0; i < count; ++i) {
+    const floats square = x[i] * x[i], far = tanh_far(x[i], cap);
+    x[i] = square <= kNear ? tanh_near(x[i], square, cap) : far;
+  }
+}
+
 // The softcap: x becomes cap * tanh(x), for x = logits / softcap. To base 2, log2(e) is in `cap`.
 template <int Count>
 EXTROPE_INLINE void apply_softcap(floats (&x)[Count], float cap) {
@@ -70,11 +80,10 @@ EXTROPE_INLINE void apply_softcap(floats (&x)[Count], float cap) {
 #pragma GCC unroll 16
     for (int i = 0; i < Count; ++i) x[i] = tanh_near(x[i], squares[i], cap);
   } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < Count; ++i) {
-      const floats far = tanh_far(x[i], cap);
-      x[i] = squares[i] <= kNear ? tanh_near(x[i], squares[i], cap) : far;
-    }
+    floats any[Count];  // a copy, so that x may stay in registers
+    std::copy_n(x, Count, any);
+    apply_softcap_anywhere(any, Count, cap);
+    std::copy_n(any, Count, x);
   }
 }
 
