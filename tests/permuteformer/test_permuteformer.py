@@ -29,7 +29,8 @@ def exact(q, k, v, permutations, decay=None, causal=True, normalize=True):
     """The paper's formula in float64."""
     heads_q, heads_k = q.shape[2], k.shape[2]
     if decay is None or not causal:
-        decay = torch.sigmoid(2 + 3 * torch.arange(heads_k) / heads_k) if causal else torch.ones(1)
+        heads = torch.arange(heads_k, dtype=torch.promote_types(q.dtype, torch.float32))
+        decay = torch.sigmoid(2 + 3 * heads / heads_k) if causal else torch.ones(1)
     rates = decay.double().to(device()).repeat_interleave(heads_q // decay.shape[0])
     q, k, v = (x.double() for x in (q, k, v))
     tokens = torch.arange(q.shape[1], device=device())[None]
@@ -142,6 +143,26 @@ def test_derivatives_of_float64(named, options):
     assert torch.autograd.gradcheck(run, leaves)
     if named == "reference":
         assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens, dim", [(2, 8), (16, 8), (40, 16)])
+def test_gradients_of_16_bits_are_rounded_once(tokens, dim, dtype):
+    """Of few tokens, dout . out of a rounded out is off by as much as a gradient."""
+    qkv, permutations = make(1, tokens, dim=dim, value_dim=dim, dtype=dtype)
+    dout = torch.randn(1, tokens, 4, dim, generator=torch.Generator().manual_seed(1))
+
+    def gradients(wide=dtype, **options):
+        leaves = [x.to(wide).requires_grad_() for x in qkv]
+        out = permuteformer_attention(*leaves, permutations=permutations, **options)
+        return torch.autograd.grad(out, leaves, dout.to(device(), dtype).to(wide))
+
+    decay = {"decay": torch.tensor([0.9, 0.99]).to(device())}
+    exact = gradients(torch.float64, backend="reference", **decay)
+    for x in zip(
+        ("dq", "dk", "dv"), gradients(**decay), gradients(backend="reference", **decay), exact
+    ):
+        assert_within_budget(*x)
 
 
 def test_double_backward_points_to_the_reference():

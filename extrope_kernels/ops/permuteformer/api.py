@@ -220,11 +220,11 @@ def permuteformer_attention(
         heads = k.shape[-2] if decay is None else decay.shape[0]
         call = Call(heads, decay, powers.cu_seqlens, causal, normalize)
         check_values(name, q.shape[0], powers)
-        return reference.forward(q, k, v, powers, call).out
+        return reference.forward(q, k, v, powers, call).out.to(q.dtype)
     at = permutations, powers.positions, decay, powers.cu_seqlens
     options = {"offset": powers.offset, "causal": causal, "normalize": normalize}
     run = functools.partial(ops.permuteformer_fwd, q, k, v, *at, **options)
-    return _named(name, q, powers, run)[0]
+    return _named(name, q, powers, run)[0].to(q.dtype)
 
 
 def permuteformer_step(
@@ -275,7 +275,7 @@ def permuteformer_step(
         check_values(name, q.shape[0], powers)
         call = Call(decay.shape[0], decay, None, True, normalize, kv, key_sum, keep_state=True)
         _, _, kv, key_sum = found = reference.forward(q, k, v, powers, call)
-        return found.out, PermuteFormerState(kv, key_sum)
+        return found.out.to(q.dtype), PermuteFormerState(kv, key_sum)
     given = [x for x in (q, k, v, kv, key_sum) if x is not None]
     # Under torch.vmap a tensor of torch.func.grad does not say that it requires gradients.
     transformed = not torch.compiler.is_compiling() and in_func_transform()

@@ -48,13 +48,13 @@ class _Extras:
     out_is_float: bool = False  # out in float32; else in q's dtype
 
 
-_FORWARD = _Extras()
+_FORWARD = _Extras(out_is_float=True)
 _NOT_PERMUTED = Powers(None)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Result:
     """Compute out and den for float32, bfloat16 or float16, summed in float32."""
-    return _scan(q, k, v, call, powers=powers)
+    return _scan(q, k, v, call, _FORWARD, powers)
 
 
 def backward(
@@ -74,11 +74,11 @@ def backward(
     """
     at = powers.permutations, powers.positions, powers.cu_seqlens
     q, k = ops.permute_fwd(q, k, *at, offset=powers.offset)
-    plain, scale = replace(call, normalize=False), None
+    plain, scale, dout = replace(call, normalize=False), None, dout.to(q.dtype)
     of_rows, of_keys = {}, {}
     if call.normalize:
         _load()
-        delta = -ops.row_dots(dout, out, call.cu_seqlens is not None)
+        delta = -ops.row_dots(dout.float(), out, call.cu_seqlens is not None)
         scale = den.reciprocal()
         of_rows = {"q_scale": scale, "q_extra": delta}
         of_keys = {"k_scale": scale, "k_extra": delta}
@@ -96,7 +96,7 @@ def _scan(
     k: Tensor,
     v: Tensor,
     call: Call,
-    extras: _Extras = _FORWARD,
+    extras: _Extras,
     powers: Powers = _NOT_PERMUTED,
 ) -> Result:
     _load()

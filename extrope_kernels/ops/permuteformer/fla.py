@@ -29,15 +29,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Resu
         q, k, v = q.float(), k.float(), v.float()
     v = functional.pad(v, (0, 1), value=1.0)
     out, state = _sums(feature(q), feature(k), v, call, keep_state=call.keep_state)
-    out, den = out[..., :value_dim], out[..., value_dim].float()
+    out, den = out[..., :value_dim].float(), out[..., value_dim].float()
     if call.normalize:
-        out = out.float() / den[..., None]
+        out = out / den[..., None]
     den = den.transpose(-1, -2).contiguous() if call.normalize else den.new_empty(0)
     kv = key_sum = den.new_empty(0)
     if state is not None:
         state = state[:, :: heads // call.heads, :dim]  # one of the heads that share a state
         kv, key_sum = state[..., :value_dim].contiguous(), state[..., value_dim].contiguous()
-    return Result(out.to(dtype).contiguous(), den, kv, key_sum)
+    return Result(out.contiguous(), den, kv, key_sum)
 
 
 def backward(
@@ -51,12 +51,7 @@ def backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv."""
-    dtype = q.dtype
-    if dtype == torch.float16:
-        dout, q, k, v = dout.float(), q.float(), k.float(), v.float()
-    grads = backward_by_scans(dout, q, k, v, out, den, powers, call, _scan)
-    dq, dk, dv = (x.to(dtype) for x in grads)
-    return dq, dk, dv
+    return backward_by_scans(dout, q, k, v, out, den, powers, call, _scan)
 
 
 def _scan(q: Tensor, k: Tensor, v: Tensor, call: Call, reverse: bool) -> Tensor:

@@ -143,8 +143,9 @@ def _fwd_fake(
     powers = _powers(permutations, positions, cu_seqlens, offset)
     call = _call(q, k, v, powers, decay, **options)
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(rows if call.normalize else 0, dtype=accumulator(q.dtype))
+    wide = accumulator(q.dtype)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=wide)
+    return out, q.new_empty(rows if call.normalize else 0, dtype=wide)
 
 
 def _bwd(
@@ -191,7 +192,7 @@ def _step(
     powers = _powers(permutations, positions, None, offset)
     call = _step_call(q, k, v, powers, kv, key_sum, decay, normalize)
     found = _run(q, k, v, powers, call)
-    return found.out, found.kv, found.key_sum
+    return found.out.to(q.dtype), found.kv, found.key_sum
 
 
 def _step_call(q, k, v, powers: Powers, kv, key_sum, decay, normalize) -> Call:

@@ -18,7 +18,7 @@ from .scans import Call, Result, backward_by_scans, feature, permute
 @without_autocast
 def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Result:
     """Compute sum_j s_ij v_j / sum_j s_ij with s_ij = decay**(i - j) <phi(q_i), phi(k_j)>."""
-    packed, wide, dtype = call.cu_seqlens is not None, accumulator(q.dtype), q.dtype
+    packed, wide = call.cu_seqlens is not None, accumulator(q.dtype)
     q, k = permute(q, k, powers)
     if packed:
         q, k, v = q[None], k[None], v[None]
@@ -34,7 +34,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, powers: Powers, call: Call) -> Resu
         out, den = out + before[..., :-1], den + before[..., -1]
     if call.normalize:
         out = out / den[..., None]
-    out = out.transpose(1, 2).to(dtype).contiguous()
+    out = out.transpose(1, 2).contiguous()
     none = out.new_empty(0, dtype=wide)
     kv = key_sum = none
     if call.keep_state:

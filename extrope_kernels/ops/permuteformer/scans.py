@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._shared.dtypes import without_autocast
+from .._shared.dtypes import accumulator, without_autocast
 from .permutations import Powers, cycles, source_dims
 
 FEATURE_EPS = 1e-3  # in the feature map phi(x) = relu(x) + FEATURE_EPS (authors' code)
@@ -31,7 +31,11 @@ class Call:
 
 
 class Result(NamedTuple):
-    """out (..., heads_q, value_dim) in q's dtype; the others are empty unless asked for."""
+    """out (..., heads_q, value_dim); the others are empty unless asked for.
+
+    All are in float32, or float64 for float64 tensors: a backward takes out . dout, which is wrong
+    by more than a gradient's own rounding where out has been rounded to 16 bits.
+    """
 
     out: Tensor
     den: Tensor  # (batch, heads_q, seqlen): the sum of each row's scores
@@ -73,13 +77,13 @@ def backward_by_scans(
     scan(q, k, v, call, reverse): out_i = sum_j decay**|i - j| <q_i, k_j> v_j over j <= i, or j >= i
     in reverse, or all j if not causal. The normaliser is the sum over one more dim of v, of ones.
     """
-    q, k = permute(q, k, powers)
-    phi_q, phi_k, values = feature(q), feature(k), v
+    dtype, wide = q.dtype, accumulator(q.dtype)
+    q, k = permute(q.to(wide), k.to(wide), powers)
+    phi_q, phi_k, values, dout = feature(q), feature(k), v.to(wide), dout.to(wide)
     if call.normalize:
-        values = functional.pad(v, (0, 1), value=1.0)
-        wide = dout.to(den.dtype)
-        delta = (wide * out).sum(-1, keepdim=True)
-        dout = (torch.cat([wide, -delta], -1) / den.transpose(-1, -2).unsqueeze(-1)).to(q.dtype)
+        values = functional.pad(values, (0, 1), value=1.0)
+        delta = (dout * out).sum(-1, keepdim=True)
+        dout = torch.cat([dout, -delta], -1) / den.transpose(-1, -2).unsqueeze(-1)
     dq = scan(dout, values, phi_k, call, False)
     dk = scan(values, dout, phi_q, call, True)
     dv = scan(phi_k, phi_q, dout, call, True)[..., : v.shape[-1]]
@@ -87,13 +91,13 @@ def backward_by_scans(
     dq, dk = dq.masked_fill(q <= 0, 0.0), dk.masked_fill(k <= 0, 0.0)
     dq, dk = permute(dq, dk, powers, inverse=True)
     # Contiguous, as the fake says.
-    return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
+    return dq.to(dtype).contiguous(), dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
 
 
 def default_decay(k: Tensor) -> Tensor:
     """Return the authors' r_h = sigmoid(2 + 3 h / heads)."""
     heads = k.shape[-2]
-    head = torch.arange(heads, dtype=torch.float32, device=k.device)
+    head = torch.arange(heads, dtype=accumulator(k.dtype), device=k.device)
     return torch.sigmoid(2 + 3 * head / heads)
 
 
