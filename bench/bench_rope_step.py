@@ -1,10 +1,10 @@
-"""RMSNorm, the rotation and the append in one pass: python bench/bench_rope_step.py
+"""RMSNorm and the rotation in one pass, and the append: python bench/bench_rope_step.py
 
 Norm: q (1, 8192, 32, 128) and k with 8 heads, weights of a head (Qwen3, Gemma 3) and of all heads
 together (OLMo 2), beside two passes: rms_norm of PyTorch, then our rotation. The norm may add 15%
 to the "rotation alone". Append: 2,048 tokens of a packed projection, 32 heads of q, 8 of k and v of
-128 dims, into pages of 16 slots: rotated keys and values may take 1.1 of copying both. Then the
-whole step, norm included, beside its parts, each a call of its own.
+128 dims, into pages of 16 slots: rotated keys and values may take 1.1 of copying both. Then with q,
+beside its parts, each a call of its own.
 """
 
 from __future__ import annotations
@@ -70,17 +70,15 @@ class Step:
         self.table = torch.randperm(pages, device=device()).int()[None]
         self.lengths = torch.zeros(1, dtype=torch.int32, device=device())
         self.freqs, self.backend = methods.rope(HEAD_DIM).to(device()), backend
-        weights = [torch.rand(HEAD_DIM, device=device()) + 0.5 for _ in "qk"]
-        self.norm = dict(zip(NAMES, weights))
 
-    def append(self, q: Tensor | None = None, **norm) -> Tensor | None:
+    def append(self, q: Tensor | None = None) -> Tensor | None:
         where = {"cache_seqlens": self.lengths, "block_table": self.table}
-        options = {**where, **norm, "backend": self.backend}
+        options = {**where, "backend": self.backend}
         return rope_append_kvcache(q, self.k, self.v, *self.caches, self.freqs, **options)
 
     def apart(self) -> Tensor:
-        """Norm and rotate in one pass, then write by PyTorch."""
-        q, k = apply_rope_qk(self.q, self.k, self.freqs, **self.norm, backend=self.backend)
+        """Rotate in one pass, then write by PyTorch."""
+        q, k = apply_rope_qk(self.q, self.k, self.freqs, backend=self.backend)
         slot = torch.arange(self.k.shape[1], device=device())
         rows = self.table[0, slot // PAGE_SIZE].long(), slot % PAGE_SIZE
         for cache, x in zip(self.caches, (k, self.v)):
@@ -100,16 +98,16 @@ def bench_append(report: Report, dtype: torch.dtype, backend: str) -> None:
         return [a.copy_(b) for a, b in zip(into[:count], rows)]
 
     kv, settings = partial(copy, 2), {"dtype": dtype, "backend": backend}
-    whole, of_one = (partial(each.append, each.q, **each.norm) for each in (step, one))
+    whole, of_one = (partial(each.append, each.q) for each in (step, one))
     compare(
         report, "append of k and v", {"extrope": step.append},
         yardsticks={"copy of k and v": kv}, bars={"copy of k and v": 1.1},
         shape=f"{tokens} x {HEADS_K} x {HEAD_DIM}", floor=Floor(kv), **settings,
     )  # fmt: skip
     compare(
-        report, "norm, rotation and append", {"extrope": whole},
-        yardsticks={"norm and rotation, then index_put": step.apart},
-        bars={"norm and rotation, then index_put": 1.0}, few={"extrope": of_one},
+        report, "rotation and append", {"extrope": whole},
+        yardsticks={"rotation, then index_put": step.apart},
+        bars={"rotation, then index_put": 1.0}, few={"extrope": of_one},
         shape=f"{tokens} x {HEADS_Q}/{HEADS_K} x {HEAD_DIM}", floor=Floor(partial(copy, 3)),
         **settings,
     )  # fmt: skip

@@ -110,13 +110,12 @@ def norm(case: Case) -> None:
 def append(case: Case) -> None:
     batch, tokens = (BATCH, 1) if case.variant == "one token" else (1, SEQLEN)
     pages = batch * -(-2 * tokens // PAGE_SIZE)
-    weights = [torch.empty(case.head_dim) for _ in "qk"]
     ek.rope_append_kvcache(
         *(case.rows(heads, batch, tokens) for heads in (HEADS_Q, HEADS_K, HEADS_K)),
         *(case.rows(HEADS_K, pages, PAGE_SIZE) for _ in "kv"), case.freqs,
         cache_seqlens=torch.zeros(batch, dtype=torch.int32),
         block_table=torch.zeros(batch, pages // batch, dtype=torch.int32),
-        q_norm_weight=weights[0], k_norm_weight=weights[1], backend="triton",
+        backend="triton",
     )  # fmt: skip
 
 
@@ -292,7 +291,7 @@ TRAFFIC: dict[str, tuple[str, Callable[[Case, Launch], Traffic]]] = {
     "rope rotate_kernel": ("rotation", rope_traffic),
     "norm_rotate_kernel": ("norm and rotation", rope_traffic),
     "norm_rotate_backward_kernel": ("norm and rotation", rope_traffic),
-    "rope_append_kernel": ("norm, rotation and append", rope_traffic),
+    "rope_append_kernel": ("rotation and append", rope_traffic),
     "rotate_kernel": ("attention's rotation", rotate_traffic),
     "forward_kernel": ("attention", attention_traffic),
     "dq_kernel": ("attention, dQ", attention_traffic),

@@ -32,14 +32,14 @@ SCORES = ("rerope", "dual_chunk")  # two and three regions; the suite has the ot
 CACHED = ("plain", "rerope", "leaky_rerope")
 # Compared with the reference. That of attention multiplies in float32, while kernels round to 16
 # bits: it is no measure. Of the append the cache is compared, not the attention after it.
-BY_REFERENCE = ("rope", "norm and rope", "norm, rope and append", "merge")
+BY_REFERENCE = ("rope", "norm and rope", "rope and append", "merge")
 APPEND = "cache, appended to"
 # The kernels that a check must launch, by its operation and backend.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("rope", "triton"): ("rotate_kernel",),
     ("norm and rope", "triton"): ("norm_rotate_kernel",),
     ("norm and rope, backward", "triton"): ("norm_rotate_backward_kernel",),
-    ("norm, rope and append", "triton"): ("rope_append_kernel",),
+    ("rope and append", "triton"): ("rope_append_kernel",),
     ("rerope", "triton"): ("rotate_kernel", "forward_kernel", "dq_kernel", "dkv_kernel"),
     ("rerope with a cache", "triton"): ("decode_kernel",),
     ("merge", "triton"): ("merge_kernel",),

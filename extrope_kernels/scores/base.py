@@ -207,14 +207,15 @@ class Score:
     regions: one to three, far keys first. The first one starts at FIRST_KEY, or at the first key
         that a query sees.
     granularity: block size in tokens; queries of one block share the regions' starts.
-    stored: the map that rotates keys, once, before a cache stores them: that of the far regions.
+    stored: the map that rotates keys, once, before a cache stores them: that of the far regions, or
+        UNROTATED where a region sees keys by a PairMap.
     given: the method's parameters by name, to show them; they change nothing.
     """
 
     name: str
     regions: tuple[Region, ...]
     granularity: int = 1
-    stored: PlainMap | PairMap = UNROTATED
+    stored: PositionMap = UNROTATED
     given: Mapping[str, Any] | None = field(default=None, compare=False)
     # Divisors and offsets of all PairMaps, (rows, 2, pairs) float64, or None.
     pair_maps: Tensor | None = field(init=False, compare=False)
@@ -239,12 +240,13 @@ class Score:
             raise ValueError(f"{self.name}: one to three regions must start in order, got {starts}")
         for by in (*[x for _, *maps in self.regions for x in maps], self.stored):
             _check_map(self.name, by)
+        if not isinstance(self.stored, PositionMap):
+            raise TypeError(f"{self.name}: stored must be a PositionMap, got {self.stored!r}")
         rows: list[PairMap] = []
         regions = tuple(
             Region(x.start, _plain(x.q_map, rows), _plain(x.k_map, rows)) for x in self.regions
         )
-        stored = _plain(self.stored, rows)
-        in_rows = Score(self.name, regions, self.granularity, stored) if rows else None
+        in_rows = Score(self.name, regions, self.granularity, self.stored) if rows else None
         object.__setattr__(self, "pair_maps", _table(self.name, rows) if rows else None)
         object.__setattr__(self, "_in_rows", in_rows)
         object.__setattr__(self, "_copies", {})
@@ -276,14 +278,6 @@ class Score:
             if type(found) is Tensor:  # no fake one, as while torch.export makes a graph
                 self._copies[key] = found
         return found
-
-    def stored_at(self, positions: Tensor) -> Tensor:
-        """Map positions (...) by `stored`: (...), or (..., pairs) by a PairMap."""
-        if isinstance(self.stored, PositionMap):
-            return self.stored(positions)
-        maps, row = self.pair_maps_on(positions), self.plain.stored.row  # type: ignore[union-attr]
-        divisor, offset = maps[row]  # type: ignore[index]
-        return map_pairs(positions, self.stored.modulus, divisor, self.stored.floor, offset)
 
     @property
     def plain(self) -> Score:

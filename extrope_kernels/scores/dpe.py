@@ -47,4 +47,4 @@ def dpe(window: int, group_sizes: Sequence[Any] | Tensor, pairs: int | None = No
     far = Region(FIRST_KEY, far_query, PairMap(sizes, floor=True))
     near = Region(1 - window, SAME, SAME)
     given = {"window": window, "group_sizes": sizes}
-    return Score("dpe", (far, near), stored=far.k_map, given=given)
+    return Score("dpe", (far, near), given=given)

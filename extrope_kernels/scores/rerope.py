@@ -58,9 +58,9 @@ def _rerope(name: str, window: int, factor: float) -> Score:
     if factor == 1:
         return Score(name, (Region(FIRST_KEY, SAME, SAME),), stored=SAME, given=given)
     if factor == math.inf:  # torch.compile does not trace math.isinf
-        far = Region(FIRST_KEY, constant(window), UNROTATED)
+        far_query, far_key = constant(window), UNROTATED
     else:
         far_query = PositionMap(divisor=factor, offset=window - window / factor)
-        far = Region(FIRST_KEY, far_query, PositionMap(divisor=factor))
-    near = Region(1 - window, SAME, SAME)
-    return Score(name, (far, near), stored=far.k_map, given=given)
+        far_key = PositionMap(divisor=factor)
+    regions = (Region(FIRST_KEY, far_query, far_key), Region(1 - window, SAME, SAME))
+    return Score(name, regions, stored=far_key, given=given)

@@ -31,6 +31,6 @@ def self_extend(window: int, factor: float) -> Score:
     if group == 1:
         return Score("self_extend", (Region(FIRST_KEY, SAME, SAME),), stored=SAME, given=given)
     far_query = PositionMap(divisor=group, floor=True, offset=window - window // group)
-    far = Region(FIRST_KEY, far_query, PositionMap(divisor=group, floor=True))
-    near = Region(1 - window, SAME, SAME)
-    return Score("self_extend", (far, near), stored=far.k_map, given=given)
+    far_key = PositionMap(divisor=group, floor=True)
+    regions = (Region(FIRST_KEY, far_query, far_key), Region(1 - window, SAME, SAME))
+    return Score("self_extend", regions, stored=far_key, given=given)

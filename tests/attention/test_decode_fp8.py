@@ -120,8 +120,7 @@ def test_the_fused_step(score, dtype, fp8_backend):
     slots = torch.tensor([3, -1, 40, 41, 7, 0, 12])
     scale = torch.tensor([0.01, 0.02])
     call = {"slot_mapping": slots, "positions": torch.arange(7) + 90, "score": score,
-            "k_norm_weight": torch.linspace(0.5, 2.0, 32), "backend": fp8_backend,
-            "rotary_offset": 16}  # fmt: skip
+            "backend": fp8_backend, "rotary_offset": 16}  # fmt: skip
     wide = [torch.zeros(3, 16, 2, 32, dtype=dtype) for _ in "kv"]
     cache = [x.to(FP8) for x in wide]
     want = rope_append_kvcache(q, k, v, *wide, methods.rope(16), **call)

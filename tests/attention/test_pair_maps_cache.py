@@ -5,13 +5,10 @@ What attention reads of such a cache and writes into it is in test_pair_maps.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from attention_oracle import make_qkv
-from decode_oracle import make
-from test_pair_maps import BASE, CACHES, MADE, PAIRS, drawn, frequencies, stretched
+from test_pair_maps import BASE, MADE, PAIRS, drawn, frequencies, stretched
 
 from extrope_kernels import (
     RopeFreqs,
@@ -23,22 +20,6 @@ from extrope_kernels import (
 )
 from extrope_kernels.ops.attention import make_call
 from extrope_kernels.testing import device
-
-
-@pytest.mark.parametrize("kind", ("padded pages", "packed", "fp8"))
-def test_append_writes_as_attention_does(kind, any_backend):
-    inputs = make(replace(CACHES[kind], example=MADE["groups"].example))
-    names = ("cache_seqlens", "block_table", "cache_leftpad", "k_scale", "v_scale")
-    call = {name: inputs.call[name] for name in names if name in inputs.call}
-    call |= {"cu_seqlens": inputs.call.get("cu_seqlens_q"), "score": inputs.example.score}
-    found = [inputs.k_cache.clone(), inputs.v_cache.clone()]
-    new = (inputs.q, inputs.call["k"], inputs.call["v"])
-    out = rope_append_kvcache(*new, *found, inputs.freqs, **call, backend=any_backend)
-    assert torch.equal(out, inputs.q)
-    inputs.run(any_backend)
-    for got, want in zip(found, (inputs.k_cache, inputs.v_cache)):
-        same = {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
-        torch.testing.assert_close(got.float(), want.float(), **same)
 
 
 @pytest.mark.parametrize("score", [stretched(1 + drawn(PAIRS)), scores.string(6, 2)])
@@ -155,20 +136,3 @@ def test_the_op_refuses(any_backend):
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             op(q, k, v, *call._replace(pair_maps=wrong).tensors, **call.options)
-
-
-def test_append_refuses(any_backend):
-    _, k, v = make_qkv(2, 9, 9, 4, 2, 32)
-    caches = torch.zeros(2, 2, 20, 2, 32, device=device()).unbind()
-    freqs = BASE
-    given = {"cache_seqlens": 3, "backend": any_backend}
-    with pytest.raises(ValueError, match="must store keys by a map of 14 pairs"):
-        rope_append_kvcache(None, k, v, *caches, freqs, score=stretched(FACTORS[1:]), **given)
-    with pytest.raises(ValueError, match="no log_decay"):
-        xpos = methods.xpos(2 * PAIRS).to(device())
-        rope_append_kvcache(None, k, v, *caches, xpos, score=stretched(FACTORS), **given)
-    with pytest.raises(ValueError, match="positions must be whole numbers"):
-        at = torch.ones(9, device=device())
-        score = stretched(FACTORS)
-        rope_append_kvcache(None, k, v, *caches, freqs, score=score, positions=at, **given)
-    assert not torch.stack(caches).any()

@@ -71,7 +71,7 @@ def test_only_devices_in_use_are_asked(machine):
 
 STAND_IN = """
 extern "C" __attribute__((visibility("default")))
-const char* extrope_register(const char*, int has_gpu) {{
+const char* extrope_register(int has_gpu) {{
   return has_gpu ? {answer} : nullptr;
 }}
 """

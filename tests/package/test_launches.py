@@ -82,9 +82,8 @@ def rotation_is_one_launch():
 
 def the_step_into_a_cache_is_one_launch():
     q, k, v = (random(2, 1, heads, 64) for heads in (4, 2, 2))
-    caches, weight = [random(8, 16, 2, 64) for _ in "kv"], random(64)
+    caches = [random(8, 16, 2, 64) for _ in "kv"]
     table = torch.arange(8, dtype=torch.int32).view(2, 4)
-    norm = {"q_norm_weight": weight, "k_norm_weight": weight, "backend": "triton"}
     lengths = torch.full((2,), 3, dtype=torch.int32)
     for where in (
         {"cache_seqlens": lengths, "block_table": table},
@@ -92,7 +91,7 @@ def the_step_into_a_cache_is_one_launch():
     ):
         for _ in range(2):
             call = q, k, v, *caches, FREQS
-            assert launched(ek.rope_append_kvcache, *call, **where, **norm) == 1
+            assert launched(ek.rope_append_kvcache, *call, **where, backend="triton") == 1
 
 
 def attention_is_two_launches_and_four_back_of_any_length():
@@ -133,7 +132,7 @@ def no_stride_compiles_again():
         freqs, where = methods.rope(24), {"cache_seqlens": lengths, "block_table": table}
         ek.apply_rope_qk(q, k, freqs, backend="triton")
         ek.apply_rope_qk(q, k, freqs, **norm)
-        ek.rope_append_kvcache(q, k, v, *caches, freqs, **where, **norm)
+        ek.rope_append_kvcache(q, k, v, *caches, freqs, **where, backend="triton")
         found.add(compiled())
     assert len(found) == 1, found
 

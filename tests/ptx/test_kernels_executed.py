@@ -84,7 +84,7 @@ def of_heads(dim: int, floor: bool, heads: int = 2) -> dict:
     k_map = PairMap(divisors, floor=floor)
     q_map = PairMap(divisors, 32 - (32 // divisors if floor else 32 / divisors), floor=floor)
     near = Region(-31, PositionMap(), PositionMap())
-    score = Score("of_heads", (Region(FIRST_KEY, q_map, k_map), near), stored=k_map)
+    score = Score("of_heads", (Region(FIRST_KEY, q_map, k_map), near))
     inv_freq = methods.rope(dim).inv_freq / (1 + torch.arange(heads))[None, :, None]
     return {"score": score, "freqs": dataclasses.replace(methods.rope(dim), inv_freq=inv_freq)}
 
@@ -192,25 +192,21 @@ def check_rotation(dtype=BF16, dim=64, head_dim=None, n=37, norm=False, **option
     agree(names, rotate, tensors, of_norms if norm else None, dim=dim, **options)
 
 
-def append(q, k, v, k_cache, v_cache, *weights, dim, backend, **options):
+def append(q, k, v, k_cache, v_cache, *, dim, backend, **options):
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
-    norms = dict(zip(("q_norm_weight", "k_norm_weight"), weights))
-    out = rope_append_kvcache(
-        q, k, v, k_cache, v_cache, methods.rope(dim), backend=backend, **norms, **options
-    )
+    freqs = methods.rope(dim)
+    out = rope_append_kvcache(q, k, v, k_cache, v_cache, freqs, backend=backend, **options)
     return out, k_cache, v_cache
 
 
-def check_append(dtype=BF16, dim=64, tokens=5, norm=False, paged=False, **options):
+def check_append(dtype=BF16, dim=64, tokens=5, paged=False, **options):
     shape = (6, 8, 2, dim) if paged else (2, 23, 2, dim)
     given = [randn(2, tokens, heads, dim, dtype=dtype, seed=heads) for heads in (4, 2, 2)]
     caches = [torch.full(shape, -7.0, dtype=dtype) for _ in range(2)]
-    weights = [1 + randn(dim, dtype=FP32, seed=i) / 4 for i in (2, 3)] if norm else []
     if paged:
         options["block_table"] = torch.tensor([[3, 1, 5], [0, 2, 4]]).int()
     options["cache_seqlens"] = torch.tensor([3, 9]).int()
-    noise = of_norms if norm else None
-    agree("q k_cache v_cache", append, [*given, *caches, *weights], noise, dim=dim, **options)
+    agree("q k_cache v_cache", append, [*given, *caches], dim=dim, **options)
 
 
 def merge(out_a, out_b, lse_a, lse_b, *, backend):
@@ -414,9 +410,8 @@ def test_rotation_with_options(chip, dtype, norm, options):
 @pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=IDS.get)
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-def test_append_with_options(chip, dtype, dim, norm):
-    check_append(dtype, dim, norm=norm, paged=dtype == BF16, tokens=1 if dim == 96 else 5)
+def test_append_with_options(chip, dtype, dim):
+    check_append(dtype, dim, paged=dtype == BF16, tokens=1 if dim == 96 else 5)
 
 
 @pytest.mark.thorough

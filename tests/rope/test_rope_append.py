@@ -1,4 +1,4 @@
-"""The fused step into a cache, against norm, rotation and an indexed write, each by itself."""
+"""The fused step into a cache, against the rotation and an indexed write, each by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from append_cases import CONTIGUOUS, FILLER, Step, ints
 from extrope_kernels import (
     RopeFreqs,
     apply_rope,
-    apply_rope_qk,
     methods,
     rope_append_kvcache,
     rope_attention_with_kvcache,
@@ -19,7 +18,6 @@ from extrope_kernels import (
 )
 from extrope_kernels.methods import xpos
 from extrope_kernels.ops.rope import append as append_module
-from extrope_kernels.scores import FIRST_KEY, PairMap, Region, Score
 from extrope_kernels.testing import DTYPES, assert_within_budget, available_backends, device
 
 
@@ -36,15 +34,15 @@ POSITIONS = torch.stack([torch.arange(3, 8), torch.arange(9, 14)]).to(device())
 # Every way to say where keys go, what they are and how they rotate: one row a call
 
 
-def row(*, slots=SLOTS, positions=POSITIONS, freqs=None, without=None, **step) -> tuple:
+def row(*, slots=SLOTS, positions=POSITIONS, freqs=None, **step) -> tuple:
     """A Step; slots: (batch, token, block, place) that are written; positions: of the tokens."""
     step["call"] = step.get("call", CONTIGUOUS) | ({} if freqs is None else {"freqs": freqs})
-    return step, slots, positions, freqs, without
+    return step, slots, positions, freqs
 
 
 def dims(head_dim: int, head_dim_v: int, rotary_dim: int, rotary_offset: int, **by) -> tuple:
     sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "rotary_dim": rotary_dim}
-    return row(**sizes, norms="head", call={**CONTIGUOUS, "rotary_offset": rotary_offset, **by})
+    return row(**sizes, call={**CONTIGUOUS, "rotary_offset": rotary_offset, **by})
 
 
 def paged(page_size: int) -> tuple:
@@ -52,7 +50,7 @@ def paged(page_size: int) -> tuple:
     table = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).int().view(2, -1)
     slots = [(b, t, int(table[b, n // page_size]), n % page_size) for b, t, _, n in SLOTS]
     call = {"cache_seqlens": ints(3, 9), "block_table": table.to(device())}
-    return row(blocks=(blocks, page_size), norms="head", call=call, slots=slots)
+    return row(blocks=(blocks, page_size), call=call, slots=slots)
 
 
 def in_slots(slots: torch.Tensor, capacity: int, **step) -> tuple:
@@ -76,11 +74,8 @@ STRIDED = {"cache_seqlens": ints(4, 0, 0)[::3], "block_table": ints(1, 0, 2).vie
 SHIFTED = torch.stack([torch.arange(1, 6), torch.arange(4, 9)]).to(device())
 OF_ROWS = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)).to(device())
 XPOS = methods.xpos(32).log_decay.to(device())
-SECTIONS = methods.with_sections(methods.rope(32), [4, 6, 6]).to(device())
-BY_AXIS = torch.stack([POSITIONS, POSITIONS + 2, POSITIONS * 3])
 STEPS = {
-    **{f"{dtype} {norms}": row(dtype=dtype, norms=norms)
-       for dtype in DTYPES for norms in ("", "head", "all")},
+    **{f"{dtype}": row(dtype=dtype) for dtype in DTYPES},
     "9 dims": dims(9, 5, 8, 1),
     "34 dims": dims(34, 64, 6, 0, interleaved=True),
     "72 dims": dims(72, 40, 72, 0),
@@ -89,7 +84,7 @@ STEPS = {
     "pages of a slot": paged(1),
     "pages of four": paged(4),
     **{f"slots in {dtype}": in_slots(ints(*ENGINE, dtype=dtype), 7, blocks=(6, 7), tokens=(7,),
-                                     norms="head", positions=AT, call={"positions": AT})
+                                     positions=AT, call={"positions": AT})
        for dtype in (torch.int32, torch.int64)},
     # Tokens without boundaries are one sequence: the tokens before them may be one int.
     "one length": in_slots(ints(*range(7, 14)), 23, tokens=(7,), call={"cache_seqlens": 5},
@@ -100,34 +95,27 @@ STEPS = {
                             positions=ints(3, 4, 5, 6, 7),
                             slots=[(0, t, 1, 4 + t) for t in range(5)]),
     # Sequences of no token, of four and of one; two tokens belong to none, and count on.
-    "packed": row(blocks=(3, 9), tokens=(7,), norms="head", call=PACKED,
+    "packed": row(blocks=(3, 9), tokens=(7,), call=PACKED,
                   slots=[*((0, t, 1, 3 + t) for t in range(4)), (0, 4, 2, 8)],
                   positions=ints(3, 4, 5, 6, 8, 9, 10)),
     "left padding": row(call={**CONTIGUOUS, "cache_leftpad": ints(2, 5)}, positions=SHIFTED),
     "positions": row(call={**CONTIGUOUS, "positions": SHIFTED}, positions=SHIFTED),
     "xpos of each sequence": row(freqs=RopeFreqs(OF_ROWS, log_decay=XPOS)),
     "an origin": row(freqs=RopeFreqs(OF_ROWS[0], log_decay=20 * XPOS, decay_origin=7.5)),
-    "text by axis": row(freqs=SECTIONS),
-    "an image": row(freqs=SECTIONS, positions=BY_AXIS, call={**CONTIGUOUS, "positions": BY_AXIS}),
-    "a norm of k": row(norms="head", without="q_norm_weight", call={**CONTIGUOUS, "norm_eps": 0.5}),
-    "a norm of q": row(norms="head", without="k_norm_weight", call={**CONTIGUOUS, "norm_eps": 0.5}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_where_what_and_how(backend, name):
-    given, slots, positions, freqs, without = STEPS[name]
+    given, slots, positions, freqs = STEPS[name]
     step = Step(**given)
     step.freqs = step.freqs if freqs is None else freqs
-    if without is not None:
-        step.weights[without] = None
     step.check(backend, step.expected(slots, positions))
 
 
-@pytest.mark.parametrize("norms", ("", "head"))
-def test_without_a_rotation(backend, norms):
+def test_without_a_rotation(backend):
     unread = ints(*range(4)).view(4, 1, 1)  # positions that no rotation asks for
-    step = Step(norms=norms, call={**CONTIGUOUS, "freqs": None, "positions": unread})
+    step = Step(call={**CONTIGUOUS, "freqs": None, "positions": unread})
     step.freqs = RopeFreqs(torch.zeros(16, device=device()))
     step.check(backend, step.expected(SLOTS, ints(*range(5))))
 
@@ -160,33 +148,13 @@ SCORES = (
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: score.name)
 @pytest.mark.parametrize("given", (False, True))
 def test_score_methods_store_keys_in_their_frame(backend, score, given):
-    """As the attention with a cache writes them; q is normed and not rotated."""
+    """As the attention with a cache writes them; q is not rotated."""
     call = {**CONTIGUOUS, "score": score, **({"positions": POSITIONS} if given else {})}
-    step = Step(norms="head", call=call)
-    check_stored(step, backend, score.stored(POSITIONS))
-
-
-@pytest.mark.parametrize("given", (False, True))
-def test_keys_are_stored_by_pair(backend, given):
-    """As by positions of as many axes as there are pairs."""
-    stored = PairMap(1 + torch.arange(16) % 5, torch.arange(16) / 3, floor=True)
-    score = Score("by_pair", (Region(FIRST_KEY, stored, stored),), stored=stored)
-    call = {**CONTIGUOUS, "score": score, **({"positions": POSITIONS} if given else {})}
-    step = Step(norms="head", call=call)
-    call["freqs"] = step.freqs
-    axes = torch.arange(16, dtype=torch.int32, device=device())
-    step.freqs = replace(step.freqs, axes=axes)
-    check_stored(step, backend, stored(POSITIONS.cpu()).movedim(-1, 0).to(device()))
-
-
-def check_stored(step, backend, places):
-    expected = step.expected(SLOTS, places)
+    step = Step(call=call)
+    expected = step.expected(SLOTS, score.stored(POSITIONS))
     k = expected[1] != FILLER
     expected[1][k] /= 1.1  # the attention factor is the attention's
-    weights = {**step.weights, "k_norm_weight": None}
-    qk = step.q.double(), step.k.double()
-    still = RopeFreqs(torch.zeros_like(step.freqs.inv_freq))
-    expected[0] = apply_rope_qk(*qk, still, backend="reference", **weights)[0]
+    expected[0] = step.q.double()
     step.check(backend, expected)
 
 
@@ -200,11 +168,10 @@ def test_xpos_in_blocks(backend):
 
 
 def test_without_queries(backend):
-    step = Step(norms="head", call=CONTIGUOUS)
+    step = Step(call=CONTIGUOUS)
     expected = step.run(backend)
-    step.q, step.weights["q_norm_weight"] = None, None
     caches = step.caches(torch.float32)
-    call = {"freqs": step.freqs, **step.weights, **step.call, "backend": backend}
+    call = {"freqs": step.freqs, **step.call, "backend": backend}
     assert rope_append_kvcache(None, step.k, step.v, *caches, **call) is None
     assert torch.equal(caches[0], expected[1]) and torch.equal(caches[1], expected[2])
 
@@ -223,13 +190,13 @@ def test_more_tokens_than_one_program_and_thread(backend):
     table = torch.randperm(80, generator=generator).int().view(2, 40).to(device())
     call = {"cache_seqlens": ints(1, 30), "block_table": table}
     tokens = (2, 260 if backend == "triton" and device() == "cpu" else 600)
-    step = Step(blocks=(80, 16), tokens=tokens, norms="head", dtype=torch.float16, call=call)
+    step = Step(blocks=(80, 16), tokens=tokens, dtype=torch.float16, call=call)
     got, expected = step.run(backend), step.run("reference")
     for x, y in zip(got, expected):
         torch.testing.assert_close(x, y, rtol=2**-10, atol=2**-10)
     caches = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in step.caches(step.dtype)]
     qkv = step.q, step.k, step.v
-    rope_append_kvcache(*qkv, *caches, step.freqs, backend=backend, **step.weights, **call)
+    rope_append_kvcache(*qkv, *caches, step.freqs, backend=backend, **call)
     assert torch.equal(caches[0], got[1]) and torch.equal(caches[1], got[2])
 
 

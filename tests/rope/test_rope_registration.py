@@ -106,7 +106,7 @@ def test_without_a_library(run_python):
                 (q, *caches, None, None, inv_freq, *none[:5], used, *none[:4]),
                 options,
             ),
-            (ops.rope_append, (q, k, k, *caches, None, None, inv_freq, empty), {}),
+            (ops.rope_append, (q, k, k, *caches, inv_freq, empty), {}),
         ]
         for op, args, options in calls:
             found = op(*args, **options)

@@ -148,6 +148,11 @@ def test_maps_that_kernels_would_read_otherwise_are_refused(place, wrong, messag
         Score("mine", (region,), stored=maps["stored"])
 
 
+def test_keys_are_stored_by_one_map_for_all_pairs():
+    with pytest.raises(TypeError, match=r"^mine: stored must be a PositionMap, got PairMap"):
+        score_of(PairMap([1.0, 2.0]))
+
+
 @pytest.mark.parametrize("number", [2.5, math.nan, -math.inf])
 def test_starts_and_granularity_are_whole(number):
     region = Region(FIRST_KEY, PositionMap(), PositionMap())
@@ -170,13 +175,6 @@ def test_offsets_are_finite():
 
 # -------------------------------------------------------------------------------------------------
 # On another device; meta stands for a GPU
-
-
-def test_stored_positions_are_on_the_positions_device():
-    score, meta = scores.dpe(8, [1, 2, 4]), torch.arange(5, device="meta")
-    assert score.stored_at(meta).device == score.stored(meta).device == meta.device
-    for positions in (torch.arange(20), torch.arange(20).view(4, 5)):
-        assert torch.equal(score.stored_at(positions), score.stored(positions))
 
 
 def test_copies_serve_a_later_training():

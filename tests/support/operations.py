@@ -102,13 +102,10 @@ def append(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [*caches, *attend(scores.rerope(40), backend, q, *caches, **call)]
 
 
-def rope_append(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor
-) -> list[Tensor]:
+def rope_append(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     caches = [x.new_zeros(x.shape[0], x.shape[1] + 9, *x.shape[2:]) for x in (k, v)]
-    norm = {"q_norm_weight": q_weight, "k_norm_weight": k_weight}
     freqs = methods.rope(q.shape[-1]).to(device())
-    call = {"cache_seqlens": 5, **norm, "backend": backend}
+    call = {"cache_seqlens": 5, "backend": backend}
     return [rope_append_kvcache(q, k, v, *caches, freqs, **call), *caches]
 
 
@@ -153,13 +150,11 @@ OPERATIONS = {
     "permuteformer step": Operation(step, QKV, PERMUTEFORMER),
     "cache": Operation(decode, CACHED, ATTENTION),
     "cache, appended to": Operation(append, QKV, ATTENTION),
-    "norm, rope and append": Operation(
-        rope_append, {**QKV, "q_weight": (64,), "k_weight": (128,)}, LINEAR
-    ),
+    "rope and append": Operation(rope_append, QKV, LINEAR),
     "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, MERGE),
 }
 WITHOUT_GRADIENT = (
-    "cache", "cache, appended to", "norm, rope and append", "permuteformer step"
+    "cache", "cache, appended to", "rope and append", "permuteformer step"
 )  # fmt: skip
 OPERATIONS |= {
     f"{name}, backward": Operation(with_gradients(one.run), one.shapes, one.backends)

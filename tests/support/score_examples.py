@@ -115,7 +115,7 @@ def other_frequencies(window: int, divisors) -> Score:
     d = torch.as_tensor(divisors, dtype=torch.float64)
     far = Region(FIRST_KEY, PairMap(d, window - window / d), PairMap(d))
     near = Region(1 - window, PositionMap(), PositionMap())
-    return Score("other_frequencies", (far, near), stored=far.k_map)
+    return Score("other_frequencies", (far, near))
 
 
 def by_regions(seqlen_q: int, seqlen_k: int, score: Score) -> Relative:

@@ -293,6 +293,7 @@ WRONG["permute_qk.permutations"] |= WRONG["permutations"]
 for _name in "qkv":  # of an append, which writes k and v, and has no gradient
     _learned = CACHE[_name].clone().requires_grad_()
     WRONG[f"rope_append_kvcache.{_name}"] = WRONG[_name] | {"learned": _learned}
+del WRONG["rope_append_kvcache.q"]["None"]  # only keys and values are written then
 WRONG["rope_append_kvcache.positions"] = WRONG["positions"] | {"int": 3, "offsets": ints(3, 4)}
 WRONG["rope_append_kvcache.cu_seqlens"] = WRONG["cu_seqlens_q"]
 for _name in ("log_n", "llama4", "ministral3", "qwen_1m"):

@@ -1,14 +1,13 @@
 // The write of new keys and values into a cache, for rope_append_kvcache and for
 // rope_attention_with_kvcache(k=, v=).
 //
-// Keys are normed and rotated straight into the cache, and values copied beside them, in one pass
+// Keys are rotated straight into the cache, and values copied beside them, in one pass
 // over the tokens. For a cache in e4m3 the rotated keys first go to memory of their own type; then
 // keys and values are quantized.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -26,9 +25,9 @@
 namespace extrope {
 
 // Returns params that copy rows, until frequencies are set.
-inline RopeNormParams unrotated(DType dtype, const Plane& in, int64_t batch, int64_t seqlen,
-                                int64_t heads, int64_t head_dim) {
-  RopeNormParams p{};
+inline RopeParams unrotated(DType dtype, const Plane& in, int64_t batch, int64_t seqlen,
+                            int64_t heads, int64_t head_dim) {
+  RopeParams p{};
   p.dtype = dtype;
   p.batch = batch, p.seqlen = seqlen, p.head_dim = head_dim;
   p.num_tensors = 1, p.angle_heads = 1;
@@ -43,13 +42,13 @@ inline RopeNormParams unrotated(DType dtype, const Plane& in, int64_t batch, int
 // Returns true if keys stay at position 0 and need no rotation.
 inline bool is_raw(const PositionMap& stored) { return stored.is_constant() && stored(0) == 0; }
 
-// One append: the rotations of its tokens, all of the same batch and seqlen, and their rows in the
-// cache. First keys and rotations are added; run() then does everything.
+// One append: the rotation of its tokens, or copies of them, and their rows in the cache. First
+// keys are added; run() then does everything.
 class Append {
  public:
   Append(const KVCache& cache, CacheRows rows, int64_t batch, int64_t seqlen)
       : cache_(cache), rows_(std::move(rows)), batch_(batch), seqlen_(seqlen) {
-    rotations_.reserve(2), copies_.reserve(3);  // enough for most calls
+    copies_.reserve(2);
   }
   Append(const Append&) = delete;
 
@@ -65,27 +64,26 @@ class Append {
 
   // Sets a position per token.
   void set_positions(RopeParams& p, std::vector<double> positions) {
-    p.positions = positions_.emplace_back(std::move(positions)).data();
+    positions_ = std::move(positions);
+    p.positions = positions_.data();
     p.position_type = PositionType::f64;
     p.positions_are_offsets = false;
     p.position_batch = p.seqlen, p.position_seq = 1;
   }
 
-  // Adds a rotation of q or of k, or of both together.
-  void add(const RopeNormParams& p) {
+  // Adds the rotation of k, or of q and k together, or a copy.
+  void add(const RopeParams& p) {
     bytes_ += bytes_of_token(p);
-    if (p.rotary_dim > 0 || p.num_tensors > 1 || p.norms[0].weight) {
-      rotations_.push_back(p);
+    if (p.rotary_dim > 0) {
+      rotation_ = p;
     } else {
       copies_.push_back({p.tensors[0], p.head_dim, element_bytes(p.dtype)});
     }
   }
 
   // Adds raw keys of tokens at these positions, which go where `stored` maps them.
-  void add_keys(RopeNormParams keys, const PositionMap& stored, const PairMaps& pair_maps,
-                const std::vector<int64_t>& positions) {
+  void add_keys(RopeParams keys, const PositionMap& stored, const std::vector<int64_t>& positions) {
     write_keys(keys.tensors[0]);
-    if (stored.is_of_pairs()) return add_keys_by_pair(keys, stored, pair_maps, positions);
     if (keys.rotary_dim > 0) {
       std::vector<double> places(positions.size());
       for (size_t n = 0; n < places.size(); ++n) places[n] = stored(positions[n]);
@@ -115,20 +113,20 @@ class Append {
     const int64_t tokens = batch_ * seqlen_;
     if (tokens == 0) return;
     if (!cache_.is_e4m3()) {
-      RopeNormParams values =
+      RopeParams values =
           unrotated(cache_.dtype, v, batch_, seqlen_, cache_.heads, cache_.head_dim_v);
       write_into(values.tensors[0], cache_.v, rows_.v);
       add(values);
     }
-    if (!rotations_.empty()) {
-      rotations_[0].copied = copies_.data(), rotations_[0].num_copied = copies_.size();
-    }
+#define EXTROPE_ROPE(isa) rope_tokens_##isa
+    if (rotation_) rotation_->copied = copies_.data(), rotation_->num_copied = copies_.size();
     share_out(tokens, bytes_, [&](int64_t begin, int64_t end) {
-      for (const RopeNormParams& p : rotations_) rotate(p, begin, end);
-      for (int64_t n = begin; rotations_.empty() && n < end; ++n) {
+      if (rotation_) return EXTROPE_WIDEST(EXTROPE_ROPE)(*rotation_, begin, end);
+      for (int64_t n = begin; n < end; ++n) {
         for (const CopiedRows& rows : copies_) copy_token(rows, n / seqlen_, n % seqlen_, n);
       }
     });
+#undef EXTROPE_ROPE
     if (!cache_.is_e4m3()) return;
     quantize(staged_k_, cache_.k, cache_.k_scale, cache_.head_dim, rows_.k);
     quantize(v, cache_.v, cache_.v_scale, cache_.head_dim_v, rows_.v);
@@ -154,26 +152,6 @@ class Append {
 
   static void write_into(RopeTensor& x, const Plane& cache, const std::vector<int64_t>& rows) {
     x.out = cache.data, x.out_head = cache.head, x.out_rows = rows.data();
-  }
-
-  // Rotates by positions by axis, with an axis for each pair of dims.
-  void add_keys_by_pair(const RopeNormParams& keys, const PositionMap& stored,
-                        const PairMaps& pair_maps, const std::vector<int64_t>& positions) {
-    const int64_t pairs = keys.rotary_dim / 2;
-    axes_.resize(pairs);
-    std::iota(axes_.begin(), axes_.end(), 0);
-    std::vector<double> places;  // (pairs, tokens)
-    places.reserve(pairs * positions.size());
-    for (int64_t i = 0; i < pairs; ++i) {
-      const double divisor = pair_maps.divisors(stored)[i], offset = pair_maps.offsets(stored)[i];
-      for (const int64_t position : positions) {
-        places.push_back(stored.place(stored.remainder(position), divisor, offset));
-      }
-    }
-    RopeNormParams p = keys;
-    p.axes = axes_.data(), p.num_axes = pairs, p.position_axis = positions.size();
-    set_positions(p, std::move(places));
-    add(p);
   }
 
   bool overlaps(const Rows& source, const Rows& cache, const std::vector<int64_t>& rows) const {
@@ -204,18 +182,6 @@ class Append {
     return false;
   }
 
-  static void rotate(const RopeNormParams& p, int64_t begin, int64_t end) {
-#define EXTROPE_ROPE(isa) rope_tokens_##isa
-#define EXTROPE_ROPE_NORM(isa) rope_norm_##isa
-    if (p.norms[0].weight || p.norms[1].weight) {
-      EXTROPE_WIDEST(EXTROPE_ROPE_NORM)(p, begin, end);
-    } else {
-      EXTROPE_WIDEST(EXTROPE_ROPE)(p, begin, end);
-    }
-#undef EXTROPE_ROPE
-#undef EXTROPE_ROPE_NORM
-  }
-
   void quantize(const Plane& in, const Plane& out, const float* scale, int64_t head_dim,
                 const std::vector<int64_t>& rows) const {
     const QuantizeParams p{.dtype = cache_.dtype,
@@ -237,11 +203,10 @@ class Append {
   const CacheRows rows_;
   const int64_t batch_, seqlen_;
   int64_t bytes_ = 0;  // of a token, to share out the work
-  std::vector<RopeNormParams> rotations_;
-  std::vector<CopiedRows> copies_;              // beside the first rotation, or alone
-  std::vector<std::vector<double>> positions_;  // of rotations_
-  std::vector<int32_t> axes_;
-  std::optional<Memory> staged_;  // rotated keys, for a cache in e4m3
+  std::optional<RopeParams> rotation_;
+  std::vector<CopiedRows> copies_;  // beside the rotation, or alone
+  std::vector<double> positions_;   // of the rotation
+  std::optional<Memory> staged_;    // rotated keys, for a cache in e4m3
   Plane staged_k_{};
 };
 

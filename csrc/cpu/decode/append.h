@@ -7,15 +7,20 @@
 namespace extrope::decode {
 
 // Appends raw new keys, rotated as the score stores them, and values. log_decay: as in RopeParams.
-inline void run_append(const KVCache& cache, const Frequencies& freqs, const float* log_decay,
-                       const Regions& regions, const Plane& k, const Plane& v) {
+inline void run_append(const DecodeParams& p, const float* log_decay, const Plane& k,
+                       const Plane& v) {
+  const KVCache& cache = p.cache;
+  const Frequencies& freqs = p.freqs;
+  const PositionMap& stored = p.regions.stored;
   const int64_t tokens = cache.all_new_tokens(), batch = cache.cu_new ? 1 : cache.batch;
   const int64_t seqlen = cache.cu_new ? tokens : cache.appended;
   Append append(cache, rows_behind(cache, tokens), batch, seqlen);
+  const Plane q{const_cast<void*>(p.q), p.q_stride_batch, p.q_stride_seq, p.q_stride_head};
+  append.refuse_overlap("decode", "q", q, p.heads_q, cache.head_dim);
   append.refuse_overlap("decode", "k", k, cache.heads, cache.head_dim);
   append.refuse_overlap("decode", "v", v, cache.heads, cache.head_dim_v);
-  RopeNormParams keys = unrotated(cache.dtype, k, batch, seqlen, cache.heads, cache.head_dim);
-  if (!is_raw(regions.stored)) {
+  RopeParams keys = unrotated(cache.dtype, k, batch, seqlen, cache.heads, cache.head_dim);
+  if (!is_raw(stored)) {
     keys.rotary_dim = 2 * freqs.half, keys.interleaved = freqs.interleaved;
     keys.rotary_offset = freqs.rotary_offset;
     keys.inv_freq = freqs.inv_freq, keys.inv_freq_is_f64 = true;
@@ -23,7 +28,7 @@ inline void run_append(const KVCache& cache, const Frequencies& freqs, const flo
     keys.log_decay = log_decay;
     keys.cu_seqlens = cache.cu_new, keys.num_sequences = cache.batch;
   }
-  append.add_keys(keys, regions.stored, regions.pair_maps, positions_behind(cache, tokens));
+  append.add_keys(keys, stored, positions_behind(cache, tokens));
   append.run(v);
 }
 

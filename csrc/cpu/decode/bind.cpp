@@ -5,11 +5,13 @@
 #include <tuple>
 #include <vector>
 
+#include "common/attention_args.h"
+#include "common/cache_args.h"
 #include "common/ops.h"
 #include "common/outputs.h"
-#include "cpu/decode/args.h"
 #include "cpu/decode/run.h"
 #include "cpu/runtime/capability.h"
+#include "cpu/runtime/pair_maps.h"
 
 namespace extrope {
 namespace decode {
@@ -35,13 +37,30 @@ Tensor result(const CacheArgs& a, std::vector<int64_t> sizes, ScalarType dtype) 
   return fresh(sizes, dtype, a.op);
 }
 
-DecodeParams make_params(const CacheArgs& a, const Tensor& q, const OptionalTensor& sinks,
-                         const OptionalTensor& query_scale, const AttentionOptions& options) {
+void set_queries(DecodeParams& p, const CacheArgs& a, const Tensor& q) {
+  const Plane rows = plane(q);
+  p.q = rows.data, p.q_stride_batch = rows.block, p.q_stride_seq = rows.slot,
+  p.q_stride_head = rows.head;
+  p.seqlen_q = a.seqlen(), p.heads_q = q.size(q.dim() - 2);
+  if (a.packed()) p.cu_seqlens_q = static_cast<const int32_t*>(a.cu_seqlens->data_ptr());
+  a.require(p.cache.heads > 0 && p.heads_q % p.cache.heads == 0, "k_cache's heads must divide q's ",
+            p.heads_q, " heads, got ", p.cache.heads);
+}
+
+DecodeParams make_params(const CacheArgs& a, const OptionalTensor& log_decay,
+                         const OptionalTensor& sinks, const OptionalTensor& query_scale,
+                         const AttentionOptions& options) {
   DecodeParams p{};
-  p.cache = cache_of(a, q);
-  set_queries(p, a, q);
+  dtype_of(a.op, a.like);  // raises for float64
+  p.cache = cache_of(a);
+  check_head_dim(a.op, "head_dim", p.cache.head_dim);
+  check_head_dim(a.op, "v_cache's head_dim", p.cache.head_dim_v);
+  set_queries(p, a, a.like);
   p.regions = options.regions;
-  check_decay(a, p.regions);
+  for (int64_t r = 0; r < p.regions.count; ++r) {
+    a.require(!log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
+              "log_decay (XPOS) needs keys that are stored as every region sees them");
+  }
   p.softcap = softcap_of(a.op, options.softcap);
   p.softmax_scale = softmax_scale_of(a.op, options.softmax_scale, p.cache.head_dim);
   p.sinks = sinks_of(a.op, sinks, p.heads_q);
@@ -49,6 +68,29 @@ DecodeParams make_params(const CacheArgs& a, const Tensor& q, const OptionalTens
   check_attention_factor(a.op, options.attention_factor);
   p.amplitude = options.attention_factor * options.attention_factor;
   return p;
+}
+
+// Holds the padded rows that `params` points to.
+struct FrequencyRows {
+  PaddedRows inv_freq, log_decay;
+  Frequencies params;
+};
+
+FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache, const Tensor& inv_freq,
+                             const OptionalTensor& log_decay, const AttentionOptions& options) {
+  check_frequencies(a.op, cache.head_dim, cache.batch, cache.heads, inv_freq, log_decay,
+                    options.rotary_offset);
+  FrequencyRows out{padded_rows(inv_freq), {}, {}};
+  if (log_decay.has_value()) out.log_decay = padded_rows(*log_decay);
+  out.params = {out.inv_freq.values.data(),
+                log_decay.has_value() ? out.log_decay.values.data() : nullptr,
+                out.inv_freq.half,
+                out.inv_freq.padded,
+                out.inv_freq.rows > 1 ? out.inv_freq.heads * out.inv_freq.padded : 0,
+                options.interleaved,
+                options.rotary_offset,
+                out.inv_freq.heads};
+  return out;
 }
 
 std::tuple<Tensor, Tensor> decode(
@@ -60,22 +102,23 @@ std::tuple<Tensor, Tensor> decode(
     const OptionalTensor& v_scale, EXTROPE_OPTIONS) {
   const AttentionOptions options = EXTROPE_READ_OPTIONS("decode");
   const CacheArgs args{.op = "decode",
+                       .name = "q",
+                       .like = q,
+                       .boundaries = "cu_seqlens_q",
+                       .cu_seqlens = cu_seqlens_q,
                        .k_cache = k_cache,
                        .v_cache = v_cache,
                        .k = k,
                        .v = v,
-                       .inv_freq = inv_freq,
                        .cache_seqlens = cache_seqlens,
                        .block_table = block_table,
                        .cache_leftpad = cache_leftpad,
-                       .log_decay = log_decay,
-                       .cu_seqlens_q = cu_seqlens_q,
-                       .interleaved = options.interleaved,
-                       .rotary_offset = options.rotary_offset,
+                       .slot_mapping = {},
                        .k_scale = k_scale,
-                       .v_scale = v_scale};
-  DecodeParams p = make_params(args, q, sinks, query_scale, options);
-  const FrequencyRows freqs = frequencies_of(args, p.cache);
+                       .v_scale = v_scale,
+                       .reads = true};
+  DecodeParams p = make_params(args, log_decay, sinks, query_scale, options);
+  const FrequencyRows freqs = frequencies_of(args, p.cache, inv_freq, log_decay, options);
   p.freqs = freqs.params;
   const std::vector<double> maps_of_p =
       set_pair_maps(args.op, pair_maps, p.freqs.half, log_decay.has_value(), p.regions);
@@ -83,8 +126,9 @@ std::tuple<Tensor, Tensor> decode(
   const Tensor out =
       result(args, {batch, p.seqlen_q, p.heads_q, p.cache.head_dim_v}, q.scalar_type());
   const Tensor lse = result(args, {batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
-  if (args.k.has_value()) {
-    run_append(p.cache, p.freqs, decay_of(args), p.regions, plane(*args.k), plane(*args.v));
+  if (k.has_value()) {
+    const auto* decay = log_decay.has_value() ? log_decay->data_ptr() : nullptr;
+    run_append(p, static_cast<const float*>(decay), plane(*k), plane(*v));
   }
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());

@@ -23,7 +23,8 @@ inline void check_pair_maps(const char* op, const OptionalView& table, int64_t h
     check_map(op, regions.at[r].q_map, rows);
     check_map(op, regions.at[r].k_map, rows);
   }
-  check_map(op, regions.stored, rows);
+  require_of(op, !regions.stored.is_of_pairs(),
+             "keys must be stored by a map that all pairs share, got one of pairs");
   if (!table.has_value()) return;
   require_of(op,
              table->scalar_type() == ScalarType::Double && table->is_cpu() && table->dim() == 3 &&

@@ -98,16 +98,27 @@ def autograd_of(op, save, backward):
 
 
 def refuse_negative_views(library, op) -> None:
-    """Let `op`, which writes to arguments, refuse negative views (torch.Tensor.is_neg).
+    """Let `op`, which writes to arguments, refuse to write to negative views (torch.Tensor.is_neg).
 
-    PyTorch would give it copies, and fail when it brings back what was written.
+    PyTorch would give it copies, and fail when it brings back what was written. What the op reads
+    may be one.
     """
+    name, arguments = op.name().partition("::")[2], op._schema.arguments
+    written = [n for n, x in enumerate(arguments) if x.alias_info and x.alias_info.is_write]
 
     def kernel(*args, **options):
-        name = op.name().partition("::")[2]
-        raise ValueError(f"{name}: tensors must not be negative views (is_neg), got one that is")
+        if any(isinstance(args[n], Tensor) and args[n].is_neg() for n in written):
+            raise ValueError(f"{name}: tensors must not be negative views (is_neg), got one that is")
+        return op(*map(_resolved, args), **options)
 
     library.impl(op.name(), kernel, "Negative")
+
+
+def _resolved(x: Any) -> Any:
+    """Return an argument, a tensor or a list of them among others, without negative views."""
+    if isinstance(x, (list, tuple)):
+        return [_resolved(one) for one in x]
+    return x.resolve_neg() if isinstance(x, Tensor) else x
 
 
 def refuse_recording(library, op, message: str) -> None:

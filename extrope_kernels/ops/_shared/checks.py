@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from numbers import Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
 from .autograd import in_func_transform
+from .layouts import cached_by_layout
 from .specs import check_dense
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
@@ -21,13 +21,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_rows(
-    op: str, name: str, x: Tensor, packed: bool, dtypes: tuple[torch.dtype, ...] = DTYPES
+    op: str,
+    name: str,
+    x: Tensor,
+    packed: bool,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    boundaries: str = "cu_seqlens",
 ) -> None:
     """Check a tensor (batch, seqlen, heads, head_dim), packed (total, heads, head_dim)."""
     check_dense(op, name, x)
     if x.dim() != (3 if packed else 4):
         layout = (
-            "(total, heads, head_dim) with cu_seqlens"
+            f"(total, heads, head_dim) with {boundaries}"
             if packed
             else "(batch, seqlen, heads, head_dim)"
         )
@@ -162,38 +167,49 @@ def overlaps_itself(x: Tensor) -> bool:
 
 def share_memory(x: Tensor, y: Tensor) -> bool:
     """Return True if two tensors have a byte of memory in common, whatever their strides are."""
-    try:
-        of_x, of_y = x.untyped_storage(), y.untyped_storage()
-        begin, other = of_x.data_ptr(), of_y.data_ptr()
-        if of_x.device.type == "meta" or of_y.device != of_x.device:  # fake tensors too
-            return False
-        # Two storages can be of one memory: from_numpy and from_file make such.
-        if not (begin < other + of_y.nbytes() and other < begin + of_x.nbytes()):
-            return False
-        distance = y.data_ptr() - x.data_ptr()
-    except RuntimeError:  # tensors of torch.func or of other classes may have no memory
-        return False
-    if x.numel() == 0 or y.numel() == 0:
-        return False
-    of_x, of_y = ((t.element_size(), t.stride(), t.shape) for t in (x, y))
-    return _meet(distance, of_x, of_y)
+    return meet(memory_of(x), memory_of(y)) and share_bytes(x, y)
 
 
-@functools.lru_cache(4096)  # a step writes into the caches of the step before
-def _meet(distance: int, of_x: tuple, of_y: tuple) -> bool:
-    """Return True if y, which begins `distance` bytes after x, has a byte of x.
+def share_bytes(x: Tensor, y: Tensor) -> bool:
+    """Return `share_memory` of tensors whose storages do."""
+    key = (y.data_ptr() - x.data_ptr(), x.shape, x.stride(), x.itemsize)
+    key = (*key, y.shape, y.stride(), y.itemsize)
+    return cached_by_layout(_share_bytes, key, *key)
 
-    of_x, of_y: the size of an element, strides and shape.
+
+def memory_of(x: Tensor) -> tuple[int, int] | None:
+    """Return the addresses of x's storage, begin and end; None if it has none.
+
+    Two storages can be of one memory: from_numpy and from_file make such.
     """
+    try:
+        storage = x.untyped_storage()
+        if storage.device.type == "meta":  # fake tensors too
+            return None
+        begin = storage.data_ptr()
+        return begin, begin + storage.nbytes()
+    except RuntimeError:  # tensors of torch.func or of other classes may have no memory
+        return None
+
+
+def meet(x: tuple[int, int] | None, y: tuple[int, int] | None) -> bool:
+    """Return True if two ranges of addresses have one in common."""
+    return x is not None and y is not None and x[0] < y[1] and y[0] < x[1]
+
+
+def _share_bytes(distance: int, *layouts: Any) -> bool:
+    """Return True if two tensors so many bytes apart share one; layouts: shape, strides, bytes."""
     # Byte i of x is byte j of y where the strides times the differences of their indices add up.
-    least: dict[int, int] = {}
     most: dict[int, int] = {}
-    for (size, strides, shape), limits, sign in ((of_x, most, 1), (of_y, least, -1)):
+    least: dict[int, int] = {}
+    for (shape, strides, size), limits, sign in ((layouts[:3], most, 1), (layouts[3:], least, -1)):
+        if 0 in shape:
+            return False
         for stride, count in ((1, size), *zip([size * n for n in strides], shape)):
             if stride > 0:
                 limits[stride] = limits.get(stride, 0) + sign * (count - 1)
-    found = sorted({*least, *most}, reverse=True)
-    return _is_reached(distance, [(n, least.get(n, 0), most.get(n, 0)) for n in found])
+    differences = sorted({*least, *most}, reverse=True)
+    return _is_reached(distance, [(n, least.get(n, 0), most.get(n, 0)) for n in differences])
 
 
 def _is_reached(distance: int, sizes: list[tuple[int, int, int]]) -> bool:

@@ -18,19 +18,18 @@ from .._shared.checks import (
     narrowed,
     raise_as_value_error,
     refuse_flags,
-    share_memory,
 )
 from .._shared.decay import check_new_keys
 from .._shared.dtypes import Scales
+from .._shared.kvcache import KVCache, check_slots
 from .._shared.positions import cache_lengths
 from . import flash_attn, op
-from .call import KVCache, make_call
+from .call import make_call
 from .checks import (
     check_attention,
     check_decode,
     check_kinds,
     check_method,
-    check_slots,
     check_values,
     warn_of_unseeing_queries,
 )
@@ -256,11 +255,6 @@ def rope_attention_with_kvcache(
     new = (appended, None if k is None else cu_seqlens_q)
     cache = KVCache(k_cache, v_cache, *cached, *new)
     compiling = torch.compiler.is_compiling()
-    if k is not None and (k_cache is v_cache or (not compiling and _overlap(k_cache, v_cache))):
-        raise ValueError(
-            f"{name}: k_cache and v_cache must be two tensors to be written to, "
-            "got two that share memory"
-        )
     _refuse_gradients(name, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     if backend is not None and isinstance(q, Tensor):
         _backends.require(name, backend, DECODE_BACKENDS, q.device.type)
@@ -292,10 +286,6 @@ def missing(backend: str, device: str | None = None) -> str | None:
 def backends() -> dict[str, str]:
     """Return each backend's state here: "available", or the reason why not."""
     return {name: missing(name) or "available" for name in BACKENDS}
-
-
-def _overlap(x: Any, y: Any) -> bool:
-    return isinstance(x, Tensor) and isinstance(y, Tensor) and share_memory(x, y)
 
 
 def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:

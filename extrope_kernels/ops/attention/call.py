@@ -1,4 +1,4 @@
-"""`AttentionCall`, the one description of an attention call, and `KVCache`, its cache.
+"""`AttentionCall`, the one description of an attention call.
 
 Checks, reference and kernels all read these. A torch op takes only tensors and numbers: a call
 passes through it as `call.tensors` and `call.options`, and `read_call` rebuilds it. C++ reads the
@@ -24,7 +24,7 @@ from ...scores.base import (
     Score,
 )
 from .._shared import maps
-from .._shared.dtypes import NO_SCALES, Scales, accumulator
+from .._shared.dtypes import accumulator
 from .._shared.layouts import cached_by_layout
 
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
@@ -173,48 +173,6 @@ class AttentionCall(NamedTuple):
 
 
 _NUM_TENSORS = AttentionCall._fields.index("score")
-
-
-class KVCache(NamedTuple):
-    """The cached keys, rotated by `score.stored`, and values of every sequence."""
-
-    k: Tensor  # (batch, max_len, heads_k, head_dim), or (pages, page_size, ...) with block_table
-    v: Tensor
-    seqlens: Tensor  # (batch,) int32: slots in use, left padding included
-    block_table: Tensor | None = None  # (batch, max_pages) int32
-    leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
-    scales: Scales = NO_SCALES  # for a cache in float8_e4m3fn
-    appended: int = 0  # tokens that this call writes after seqlens
-    cu_seqlens_new: Tensor | None = None  # boundaries of new tokens, if packed
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors besides k and v, in the order of the op's arguments."""
-        return (self.seqlens, self.block_table, self.leftpad, *self.scales)
-
-    @property
-    def capacity(self) -> int:
-        """The number of slots per sequence."""
-        pages = 1 if self.block_table is None else self.block_table.shape[1]
-        return pages * self.k.shape[1]
-
-    def ends(self) -> Tensor:
-        """Return the slots in use after this call's writes: (batch,) int64."""
-        if self.cu_seqlens_new is None:
-            return self.seqlens.long() + self.appended
-        return self.seqlens.long() + self.cu_seqlens_new.diff()
-
-    def lengths(self) -> Tensor:
-        """Return the number of keys of each sequence: (batch,) int64."""
-        return self.ends() if self.leftpad is None else self.ends() - self.leftpad
-
-    def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return indices of the first two dimensions of k and v for (batch, n) slots."""
-        sequence = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        if self.block_table is None:
-            return sequence, slots
-        page_size = self.k.shape[1]
-        return self.block_table[sequence, slots // page_size].long(), slots % page_size
 
 
 def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall:

@@ -13,23 +13,20 @@ from ...methods import RopeFreqs
 from ...scores import Score
 from .._shared import specs
 from .._shared.checks import (
-    DTYPES,
     check_boundaries,
     check_count,
     check_cu_seqlens,
-    check_dense,
     check_freqs,
     check_int,
-    check_ints,
     check_real,
     check_rotary_offset,
+    check_rows,
     has_values,
-    overlaps_itself,
     refuse_flags,
 )
-from .._shared.dtypes import FP8, check_cache_dtype, check_scale_values, check_scales
+from .._shared.kvcache import KVCache, check_cache, check_new
 from .._shared.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, ROWS, WIDE, Spec
-from .call import AttentionCall, KVCache
+from .call import AttentionCall
 
 
 def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
@@ -153,53 +150,18 @@ def check_decode(
         given = "v" if k is None else "k"
         raise ValueError(f"{op}: k and v must be given together, got {given} alone")
     packed = call.cu_seqlens is not None
-    _check_dims(op, "q", q, packed)
+    check_rows(op, "q", q, packed, boundaries="cu_seqlens_q")
     batch = q.shape[0]
     if packed:
         check_cu_seqlens(op, call.cu_seqlens, q, "cu_seqlens_q")
         batch = call.cu_seqlens.shape[0] - 1
-    _check_cache(op, cache, q, batch)
+    check_cache(op, cache, q, batch)
     heads_q, heads_k = q.shape[-2], cache.k.shape[2]
     if heads_k == 0 or heads_q % heads_k:
         raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
     if k is not None:
-        _check_new(op, k, v, cache, q, packed)
+        check_new(op, k, v, cache, q)
     _check_options(op, call, q, heads_k, batch)
-
-
-def check_slots(op: str, cache: KVCache, cu_seqlens_q: Tensor | None, tokens: int) -> None:
-    """Check the values of a cache's integer tensors, on a CPU, where reading them costs nothing.
-
-    tokens: number of the packed queries.
-    """
-    if not has_values(cache.seqlens):
-        return
-    if cu_seqlens_q is not None:
-        ends = cu_seqlens_q.tolist()
-        if ends[0] != 0 or ends != sorted(ends) or ends[-1] > tokens:
-            raise ValueError(
-                f"{op}: cu_seqlens_q must rise from 0 to q's {tokens} tokens at most, got {ends}"
-            )
-    ends, writes = cache.ends(), cache.appended or cache.cu_seqlens_new is not None
-    if ends.numel() and not (cache.seqlens.min() >= 0 and ends.max() <= cache.capacity):
-        new = cache.appended or "its"
-        raise ValueError(
-            f"{op}: cache_seqlens must be between 0 and the cache's {cache.capacity} slots"
-            + (f", {new} new tokens included" if writes else "")
-            + f", got {cache.seqlens.tolist()}"
-        )
-    if cache.leftpad is not None and cache.leftpad.numel() and cache.leftpad.min() < 0:
-        raise ValueError(f"{op}: cache_leftpad must be >= 0, got {cache.leftpad.tolist()}")
-    check_scale_values(op, cache.scales)
-    if cache.block_table is None:
-        return
-    pages = torch.arange(cache.block_table.shape[1], device="cpu")
-    used = cache.block_table[pages * cache.k.shape[1] < ends[:, None]]
-    if used.numel() and not (used.min() >= 0 and used.max() < cache.k.shape[0]):
-        raise ValueError(
-            f"{op}: block_table must name pages between 0 and {cache.k.shape[0] - 1}, "
-            f"got {used.tolist()}"
-        )
 
 
 def check_head_dim(op: str, x: Tensor, rotary_offset: int = 0) -> None:
@@ -279,84 +241,4 @@ def _check_pair_maps(op: str, call: AttentionCall) -> None:
     if call.log_decay is not None:
         raise ValueError(
             f"{op}: log_decay (XPOS) needs maps of one divisor for all pairs, got maps of pairs"
-        )
-
-
-def _check_cache(op: str, cache: KVCache, q: Tensor, batch: int) -> None:
-    paged = cache.block_table is not None
-    for label, x in (("k_cache", cache.k), ("v_cache", cache.v)):
-        _check_dims(op, label, x, dtypes=(*DTYPES, FP8))
-        check_cache_dtype(op, label, x, q, cache.scales)
-    if cache.v.shape[:-1] != cache.k.shape[:-1]:
-        raise ValueError(
-            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for head_dim, "
-            f"got {tuple(cache.v.shape)}"
-        )
-    if cache.k.shape[3] != q.shape[-1] or not (paged or cache.k.shape[0] == batch):
-        expected = ("num_blocks, block_size" if paged else f"{batch}, max_len") + ", heads_k"
-        raise ValueError(
-            f"{op}: k_cache must be ({expected}, {q.shape[-1]}), got {tuple(cache.k.shape)}"
-        )
-    check_scales(op, cache.scales, cache.k.shape[2], q)
-    check_ints(op, "cache_seqlens", cache.seqlens, (batch,), q)
-    if cache.leftpad is not None:
-        check_ints(op, "cache_leftpad", cache.leftpad, (batch,), q)
-    if paged:
-        check_ints(op, "block_table", cache.block_table, (batch, None), q)
-        if cache.k.shape[1] == 0:
-            raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
-
-
-def _check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, q: Tensor, packed: bool) -> None:
-    """Check keys and values to be written into the cache."""
-    for label, x, of in (("k", k, cache.k), ("v", v, cache.v)):
-        _check_dims(op, label, x, packed)
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{op}: {label} must be {q.dtype} on {q.device} like the other tensors, "
-                f"got {x.dtype} on {x.device}"
-            )
-        if x.shape[-2:] != of.shape[-2:]:
-            raise ValueError(
-                f"{op}: {label} must have {label}_cache's heads and head_dim "
-                f"{tuple(of.shape[-2:])}, got {tuple(x.shape[-2:])}"
-            )
-        if overlaps_itself(of):
-            raise ValueError(
-                f"{op}: {label}_cache must not be expanded to be written to, "
-                f"got strides {of.stride()}"
-            )
-    if v.shape[:-2] != k.shape[:-2]:
-        raise ValueError(
-            f"{op}: v must have k's tokens {tuple(k.shape[:-2])}, got {tuple(v.shape[:-2])}"
-        )
-    if k.shape[:-2] != q.shape[:-2]:
-        raise ValueError(
-            f"{op}: k must have q's {'total' if packed else 'batch and seqlen'} "
-            f"{tuple(q.shape[:-2])}, got {tuple(k.shape[:-2])}"
-        )
-
-
-def _check_dims(
-    op: str,
-    label: str,
-    x: Tensor,
-    packed: bool = False,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
-) -> None:
-    check_dense(op, label, x)
-    dims = 3 if packed else 4
-    if x.dim() != dims:
-        raise ValueError(
-            f"{op}: {label} must have {dims} dimensions{' with cu_seqlens_q' if packed else ''}, "
-            f"got shape {tuple(x.shape)}"
-        )
-    if x.dtype not in dtypes:
-        fp8 = " (or float8_e4m3fn with k_scale and v_scale)" if FP8 in dtypes else ""
-        raise ValueError(
-            f"{op}: {label} must be float32, bfloat16, float16 or float64{fp8}, got {x.dtype}"
-        )
-    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
-        raise ValueError(
-            f"{op}: {label} must be contiguous in its last dimension, got strides {x.stride()}"
         )

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...scores import query_scale
 from .._shared.dtypes import accumulator
-from .call import AttentionCall, KVCache
+from .._shared.kvcache import KVCache
+from .call import AttentionCall
 from .checks import check_log_n, check_query_scale
 from .rotation import positions
 

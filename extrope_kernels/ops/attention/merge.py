@@ -191,6 +191,11 @@ def _inplace_gpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequenc
     merge.merge_inplace(out, lse, [contiguous_rows(x) for x in outs], lses)
 
 
+def _inplace_cpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    check((out, *outs), (lse, *lses), inplace=True)
+    merge_inplace(out, lse, outs, lses)
+
+
 def _fwd_cpu(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     check(outs, lses, inplace=False)
     out, lse = merge_fwd(outs, lses)

@@ -22,13 +22,13 @@ from .._shared.autograd import (
 )
 from .._shared.dtensor import replicated
 from .._shared.dtypes import Scales, accumulator
+from .._shared.kvcache import KVCache, check_slots, refuse_aliases
 from .._shared.layouts import cached_by_layout, layout_key
 from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference
 from .call import (
     OPTIONS,
     AttentionCall,
-    KVCache,
     lse_shape,
     options_key,
     read_call,
@@ -38,7 +38,6 @@ from .checks import (
     check_attention,
     check_decode,
     check_head_dim,
-    check_slots,
     check_values,
 )
 from .frequency_gradients import backward_with_frequencies
@@ -119,6 +118,8 @@ def decode(
     if _by_reference(q, backend):
         check_decode("decode", q, k, v, cache, call)
         check_slots("decode", cache, call.cu_seqlens, len(q))
+        if k is not None:
+            refuse_aliases("decode", cache)
         return reference.decode(q, k, v, cache, call)
     args = DecodeTensors(
         q, cache.k, cache.v, k, v, call.inv_freq, call.cu_seqlens, call.log_decay, call.sinks,
@@ -218,6 +219,10 @@ def _decode(given, options, build=None, has_values=True):
     x = DecodeTensors(*given)
     args, tensors = (x.q, x.k, x.v, x.cache()), x.of_call()
     call, launches = _planned(given, args, tensors, options, _check_decode, build)
+    if x.k is not None:
+        # The reference reads rows before it writes; Triton's first launch writes before the second
+        # reads q, and no launch knows which slots another program has written.
+        refuse_aliases("decode", args[-1], **({"q": x.q, "k": x.k, "v": x.v} if build else {}))
     if has_values:
         check_slots("decode", args[-1], call.cu_seqlens, len(x.q))
     return *args, call, launches
@@ -336,6 +341,8 @@ def _bwd_fake(dout, dlse, q, k, v, out, lse, *tensors, **options):
 
 def _decode_fake(*tensors, **options):
     x = DecodeTensors(*tensors)
+    if x.k is not None and x.k_cache is x.v_cache:  # the kernel tells of other views of one cache
+        raise ValueError("decode: k_cache and v_cache must be two tensors to be written to")
     check_decode("decode", x.q, x.k, x.v, x.cache(), read_call(x.of_call(), options))
     lse = x.q.new_empty(lse_shape(x.q), dtype=accumulator(x.q.dtype))
     return x.q.new_empty((*x.q.shape[:-1], x.v_cache.shape[-1])), lse

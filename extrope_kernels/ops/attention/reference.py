@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._shared.dtypes import accumulator, dequantize, quantize, without_autocast
-from .call import AttentionCall, KVCache, lse_shape
+from .._shared.kvcache import KVCache
+from .call import AttentionCall, lse_shape
 from .rotation import positions, rotate, store_keys, unrotate
 
 
@@ -88,6 +89,7 @@ def decode(
     if call.cu_seqlens is not None:
         return _decode_packed(q, k, v, cache, call)
     if k is not None:
+        q = q.clone()  # it may be a view of a slot that is written
         _append(k, v, cache, call)
     lengths = cache.lengths()
     first = lengths - q.shape[1]  # position of the first query; negative with too few keys
@@ -125,8 +127,8 @@ def _append(k: Tensor, v: Tensor, cache: KVCache, call: AttentionCall) -> None:
     """Append raw keys (batch, new, heads_k, head_dim) and values to each sequence's."""
     slots = cache.seqlens.long()[:, None] + torch.arange(k.shape[1], device=k.device)
     j = slots if cache.leftpad is None else slots - cache.leftpad[:, None]
-    rows = cache.rows(slots)
-    for plane, x, scale in zip((cache.k, cache.v), (store_keys(k, j, call), v), cache.scales):
+    rows, new = cache.rows(slots), (store_keys(k, j, call), v.clone())
+    for plane, x, scale in zip((cache.k, cache.v), new, cache.scales):
         plane.index_put_(rows, x if scale is None else quantize(x, scale))
 
 

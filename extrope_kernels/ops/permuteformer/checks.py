@@ -92,8 +92,8 @@ def _table(packed: bool) -> tuple[Spec, ...]:
         Spec("v", f"{tokens} heads_k head_dim_v"),
         Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
         Spec("decay", "heads_k or heads_q", FLOATS, optional=True, strides=ANY),
-        Spec("dout", f"{tokens} heads_q head_dim_v"),
-        Spec("out", f"{tokens} heads_q head_dim_v", optional=True),
+        Spec("dout", f"{tokens} heads_q head_dim_v", (WIDE,)),
+        Spec("out", f"{tokens} heads_q head_dim_v", (WIDE,), optional=True),
         Spec("den", "heads_q total" if packed else "batch heads_q seqlen", (WIDE,), optional=True),
     )
 

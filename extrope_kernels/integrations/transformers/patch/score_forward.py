@@ -67,8 +67,7 @@ class ScoreRotaryForward(RotaryForward):
         positions = attention.positions
         # The attention multiplies queries by the attention factor of both sides.
         freqs = attention.freqs
-        decay, axes = freqs.for_keys().log_decay, axes_of(positions)
-        keys = RopeFreqs(freqs.inv_freq, log_decay=decay, axes=axes)
+        keys = RopeFreqs(freqs.inv_freq, log_decay=freqs.for_keys().log_decay)
         if self.fused is not None:
             stored = (Rotation(keys, positions, self.fused.interleaved, keys_only=True),) * 2
         else:
@@ -86,9 +85,7 @@ class ScoreRotaryForward(RotaryForward):
         """Return the `ScoreAttention` of the forward in progress, without tables yet."""
         positions = None
         if self.score.stored != UNROTATED:
-            positions = self.score.stored_at(batch.positions).to(device)
-            if positions.dim() > batch.positions.dim():  # one per pair
-                positions = positions.movedim(-1, 0)
+            positions = self.score.stored(batch.positions).to(device)
         return ScoreAttention(
             self.score,
             self.log_n,
@@ -299,8 +296,7 @@ class ScoreAttention:
     It is no dataclass, since FSDP casts the tensors in those.
 
     scale_from: the length from which logits grow (`query_scale.qwen_1m`), or None.
-    positions: stored positions of keys, (batch or 1, seqlen), or (pairs, batch or 1, seqlen) if
-        each pair has its own; None if keys stay raw.
+    positions: stored positions of keys, (batch or 1, seqlen); None if keys stay raw.
     raw_queries: the tables for extended layers rotate only keys.
     stored, own: the position embeddings for extended layers, and those for the others.
     heads: the heads of the layer whose attention this is.
@@ -390,7 +386,7 @@ class ScoreAttention:
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
         here = self if self.freqs.inv_freq.device == q.device else self.to(q.device)
         if not self.raw_queries and here.positions is not None:
-            freqs = RopeFreqs(here.freqs.inv_freq, axes=axes_of(here.positions))
+            freqs = RopeFreqs(here.freqs.inv_freq)
             q = apply_rope(q, freqs, positions=here.positions, inverse=True, **heads.layout)
         if self.scale_from is not None:
             scale = scores.query_scale.qwen_1m(here.batch.positions.to(q.device), self.scale_from)
@@ -402,13 +398,6 @@ class ScoreAttention:
         if heads.chunk_size is not None:
             call["chunk_size"] = heads.chunk_size
         return here.batch.attend(module, q, k, v, call)
-
-
-def axes_of(positions: Tensor | None) -> Tensor | None:
-    """Return axes for frequencies whose pairs have their own positions, else None."""
-    if positions is None or positions.dim() < 3:
-        return None
-    return torch.arange(len(positions), dtype=torch.int32, device=positions.device)
 
 
 def exchange(value: Any, found: Callable[[ScoreAttention], Any]) -> Any:

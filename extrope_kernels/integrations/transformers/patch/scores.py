@@ -47,21 +47,9 @@ def read_score(rotary_modules: list[RotaryModule], applied: Applied) -> ScoreReq
             parameters = score_values_in(config, applied.method) | parameters
         score, log_n = bind_score("extend", applied.method, parameters)
         request = ScoreRequest(score, log_n, scale_from("extend", parameters))
-    if applied.cache is not None or not _stores(request.score, rotary_modules):
+    if applied.cache is not None:
         return request._replace(score=replace(request.score, stored=UNROTATED))
     return request
-
-
-def _stores(score: Score, rotary_modules: list[RotaryModule]) -> bool:
-    """Return True if layers can rotate keys as the score stores them, the same for all heads.
-
-    A model's own tables have one position for all pairs of a token, and no gradient of positions.
-    """
-    if isinstance(score.stored, PositionMap):
-        return True
-    divisor = score.stored.divisor
-    fused = all(each.fused is not None for each in rotary_modules)
-    return divisor.dim() == 1 and not divisor.requires_grad and fused
 
 
 def score_patches(

@@ -41,14 +41,13 @@ from torch import Tensor
 
 from ....scores import UNROTATED
 from ..._shared.dtypes import FP8, as_bits
-from ..._shared.maps import columns_of
+from ..._shared.kvcache import KeyRotation, KVCache
 from ..._shared.triton.fp8 import kind_of_cache, widened_codes
 from ..._shared.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
 from ..._shared.triton.pairs import load_parts, of_pairs
-from ...rope.append_checks import Append
-from ...rope.triton.append import Slots, build_append
-from ...rope.triton.device import Rope
-from ..call import AttentionCall, KVCache, lse_shape
+from ...rope import append_checks
+from ...rope.triton.append import append_tensors, build_append
+from ..call import AttentionCall, lse_shape
 from . import configs
 from .device import (
     FARTHEST,
@@ -431,15 +430,11 @@ def decode(
     # Kernels read fp8 as its bits, int8.
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
     scratch = q.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
-    if append is not None:
-        # Without q, q_out, and weights of a norm. Positions follow the slots in use. The launch
-        # sets the counters at the head of scratch to 0.
-        heads = (None, k, None, v, k_cache, v_cache)
-        no_slots = None  # of each token: the block table has them
-        slots = Slots(cache.seqlens, cache.block_table, no_slots, cache.leftpad, *cache.scales)
-        positions = cache.seqlens if append_rotates else None
-        rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay)
-        append((*heads, None, None, *slots, *rope, call.pair_maps, scratch))
+    if append is not None:  # it sets the counters at the head of scratch to 0
+        rope_args = (None, None, call.cu_seqlens, None)
+        if append_rotates:  # to positions that follow the slots in use
+            rope_args = (call.inv_freq, cache.seqlens, call.cu_seqlens, call.log_decay)
+        append(append_tensors(None, k, None, v, cache, rope_args, scratch))
     elif scratch is not None:  # no first launch sets the counters to 0
         scratch[:num_counters].zero_()
     attend((
@@ -494,19 +489,13 @@ def decode_launches(
     attend = Launch(decode_kernel, programs if q.numel() else (0,), (), {**numbers, **constants})
     append, append_rotates = None, call.stored != UNROTATED
     if k is not None:
-        new = Append(  # a call of rope_append_kvcache, with the map by which keys are stored
-            q=None, k=k, v=v, k_cache=cache.k, v_cache=cache.v,
-            q_norm_weight=None, k_norm_weight=None,
-            inv_freq=call.inv_freq if append_rotates else None,
-            cache_seqlens=cache.seqlens, block_table=cache.block_table,
-            cu_seqlens=call.cu_seqlens, cache_leftpad=cache.leftpad,
-            log_decay=call.log_decay if append_rotates else None,
-            k_scale=cache.scales.k, v_scale=cache.scales.v,
-            **(columns_of([call.stored]) if append_rotates else {}),  # the map's fields by name
-            interleaved=call.interleaved,
-            rotary_offset=call.rotary_offset,
-        )  # fmt: skip
-        append = build_append(new, call.pair_maps, num_counters)
+        by = KeyRotation(cu_seqlens=call.cu_seqlens)
+        if append_rotates:
+            by = KeyRotation(
+                call.inv_freq, None, call.cu_seqlens, call.log_decay, call.stored,
+                interleaved=call.interleaved, rotary_offset=call.rotary_offset,
+            )  # fmt: skip
+        append = build_append(append_checks.Append(None, k, v, cache, by), num_counters)
     return Launches(append, attend, append_rotates, num_counters, scratch_size)
 
 

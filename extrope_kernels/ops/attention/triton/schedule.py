@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._shared.kvcache import KVCache
 from ..._shared.triton.launch import processors_of
-from ..call import AttentionCall, KVCache
+from ..call import AttentionCall
 from .mask import region_begin
 
 # -------------------------------------------------------------------------------------------------

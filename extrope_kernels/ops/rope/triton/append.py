@@ -1,12 +1,11 @@
-"""The write into a key/value cache in Triton: norm, rotation, keys and values in one launch.
+"""The write into a key/value cache in Triton: rotation, keys and values in one launch.
 
 `rope_append_kvcache` launches it by its op. A decode step launches it before it attends
-(ops/attention/triton/decode.py), without q and norm.
+(ops/attention/triton/decode.py), without q.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -15,46 +14,36 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ....scores.base import SAME
-from ..._shared.dtypes import as_bits
+from ....scores.base import SAME, PositionMap
+from ..._shared.dtypes import FP8, as_bits
+from ..._shared.kvcache import KVCache, refuse_aliases
 from ..._shared.layouts import cached_by_layout, layout_key
-from ..._shared.triton.fp8 import quantize_rows
-from ..._shared.triton.launch import INTERPRETED, Launch, strides_of
-from ..._shared.triton.pairs import copy_rows
-from ..append_checks import Append, check, check_values
-from ..rotation import Rotation, resolve
+from ..._shared.triton.fp8 import parts_of_codes, quantize_rows
+from ..._shared.triton.launch import INTERPRETED, Launch
+from ..._shared.triton.pairs import copy_rows, store_parts
+from ..append_checks import Append, check, check_values, read_append
+from ..rotation import Rotation, frequencies_3d
 from .device import (
     CALL_NUMBERS,
-    Rope,
     Rows,
     build_launch,
+    cos_sin_of_head,
     decayed,
     launch_constants,
+    load_head,
     load_positions,
     program_heads,
     program_tokens,
+    rows_of_head,
     stride_names,
 )
-from .norm import norm_rotate
 
 # These change from call to call too.
 CACHE_NUMBERS = (
     *("k_cache_stride_block", "k_cache_stride_slot", "k_cache_stride_head"),
     *("v_cache_stride_block", "v_cache_stride_slot", "v_cache_stride_head"),
-    *("slot_mapping_stride_batch", "slot_mapping_stride_seq", "block_table_stride"),
-    *("num_blocks", "page_size", "capacity", "num_counters"),
+    *("block_table_stride", "num_blocks", "page_size", "capacity", "num_counters"),
 )
-
-
-class Slots(NamedTuple):
-    """The tensors that give new tokens their slots, and fp8 scales; None if not given."""
-
-    cache_seqlens: Tensor | None  # (sequences,): slots in use, left padding included
-    block_table: Tensor | None  # (sequences, pages of a sequence)
-    slot_mapping: Tensor | None  # (batch, seqlen): page * page_size + slot, or -1
-    leftpad: Tensor | None  # (sequences,): the slot of position 0
-    k_scale: Tensor | None  # (heads_k,)
-    v_scale: Tensor | None
 
 
 class Step(NamedTuple):
@@ -62,14 +51,8 @@ class Step(NamedTuple):
 
     head_dim_v: int
     dims_v: int  # head_dim_v, rounded up to a power of two
-    q_together: bool  # the mean square is over all heads of a token
-    k_together: bool
-    rotates_q: bool
-    rotates_k: bool
-    eps: float
-    by_pair: bool  # pair_maps has the divisors and offsets by which keys are stored
-    map_row: int  # their row
-    map_heads: int  # heads of k with their own; 1: all share them
+    rotates: bool  # q and k, else they are copied
+    stored: PositionMap | None  # the map by which a score method stores keys; None: the identity
 
 
 @triton.jit
@@ -78,98 +61,109 @@ def _number(x):
 
 
 @triton.jit
-def _stored_positions(
-    position, pair_maps_ptr, MAP: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """Map positions (TOKENS, 1) to those at which keys are stored: (TOKENS, 1 or PAIRS) float64.
-
-    MAP: a PositionMap. pair_maps: (rows, 2, map_heads, half) float64; with STEP.by_pair, its
-    divisors and offsets take the place of the map's.
-    """
+def _stored_positions(position, MAP: tl.constexpr):
+    """Map positions to those at which keys are stored: (TOKENS, 1) float64. MAP: a PositionMap."""
     if MAP.modulus > 0:
         whole = tl.floor(position / _number(MAP.modulus))
         position -= whole * _number(MAP.modulus)
-    if STEP.by_pair:
-        OFFSETS: tl.constexpr = STEP.map_heads * TILE.half  # they follow the divisors of all heads
-        pair = tl.arange(0, TILE.pairs)
-        divisor_ptrs = pair_maps_ptr + STEP.map_row * 2 * OFFSETS + pair
-        if STEP.map_heads > 1:
-            divisor_ptrs += tl.program_id(1) * TILE.half  # a program then has one head
-        mask = pair < TILE.half
-        divisor = tl.load(divisor_ptrs, mask=mask, other=1.0)[None, :]  # (1, PAIRS)
-        offset = tl.load(divisor_ptrs + OFFSETS, mask=mask, other=0.0)[None, :]
-        position = position / divisor  # (TOKENS, PAIRS)
-        if MAP.floor:
-            position = tl.floor(position)
-        position += offset
-    else:
-        if MAP.divisor != 1:
-            position = position / _number(MAP.divisor)
-        if MAP.floor:
-            position = tl.floor(position)
-        position = tl.minimum(position + _number(MAP.offset), _number(MAP.cap))
-    return position
+    if MAP.divisor != 1:
+        position = position / _number(MAP.divisor)
+    if MAP.floor:
+        position = tl.floor(position)
+    return tl.minimum(position + _number(MAP.offset), _number(MAP.cap))
+
+
+@triton.jit
+def _write_heads(
+    x, valid, out, written, scale_ptr, inv_freq_ptr, sequence, position, amplitude,
+    HEADS: tl.constexpr, ROTATES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Rotate this program's share of the heads of x into out.
+
+    x, out: Rows: rows_of_head(x, head, TILE) are pointers to dim 0 of the head's rows, (TOKENS,).
+    valid, written: (TOKENS,), the rows that exist in x, and those that out takes.
+    scale_ptr: (HEADS,) if out is a cache in fp8, else None.
+    sequence, position: (TOKENS,) and (TOKENS, 1) float64; amplitude: from `decayed`.
+    """
+    if ROTATES and not TILE.per_head:
+        cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, 0, valid, TILE)
+        cos, sin = cos * amplitude, sin * amplitude  # (TOKENS, PAIRS)
+    first, last = program_heads(HEADS)
+    for head in range(first, last):
+        if ROTATES and TILE.per_head:
+            cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
+            cos, sin = cos * amplitude, sin * amplitude
+        # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, REST).
+        a, b, rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
+        if ROTATES:
+            a, b = a * cos - b * sin, b * cos + a * sin
+        parts = (a, b, rest)
+        if scale_ptr is not None:  # fp8 of parts / scale, rounded to x's dtype first
+            scale = tl.load(scale_ptr + head)
+            dtype: tl.constexpr = x.ptr.dtype.element_ty
+            parts = parts_of_codes(parts, scale, dtype, TILE)
+        store_parts(rows_of_head(out, head, TILE), parts, written, TILE)  # rounds once
 
 
 @triton.jit(
     do_not_specialize=(*CALL_NUMBERS, *CACHE_NUMBERS, *stride_names("q", "k", "q_out", "v"))
 )
 def rope_append_kernel(
-    q_ptr, k_ptr, q_out_ptr, v_ptr, k_cache_ptr, v_cache_ptr, q_weight_ptr, k_weight_ptr,
-    cache_seqlens_ptr, block_table_ptr, slot_mapping_ptr, leftpad_ptr, k_scale_ptr, v_scale_ptr,
-    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr,
-    pair_maps_ptr, counters_ptr,
-    q_stride_batch, q_stride_seq, q_stride_head,
+    q_ptr, k_ptr, q_out_ptr, v_ptr,  # (batch, seqlen, heads, head_dim); q and q_out may be None
+    # (blocks, slots, heads, head_dim): a block is a page of page_size slots, or without block_table
+    # and slot_mapping a sequence
+    k_cache_ptr, v_cache_ptr,
+    cache_seqlens_ptr,  # (sequences,): slots in use, left padding included
+    block_table_ptr,  # (sequences, pages of a sequence), or None
+    slot_mapping_ptr,  # (batch, seqlen), contiguous: page * page_size + slot, -1 for none; or None
+    leftpad_ptr,  # (sequences,): the slot of position 0, or None
+    k_scale_ptr, v_scale_ptr,  # (heads_k,) for a cache in fp8, or None
+    inv_freq_ptr,  # (sequences or 1, heads or 1, half)
+    positions_ptr,  # (batch or 1, seqlen), or cache_seqlens with TILE.positions_are_offsets
+    cu_seqlens_ptr, log_decay_ptr,  # (sequences + 1,) if packed; (half,): xPos; or None
+    counters_ptr,  # float32, of which num_counters become 0, or None: the launch that attends
+    # counts there, and this one comes before it anyway
+    q_stride_batch, q_stride_seq, q_stride_head,  # all strides in groups of TILE.align elements
     k_stride_batch, k_stride_seq, k_stride_head,
     q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
     v_stride_batch, v_stride_seq, v_stride_head,
     k_cache_stride_block, k_cache_stride_slot, k_cache_stride_head,
     v_cache_stride_block, v_cache_stride_slot, v_cache_stride_head,
     count, seqlen,  # tokens: count = batch * seqlen
-    positions_stride_axis, positions_stride_batch, positions_stride_seq,
+    positions_stride_batch, positions_stride_seq,
     num_sequences, search_steps,  # of cu_seqlens; steps of a binary search in it
-    decay_origin: tl.float64, amplitude: tl.float64,
-    slot_mapping_stride_batch, slot_mapping_stride_seq, block_table_stride,
+    decay_origin: tl.float64,  # the position at which log_decay changes nothing
+    amplitude: tl.float64,  # of all tokens and pairs
+    block_table_stride,
     num_blocks, page_size, capacity,  # of the caches; slots of a block, and of a sequence
     num_counters,
-    STEP: tl.constexpr, STORED: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Norm, rotate and write: axis 0 is tiles of tokens, axis 1 shares of the heads.
+    """Rotate and write: axis 0 is tiles of tokens, axis 1 shares of the heads.
 
-    Strides of q, k, ..., v_cache count groups of TILE.align elements.
-
-    q, k, q_out, v: (batch, seqlen, heads, head_dim); q and q_out may be None.
-    k_cache, v_cache: (blocks, slots, heads, head_dim). A block is a page of page_size slots, or
-        without block_table and slot_mapping a sequence.
-    q_weight, k_weight: as in norm_rotate.
-    cache_seqlens, ..., v_scale: see Slots. inv_freq, ..., axes: see rotate_kernel.
-    STORED: the PositionMap by which a score method stores keys, or None; pair_maps: as in
-        _stored_positions.
-    counters: float32, of which num_counters become 0, or None. The launch that attends counts
-        there; this one comes before it anyway.
+    The numbers are no named tuples: Triton specialises those, whatever do_not_specialize says.
     """
-    ALIGN: tl.constexpr = TILE.align
     if counters_ptr is not None:
         programs = tl.num_programs(0) * tl.num_programs(1)
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         for n in tl.range(program, num_counters, programs):
             tl.store(counters_ptr + n, 0.0)
 
-    # sequence (TOKENS,), position (TOKENS, 1), or with axes (TOKENS, PAIRS); float64
+    # sequence (TOKENS,), position (TOKENS, 1) float64
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
     sequence, position = load_positions(
-        batch, seq, valid, positions_ptr, cu_seqlens_ptr, axes_ptr, 0, positions_stride_axis,
-        positions_stride_batch, positions_stride_seq, num_sequences, search_steps, TILE,
+        batch, seq, valid, positions_ptr, cu_seqlens_ptr, None, 0, 0, positions_stride_batch,
+        positions_stride_seq, num_sequences, search_steps, TILE,
     )  # fmt: skip
     if TILE.positions_are_offsets and leftpad_ptr is not None:
         pad = tl.load(leftpad_ptr + sequence, mask=valid, other=0)
         position -= pad.to(tl.float64)[:, None]
-    if STORED is not None:
-        position = _stored_positions(position, pair_maps_ptr, STORED, STEP, TILE)
+    if STEP.stored is not None:
+        position = _stored_positions(position, STEP.stored)
 
     # Slots, each in a block of the caches: (TOKENS,). Tokens without one are not written.
     if slot_mapping_ptr is not None:
-        at = batch * slot_mapping_stride_batch + seq * slot_mapping_stride_seq
+        at = batch * seqlen + seq
         slot = tl.load(slot_mapping_ptr + at, mask=valid, other=-1).to(tl.int64)
         block = slot // page_size
         written = valid & (slot >= 0) & (block < num_blocks)
@@ -196,30 +190,27 @@ def rope_append_kernel(
     distance = position - decay_origin
     if q_ptr is not None:
         q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
-        norm_rotate(
+        _write_heads(
             Rows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head), valid,
-            q_weight_ptr, Rows(q_out_ptr, q_out_row, q_out_stride_head), valid, None,
+            Rows(q_out_ptr, q_out_row, q_out_stride_head), valid, None,
             inv_freq_ptr, sequence, position,
             decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE),
-            TILE.heads_q, STEP.q_together, STEP.rotates_q, STEP.eps, TILE,
+            TILE.heads_q, STEP.rotates, TILE,
         )  # fmt: skip
     k_cache_row = block * k_cache_stride_block + slot * k_cache_stride_slot
-    norm_rotate(
+    _write_heads(
         Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head), valid,
-        k_weight_ptr, Rows(k_cache_ptr, k_cache_row, k_cache_stride_head), written, k_scale_ptr,
+        Rows(k_cache_ptr, k_cache_row, k_cache_stride_head), written, k_scale_ptr,
         inv_freq_ptr, sequence, position,
         decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE),
-        TILE.heads_k, STEP.k_together, STEP.rotates_k, STEP.eps, TILE,
+        TILE.heads_k, STEP.rotates, TILE,
     )  # fmt: skip
     v_row = batch * v_stride_batch + seq * v_stride_seq
     v_cache_row = block * v_cache_stride_block + slot * v_cache_stride_slot
     first, last = program_heads(TILE.heads_k)
     for head in range(first, last):
-        head = tl.cast(head, tl.int64)  # head * stride may pass 32 bits
-        # Times ALIGN, from groups to elements: so the compiler knows that rows are aligned.
-        v_at = (v_row + head * v_stride_head) * ALIGN
-        v_cache_at = (v_cache_row + head * v_cache_stride_head) * ALIGN
-        rows, to = v_ptr + v_at, v_cache_ptr + v_cache_at
+        rows = rows_of_head(Rows(v_ptr, v_row, v_stride_head), head, TILE)
+        to = rows_of_head(Rows(v_cache_ptr, v_cache_row, v_cache_stride_head), head, TILE)
         if v_scale_ptr is not None:
             v_scale = tl.load(v_scale_ptr + head)
             quantize_rows(rows, to, v_scale, written, STEP.head_dim_v, STEP.dims_v)
@@ -231,11 +222,9 @@ def rope_append_kernel(
 # The launch
 
 
-def build_append(call: Append, pair_maps: Tensor | None = None, num_counters: int = 0) -> Launch:
-    """Build the launch for a checked call.
-
-    pair_maps: contiguous, for keys that `call.stored` stores by pair; q is None then.
-    """
+def build_append(call: Append, num_counters: int = 0) -> Launch:
+    """Build the launch for a checked call."""
+    cache, by = call.cache, call.rotation
     if call.k.shape[-1] < 2 or call.v.shape[-1] < 1:
         raise NotImplementedError(
             "rope_append: Triton's kernel needs a head_dim of at least 2, and of v at least 1, "
@@ -244,59 +233,58 @@ def build_append(call: Append, pair_maps: Tensor | None = None, num_counters: in
     out = None if call.q is None else torch.empty_like(call.q)  # for its strides
     heads = (call.q, call.k, out, call.v)
     q, k, out, v = (x[None] if call.packed and x is not None else x for x in heads)
-    constants, numbers = launch_constants(_rotation(call, k))
-    mapping, table, stored = call.slot_mapping, call.block_table, call.map
-    by_pair = stored is not None and stored.row is not None
-    weights = (call.q_norm_weight, call.k_norm_weight)
-    together = [w is not None and w.shape[0] != k.shape[3] for w in weights]
-    step = Step(
-        head_dim_v=v.shape[3],
-        dims_v=next_power_of_2(v.shape[3]),
-        q_together=together[0],
-        k_together=together[1],
-        rotates_q=call.rotates_q,
-        rotates_k=call.inv_freq is not None,
-        eps=float(call.norm_eps),
-        by_pair=by_pair,
-        map_row=stored.row if by_pair else 0,
-        map_heads=1,
+    rotates, positions = by.inv_freq is not None, by.positions
+    # Without a rotation all dims are copied, as if they were pairs.
+    inv_freq = by.inv_freq if rotates else k.new_empty(max(k.shape[3] // 2, 1))
+    if positions is not None and positions.dim() == 1:
+        positions = positions[None]
+    rotation = Rotation(
+        frequencies_3d(inv_freq),
+        (cache.seqlens if positions is None else positions) if rotates else None,
+        positions_are_offsets=rotates and positions is None,
+        offset=0,
+        cu_seqlens=by.cu_seqlens,
+        log_decay=by.log_decay,
+        decay_signs=(1.0, -1.0),
+        amplitude=by.attention_factor,
+        conjugate=False,
+        interleaved=by.interleaved,
+        decay_origin=by.decay_origin,
+        rotary_offset=by.rotary_offset if rotates else 0,
     )
+    constants, (_, *numbers) = launch_constants(rotation)  # without the stride of axes
     numbers += (
-        *((0, 0) if mapping is None else strides_of(mapping.view(call.batch, call.seqlen))),
-        0 if table is None else table.stride(0),
-        *call.k_cache.shape[:2],
-        call.capacity,
+        0 if cache.block_table is None else cache.block_table.stride(0),
+        *cache.k.shape[:2],
+        cache.capacity,
         num_counters,
     )
-    tensors = (q, k, out, v, call.k_cache, call.v_cache)
-    stored = None if stored == SAME else stored
-    kernel = rope_append_kernel
-    launch = build_launch(kernel, tensors, constants, numbers, STEP=step, STORED=stored)
-    if step.map_heads > 1:  # a program for each head
-        launch.grid = (launch.grid[0], step.map_heads)
-    return launch
+    step = Step(
+        v.shape[3], next_power_of_2(v.shape[3]), rotates, None if by.stored == SAME else by.stored
+    )
+    tensors = (q, k, out, v, cache.k, cache.v)
+    return build_launch(rope_append_kernel, tensors, constants, tuple(numbers), STEP=step)
 
 
-def _rotation(call: Append, k: Tensor) -> Rotation:
-    """Return the Rotation by `positions`, or by those that follow the slots in use."""
-    inv_freq, positions = call.inv_freq, call.positions
-    if inv_freq is None:  # the kernel then reads none of it
-        inv_freq = k.new_empty(max(k.shape[-1] // 2, 1), dtype=torch.float32)
-        positions = None
-    cu_seqlens = call.cu_seqlens
-    if cu_seqlens is not None and INTERPRETED:  # a rotation has no padding; its ends are checked
-        cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
-    rope = Rope(inv_freq, positions, cu_seqlens, call.log_decay, call.axes)
-    names = ("attention_factor", "interleaved", "rotary_offset", "decay_origin")
-    options = {name: getattr(call, name) for name in names}
-    if call.inv_freq is None:  # then all dims are copied
-        options["rotary_offset"] = 0
-    x = k if call.cu_seqlens is None else k[0]
-    _, rotation = resolve(x, None, *rope, adjoint=False, **options)
-    if call.positions is None and call.inv_freq is not None:
-        behind = {"positions": call.cache_seqlens, "positions_are_offsets": True, "axes": None}
-        rotation = dataclasses.replace(rotation, **behind)
-    return rotation
+def append_tensors(
+    q: Tensor | None,
+    k: Tensor,
+    q_out: Tensor | None,
+    v: Tensor,
+    cache: KVCache,
+    rope_args: tuple[Tensor | None, ...],
+    counters: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return the tensors of the launch that `build_append` made, in their order.
+
+    rope_args: inv_freq, positions or the slots in use, cu_seqlens, log_decay.
+    """
+    caches = (cache.k, cache.v)
+    if cache.k.dtype == FP8:
+        caches = tuple(map(as_bits, caches))
+    slots = None if cache.slot_mapping is None else cache.slot_mapping.contiguous()
+    places = (cache.seqlens, cache.block_table, slots, cache.leftpad, *cache.scales)
+    return (q, k, q_out, v, *caches, *places, *rope_args, counters)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -308,32 +296,22 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
     numbers = (tuple(x) if isinstance(x, list) else x for x in options.values())
     key = (*options, *numbers, layout_key(*tensors))
     launch = cached_by_layout(_build_launch, key, tensors, options)
-    call = Append(*tensors, **options)
+    call = read_append(*tensors, **options)
+    refuse_aliases("rope_append", call.cache, q=call.q, k=call.k, v=call.v)
     if INTERPRETED:  # reading values costs nothing then
         check_values("rope_append", call)
+    by = call.rotation
     q_out = None if call.q is None else torch.empty_like(call.q)
-    k_cache, v_cache = call.k_cache, call.v_cache
-    if call.k_scale is not None:
-        k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
-    positions = None
-    if call.inv_freq is not None:  # else nothing rotates
-        positions = call.cache_seqlens if call.positions is None else call.positions
-    slots = Slots(
-        call.cache_seqlens,
-        call.block_table,
-        call.slot_mapping,
-        call.cache_leftpad,
-        *call.scales,
-    )
-    rope = Rope(call.inv_freq, positions, call.cu_seqlens, call.log_decay, call.axes)
-    heads = (call.q, call.k, q_out, call.v, k_cache, v_cache)
-    weights = (call.q_norm_weight, call.k_norm_weight)
-    launch((*heads, *weights, *slots, *rope, None, None))
+    rope_args = (None, None, by.cu_seqlens, None)
+    if by.inv_freq is not None:
+        positions = call.cache.seqlens if by.positions is None else by.positions
+        rope_args = (by.inv_freq, positions, by.cu_seqlens, by.log_decay)
+    launch(append_tensors(call.q, call.k, q_out, call.v, call.cache, rope_args))
     return call.k.new_empty(0) if q_out is None else q_out
 
 
 def _build_launch(tensors: tuple[Tensor | None, ...], options: dict) -> Launch:
     """Check the call, then build its launch."""
-    call = Append(*tensors, **options)
+    call = read_append(*tensors, **options)
     check("rope_append", call)
     return build_append(call)

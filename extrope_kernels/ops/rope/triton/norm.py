@@ -40,7 +40,6 @@ from triton import next_power_of_2
 from ..._shared.checks import check_boundaries
 from ..._shared.dtypes import accumulator
 from ..._shared.layouts import cached_by_layout, layout_key
-from ..._shared.triton.fp8 import parts_of_codes
 from ..._shared.triton.launch import Launch, chip_of
 from ..._shared.triton.pairs import store_parts
 from ..checks import check_norm, check_saved, refuse_expanded, refuse_shared
@@ -88,20 +87,16 @@ def _load_weight(weight_ptr, TILE: tl.constexpr):
 
 
 @triton.jit
-def norm_rotate(
-    x, valid, weight_ptr, out, out_valid, codes_scale_ptr,
-    inv_freq_ptr, sequence, position, amplitude,
-    HEADS: tl.constexpr, TOGETHER: tl.constexpr, ROTATES: tl.constexpr, EPS: tl.constexpr,
-    TILE: tl.constexpr,
+def _norm_rotate(
+    x, valid, weight_ptr, out, inv_freq_ptr, sequence, position, amplitude,
+    HEADS: tl.constexpr, TOGETHER: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate this program's share of the heads of x into out.
 
     x, out: Rows: rows_of_head(x, head, TILE) are pointers to dim 0 of the head's rows, (TOKENS,).
     weight_ptr: (head_dim,), or (HEADS * head_dim,) if TOGETHER; None: no norm.
-    codes_scale_ptr: (HEADS,) if out is a cache in fp8, else None. append.py writes caches so; then
-        not every valid row is written (out_valid).
     sequence, position: from load_positions, (TOKENS,) and (TOKENS, 1 or PAIRS) float64; amplitude:
-        from `decayed`. Used if ROTATES.
+        from `decayed`.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
     TOKENS: tl.constexpr = TILE.tokens  # Triton 3.6 takes no fields of TILE in shapes
@@ -114,14 +109,14 @@ def norm_rotate(
             a, b, rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
             squares += _sum_dims(a * a, b * b, rest * rest, TILE)
         rstd = 1.0 / tl.sqrt(squares / (HEADS * HEAD_DIM) + eps)
-    if ROTATES and not TILE.per_head:
+    if not TILE.per_head:
         cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, 0, valid, TILE)
         cos, sin = cos * amplitude, sin * amplitude
     if weight_ptr is not None:
         w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
     first, last = program_heads(HEADS)
     for head in range(first, last):
-        if ROTATES and TILE.per_head:
+        if TILE.per_head:
             cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
             cos, sin = cos * amplitude, sin * amplitude
         a, b, rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
@@ -132,21 +127,15 @@ def norm_rotate(
                 squares = _sum_dims(a * a, b * b, rest * rest, TILE)
                 rstd = 1.0 / tl.sqrt(squares / HEAD_DIM + eps)
             a, b, rest = a * rstd * w_a, b * rstd * w_b, rest * rstd * w_rest
-        if ROTATES:
-            a, b = a * cos - b * sin, b * cos + a * sin
-        parts = (a, b, rest)
-        if codes_scale_ptr is not None:  # fp8 of parts / scale, rounded to x's dtype first
-            codes_scale = tl.load(codes_scale_ptr + head)
-            dtype: tl.constexpr = x.ptr.dtype.element_ty
-            parts = parts_of_codes(parts, codes_scale, dtype, TILE)
-        store_parts(rows_of_head(out, head, TILE), parts, out_valid, TILE)  # rounds once
+        parts = (a * cos - b * sin, b * cos + a * sin, rest)
+        store_parts(rows_of_head(out, head, TILE), parts, valid, TILE)  # rounds once
 
 
 @triton.jit(do_not_specialize=(*CALL_NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
 def norm_rotate_kernel(
     q_ptr, k_ptr,  # (batch, seqlen, heads, head_dim); k may be None
     q_out_ptr, k_out_ptr,  # like q and k, or q and k themselves
-    q_weight_ptr, k_weight_ptr,  # see norm_rotate
+    q_weight_ptr, k_weight_ptr,  # see _norm_rotate
     inv_freq_ptr,  # (sequences or 1, heads or 1, half)
     positions_ptr,  # (batch or 1, seqlen); (sequences,): of their first tokens; None: these are 0
     cu_seqlens_ptr, log_decay_ptr,  # (sequences + 1,) if packed; (half,): xPos; or None
@@ -179,18 +168,18 @@ def norm_rotate_kernel(
     q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
     q_out = Rows(q_out_ptr, q_out_row, q_out_stride_head)
     q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
-    norm_rotate(
-        q, valid, q_weight_ptr, q_out, valid, None, inv_freq_ptr, sequence, position, q_amplitude,
-        TILE.heads_q, TOGETHER=Q_TOGETHER, ROTATES=True, EPS=EPS, TILE=TILE,
+    _norm_rotate(
+        q, valid, q_weight_ptr, q_out, inv_freq_ptr, sequence, position, q_amplitude,
+        TILE.heads_q, TOGETHER=Q_TOGETHER, EPS=EPS, TILE=TILE,
     )  # fmt: skip
     if k_ptr is not None:
         k = Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
         k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
         k_out = Rows(k_out_ptr, k_out_row, k_out_stride_head)
         k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
-        norm_rotate(
-            k, valid, k_weight_ptr, k_out, valid, None, inv_freq_ptr, sequence, position,
-            k_amplitude, TILE.heads_k, TOGETHER=K_TOGETHER, ROTATES=True, EPS=EPS, TILE=TILE,
+        _norm_rotate(
+            k, valid, k_weight_ptr, k_out, inv_freq_ptr, sequence, position,
+            k_amplitude, TILE.heads_k, TOGETHER=K_TOGETHER, EPS=EPS, TILE=TILE,
         )  # fmt: skip
 
 
@@ -308,9 +297,9 @@ def _backward(
             HEADS, TOGETHER, EPS, TILE,
         )  # fmt: skip
     else:
-        norm_rotate(
-            dy, valid, None, dx, valid, None, inv_freq_ptr, sequence, position, amplitude,
-            HEADS, TOGETHER=False, ROTATES=True, EPS=EPS, TILE=TILE,
+        _norm_rotate(
+            dy, valid, None, dx, inv_freq_ptr, sequence, position, amplitude,
+            HEADS, TOGETHER=False, EPS=EPS, TILE=TILE,
         )  # fmt: skip
 
 
@@ -321,7 +310,7 @@ def norm_rotate_backward_kernel(
     dq_out_ptr, dk_out_ptr,  # gradients of the forward's outputs, (batch, seqlen, heads, head_dim)
     dq_ptr, dk_ptr,  # of its inputs: written
     q_ptr, k_ptr,  # its inputs; everything of k may be None
-    q_weight_ptr, k_weight_ptr,  # see norm_rotate
+    q_weight_ptr, k_weight_ptr,  # see _norm_rotate
     q_dweight_ptr, k_dweight_ptr,  # see _norm_rotate_backward; None without a weight
     inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
     dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,  # in groups of TILE.align elements

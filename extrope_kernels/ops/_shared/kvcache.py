@@ -1,0 +1,221 @@
+"""`KVCache`, the cache of every op that reads or writes one, and its checks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...scores.base import PlainMap
+from .checks import (
+    DTYPES,
+    check_ints,
+    check_rows,
+    has_values,
+    meet,
+    memory_of,
+    overlaps_itself,
+    share_bytes,
+)
+from .dtypes import FP8, NO_SCALES, Scales, check_cache_dtype, check_scale_values, check_scales
+
+
+class KVCache(NamedTuple):
+    """The cached keys, rotated by `score.stored`, and values of every sequence."""
+
+    k: Tensor  # (batch, max_len, heads_k, head_dim), or (pages, page_size, ...) with block_table
+    v: Tensor
+    seqlens: Tensor | None  # (batch,) int32: slots in use, left padding included
+    block_table: Tensor | None = None  # (batch, max_pages) int32
+    leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
+    scales: Scales = NO_SCALES  # for a cache in float8_e4m3fn
+    appended: int = 0  # tokens that this call writes after seqlens
+    cu_seqlens_new: Tensor | None = None  # boundaries of new tokens, if packed
+    # Instead of block_table: page * page_size + slot of each new token, -1 for nowhere.
+    slot_mapping: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors besides k and v, in the order of the op's arguments."""
+        return (self.seqlens, self.block_table, self.leftpad, *self.scales)
+
+    @property
+    def paged(self) -> bool:
+        return self.block_table is not None or self.slot_mapping is not None
+
+    @property
+    def writes(self) -> bool:
+        return self.appended > 0 or self.cu_seqlens_new is not None
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots per sequence."""
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        return pages * self.k.shape[1]
+
+    def ends(self) -> Tensor:
+        """Return the slots in use after this call's writes: (batch,) int64."""
+        if self.cu_seqlens_new is None:
+            return self.seqlens.long() + self.appended
+        return self.seqlens.long() + self.cu_seqlens_new.diff()
+
+    def lengths(self) -> Tensor:
+        """Return the number of keys of each sequence: (batch,) int64."""
+        return self.ends() if self.leftpad is None else self.ends() - self.leftpad
+
+    def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return indices of the first two dimensions of k and v for (batch, n) slots."""
+        sequence = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        if self.block_table is None:
+            return sequence, slots
+        page_size = self.k.shape[1]
+        return self.block_table[sequence, slots // page_size].long(), slots % page_size
+
+
+class KeyRotation(NamedTuple):
+    """How new keys rotate before a cache stores them, and queries beside them."""
+
+    inv_freq: Tensor | None = None  # None: not at all
+    positions: Tensor | None = None  # None: those that follow the slots in use
+    cu_seqlens: Tensor | None = None
+    log_decay: Tensor | None = None
+    stored: PlainMap | None = None  # the map by which a score method stores keys
+    attention_factor: float = 1.0
+    interleaved: bool = False
+    rotary_offset: int = 0
+    decay_origin: float = 0.0
+
+
+def check_cache(op: str, cache: KVCache, like: Tensor, sequences: int) -> None:
+    """Check a cache for `like`, the queries or the new keys of so many sequences."""
+    for name, x in (("k_cache", cache.k), ("v_cache", cache.v)):
+        check_rows(op, name, x, False, (*DTYPES, FP8))
+        check_cache_dtype(op, name, x, like, cache.scales)
+    if cache.v.shape[:-1] != cache.k.shape[:-1]:
+        raise ValueError(
+            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for head_dim, "
+            f"got {tuple(cache.v.shape)}"
+        )
+    if cache.k.shape[3] != like.shape[-1] or not (cache.paged or cache.k.shape[0] == sequences):
+        blocks = "num_blocks, block_size" if cache.paged else f"{sequences}, max_len"
+        raise ValueError(
+            f"{op}: k_cache must be ({blocks}, heads_k, {like.shape[-1]}), "
+            f"got {tuple(cache.k.shape)}"
+        )
+    check_scales(op, cache.scales, cache.k.shape[2], like)
+    for name, x, shape in (
+        ("cache_seqlens", cache.seqlens, (sequences,)),
+        ("cache_leftpad", cache.leftpad, (sequences,)),
+        ("block_table", cache.block_table, (sequences, None)),
+    ):
+        if x is not None:
+            check_ints(op, name, x, shape, like)
+    if cache.slot_mapping is not None:
+        tokens = tuple(like.shape[:-2])
+        check_ints(op, "slot_mapping", cache.slot_mapping, tokens, like, (torch.int64,))
+        if cache.block_table is not None:
+            raise ValueError(
+                f"{op}: block_table and slot_mapping both say where to write, give one"
+            )
+    elif cache.seqlens is None:
+        raise ValueError(f"{op}: cache_seqlens or slot_mapping must say where to write, got none")
+    if cache.paged and cache.k.shape[1] == 0:
+        raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
+
+
+def check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, like: Tensor) -> None:
+    """Check keys and values to be written into a checked cache; like: as in `check_cache`."""
+    packed = like.dim() == 3
+    for name, x, of in (("k", k, cache.k), ("v", v, cache.v)):
+        check_rows(op, name, x, packed)
+        if x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(
+                f"{op}: {name} must be {like.dtype} on {like.device} like the other tensors, "
+                f"got {x.dtype} on {x.device}"
+            )
+        if x.shape[-2:] != of.shape[-2:]:
+            raise ValueError(
+                f"{op}: {name} must have {name}_cache's heads and head_dim "
+                f"{tuple(of.shape[-2:])}, got {tuple(x.shape[-2:])}"
+            )
+        if overlaps_itself(of):
+            raise ValueError(
+                f"{op}: {name}_cache must not be expanded to be written to, "
+                f"got strides {of.stride()}"
+            )
+    for name, x, of_name, of in (("v", v, "k", k), ("k", k, "q", like)):
+        if x.shape[:-2] != of.shape[:-2]:
+            raise ValueError(
+                f"{op}: {name} must have {of_name}'s {'total' if packed else 'batch and seqlen'} "
+                f"{tuple(of.shape[:-2])}, got {tuple(x.shape[:-2])}"
+            )
+
+
+def refuse_aliases(op: str, cache: KVCache, **read: Tensor | None) -> None:
+    """Refuse to write caches that share memory, or in which rows lie that the call reads."""
+    k_memory, v_memory = memory_of(cache.k), memory_of(cache.v)
+    if meet(k_memory, v_memory) and share_bytes(cache.k, cache.v):
+        raise ValueError(
+            f"{op}: k_cache and v_cache must be two tensors to be written to, "
+            "got two that share memory"
+        )
+    for name, x in read.items():
+        memory = None if x is None else memory_of(x)
+        for cache_name, to, place in (
+            ("k_cache", cache.k, k_memory),
+            ("v_cache", cache.v, v_memory),
+        ):
+            if meet(memory, place) and share_bytes(x, to):
+                raise ValueError(
+                    f"{op}: {name} must not share memory with {cache_name}, which is written"
+                )
+
+
+def check_slots(
+    op: str, cache: KVCache, cu_seqlens: Tensor | None, tokens: int, name: str = "q"
+) -> None:
+    """Check the values of a cache's integer tensors, on a CPU, where reading them costs nothing.
+
+    cu_seqlens: boundaries of `tokens` tokens, those of the argument `name`.
+    """
+    given = (*cache.tensors, cache.slot_mapping, cu_seqlens)
+    if not all(x is None or has_values(x) for x in given):
+        return
+    if cu_seqlens is not None:
+        ends, label = cu_seqlens.tolist(), "cu_seqlens_q" if name == "q" else "cu_seqlens"
+        if ends[0] != 0 or ends != sorted(ends) or ends[-1] > tokens:
+            raise ValueError(
+                f"{op}: {label} must rise from 0 to {name}'s {tokens} tokens at most, got {ends}"
+            )
+    check_scale_values(op, cache.scales)
+    if cache.leftpad is not None and cache.leftpad.numel() and cache.leftpad.min() < 0:
+        raise ValueError(f"{op}: cache_leftpad must be >= 0, got {cache.leftpad.tolist()}")
+    if cache.slot_mapping is not None:
+        slots, count = cache.slot_mapping, cache.k.shape[:2].numel()
+        if slots.numel() and not (slots.min() >= -1 and slots.max() < count):
+            raise ValueError(
+                f"{op}: slot_mapping must be -1 or one of the cache's {count} slots, "
+                f"got {slots.tolist()}"
+            )
+        return
+    ends = cache.ends()
+    if ends.numel() and not (cache.seqlens.min() >= 0 and ends.max() <= cache.capacity):
+        new = cache.appended or "its"
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's {cache.capacity} slots"
+            + (f", {new} new tokens included" if cache.writes else "")
+            + f", got {cache.seqlens.tolist()}"
+        )
+    if cache.block_table is None:
+        return
+    page_size = cache.k.shape[1]
+    first = cache.seqlens if name == "k" else torch.zeros_like(cache.seqlens)
+    page = torch.arange(cache.block_table.shape[1], device="cpu")
+    used = (page >= (first // page_size)[:, None]) & (page * page_size < ends[:, None])
+    used = cache.block_table[used & (first < ends)[:, None]]
+    if used.numel() and not (used.min() >= 0 and used.max() < cache.k.shape[0]):
+        raise ValueError(
+            f"{op}: block_table must name pages between 0 and {cache.k.shape[0] - 1}, "
+            f"got {used.tolist()}"
+        )
