@@ -111,7 +111,7 @@ def test_negative_views_are_refused_as_caches(write, fast_backend):
     cache = torch.zeros_like(complex_rows.real)
     negative = complex_rows.conj().imag.as_strided(cache.shape, cache.stride())
     assert negative.is_neg()
-    with pytest.raises(ValueError, match=r"must not be negative views"):
+    with pytest.raises(ValueError, match=r"must write to no negative view"):
         write(cache, negative, NEW, NEW, NEW, backend=fast_backend)
     assert not cache.any() and not complex_rows.any()
 

@@ -108,7 +108,7 @@ def refuse_negative_views(library, op) -> None:
 
     def kernel(*args, **options):
         if any(isinstance(args[n], Tensor) and args[n].is_neg() for n in written):
-            raise ValueError(f"{name}: tensors must not be negative views (is_neg), got one that is")
+            raise ValueError(f"{name}: must write to no negative view (is_neg), got one")
         return op(*map(_resolved, args), **options)
 
     library.impl(op.name(), kernel, "Negative")
