@@ -45,16 +45,3 @@ def test_maps_follow_a_model_to_its_device():
     with extend(model, "dpe", window=8, group_sizes=sizes("llama")):
         model.to("meta")  # stands for a GPU
         assert logits(model, IDS.to("meta")).shape[:2] == IDS.shape
-
-
-def test_another_score_refuses_the_cache():
-    """The same regions with other groups keep keys elsewhere."""
-    model = build("llama")
-    with extend(model, "dpe", window=8, group_sizes=sizes("llama")):
-        past = model(IDS[:, :30], use_cache=True)[CACHE]
-    others = sizes("llama")[::-1]
-    with (
-        extend(model, "dpe", window=8, group_sizes=others),
-        pytest.raises(ValueError, match="extend: cache must have been filled under dpe"),
-    ):
-        model(IDS[:, 30:], **{CACHE: past})
