@@ -2,7 +2,7 @@
 
 apt-get download jargon-text && dpkg-deb -x jargon-text_*.deb . \\
     && zcat usr/share/doc/jargon-text/jargon.txt.gz > jargon.txt
-OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,short,gemma} jargon.txt
+OMP_NUM_THREADS=1 python bench/model_runs.py {loss,recall,long,far,short,gemma} jargon.txt
 
 Every measurement goes to build/model_runs; --record keeps a row of each in bench/results/models,
 which bench/readme.py shows.
@@ -91,6 +91,11 @@ RUNS = {
     "pairs": Run("loss", "smollm2-16k", 16384, trials=2, methods=OF_PAIRS),
     "pairs-recall": Run("recall", "smollm2-16k", 16384, trials=1, methods=OF_PAIRS),
     "long": Run("loss", "smollm2-32k", 32768, trials=1, methods=LONG),
+    # Eight times the trained length: some minutes a text with AMX, half an hour without.
+    "far": Run(
+        "loss", "smollm2-64k", 65536, trials=1, bucket=8192, kept="by_position",
+        methods=first("yarn", "rope", "rerope", "leaky_rerope", "self_extend", "dual_chunk"),
+    ),
     "short": Run(
         "loss", "short", (1024, 2048, 4096, 8192), trials=2, bucket=8192, kept="short",
         methods=first("rope", "rerope", "leaky_rerope", "dual_chunk")
