@@ -9,6 +9,7 @@ import argparse
 import ast
 import difflib
 import errno
+import gc
 import importlib
 import os
 import re
@@ -90,10 +91,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"check: {args.model}: {missing}", file=sys.stderr)
         return 2
     try:
+        if args.command == "check":  # looking for garbage, of which it makes little, takes long
+            gc.disable()
         return importlib.import_module(COMMANDS[args.command]).run(args)
     except KeyboardInterrupt:
         print(f"{args.command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        gc.enable()
 
 
 def _is_missing(model: str) -> bool:
