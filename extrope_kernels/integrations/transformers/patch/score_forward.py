@@ -112,7 +112,6 @@ class ScoreHooks:
         self.inner = {each.layer: each for each in rotaries if each.layer is not None}
         self.heads = probe.far
         self.calls = probe.calls
-        self.mask_name = probe.mask_name
         self.score = rotaries[0].score
         self.needs_mask = probe.needs_mask
         self.others_mix = probe.others_mix
@@ -188,7 +187,7 @@ class ScoreHooks:
         attention = seen[0].of(self.heads[layer])
         arguments = attention.batch.for_layer(layer, arguments, attention)
         mask = self.calls[layer].mask(layer, attention)
-        return (), with_mask(arguments, self.mask_name, mask)
+        return (), with_mask(arguments, mask)
 
     def before_near_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -408,9 +407,4 @@ def exchange(value: Any, found: Callable[[ScoreAttention], Any]) -> Any:
         return found(value)
     if isinstance(value, tuple) and value and isinstance(value[0], ScoreAttention):
         return found(value[0])
-    if isinstance(value, Mapping):
-        exchanged = {key: exchange(each, found) for key, each in value.items()}
-        # Layers share keys by mappings, which must stay the same objects.
-        if any(exchanged[key] is not each for key, each in value.items()):
-            return exchanged
     return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,13 +43,9 @@ _sdpa = nn.functional.scaled_dot_product_attention
 
 
 class Call:
-    """A call through transformers' registered functions, by the name in the layer's config.
-
-    names: of the arguments of the layer's forward.
-    """
+    """A call through transformers' registered functions, by the name in the layer's config."""
 
     attention = ATTENTION
-    names: Sequence[str] = ()
 
     def overrides(self, layer: nn.Module) -> list[Override]:
         """Return attributes that make the layer use the object in the mask's place."""
@@ -104,18 +100,12 @@ def call_of(module: nn.Module) -> Call | None:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None or "attention_mask" not in code.co_varnames[: code.co_argcount]:
         return None
-    if (found := _call_in(module, code.co_names)) is not None:
-        found.names = code.co_varnames[1 : code.co_argcount]
-    return found
-
-
-def _call_in(module: nn.Module, names: Sequence[str]) -> Call | None:
     if "config" in vars(module):
-        if "ALL_ATTENTION_FUNCTIONS" in names:
+        if "ALL_ATTENTION_FUNCTIONS" in code.co_names:
             return Call()
-        if _sdpa.__name__ in names:
+        if _sdpa.__name__ in code.co_names:
             return SdpaCall()
-    for name in names:
+    for name in code.co_names:
         method = inspect.getattr_static(type(module), name, None)
         if inspect.isfunction(method) and list(inspect.signature(method).parameters) == _METHOD:
             return MethodCall(name)
@@ -234,10 +224,14 @@ def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool =
         )
 
 
-def with_mask(arguments: dict[str, Any], name: str | None, value: Any) -> dict[str, Any]:
-    """Return a layer's arguments with `value` as the mask of that name, or as the only one."""
-    if name is not None:
-        value = {**arguments["attention_mask"], name: value}
+def with_mask(arguments: dict[str, Any], value: Any) -> dict[str, Any]:
+    """Return a layer's arguments with `value` as the mask of its attention.
+
+    Of several, by name, that is the first one (Zaya's convolutions have another).
+    """
+    before = arguments.get("attention_mask")
+    if isinstance(before, Mapping):
+        value = {**before, next(iter(before)): value}
     return arguments | {"attention_mask": value}
 
 

@@ -9,10 +9,9 @@ louder tables and as two packed sequences, tells what else must be known.
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -34,7 +33,7 @@ from .attention import (
     close,
     with_mask,
 )
-from .rotary import RotaryModule, probe_numbers, rotating_layers
+from .rotary import RotaryModule, argument_names, by_name, probe_numbers, rotating_layers
 
 _AMPLITUDE = 2.0  # of a probe of attention factors
 
@@ -80,38 +79,26 @@ class UnfitLayer(Exception):
 class Recorder:
     """An attention that records its arguments; it takes the mask's place, so layers call it.
 
-    calls: each layer's form of call of its attention. name: the mask's name among several, if
-        layers get a mapping of them; None for the whole argument.
-    called: rotating layers that the owner has called. seen: the layers' arguments to attention.
-    masks: as the owner gave them. names: theirs, if layers got several.
+    calls: each layer's form of call of its attention.
+    masks: those that the layers which the owner has called got. seen: their arguments to attention.
     output: the owner's output.
     """
 
-    def __init__(self, calls: Mapping[nn.Module, Call], name: str | None = None) -> None:
+    def __init__(self, calls: Mapping[nn.Module, Call]) -> None:
         self.calls = calls
-        self.name = name
-        self.called: dict[nn.Module, None] = {}
-        self.seen: dict[nn.Module, Recorded] = {}
         self.masks: dict[nn.Module, Any] = {}
-        self.names: list[str] = []
+        self.seen: dict[nn.Module, Recorded] = {}
         self.output: Any = None
 
     @contextmanager
-    def in_place(
-        self,
-        overrides: Iterable[Override] = (),
-        hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = (),
-    ) -> Iterator[None]:
-        """Make the layers call this recorder for a while.
-
-        overrides: more attributes to hide. hooks: more forward pre-hooks, after the recorder's own.
-        """
+    def in_place(self, overrides: Iterable[Override] = ()) -> Iterator[None]:
+        """Make the layers call this recorder for a while. overrides: more attributes to hide."""
         overrides = list(overrides)
         for layer, call in self.calls.items():
             overrides += call.overrides(layer)
         handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module, hook in [*((layer, self.before_layer) for layer in self.calls), *hooks]
+            layer.register_forward_pre_hook(self.before_layer, with_kwargs=True)
+            for layer in self.calls
         ]
         try:
             with replaced(overrides):
@@ -120,18 +107,12 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def note_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note the layer: forward pre-hook of layers that rotate."""
-        self.called[layer] = None
-
     def before_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        call = self.calls[layer]
-        arguments = dict(zip(call.names, args, strict=False)) | kwargs
-        mask = self.masks[layer] = arguments.get("attention_mask")
-        self.names = list(mask) if isinstance(mask, Mapping) else self.names
-        return (), with_mask(arguments, self.name, call.mask(layer, self))
+        arguments = by_name(argument_names(layer), args, kwargs)
+        self.masks[layer] = arguments.get("attention_mask")
+        return (), with_mask(arguments, self.calls[layer].mask(layer, self))
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
@@ -260,8 +241,8 @@ class LayerProbe:
     far: layers to extend, which see all keys, with the rotation of their heads.
     near: layers that attend as before: those without a rotation and, unless layers="all", those
         with a sliding window or chunks, where training has covered all distances.
-    calls: each layer's form of call of its attention. mask_name: its mask's name, if layers get
-        several. seen: what each layer's attention got at positions 0 to 3.
+    calls: each layer's form of call of its attention.
+    seen: what each layer's attention got at positions 0 to 3.
     others_mix: True if tokens mix outside of attention (convolutions, states).
     needs_mask: True if something else than the attention of far layers may use the mask: padding
         would change other tokens in convolutions and states.
@@ -284,24 +265,22 @@ class LayerProbe:
         self.rotary_modules = rotary_modules
         self.freqs = _probe_freqs(rotary_modules)
         self.calls = calls_in(owner)
-        self.rotating = list(rotating_layers(owner))
         self.around = {
             each.module: layer
             for layer in self.calls
             for each in rotary_modules
             if each.module in layer.modules()
         }
-        self.mask_name: str | None = None
         self.far: dict[nn.Module, Heads] = {}
         self.near: list[nn.Module] = []
-        still, moved = self._try_out(layers)
-        for layer in moved.called:
-            if layer not in moved.seen:
+        still, moved = self._record(still=True), self._record()
+        for layer in rotating_layers(owner):
+            if layer not in self.calls or (layer in moved.masks and layer not in moved.seen):
                 name = type(layer).__name__
                 reason = f"{name} computes its attention itself, with nothing to replace"
                 raise unsupported(owner, reason)
         back = self._backwards()
-        self.seen, self._masks, self._loud = moved.seen, moved.masks, back.seen
+        self.seen, self._loud = moved.seen, back.seen
         rotates = [
             self._sort(each, still.seen[each], moved.seen[each], layers) for each in self.seen
         ]
@@ -316,28 +295,6 @@ class LayerProbe:
             leaks(back.masks[layer], implementation) for layer in self.near
         )
 
-    def _try_out(self, layers: str) -> tuple[Recorder, Recorder]:
-        """Run the owner twice; if layers get several masks, find the attention's among them."""
-        first = Recorder(self.calls)
-        try:
-            return self._record(first, still=True), self._moved(layers)
-        except ValueError:
-            for self.mask_name in first.names:
-                try:
-                    return self._record(still=True), self._moved(layers)
-                except ValueError:
-                    continue
-            raise
-
-    def _moved(self, layers: str) -> Recorder:
-        """Run the owner at positions 0 to 3; in chunks of two tokens if those may be extended."""
-        if layers == "full" or not getattr(self.owner.config, "attention_chunk_size", None):
-            return self._record()
-        config = copy.copy(self.owner.config)
-        config.attention_chunk_size = 2
-        with replaced([(self.owner, "config", config)]):
-            return self._record()
-
     def _backwards(self) -> Recorder:
         """Run the owner on the last token first, as two packed sequences, by louder tables."""
         options = {"still": True, "backwards": True, "amplitude": _AMPLITUDE}
@@ -346,22 +303,15 @@ class LayerProbe:
         except ValueError:  # a model of tokens with several positions, which are never packed
             return self._record(**options)
 
-    def _record(
-        self,
-        recorder: Recorder | None = None,
-        still: bool = False,
-        amplitude: float = 1.0,
-        **options: Any,
-    ) -> Recorder:
+    def _record(self, still: bool = False, amplitude: float = 1.0, **options: Any) -> Recorder:
         """Run the owner on four tokens; still: True for all of them at position 0."""
-        recorder = recorder or Recorder(self.calls, self.mask_name)
+        recorder = Recorder(self.calls)
         overrides = [
             (each.module, "forward", _ProbeTables(each, self.freqs, still, amplitude))
             for each in self.rotary_modules
         ]
-        hooks = [(layer, recorder.note_layer) for layer in self.rotating]
         try:
-            with recorder.in_place(overrides, hooks):
+            with recorder.in_place(overrides):
                 recorder.output = probe_layers(self.first_call, **options)
         except UnfitLayer as unfit:
             raise unsupported(self.owner, str(unfit)) from unfit
@@ -423,24 +373,21 @@ class LayerProbe:
     ) -> dict[str, int] | None:
         """Return the window or the chunks of a layer, by their name in `Heads`; {} without.
 
-        A window is known to the attention, or only to the cache (Phimoe, Moshi). Chunks are only in
-        the mask, but have a name. None for a layer of that name that is not to be extended.
+        A window is known to the attention, or only to the cache (Phimoe, Moshi), chunks only to the
+        mask, which transformers makes by the layer's name. None for a layer of such a name without
+        a size, and for chunks that are not to be extended.
         """
         if window := options.get("sliding_window"):
             return {"sliding_window": window}
         if is_bounded(kind_of(layer)):
-            size = getattr(getattr(layer, "config", None), "attention_chunk_size", None)
-            if layers == "full" or not size or not sees_chunks(self._masks[layer], 2):
-                return None
-            return {"chunk_size": size}
+            size = getattr(layer.config, "attention_chunk_size", None)
+            return {"chunk_size": size} if size and layers == "all" else None
         window = window_of_cache(self.owner, layer)
         return {"sliding_window": window} if window else {}
 
 
 def leaks(mask: Any, implementation: str | None) -> bool:
     """Return True if a layer's mask lets the last two tokens of the probe see the first two."""
-    if isinstance(mask, Mapping):
-        return any(leaks(each, implementation) for each in mask.values())
     if mask is None:  # other implementations read positions and boundaries themselves
         return implementation in ("eager", "sdpa", "extrope")
     if not isinstance(mask, Tensor) or mask.shape[-2:] != (TOKENS, TOKENS):
@@ -484,16 +431,6 @@ def window_of_cache(owner: nn.Module, layer: nn.Module) -> int | None:
     if window is not None and not type(cached).__module__.startswith(DynamicCache.__module__):
         raise unsupported(owner, f"its {type(cached).__name__} keeps more keys than a window")
     return window
-
-
-def sees_chunks(mask: Any, size: int) -> bool:
-    """Return True if a layer's mask in the probe lets tokens see their own chunks of that size."""
-    if not isinstance(mask, Tensor) or mask.shape[-2:] != (TOKENS, TOKENS):
-        return False
-    token = torch.arange(TOKENS, device=mask.device)
-    own = token[:, None] // size == token // size
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    return bool((seen == (own & (token <= token[:, None]))).all())
 
 
 def _grows(normal: Tensor, loud: Tensor) -> bool:
