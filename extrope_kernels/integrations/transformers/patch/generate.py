@@ -18,13 +18,22 @@ from .state import Request, in_progress
 INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
 
 
+def _replaced(model: nn.Module, name: str, function: Callable[..., Any], *bound: Any) -> list:
+    """Return the override of a method of the model that generates; none if it has no such method.
+
+    function: takes that model, what it replaces (maybe an earlier replacement), `bound`, and the
+        arguments of a call.
+    """
+    owner = generation_config_owner(model)
+    if not hasattr(owner, name):
+        return []
+    previous = vars(owner).get(name) or partial(getattr(type(owner), name), owner)
+    return [(owner, name, partial(function, owner, previous, *bound))]
+
+
 def request_patches(model: nn.Module) -> list[Override]:
     """Return the override of `generate` by which each call is one request."""
-    owner = generation_config_owner(model)
-    if not hasattr(owner, "generate"):
-        return []
-    one_request = partial(_generate_one_request, owner, vars(owner).get("generate"))
-    return [(owner, "generate", one_request)]
+    return _replaced(model, "generate", _generate_one_request)
 
 
 def mask_patches(model: nn.Module) -> list[Override]:
@@ -39,26 +48,17 @@ def batching_patches(model: nn.Module, refused: str | None = None) -> list[Overr
 
     refused: the extension's method, if its frequencies depend on the length.
     """
-    owner = generation_config_owner(model)
-    if not hasattr(owner, "init_continuous_batching"):
-        return []
-    previous = vars(owner).get("init_continuous_batching")
-    batching = partial(_start_batching, owner, previous, refused)
-    return [(owner, "init_continuous_batching", batching)]
+    return _replaced(model, "init_continuous_batching", _start_batching, refused)
 
 
 def _start_batching(
     model: nn.Module,
-    previous: Callable[..., Any] | None,
+    previous: Callable[..., Any],
     refused: str | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Replace `model.init_continuous_batching`.
-
-    previous: an earlier replacement, if there is one.
-    refused: the extension's method, if its frequencies depend on the length.
-    """
+    """Replace `model.init_continuous_batching`; refused: as for `batching_patches`."""
     if refused is not None:
         raise ValueError(
             f"extend: {refused} must be given a seq_len for continuous batching, got none; one "
@@ -69,9 +69,8 @@ def _start_batching(
     if implementation == INTERFACE:
         # The manager takes names that it knows; extended layers keep theirs.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    begin = previous or partial(type(model).init_continuous_batching, model)
     try:
-        manager = begin(*args, **kwargs)
+        manager = previous(*args, **kwargs)
     except BaseException:
         if implementation == INTERFACE:
             model.set_attn_implementation(implementation)
@@ -99,38 +98,29 @@ def _stay_out_of_graphs() -> None:
 
 
 def _generate_one_request(
-    model: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    model: nn.Module, previous: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Replace `model.generate`: each call is one request, for all its forwards.
-
-    previous: an earlier replacement, if there is one.
-    """
+    """Replace `model.generate`: each call is one request, for all its forwards."""
     outer = getattr(in_progress, "request", None)  # of a model that asks this one to draft
     mask = kwargs.get("attention_mask")
     known = isinstance(mask, Tensor) and mask.dim() == 2
     pads = (mask == 0).sum(-1).tolist() if known else None
     drafts = outer is not None
     in_progress.request = Request(_reach(model, *args, **kwargs), pads, drafts)
-    generate = previous or partial(type(model).generate, model)
     try:
-        return generate(*args, **kwargs)
+        return previous(*args, **kwargs)
     finally:
         in_progress.request = outer
 
 
 def length_patches(model: nn.Module, owner: nn.Module, applied: Applied, length: int) -> Patches:
     """Return the override of `generate` that warns of calls past an extension's length."""
-    generator = generation_config_owner(model)
-    if not hasattr(generator, "generate"):
-        return Patches()
-    previous = vars(generator).get("generate")
-    warned = partial(_generate_within, generator, previous, owner, applied, length)
-    return Patches([(generator, "generate", warned)])
+    return Patches(_replaced(model, "generate", _generate_within, owner, applied, length))
 
 
 def _generate_within(
     model: nn.Module,
-    previous: Callable[..., Any] | None,
+    previous: Callable[..., Any],
     owner: nn.Module,
     applied: Applied,
     length: int,
@@ -139,8 +129,7 @@ def _generate_within(
 ) -> Any:
     """Replace `model.generate`: warn of a call that goes past `length`.
 
-    previous: an earlier replacement, if there is one. applied: the extension on `owner` that has
-    this length; one after it may reach further.
+    applied: the extension on `owner` that has this length; one after it may reach further.
     """
     if vars(owner).get(ON_OWNER) is applied and _reach(model, *args, **kwargs) > length:
         warnings.warn(  # without this call's length: Python shows one text once
@@ -148,8 +137,7 @@ def _generate_within(
             "reaches",
             stacklevel=2,
         )
-    generate = previous or partial(type(model).generate, model)
-    return generate(*args, **kwargs)
+    return previous(*args, **kwargs)
 
 
 def _reach(

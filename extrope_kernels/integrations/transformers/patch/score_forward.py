@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,18 @@ from .rotation import RotaryForward, Rotation, ThreadFrequencies
 from .state import STORED, in_progress, on_cache
 
 
+class ScoreRequest(NamedTuple):
+    """A score method with its parameters.
+
+    log_n: scales queries, unless None. scale_from: the length from which logits grow
+        (`query_scale.qwen_1m`), or None.
+    """
+
+    score: Score
+    log_n: float | None = None
+    scale_from: int | None = None
+
+
 class ScoreRotaryForward(RotaryForward):
     """Replacement forward of a rotary embedding, which returns a `ScoreAttention`.
 
@@ -51,12 +63,12 @@ class ScoreRotaryForward(RotaryForward):
         rotary_module: RotaryModule,
         thread_freqs: ThreadFrequencies,
         method: str,
-        request: tuple[Score, float | None, int | None],
+        request: ScoreRequest,
         layer: nn.Module | None,
     ) -> None:
         super().__init__(rotary_module, thread_freqs, method)
         self.layer = layer
-        self.score, self.log_n, self.scale_from = request
+        self.request = request
         self.key = uuid.uuid4().hex
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
@@ -84,12 +96,11 @@ class ScoreRotaryForward(RotaryForward):
     ) -> ScoreAttention:
         """Return the `ScoreAttention` of the forward in progress, without tables yet."""
         positions = None
-        if self.score.stored != UNROTATED:
-            positions = self.score.stored(batch.positions).to(device)
+        stored = self.request.score.stored
+        if stored != UNROTATED:
+            positions = stored(batch.positions).to(device)
         return ScoreAttention(
-            self.score,
-            self.log_n,
-            self.scale_from,
+            self.request,
             self.freqs_on(layer_type, device),
             batch.to(device),
             positions,
@@ -112,7 +123,7 @@ class ScoreHooks:
         self.inner = {each.layer: each for each in rotaries if each.layer is not None}
         self.heads = probe.far
         self.calls = probe.calls
-        self.score = rotaries[0].score
+        self.score = rotaries[0].request.score
         self.needs_mask = probe.needs_mask
         self.others_mix = probe.others_mix
         self.separates = probe.separates
@@ -294,7 +305,6 @@ class ScoreAttention:
 
     It is no dataclass, since FSDP casts the tensors in those.
 
-    scale_from: the length from which logits grow (`query_scale.qwen_1m`), or None.
     positions: stored positions of keys, (batch or 1, seqlen); None if keys stay raw.
     raw_queries: the tables for extended layers rotate only keys.
     stored, own: the position embeddings for extended layers, and those for the others.
@@ -303,9 +313,7 @@ class ScoreAttention:
 
     def __init__(
         self,
-        score: Score,
-        log_n: float | None,
-        scale_from: int | None,
+        request: ScoreRequest,
         freqs: RopeFreqs,
         batch: Batch,
         positions: Tensor | None,
@@ -314,9 +322,7 @@ class ScoreAttention:
         own: Any = None,
         heads: Heads | None = None,
     ) -> None:
-        self.score = score
-        self.log_n = log_n
-        self.scale_from = scale_from
+        self.request = request
         self.freqs = freqs
         self.batch = batch
         self.positions = positions
@@ -379,7 +385,7 @@ class ScoreAttention:
         q, k, v: (batch, heads, seqlen, head_dim), the queries the last of the keys' tokens.
         Returns (batch, seqlen_q, heads, head_dim).
         """
-        heads = self.heads
+        heads, (score, log_n, scale_from) = self.heads, self.request
         refuse_options(module, options, self.batch.has_boundaries)
         # Under autocast, norms return q and k in a wider dtype than v's.
         q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
@@ -387,10 +393,10 @@ class ScoreAttention:
         if not self.raw_queries and here.positions is not None:
             freqs = RopeFreqs(here.freqs.inv_freq)
             q = apply_rope(q, freqs, positions=here.positions, inverse=True, **heads.layout)
-        if self.scale_from is not None:
-            scale = scores.query_scale.qwen_1m(here.batch.positions.to(q.device), self.scale_from)
+        if scale_from is not None:
+            scale = scores.query_scale.qwen_1m(here.batch.positions.to(q.device), scale_from)
             q = (q * scale[..., None, None]).to(q.dtype)
-        call = {"freqs": here.freqs, "score": self.score, "log_n": self.log_n, **heads.layout}
+        call = {"freqs": here.freqs, "score": score, "log_n": log_n, **heads.layout}
         call |= softmax_options(module, options)
         if heads.sliding_window is not None:
             call.setdefault("sliding_window", heads.sliding_window)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 from torch import nn
 
@@ -20,19 +19,7 @@ from .generate import batching_patches, mask_patches
 from .hooks import Applied, Patches, route_forward_through_hooks
 from .norms import tried_patches
 from .rotation import RotaryForward, ThreadFrequencies
-from .score_forward import ScoreHooks, ScoreRotaryForward
-
-
-class ScoreRequest(NamedTuple):
-    """A score method with its parameters.
-
-    log_n: scales queries, unless None. scale_from: the length from which logits grow
-        (`query_scale.qwen_1m`), or None.
-    """
-
-    score: Score
-    log_n: float | None = None
-    scale_from: int | None = None
+from .score_forward import ScoreHooks, ScoreRequest, ScoreRotaryForward
 
 
 def read_score(rotary_modules: list[RotaryModule], applied: Applied) -> ScoreRequest:
