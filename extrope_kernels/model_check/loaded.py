@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -200,16 +199,8 @@ def _parameters(config: Any, kind: str | None) -> Mapping[str, Any]:
 
 def _with_one_axis(config: Any) -> Any:
     """Return a configuration without the axes of mRoPE, which agree on a text."""
-
-    def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: plain(value) if isinstance(value, Mapping) else value
-            for name, value in parameters.items()
-            if name != "mrope_section"
-        }
-
-    config = copy.copy(config)
-    config.rope_parameters = plain(config.rope_parameters or {})
+    config, parameters = copy.copy(config), config.rope_parameters or {}
+    config.rope_parameters = {k: v for k, v in parameters.items() if k != "mrope_section"}
     return config
 
 
@@ -225,16 +216,14 @@ def _described(config: Any, kind: str | None) -> str:
 @contextmanager
 def _kept(module: nn.Module) -> Iterator[None]:
     """Put a module's attributes and buffers back: dynamic ones change in every forward."""
-    attributes, buffers = dict(vars(module)), dict(module._buffers)
-    for name, buffer in buffers.items():
-        module._buffers[name] = None if buffer is None else buffer.clone()
+    attributes = dict(vars(module))
+    copies = {name: x if x is None else x.clone() for name, x in module._buffers.items()}
+    vars(module)["_buffers"] = copies
     try:
         yield
     finally:
         vars(module).clear()
         vars(module).update(attributes)
-        module._buffers.clear()
-        module._buffers.update(buffers)
 
 
 class _Run:
@@ -246,13 +235,13 @@ class _Run:
     def __init__(self, owner: nn.Module, rotary: nn.Module, kind: str | None, config: Any) -> None:
         self.rotary, self.kind, self.config = rotary, kind, _with_one_axis(config)
         self.length = getattr(config, "max_position_embeddings", None) or 8192  # RecurrentGemma
-        parameters = _parameters(config, kind)
-        self.rope_type = parameters.get("rope_type", "default")
-        by_length = self.rope_type.startswith(_BY_LENGTH)
-        original = getattr(config, "original_max_position_embeddings", None)
-        original = original or parameters.get("original_max_position_embeddings")
-        # Positions below have one set of frequencies.
-        self.measured = min(original or self.length, self.length) if by_length else self.length
+        by_length = _parameters(config, kind).get("rope_type", "default").startswith(_BY_LENGTH)
+        # Positions below it have one set of frequencies.
+        self.measured = methods.lengths(config, kind).unscaled if by_length else 2 * self.length
+        last = min(self.measured, self.length) - 1
+        self.positions = sorted(
+            {1, (last + 1) // 2, last, self.length - 1, 2 * self.length - 1} - {0}
+        )
         inv_freq = attribute_of(rotary, kind, "inv_freq")
         dtypes = (each.dtype for each in owner.parameters() if each.dtype.is_floating_point)
         dtype = next((each for each in dtypes if each.itemsize > 1), torch.float32)
@@ -261,19 +250,18 @@ class _Run:
         # The column of each pair: where other frequencies are seen.
         others = probe_numbers(0.2, 1.1, len(inv_freq))
         tables = Tables(rotary, kind, RopeFreqs(others.to(inv_freq.device)))
-        angles = _complex(tables(self.x.float(), self._at(1))).angle()
+        angles = _complex(tables(self.x.float(), self._position(1))).angle()
         columns = (angles.abs() - others[:, None]).abs().argmin(1)
         order = inv_freq.float().cpu().argsort(descending=True, stable=True)
         self.columns, self.mirrored = columns[order], bool(angles[columns[0]] < 0)
-        self.at = cache(self._values)
 
-    def _at(self, position: int) -> Tensor:
+    def _position(self, position: int) -> Tensor:
         return torch.tensor([[position]], device=self.x.device)
 
-    def _values(self, position: int) -> Tensor:
+    def at(self, position: int) -> Tensor:
         """Return cos + i sin of every pair at a position: (pairs,) complex128."""
         options = {} if self.kind is None else {"layer_type": self.kind}
-        forward, positions = self.rotary.forward, self._at(position)
+        forward, positions = self.rotary.forward, self._position(position)
         try:
             made = forward(self.x, positions, **options)
         except IndexError:  # three axes, before transformers 5.19
@@ -289,37 +277,33 @@ class _Run:
     def compared(self, stated: str) -> RotationInForce:
         """Compare the values at positions up to twice the length with those that are stated."""
         found = RotationInForce(self.kind, stated, AS_STATED, True, length=self.length)
-        pairs = len(self.promised(1)[0])
-        if pairs != len(self.columns):
-            says = f"{len(self.columns)} pairs rotate where {pairs} are stated"
+        inv_freq, _ = self.promised(1)
+        if len(inv_freq) != len(self.columns):
+            says = f"{len(self.columns)} pairs rotate where {len(inv_freq)} are stated"
             return replace(found, in_force=says, ok=False)
-        positions = (1, self.measured // 2, self.measured - 1, self.length - 1, 2 * self.length - 1)
-        errors = {position: self.errors(position) for position in sorted({*positions} - {0})}
-        within = max(float(each.max()) for at, each in errors.items() if at < self.length)
-        found = replace(found, error=within)
         if names := [name for name, _ in self.rotary.named_parameters()]:
-            ratio = self.measure() / self.promised(1)[0]
-            said = f"{ratio.min():.3g} to {ratio.max():.3g} times those stated"
-            in_force = f"frequencies are weights ({', '.join(names)}): {said} ({stated})"
-            return replace(found, in_force=in_force, error=None)
-        wrong = [at for at, each in errors.items() if (each > self.allowed(at)).any()]
+            ratio = _ratio(self.measure(), inv_freq)
+            in_force = f"frequencies are weights ({', '.join(names)}): {ratio} ({stated})"
+            return replace(found, in_force=in_force)
+        errors = {at: self.error(at, *self.promised(at + 1)) for at in self.positions}
+        wrong = [at for at, (_, is_wrong) in errors.items() if is_wrong]
         if not wrong:
-            return found
+            return replace(found, error=max(errors[at][0] for at in errors if at < self.length))
+        found = replace(found, ok=False)
         if wrong[0] >= self.measured:
             says = f"as stated up to position {self.measured - 1:,}, other frequencies past it"
-            return replace(found, in_force=says, ok=False)
-        return self._other(replace(found, ok=False))
+            return replace(found, in_force=says)
+        return self._other(found)
 
-    def allowed(self, position: int) -> Tensor:
-        """Return the error of each pair's values in the model's dtype, of angles in float32."""
-        inv_freq, _ = self.promised(position + 1)
-        return 4 * self.eps + 2**-22 * (1 + position * inv_freq)
+    def error(self, position: int, inv_freq: Tensor, factor: float) -> tuple[float, bool]:
+        """Return the largest difference from values at exact angles, and if it is wrong.
 
-    def errors(self, position: int) -> Tensor:
-        """Return each pair's difference from the value at the exact angle."""
-        inv_freq, factor = self.promised(position + 1)
+        Right are values in the model's dtype, of angles in float32.
+        """
         exact = torch.polar(torch.full_like(inv_freq, factor), inv_freq * position)
-        return ((self.at(position) - exact).abs() / factor).nan_to_num(math.inf)
+        errors = ((self.at(position) - exact).abs() / factor).nan_to_num(math.inf)
+        allowed = 4 * self.eps + 2**-22 * (1 + position * inv_freq)
+        return float(errors.max()), bool((errors > allowed).any())
 
     def measure(self) -> Tensor:
         """Return the frequencies that the values follow: ever finer, at positions ever farther."""
@@ -330,35 +314,37 @@ class _Run:
             inv_freq, position = (angle + circles * circle) / position, 4 * position
         return inv_freq
 
-    def same(self, measured: Tensor, inv_freq: Tensor) -> bool:
-        """Return True if measured frequencies are these, as far as they can be measured."""
-        apart = 8 * self.eps * 4 / self.measured + 2**-20 * inv_freq
-        return bool(((measured - inv_freq).abs() <= apart).all())
+    def follow(self, inv_freq: Tensor, factor: float) -> bool:
+        """Return True if the values are those of such frequencies, and of this amplitude."""
+        measured = (at for at in self.positions if at < self.measured)
+        return not any(self.error(at, inv_freq, factor)[1] for at in measured)
 
     def _other(self, found: RotationInForce) -> RotationInForce:
         """Return the rotation that the values follow: its frequencies and amplitude, measured."""
-        measured, (inv_freq, factor) = self.measure(), self.promised(1)
-        if not measured.isfinite().all():
+        (inv_freq, factor), amplitude = self.promised(1), float(self.at(1).abs().median())
+        if not math.isfinite(amplitude):
             return replace(found, in_force="cosines are not finite")
-        amplitude = float(self.at(1).abs().median())
-        loud = not math.isclose(amplitude, factor, rel_tol=4 * self.eps + 1e-5)
         for dtype in (torch.bfloat16, torch.float16):
             coarse = inv_freq.to(dtype).double()
-            if not loud and self.same(measured, coarse) and not self.same(measured, inv_freq):
+            if self.follow(coarse, factor):
                 name = str(dtype).removeprefix("torch.")
                 says = f"{found.stated}, with frequencies rounded to {name}"
                 first = math.ceil(_SHOWS / float((coarse - inv_freq).abs().max()))
                 return replace(found, in_force=says, rounded=name, shows_from=first)
-        if self.same(measured, torch.zeros_like(measured)):
-            told = "no rotation at all: all frequencies are 0"
-        elif self.same(measured, inv_freq):
+        if self.follow(inv_freq, amplitude):
             told = "the stated frequencies"
+        elif self.follow(torch.zeros_like(inv_freq), amplitude):
+            told = "no rotation at all: all frequencies are 0"
         else:
-            ratio = measured[inv_freq > 0] / inv_freq[inv_freq > 0]
-            told = f"other frequencies ({ratio.min():.3g} to {ratio.max():.3g} times those stated)"
-        if loud:
+            told = f"other frequencies ({_ratio(self.measure(), inv_freq)})"
+        if not math.isclose(amplitude, factor, rel_tol=4 * self.eps + 1e-5):
             told += f", amplitude {amplitude:.3g} where {factor:.3g} is stated"
         return replace(found, in_force=told)
+
+
+def _ratio(measured: Tensor, inv_freq: Tensor) -> str:
+    ratio = measured[inv_freq > 0] / inv_freq[inv_freq > 0]
+    return f"{ratio.min():.3g} to {ratio.max():.3g} times those stated"
 
 
 def _complex(made: Any) -> Tensor:

@@ -84,10 +84,18 @@ def test_a_model_as_loaded_is_as_stated_and_unchanged(rope, dtype, tmp_path):
         assert (name, identity) == (again, other) and torch.equal(before, now)
 
 
-def test_a_cast_of_the_whole_model_rounds_the_frequencies():
+@pytest.mark.parametrize(
+    ("rope", "length", "stated"),
+    [
+        (YARN, LENGTH, "yarn factor 4, base 10000"),
+        (PLAIN | {"rope_theta": 5e5}, 64, "plain RoPE, base 500000"),  # shows past its length
+    ],
+)
+def test_a_cast_of_the_whole_model_rounds_the_frequencies(rope, length, stated):
     """As DeepSpeed's and `model.to` do. It shows where the fastest pair that rounds is off."""
-    for model in (llama().to(torch.bfloat16), llama()):
-        rotary = model.model.rotary_emb
+    model = llama(rope, max_position_embeddings=length)
+    for dtype in (torch.float32, torch.bfloat16):
+        rotary = model.to(dtype).model.rotary_emb
         exact = methods.from_hf_config(model.config).inv_freq.double()
         rotary.inv_freq = rotary.inv_freq.bfloat16()
         off = (rotary.inv_freq.double() - exact).abs().max()
@@ -95,7 +103,7 @@ def test_a_cast_of_the_whole_model_rounds_the_frequencies():
         assert (rotation.ok, rotation.rounded) == (False, "bfloat16")
         assert rotation.shows_from == math.ceil(0.01 / off)
         assert str(rotation) == (
-            "all layers: yarn factor 4, base 10000, with frequencies rounded to bfloat16; "
+            f"all layers: {stated}, with frequencies rounded to bfloat16; "
             f"off by more than 0.01 from position {rotation.shows_from} on"
         )
 
