@@ -18,9 +18,9 @@
 // the angle, into a buffer of plain floats.
 //
 // load_dims reads rows of the cache in the cheapest form: two vectors of bf16 as 32-bit words, the
-// even dims in the first and the odd ones in the second; e4m3 divided by kUnitE4m3. Queries were
-// converted to match, except in regions that rotate keys on; write_partial and merge_row undo it
-// for O.
+// even dims in the first and the odd ones in the second; e4m3 divided by kUnitE4m3, a power of two.
+// Queries were converted to match, except in regions that rotate keys on, and load_wide reads them
+// as they lie; write_partial and merge_row undo it for O.
 //
 // Types of the headers:
 //   QueryBlock   tokens [first_token, last_token) of one sequence, and the splits of its keys
@@ -265,10 +265,11 @@ class Worker {
   void attend(int64_t begin, int64_t end) {
     const Seen seen = seen_regions(begin, end);
     const int64_t all_end = queries_.last_position() + 1;
+    // find_next() locates the next block's rows, from `begin` on; advance() makes it the current.
     rows_.find_next(*queries_.block(), begin, all_end);
     for (int64_t key = begin; key < end; key += kBlockN) {
       const int64_t count = std::min<int64_t>(kBlockN, end - key);
-      rows_.advance(*queries_.block(), key + count, all_end);  // past the end of these keys too
+      rows_.advance(*queries_.block(), key + count, all_end);  // finds one past `end` too
       // If r rotates keys on, key j by u(j) = k_map(j) - stored(j): finds the cosines and sines of
       // u(j) - u(key), and rotates queries to q_map(i) - u(key). So no angle is large. (If each
       // pair has its own map, keys rotate by all of u(j), and queries stay.)

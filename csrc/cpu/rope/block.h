@@ -42,7 +42,7 @@ struct PrefetchDistances {
                      : distance(x.out_seq, x.out_head, x.heads, rows_written);
   }
 
-  // Returns `in` if the next `rows` rows have been read already.
+  // Returns the distance past `rows` more rows, which have been read already.
   int64_t in_behind(const RopeTensor& x, int64_t rows) const {
     return distance(x.in_seq, x.in_head, x.heads, rows + rows_read);
   }
@@ -186,7 +186,7 @@ struct Scratch {
   Scratch(const RopeParams& p, int64_t tokens)
       : half(p.rotary_dim / 2),
         stride((half + kFloats - 1) / kFloats * kFloats),
-        in_words(std::is_same_v<T, bf16> && !p.interleaved) {
+        in_words(std::is_same_v<T, bf16> && !p.interleaved) {  // rows are read so: see pairs.h
     freq.resize(stride);
     decay.resize(p.log_decay ? stride : 0);
     cos.resize(std::min(kBlock, tokens) * stride);
@@ -243,7 +243,7 @@ auto with_row_form(const RopeParams& p, const RopeTensor& x, const Visit& visit)
   return visit(RowForm<0, false>());
 }
 
-// Fills the cosines and sines of one token.
+// Points to the cosines and sines of one token of the block.
 template <typename T>
 struct CosSin {
   CosSin(const Scratch<T>& scratch, int64_t token)

@@ -3,6 +3,19 @@
 // Tokens go in small blocks: the cosines and sines of a block are computed once, stay in the
 // first-level cache, and serve every head of q and k. Within a block the loop over heads is inside
 // or outside the loop over tokens: the order that goes through memory forward.
+//
+// Types of the headers:
+//   RopeTensor         q or k of the call p: in, out, and the forward's input `saved`, with strides
+//   Token              its batch, seq and position, which is a double
+//   Row                pointers to dim 0 of one token and head: in, out, saved
+//   Wide<T>            float, or double if T is double
+//   Scratch            the cosines and sines of a block; CosSin points to those of its token t
+//   RowForm            kHalf pairs if they are all dims, in registers as PairValues; 0: any number
+//                      of pairs, in memory. kStreams: out is written past the caches
+//   PrefetchDistances  elements from a row to the one to prefetch
+//   Run                tokens of a block and heads that share its cosines and sines; of_heads: in
+//                      memory, a token's heads follow one another
+// angle_heads is 1, or the number of heads if each has frequencies, and gradients, of its own.
 
 #include "cpu/rope/block.h"
 #include "cpu/rope/kernel.h"
@@ -10,13 +23,13 @@
 namespace extrope {
 namespace {
 
-// Rotates heads of one token by the same cosines and sines. A row's overhead would be a third of
-// its time; here it is computed once for all heads.
+// Rotates `count` heads of one token, from `head` on, by the same cosines and sines. Addresses and
+// cosines are set up once for all: that would be a third of a single row's time.
 template <typename T, bool Interleaved, bool Grad, typename Form>
 void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
                   int64_t head, int64_t count, CosSin<T> cos_sin, const PrefetchDistances& ahead) {
   Row<T> row{input_row<T>(tensor, token, head), output_row<T>(tensor, token, head), nullptr};
-  if (!row.out) return;
+  if (!row.out) return;  // out is a cache without a slot for this token
   constexpr int64_t kHalf = Form::kHalf;
   const int64_t half = p.rotary_dim / 2;
   Wide<T>* angle_grad = nullptr;
@@ -25,8 +38,7 @@ void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<dou
     angle_grad = static_cast<Wide<T>*>(p.angle_grad) + (at + (p.angle_heads > 1 ? head : 0)) * half;
     row.saved = saved_row<T>(tensor, token, head);
   }
-  // A copy: any row's stores might change the values behind a reference.
-  const PrefetchDistances far = ahead;
+  const PrefetchDistances far = ahead;  // a copy: stores to rows might change a reference's values
   const PairValues<T, kHalf> cos(cos_sin.cos), sin(cos_sin.sin);
   const int64_t in_step = tensor.in_head, out_step = tensor.out_head;
   const int64_t saved_step = tensor.saved_head;
@@ -66,6 +78,7 @@ void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int64_t n = 0; n < p.num_tensors; ++n) {
       const RopeTensor& tensor = p.tensors[n];
+      // k takes the cosines and sines of q, unless it decays the other way (xPos).
       for_each_run<T>(p, tensor, tokens, count, scratch, /*filled=*/n > 0 && !p.log_decay,
                       [&](Run run) {
                         const int64_t together = run.of_heads ? run.heads : 1;

@@ -1,5 +1,10 @@
 // The fused rotary embedding: the threads of a call and the width of their accesses; worker.h has
 // the work of a thread.
+//
+// A slot is what a thread does at a time for one token: it rotates VEC pairs, or copies VEC dims
+// that do not rotate, in its group of the heads of q and k. Axis x of the grid is tiles of tokens,
+// axis y groups of heads. HeadGroups: `size` heads of one list, q's then k's; per_head (heads have
+// frequencies of their own): group i is head i of both.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
@@ -53,19 +58,19 @@ int launch(const RopeParams& p, void* stream, int device) {
 
   const bool per_head = p.freq_head != 0 || p.angle_heads > 1;
   if (per_head && wants_grad && p.angle_heads < most) return INVALID_VALUE;
-  const int64_t listed = std::max<int64_t>(per_head ? most : heads, 1);
+  const int64_t listed = std::max<int64_t>(per_head ? most : heads, 1);  // heads to group
   int64_t size = per_head ? 1 : listed;
-  if (!per_head && !wants_grad) {  // one thread sums the angle gradient over all heads
+  if (!per_head && !wants_grad) {  // else one thread sums the angle gradient over all heads
     // Too few tokens to fill the device: more groups, each of whole rounds of the unrolled loop.
     const int64_t wanted = resident_threads<kernel>(BLOCK, device) / (tokens * slots);
     constexpr int64_t ROUND = Worker<T, VEC, INTERLEAVED, GRAD, AXES>::UNROLL;
     if (wanted > 1) size = ((listed + wanted - 1) / wanted + ROUND - 1) / ROUND * ROUND;
   }
   const int64_t x = std::min<int64_t>(slots, BLOCK), y = std::min(BLOCK / x, tokens);
-  const int64_t tiles = (tokens + y - 1) / y, rows = (listed + size - 1) / size;
+  const int64_t tiles = (tokens + y - 1) / y, num_groups = (listed + size - 1) / size;
   const int64_t extents = std::max({tokens, 2 * p.head_dim, 2 * listed, p.num_sequences});
-  if (extents > INT_MAX || rows > 65535) return INVALID_VALUE;
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(rows));
+  if (extents > INT_MAX || num_groups > 65535) return INVALID_VALUE;
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(num_groups));
   const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(y));
   EXTROPE_LAUNCH(kernel, grid, block, stream, p, HeadGroups{static_cast<int>(size), per_head},
                  static_cast<int>(slots));
@@ -106,7 +111,7 @@ int choose(RopeParams p, void* stream, int device) {
     if (x.saved != nullptr) x.saved = static_cast<const T*>(x.saved) + p.rotary_offset;
   }
   // One-element accesses serve rare calls: double, for gradcheck and references, and the angle
-  // gradient of positions by axis.
+  // gradient of positions by axis. That one kernel takes both layouts, INTERLEAVED or not.
   if constexpr (!std::is_same_v<T, double>) {
     if (fits(p, VEC, sizeof(T))) {
       if (p.angle_grad == nullptr) {

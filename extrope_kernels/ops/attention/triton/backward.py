@@ -28,19 +28,20 @@ The mask: a query's own key is the last one that it sees, key i + shift for row 
 region r, the query whose own key is i sees the keys j with begin(r) <= j < begin(r + 1), where
 begin(r) = block(i) + starts[r], but not below i + 1 - window, and begin(regions) = i + 1; all are
 clamped to the keys that exist. block() rounds down to a multiple of granularity, counted by
-position. starts are at most 0, and rise. mask.py has these as region_begin, inverted as
-queries_end, with a picture. keys_seen and queries_that_see return a Seen: for row i of the block
-[row_begin[i], row_end[i]), of all its rows [begin, end). They cut that into num_full blocks that
-all rows see, and num_masked others; block_start says where the i-th of these is.
+position: queries of one chunk of DCA share their starts. starts are at most 0, and rise. mask.py
+has these as region_begin, inverted as queries_end, with a picture. keys_seen and queries_that_see
+return a Seen: for row i of the block [row_begin[i], row_end[i]), of all its rows [begin, end). They
+cut that into num_full blocks that all rows see, and num_masked others; block_start says where the
+i-th of these is.
 
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes as a tuple
 of one or two tiles, of D0 and D1 dims (D1 is 0: one), a row of v, out or dout of DV0 and DV1: see
 Blocks in device.py. MODEL is a ModelConstants of device.py.
 
-Rows are a tensor with its strides: strided_rows takes those divided by BLOCKS.align, nth_copy(ptr,
-n, seqlen, COPIES, HEADS, HEAD_DIM) is copy n of a contiguous (batch, seqlen, COPIES, HEADS,
-HEAD_DIM) tensor, keys_of_region is k or a copy of k_rotated. row_of(x, batch, token, head) are Rows
-from one row of x on.
+Rows are a tensor with its strides: strided_rows takes those divided by BLOCKS.align, elements that
+divide all of them, so that loads are aligned; nth_copy(ptr, n, seqlen, COPIES, HEADS, HEAD_DIM) is
+copy n of a contiguous (batch, seqlen, COPIES, HEADS, HEAD_DIM) tensor, keys_of_region is k or a
+copy of k_rotated. row_of(x, batch, token, head) are Rows from one row of x on.
 
 load_rows(x, first, rows, ROWS, D0, D1, HEAD_DIM, MASK_ROWS) loads ROWS rows of Rows x, from row
 `first` on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_rows rounds rows to the
@@ -124,7 +125,7 @@ def _add_dq(
             if not FROM_KEY_0:
                 sees = sees & (key >= seen.row_begin[:, None])
             weights = tl.where(sees, weights, 0.0)
-            # By xPos, rows and keys that are not near may overflow: no NaN in the cap's derivative.
+            # By xPos, logits that the mask hides may overflow: no NaN in the cap's derivative.
             logits = tl.where(sees, logits, 0.0)
 
         # d_logits = weights * (dout @ v.T - delta): (M, N)
@@ -187,7 +188,7 @@ def dq_kernel(
     )
 
     # This program's `rows` queries of one head, from `token` on, and first_row, the first token of
-    # their sequence in k. A program without a block has rows <= 0 and no keys.
+    # their sequence in k. A program without a block has 0 rows and no keys.
     places = Places(
         seqlen_q, seqlen_k, cu_seqlens, num_sequences, search_steps, q_start, q_start_stride,
         k_start, k_start_stride,
@@ -334,7 +335,7 @@ def dkv_kernel(
 
     # This program's head of k, the first token of its sequence in q and in k (`first_row`, 0 if not
     # packed), and the `index` of its block of keys. A program without a block has a sequence of
-    # length 0: rows <= 0, and no queries.
+    # length 0.
     places = Places(
         seqlen_q, seqlen_k, cu_seqlens, num_sequences, search_steps, q_start, q_start_stride,
         k_start, k_start_stride,
@@ -433,13 +434,13 @@ def backward_launches(
 ) -> Launches:
     """Build the launches for tensors of these layouts."""
     call, by_queries_and_keys = with_contiguous_rows(call), []
-    start_strides = (sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1))
+    start_strides = (sequence_stride(call.q_start), sequence_stride(call.k_start))
     # The kernel, the tensor whose blocks its programs take, and those whose strides it is given.
     for name, kernel, blocks_of, strided in (
         ("dq", dq_kernel, q, (k, v, out, dout)),
         ("dkv", dkv_kernel, k, (k, v, dout)),
     ):
-        config = configs.config_of(name, q, v)
+        config = configs.config_of(name, q, v)  # sizes of blocks, warps and stages
         model, blocks = constants_of(config, q, k, v, call, dout, out)
         size = blocks.block_m if name == "dq" else blocks.block_n
         programs, blocks_of_head = programs_of(blocks_of, size, call)
@@ -455,7 +456,8 @@ def backward_launches(
         torch.empty(x.shape, dtype=call.results_dtype(x.dtype), device="meta") for x in (q, k)
     )
     return Launches(
-        build_rotation(q, k, call, "both"),  # q for each region; k for each map it lacks
+        # q for each region; k for each map of keys that it does not have already
+        build_rotation(q, k, call, "both"),
         *by_queries_and_keys,
         build_rotation(dq, dk, call, "gradients"),  # both for each region
     )

@@ -10,8 +10,9 @@ merges their results (splits.py).
 The mask: in region r, a query at position p sees the keys j with begin(r) <= j < begin(r + 1),
 where begin(r) = block(p) + starts[r], but with a sliding window not below p + 1 - window, and
 begin(regions) = p + 1; all are clamped to the keys that exist. block() rounds down to a multiple of
-granularity. starts are at most 0, and rise. mask.py has these as region_begin, with a picture. Its
-other arguments are seqlen_k and the position of key 0, which is 0 here: key j has position j.
+granularity: queries of one chunk of DCA share their starts. starts are at most 0, and rise. mask.py
+has these as region_begin, with a picture. Its other arguments are seqlen_k and the position of key
+0, which is 0 here: key j has position j.
 
 Names: a row is a token and one of the `group` heads of q that share a head of k. M is BLOCK_M,
 rows; N is BLOCK_N, keys. P is pairs of dims that rotate, R the other dims, V the dims of v,
@@ -249,7 +250,7 @@ def decode_kernel(
     # cosines and sines then leave the registers before far keys are added.
     for r in tl.static_range(REGIONS - 1, -1, -1):
         if r + 1 < REGIONS:
-            # Without it, q would be loaded once, and hold registers through all regions.
+            # Without a barrier, q would be loaded once, and hold registers through all regions.
             tl.debug_barrier()
         # q, rotated to the positions of the region's map. cos, sin: (M, P), or (1, P) if all rows
         # share one position. Keys have no attention factor: queries carry it for both.
@@ -431,10 +432,11 @@ def decode(
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
     scratch = q.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
     if append is not None:  # it sets the counters at the head of scratch to 0
+        # inv_freq, what positions follow, cu_seqlens, log_decay
         rope_args = (None, None, call.cu_seqlens, None)
-        if append_rotates:  # to positions that follow the slots in use
+        if append_rotates:
             rope_args = (call.inv_freq, cache.seqlens, call.cu_seqlens, call.log_decay)
-        append(append_tensors(None, k, None, v, cache, rope_args, scratch))
+        append(append_tensors(None, k, None, v, cache, rope_args, scratch))  # no q, no q_out
     elif scratch is not None:  # no first launch sets the counters to 0
         scratch[:num_counters].zero_()
     attend((
@@ -458,7 +460,7 @@ def decode_launches(
     grid = grid_of(q, cache, call, config.block_m, config.block_n)
     model, blocks = constants_of(q, cache, call, config, grid.splits and q.numel() > 0)
     num_counters = scratch_size = 0
-    if blocks.splits:
+    if blocks.splits:  # counters and partial results: see store_split
         num_counters = triton.cdiv(batch * heads_k * grid.counters, COUNTERS) * COUNTERS
         partials = grid.num_items * heads_k * grid.item_rows
         scratch_size = num_counters + partials * (model.head_dim_v + 1)
@@ -472,8 +474,8 @@ def decode_launches(
         **_strides("k_stride", "block slot head", cache.k, blocks.align),
         **_strides("v_stride", "block slot head", cache.v, blocks.align),
         "table_stride": 0 if cache.block_table is None else cache.block_table.stride(0),
-        "freq_stride": sequence_stride(call.inv_freq, 2),  # 0 if shared, or of less than 2 dims
-        "query_scale_stride": sequence_stride(call.query_scale, 2),
+        "freq_stride": sequence_stride(call.inv_freq, dims=2),
+        "query_scale_stride": sequence_stride(call.query_scale, dims=2),
         "page_size": cache.k.shape[1],
         "capacity": cache.capacity,
         "batch": len(cache.seqlens),
@@ -492,8 +494,8 @@ def decode_launches(
         by = KeyRotation(cu_seqlens=call.cu_seqlens)
         if append_rotates:
             by = KeyRotation(
-                call.inv_freq, None, call.cu_seqlens, call.log_decay, call.stored,
-                interleaved=call.interleaved, rotary_offset=call.rotary_offset,
+                inv_freq=call.inv_freq, cu_seqlens=call.cu_seqlens, log_decay=call.log_decay,
+                stored=call.stored, interleaved=call.interleaved, rotary_offset=call.rotary_offset,
             )  # fmt: skip
         append = build_append(append_checks.Append(None, k, v, cache, by), num_counters)
     return Launches(append, attend, append_rotates, num_counters, scratch_size)

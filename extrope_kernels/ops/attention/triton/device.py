@@ -287,7 +287,7 @@ def constants_of(
 ) -> tuple[ModelConstants, Blocks]:
     """Return a kernel's constants; others: more tensors that have strides."""
     given, window = (q, k, v, *others), call.sliding_window
-    for x in given:
+    for x in given:  # offsets within a block are int32
         if x.stride(-3) * MOST_ROWS >= 2**31 and x.shape[-3] > 1:
             raise ValueError(
                 f"attention: tokens must lie less than {2**31 // MOST_ROWS} elements apart, "
@@ -384,8 +384,8 @@ def sequences_of(call: AttentionCall) -> tuple[int, int]:
     return sequences, sequences.bit_length()
 
 
-def sequence_stride(x: Tensor | None, dims: int) -> int:
-    """Return the stride between sequences; 0 if they share x or lack the first of `dims`."""
+def sequence_stride(x: Tensor | None, dims: int = 1) -> int:
+    """Return x's stride between sequences; 0 if they share x: all do if it has fewer dims."""
     return 0 if x is None or x.dim() < dims or x.shape[0] == 1 else x.stride(0)
 
 

@@ -15,8 +15,9 @@ block of queries.
 The mask: a query's own key is the last one that it sees. In region r, the query whose own key is i
 sees the keys j with begin(r) <= j < begin(r + 1), where begin(r) = block(i) + starts[r], but with a
 sliding window not below i + 1 - window, and begin(regions) = i + 1; all are clamped to the keys
-that exist. block() rounds down to a multiple of granularity, counted by position. starts are at
-most 0, and rise. mask.py has these as region_begin, with a picture.
+that exist. block() rounds down to a multiple of granularity, counted by position: queries of one
+chunk of DCA share their starts; in ReRoPE granularity is 1. starts are at most 0, and rise. mask.py
+has these as region_begin, with a picture.
 
 block_of_queries finds a program's Queries: `rows` of one head from `token` on, first_row, the first
 token of their sequence in k, and their own keys. keys_seen returns a region's Seen: row i sees keys
@@ -27,10 +28,10 @@ Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or 
 of one or two tiles, of D0 and D1 dims (D1 is 0: one), a row of v or out of DV0 and DV1: see Blocks
 in device.py. MODEL is a ModelConstants of device.py.
 
-Rows are a tensor with its strides: strided_rows takes those divided by BLOCKS.align, nth_copy(ptr,
-n, seqlen, COPIES, HEADS, HEAD_DIM) is copy n of a contiguous (batch, seqlen, COPIES, HEADS,
-HEAD_DIM) tensor, keys_of_region is k or a copy of k_rotated. row_of(x, batch, token, head) are Rows
-from one row of x on.
+Rows are a tensor with its strides: strided_rows takes those divided by BLOCKS.align, elements that
+divide all of them, so that loads are aligned; nth_copy(ptr, n, seqlen, COPIES, HEADS, HEAD_DIM) is
+copy n of a contiguous (batch, seqlen, COPIES, HEADS, HEAD_DIM) tensor, keys_of_region is k or a
+copy of k_rotated. row_of(x, batch, token, head) are Rows from one row of x on.
 
 load_rows(x, first, rows, ROWS, D0, D1, HEAD_DIM, MASK_ROWS) loads ROWS rows of Rows x, from row
 `first` on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_rows rounds rows to the
@@ -101,7 +102,7 @@ def _attend_keys(
         # A full block lies inside [begin, end), so it is loaded without a mask of rows. If
         # num_full is 0, the last one before it may reach past `end`: `row_end` hides keys loaded as
         # 0. No key outside [begin, end) is loaded: a rotated copy may be infinite outside of its
-        # region, and is not written before all windows.
+        # region, and is not written where it lies before every query's sliding window.
         keys = seen.end - start
 
         # logits = q @ k.T, with a cap its tanh: (M, N). Times MODEL.logit_unit they have base 2.
@@ -150,7 +151,7 @@ def forward_kernel(
     out, lse,  # (batch, seqlen_q, heads_q, head_dim_v); (batch, heads_q, seqlen_q): contiguous
     scratch,  # like q, contiguous; None: rows of out hold rotated queries meanwhile
     inv_freq, log_decay,  # (sequences or 1, freq_heads, half) float; (half,) or None: xPos
-    pair_maps,  # (rows, 2: divisors and offsets, half) float64, or None
+    pair_maps,  # (maps, 2: divisors and offsets of their pairs, half) float64, or None
     cu_seqlens, q_start, k_start,  # (sequences + 1,), (sequences or 1,), ... int32, or None
     query_scale, sinks,  # (batch or 1, seqlen_q) float32; (heads_q,) float32 logits; or None
     q_stride_batch, q_stride_seq, q_stride_head,  # divided by BLOCKS.align
@@ -229,7 +230,7 @@ def forward_kernel(
         row_max, row_sum, rescale = add_sink(row_max, row_sum, lse_without_keys * log2_e())
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         factor = rescale / row_sum
-    # A pair's two dims in dim i of both tiles: then the first region's queries need no memory.
+    # If tiles are pairs (dim i of both is one pair), the first region's queries need no memory.
     if REGIONS > 1 or not BLOCKS.tiles_are_pairs:
         tl.debug_barrier()  # all threads have loaded q from out's rows
     store_rows(out_row, scale_rows(acc, factor[:, None]), rows, BLOCK_M, DV0, DV1, HEAD_DIM_V)
@@ -261,8 +262,8 @@ def forward(
     with any head_dim. All are contiguous in the last dimension. launches: `forward_launches` of
     tensors with these layouts.
 
-    Returns out, like q with v's head_dim, and the natural log of the sum of exponentials, float32
-    (batch, heads_q, seqlen_q) or (heads_q, total).
+    Returns out, like q with v's head_dim, of q's dtype or wider, and the natural log of the sum of
+    exponentials, float32 (batch, heads_q, seqlen_q) or (heads_q, total).
     """
     call = with_contiguous_rows(call)
     rotate_keys, attend, needs_scratch = launches
@@ -280,14 +281,15 @@ def forward(
 def forward_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launches:
     """Build both launches; sizes are the kernel's integers from q_stride_batch to seqlen_k."""
     call = with_contiguous_rows(call)
-    config = configs.config_of("forward", q, v)
+    config = configs.config_of("forward", q, v)  # sizes of blocks, warps and stages
     model, blocks = constants_of(config, q, k, v, call)
     programs, blocks_of_head = programs_of(q, config.block_m, call)
     strides = (n for x in (q, k, v) for n in strides_in_groups(x, blocks.align))
     sizes = (
-        *strides, sequence_stride(call.inv_freq, 2), sequence_stride(call.query_scale, 2),
-        sequence_stride(call.q_start, 1), sequence_stride(call.k_start, 1), *sequences_of(call),
-        blocks_of_head, q.shape[-3], k.shape[-3],
+        *strides, sequence_stride(call.inv_freq, dims=2),
+        sequence_stride(call.query_scale, dims=2), sequence_stride(call.q_start),
+        sequence_stride(call.k_start), *sequences_of(call), blocks_of_head, q.shape[-3],
+        k.shape[-3],
     )  # fmt: skip
     options = {"MODEL": model, "BLOCKS": blocks, **config.options}
     attend = Launch(forward_kernel, (programs,), sizes, options)

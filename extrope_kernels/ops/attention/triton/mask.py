@@ -1,13 +1,16 @@
 """The mask, and the block of queries or of keys that a program has: device functions.
 
-A query's own key is the last one that it sees. In region r, the query whose own key is i sees the
-keys j with begin(r) <= j < begin(r + 1), where
+Regions cut the keys that a query sees, far ones first; a score method rotates each region in its
+own way. A query's own key is the last one that it sees. In region r, the query whose own key is i
+sees the keys j with begin(r) <= j < begin(r + 1), where
 
     begin(r) = max(block(i) + starts[r], i + 1 - window)        begin(regions) = i + 1
 
 clamped to what comes after, and to the keys that exist. block() rounds down to a multiple of
-MODEL.granularity, counted by position; without a sliding window, the second term is absent. starts
-are at most 0, and rise.
+MODEL.granularity, counted by position: queries of one chunk of DCA share their starts. Without a
+sliding window, the second term is absent. starts are at most 0, and rise.
+
+MODEL is the ModelConstants of device.py; region_begin also takes that of decode.py.
 """
 
 from __future__ import annotations
@@ -187,7 +190,7 @@ def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constex
     The slots of sequence s begin at cu_seqlens[s] // SIZE + s. This leaves enough slots for its
     blocks, and at least one.
     """
-    low = slot * 0
+    low = slot * 0  # of slot's type, as `middle` below: a loop keeps a type
     high = low + num_sequences
     for _ in range(search_steps):
         middle = (low + high) // 2

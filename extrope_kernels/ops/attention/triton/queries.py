@@ -4,8 +4,8 @@ Rotated copies of q, which an earlier launch could write as it does for keys (ro
 0.27 GB more at 8,192 tokens, 32 heads of 128 dims and two regions. And nothing is done twice here:
 a query is read by one program only, while keys are read by each block of queries.
 
-rows.py has Rows, load_tile and tiles; device.py cos_sin_of_map. MODEL, BLOCKS: its ModelConstants
-and Blocks.
+rows.py has Rows, load_tile and tiles; device.py cos_sin_of_map. MODEL, BLOCKS, MAP: its
+ModelConstants, Blocks and MapConstants.
 """
 
 from __future__ import annotations

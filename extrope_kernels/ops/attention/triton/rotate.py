@@ -374,9 +374,10 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
     shares = min(heads, max(1, PROGRAMS // max(tiles * batch, 1)))
     sizes = (
         *strides_in_groups(q, tile.align), *strides_in_groups(k, tile.align),
-        sequence_stride(call.inv_freq, 2), sequence_stride(call.query_scale, 2),
-        sequence_stride(call.k_start if call.q_start is None else call.q_start, 1),
-        sequence_stride(call.k_start, 1), *sequences_of(call),
+        sequence_stride(call.inv_freq, dims=2),
+        sequence_stride(call.query_scale, dims=2),
+        sequence_stride(call.k_start if call.q_start is None else call.q_start),
+        sequence_stride(call.k_start), *sequences_of(call),
         seqlen_k - seqlen_q if call.q_start is None else 0,
         q_tiles, first_k_tile, tiles, seqlen_q, seqlen_k,
     )  # fmt: skip
@@ -413,7 +414,7 @@ def _tile(
         rest_dims=triton.next_power_of_2(max(rest, 1)),
         align=alignment_of(q, k),  # divides all strides; Triton itself looks at pointers
         interleaved=call.interleaved,
-        freq_per_token=call.cu_seqlens is not None and sequence_stride(call.inv_freq, 2) > 0,
+        freq_per_token=call.cu_seqlens is not None and sequence_stride(call.inv_freq, dims=2) > 0,
         q_maps=tuple(map(map_of, q_maps)),
         k_maps=tuple(map(map_of, k_maps)),
         attention_factor_sq=call.attention_factor**2,

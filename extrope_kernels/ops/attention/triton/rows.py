@@ -2,7 +2,7 @@
 
 Two products of half the depth take fewer registers than one, and head_dim 96 becomes 64 and 32
 dims, not 128. So rows come as a tuple of one or two tiles, (ROWS, D0) and (ROWS, D1); D1 is 0 if
-there is one.
+there is one. MODEL, BLOCKS: ModelConstants and Blocks of device.py.
 """
 
 from __future__ import annotations

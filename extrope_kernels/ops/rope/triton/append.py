@@ -2,6 +2,9 @@
 
 `rope_append_kvcache` launches it by its op. A decode step launches it before it attends
 (ops/attention/triton/decode.py), without q.
+
+TILE is a Tile of device.py; TOKENS and PAIRS are its tokens and pairs. rotation.py has the rotation
+without a cache, and says more about both.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from .device import (
     stride_names,
 )
 
-# These change from call to call too.
+# These change from call to call too, like CALL_NUMBERS, of which this kernel takes all but two.
 CACHE_NUMBERS = (
     *("k_cache_stride_block", "k_cache_stride_slot", "k_cache_stride_head"),
     *("v_cache_stride_block", "v_cache_stride_slot", "v_cache_stride_head"),
@@ -93,7 +96,7 @@ def _write_heads(
         if ROTATES and TILE.per_head:
             cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
             cos, sin = cos * amplitude, sin * amplitude
-        # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate, (TOKENS, REST).
+        # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate.
         a, b, rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
         if ROTATES:
             a, b = a * cos - b * sin, b * cos + a * sin

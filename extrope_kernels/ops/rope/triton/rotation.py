@@ -6,14 +6,15 @@ other. With both dims of a pair as a and b:
 
     out_a = x_a * cos - x_b * sin        out_b = x_b * cos + x_a * sin
 
-The backward rotates the gradients by minus the forward's angle. If it is given the forward's
-inputs, it computes the gradient of the angles too.
+The backward rotates the gradients by minus the forward's angle (TILE.conjugate, which
+cos_sin_of_head reads). If it is given the forward's inputs, it computes the gradient of the angles
+too.
 
 A row is in three parts: `a` and `b`, (TOKENS, PAIRS), and `rest`, the dims that do not rotate,
 (TOKENS, rest_dims), which are copied. load_parts loads them from pointers to dim 0 of each row, as
-far as rows are valid; store_parts rounds them to the pointer's dtype. Without a rest (TILE.rest 0,
-as in place), it stands for none. TILE is a Tile of device.py: TILE.half pairs of dims rotate, PAIRS
-is that rounded up to a power of two. WIDE, float64 if TILE.wide, else float32, is the dtype of the
+far as rows are valid; store_parts rounds them to the pointer's dtype. If TILE.rest is 0, as in
+place, `rest` is not stored. TILE is a Tile of device.py: TILE.half pairs of dims rotate, PAIRS is
+that rounded up to a power of two. WIDE, float64 if TILE.wide, else float32, is the dtype of the
 arithmetic behind the angles; angles themselves are float64.
 
 cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE) returns the cosines and sines
@@ -206,8 +207,8 @@ def build_rotation_launch(
         rotate_kernel,
         tensors,
         *launch_constants(rotation),
-        one_program=sums_heads,
-        small_tiles=not sums_heads,
+        one_program=sums_heads,  # all heads in one
+        small_tiles=not sums_heads,  # few tokens in one, if the call has few
         copies_rest=not in_place,
         **({"maxnreg": MOST_REGISTERS} if limited else {}),
     )
@@ -220,7 +221,7 @@ def build_rotation_launch(
 def rope_fwd(
     q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options
 ) -> tuple[Tensor, Tensor]:
-    """Compute `torch.ops.extrope.rope_fwd`."""
+    """Compute `torch.ops.extrope.rope_fwd`; rope_args: a Rope's tensors, options: of `resolve`."""
     q_out, k_out = empty_outputs(q, k)
     _run(False, (q, k, q_out, k_out, None, None), Rope(*rope_args), **options)
     return q_out, q.new_empty(0) if k_out is None else k_out
@@ -269,7 +270,7 @@ def _build_launch(
 ) -> tuple[Launch, tuple[int, ...]]:
     """Check the call, then build its launch; return also the shape of its angles' gradient."""
     q, k, *others = tensors
-    inputs, rotation = resolve(q, k, *rope, adjoint=adjoint, **options)
+    inputs, rotation = resolve(q, k, *rope, adjoint=adjoint, **options)  # inputs: q, k in 4 dims
     in_place = others[0] is q
     if in_place:
         refuse_expanded(q, k)
