@@ -1,7 +1,7 @@
 """Hugging Face models: `extend` a loaded model by any method, save it, `restore` it exactly.
 
-extension: `extend`, and the handle that undoes it. `request` reads what it is asked for, `length`
-    chooses the method for a length.
+extension: `extend`, and the handle that undoes it. `request` reads what it is asked for, and
+    chooses a method for a length.
 
 probe: what a model does. `rotary` finds the rotary embeddings, a `RotaryModule` for each.
     `attention` knows how layers call their attention, and runs four tokens to record those calls;

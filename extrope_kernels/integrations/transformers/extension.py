@@ -33,7 +33,7 @@ from .probe.rotary import (
 )
 from .request import (
     by_length_as_stated,
-    choose_method,
+    choose,
     read_method,
     warn_of_nothing,
     why_no_region,
@@ -160,7 +160,7 @@ def extend(
     if method is not None:
         method, parameters, own = read_method(model, method, length, layers, parameters)
         return _extend(model, Applied(method, parameters, layers, cache, own), ranks)
-    choice, layers = choose_method(model, length, layers, parameters)
+    choice, layers = choose(model, length, layers, parameters)
     try:
         applied = Applied(choice.method, dict(choice.parameters), layers, cache)
         handle = _extend(model, applied, ranks)
@@ -168,7 +168,7 @@ def extend(
         if choice.method not in SCORES:
             raise
         reason = shortened(error).removeprefix("extend: ").rpartition("architecture: ")[2]
-        choice, layers = choose_method(model, length, layers, parameters, reason)
+        choice, layers = choose(model, length, layers, parameters, reason)
         applied = Applied(choice.method, dict(choice.parameters), layers, cache)
         handle = _extend(model, applied, ranks)
     handle.reason = choice.reason

@@ -1,7 +1,8 @@
-"""What a call of `extend` asks for: a method by its name, or a Score or RopeFreqs of one's own."""
+"""What a call of `extend` asks for: a method with its parameters, or a length that chooses them."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,16 +11,22 @@ from typing import Any
 from torch import nn
 
 from ... import RopeFreqs
+from ..._checks import check_length
 from ..._names import meant
+from ...methods import METHODS
 from ...scores import SCORES, Score
-from .._shared.choice import Choice
-from .._shared.parameters import PARAMETERS, lengths_in
-from .length import as_stated, choose, factor_for, needs_factor, window_for
-from .patch.hooks import Applied
+from .._shared.choice import Choice, choose_method
+from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in
+from .model import BOUNDED
+from .patch.hooks import ON_OWNER, Applied
 from .patch.rotation import RotaryForward
-from .probe.rotary import RotaryModule
-from .saved import STRETCHING, describe
+from .patch.scores import why_no_images
+from .probe.rotary import RotaryModule, find_rotary_modules
+from .saved import STRETCHING, reach_before
 
+_TRAINED = "original_max_position_embeddings"
+# The methods of scalings that a model may state, besides those that `rope` leaves in force.
+_STATED = {"yarn": "yarn", "dynamic": "dynamic_ntk", "longrope": "longrope", "su": "longrope"}
 _BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies follow the length
 
 
@@ -53,36 +60,131 @@ def read_method(
             f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}"
             f"{meant(method, PARAMETERS)}"
         )
-    if length is not None:
-        if method == "rerope" and "window" not in given:
-            return method, {**given, "window": window_for(model, length, layers)}, None
-        return method, {**given, "factor": factor_for(model, method, length, layers, given)}, None
-    if needs_factor(method) and "factor" not in given and set(given) <= set(PARAMETERS[method]):
-        raise ValueError(f"extend: {method} needs factor= or length=, got neither")
-    return method, dict(given), None
+    if length is None:
+        known = set(given) <= set(PARAMETERS[method])
+        if _needs_factor(method) and "factor" not in given and known:
+            raise ValueError(f"extend: {method} needs factor= or length=, got neither")
+        return method, dict(given), None
+    by_window = method == "rerope" and "window" not in given
+    if not by_window and not _needs_factor(method):
+        example = next(f"{name}=" for name in PARAMETERS[method] if name != "dim")
+        raise ValueError(
+            "extend: length must go without a method, or with one whose factor is the length over "
+            f"the trained one (yarn), got {method}; give its own parameters ({example} ...)"
+        )
+    if "factor" in given and not by_window:
+        raise ValueError(f"extend: factor or length must be given for {method}, got both")
+    trained, reach = _lengths(find_rotary_modules(model, layers), length, given)
+    if by_window:
+        return method, {**given, "window": max(1, reach // 2)}, None
+    return method, {**given, "factor": max(1.0, length / trained)}, None
 
 
-def choose_method(
+def _needs_factor(method: str) -> bool:
+    """Return True for a method that needs a factor, which a length can give."""
+    names = inspect.signature(METHODS[method]).parameters if method in METHODS else {}
+    factor = names.get("factor")
+    return factor is not None and factor.default is factor.empty and "seq_len" not in names
+
+
+def choose(
     model: nn.Module,
     length: int | None,
     layers: str,
     given: Mapping[str, Any],
     refused: str | None = None,
 ) -> tuple[Choice, str]:
-    """Choose a method for `length` tokens, and the layers that it extends; as `length.choose`."""
+    """Choose a method for `length` tokens, and the layers that it extends.
+
+    given: parameters of the user; only the trained length may be among them.
+    refused: why the model was refused a score method, if it was.
+
+    Raises ValueError for an extended model, and one whose trained length is not known; TypeError
+    without a length and for other parameters.
+    """
     if length is None:
         name = next(iter(given), "neither")
         raise TypeError(
             f"extend: method or length must be given, got {name}{meant(name, ('method', 'length'))}"
         )
-    return choose(model, length, layers, given, refused)
+    if unknown := [name for name in given if name != _TRAINED]:
+        raise TypeError(f"extend: {unknown[0]} needs a method that has it, got none")
+    rotary_modules = find_rotary_modules(model, "all")
+    if (applied := vars(rotary_modules[0].owner).get(ON_OWNER)) is not None:
+        raise ValueError(
+            "extend: length alone must be for a model that is not extended, got one extended by "
+            f"{applied.method}; restore that one first, or name the method"
+        )
+    trained, reach = _lengths(rotary_modules, length, given)
+    config = rotary_modules[0].module.config
+    chunks = {"chunk_size", "local_window"} <= set(score_values_in(config, "dual_chunk"))
+    refused = refused or why_no_images(model, rotary_modules)
+    kinds = [kind for each in rotary_modules for kind in each.layer_types]
+    # Phi-3's window is longer than its training: distances within it are not all trained.
+    trained_within = (getattr(config, "sliding_window", None) or 0) < reach
+    bounded = (refused or "").startswith(BOUNDED) and trained_within
+    if bounded or all(is_bounded(kind or "") for kind in kinds):
+        return _as_it_is(rotary_modules, BOUNDED), "all"
+    choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
+    if choice is None:
+        reason = f"{length:,} tokens are within the {reach:,} that the model reaches"
+        return _as_it_is(rotary_modules, reason), layers
+    if choice.method in METHODS:
+        choice = replace(choice, parameters={**given, **choice.parameters})
+    return choice, layers
+
+
+def _as_it_is(rotary_modules: list[RotaryModule], reason: str) -> Choice:
+    """Choose the rotation that the configuration states, which changes nothing."""
+    return Choice(*_as_stated(rotary_modules), f"as it is: {reason}")
+
+
+def _as_stated(rotary_modules: list[RotaryModule]) -> tuple[str, dict[str, Any]]:
+    """Return the method and the parameters that the configuration states.
+
+    Those of the layers that see all keys, else of the first ones.
+    """
+    kinds = rotary_modules[0].layer_types
+    widest = next((kind for kind in kinds if not is_bounded(kind or "")), kinds[0])
+    stated = rotary_modules[0].parameters(widest)
+    method = _STATED.get(stated.get("rope_type"), "rope")
+    if stated.get("alpha") is not None:  # HunYuan's dynamic one, which does not follow the length
+        method = "rope"
+    names = inspect.signature(METHODS[method]).parameters
+    return method, {name: stated[name] for name in names if stated.get(name) is not None}
+
+
+def _lengths(
+    rotary_modules: list[RotaryModule], length: int, given: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return the trained length and the one that the model reaches as it is; check `length`."""
+    check_length("extend", "length", length)
+    first = rotary_modules[0]
+    known = lengths_in(first.module.config)
+    trained, reach = (None, None) if known is None else (known.trained, known.reach)
+    if first.learned:  # with its scaling, as `values_of` has it
+        trained = reach
+    if (told := given.get(_TRAINED)) is not None:
+        trained = reach = check_length("extend", _TRAINED, told)
+    if trained is None or reach is None:
+        raise ValueError(
+            f"extend: {_TRAINED} must be given with length for {type(first.owner).__name__}, "
+            "whose configuration has no trained length"
+        )
+    if length <= trained:
+        warnings.warn(
+            f"extend: the model was trained to {trained:,} tokens, which length {length:,} does "
+            "not exceed",
+            stacklevel=5,  # of the caller of `extend`
+        )
+    return trained, reach
 
 
 def with_stated(rotary_modules: list[RotaryModule], asked: Applied) -> Applied:
     """Give LongRoPE the factors that the configuration states."""
     if asked.method != "longrope" or asked.own or "short_factor" in asked.parameters:
         return asked
-    method, stated = as_stated(rotary_modules)
+    method, stated = _as_stated(rotary_modules)
     return replace(asked, parameters=stated | asked.parameters) if method == "longrope" else asked
 
 
@@ -98,7 +200,7 @@ def by_length_as_stated(
             return None
     kinds = [each.parameters(kind) for each in rotary_modules for kind in each.layer_types]
     if any(each.get("rope_type") in _BY_LENGTH for each in kinds):
-        return as_stated(rotary_modules)
+        return _as_stated(rotary_modules)
     return None
 
 
@@ -122,21 +224,12 @@ def warn_of_nothing(rotary_modules: list[RotaryModule], applied: Applied) -> Non
             _warn(f"factor {factor:g} of {method} is below 1: it shortens what a model reads")
     name = {"dual_chunk": "chunk_size", "string": ""}.get(method, "window")
     size = given.get(name) if applied.own is None and applied.is_score else None
-    longest = _reach(rotary_modules, applied) if isinstance(size, int) else None
+    longest = reach_before(rotary_modules, applied) if isinstance(size, int) else None
     if longest is not None and size >= longest:
         _warn(
             f"{name} {size:,} of {method} leaves nothing extended: the model reaches "
             f"{longest:,} tokens"
         )
-
-
-def _reach(rotary_modules: list[RotaryModule], applied: Applied) -> int | None:
-    """Return the tokens that a model reached before an extension; None if that is not known."""
-    if applied.before is not None:
-        return describe(rotary_modules[0].owner, applied.before).length
-    first = rotary_modules[0]
-    known = lengths_in(first.module.config, first.layer_types[0])
-    return None if known is None else known.reach
 
 
 def _warn(text: str) -> None:
