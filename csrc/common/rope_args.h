@@ -141,6 +141,9 @@ inline void set_saved(RopeTensor& t, const Tensor& saved, bool packed) {
   t.saved_head = saved.stride(d - 2);
 }
 
+// Positions are float64: past it, tokens that follow each other share one.
+constexpr int64_t kFarthest = int64_t{1} << 53;
+
 inline void set_tensors(RopeParams& p, const Tensor& q, const OptionalTensor& k, bool packed) {
   p.dtype = rotated_dtype(q, "q");
   check_rows("rope", q, packed, "q");
@@ -177,6 +180,8 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   p.conjugate = adjoint != options.inverse;
   p.interleaved = options.interleaved;
   p.offset = options.offset.value_or(0);
+  require(-kFarthest <= p.offset && p.offset <= kFarthest,
+          "an offset of positions must be within 2**53, got ", p.offset);
   p.decay_origin = options.decay_origin;
   return p;
 }

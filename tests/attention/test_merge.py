@@ -1,5 +1,6 @@
 """merge_attention and the ops under it, PyTorch's and Triton's, against one softmax in float64."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -298,16 +299,35 @@ def test_transforms():
 
 
 def test_refuses_in_place():
-    out, lse = torch.zeros(2, 5, 3, 8), torch.zeros(2, 3, 5)
+    out, lses = torch.zeros(2, 5, 3, 8), torch.zeros(2, 2, 3, 5)
     with pytest.raises(ValueError, match="merge_attention: inplace=True is for inference, got te"):
-        merge_attention([out.clone().requires_grad_(), out], [lse, lse], inplace=True)
+        merge_attention([out.clone().requires_grad_(), out], lses, inplace=True)
     with pytest.raises(RuntimeError, match="merge_attention: inplace=True is for inference"):
-        torch.ops.extrope.merge_inplace(out.clone().requires_grad_(), lse, [], [])
+        torch.ops.extrope.merge_inplace(out.clone().requires_grad_(), lses[0], [], [])
     expanded = out[:1].expand(2, 5, 3, 8)
     with pytest.raises(ValueError, match=r"merge_attention: outs\[0\] and lses\[0\] must not be"):
-        merge_attention([expanded, out], [lse, lse], inplace=True)
+        merge_attention([expanded, out], lses, inplace=True)
     with pytest.raises(ValueError, match=r"merge_attention: outs\[1\] must be bfloat16"):
-        merge_attention([out.bfloat16(), out], [lse, lse], inplace=True)
+        merge_attention([out.bfloat16(), out], lses, inplace=True)
+
+
+@pytest.mark.parametrize("shared", ["outs[1]", "lses[1]"])
+@pytest.mark.parametrize("token", [0, 1])
+def test_in_place_reads_nothing_that_it_writes(shared, token):
+    """Neither results that lie over outs[0] and lses[0] nor such that begin a token later."""
+    rows, lses = torch.zeros(1, 3, 2, 8, device=device()), torch.zeros(1, 2, 3, device=device())
+    outs, lses = [rows[:, :2], rows[:, 2:].repeat(1, 2, 1, 1)], [lses[..., :2], lses[..., :2] + 1]
+    if shared == "outs[1]":
+        outs[1] = rows[:, token : token + 2]
+    else:
+        lses[1] = lses[0]._base[..., token : token + 2]
+    for merge in (
+        lambda: merge_attention(outs, lses, inplace=True),
+        lambda: torch.ops.extrope.merge_inplace(outs[0], lses[0], outs[1:], lses[1:]),
+    ):
+        with pytest.raises(ValueError, match=f"merge_attention: {re.escape(shared[:4])}.* share"):
+            merge()
+    assert not rows.any()
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")

@@ -54,13 +54,27 @@ def test_an_axis_out_of_range(backend, largest):
     axes = SECTIONS.axes.clone()
     axes[5] = largest
     options = {"positions": torch.randint(0, 99, (3, 1, 3), device=device()), "backend": backend}
-    if backend == "cpu":
+    if device() == "cpu":
+        apply_rope(x, SECTIONS, **options)  # a call of the same layout was right
         with pytest.raises(ValueError, match=f"rope: axes must be from 0 to 2 .* got {largest}"):
             apply_rope(x, replace(SECTIONS, axes=axes), **options)
         return
     out = apply_rope(x, replace(SECTIONS, axes=axes), **options)
     near = replace(SECTIONS, axes=axes.clamp(0, 2))
     assert torch.equal(out, apply_rope(x, near, **options))
+
+
+@pytest.mark.parametrize("norm", [{}, NORM], ids=["", "norm"])
+def test_an_offset_past_float64(backend, norm):
+    """A number that is the same in every layout: right calls before let no wrong one through."""
+    q, k = make_qk()
+    options = {"backend": "triton" if norm and backend == "cuda" else backend, **norm}
+    for sign in (-1, 1):
+        apply_rope_qk(q, k, FREQS, positions=sign * 2**53, **options)
+        for offset in (sign * (2**53 + 1), sign * (2**63 - 1)):
+            told = rf"^rope: an offset of positions must be within 2\*\*53, got {offset}$"
+            with pytest.raises(ValueError, match=told):
+                apply_rope_qk(q, k, FREQS, positions=offset, **options)
 
 
 @pytest.mark.parametrize("name", ("positions", "log_decay"))

@@ -123,6 +123,7 @@ WRONG = {
         **{k: v for k, v in not_ints(ints(*range(6))).items() if k != "float"},
         **HUGE,
         "-2**80": -(2**80),
+        "2**53 + 1": 2**53 + 1,
         "complex number": 1j,
         "two": torch.ones(2, 2, device=DEVICE),
         "by axes": torch.zeros(3, 2, 6, device=DEVICE),

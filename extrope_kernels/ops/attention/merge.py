@@ -102,11 +102,17 @@ def check(outs: Sequence[Tensor], lses: Sequence[Tensor], inplace: bool) -> None
         table.append(Spec(f"outs[{i}]", of_out, (LIKE, *narrower) if i else ROWS, strides=ANY))
     for i in range(len(lses)):
         table.append(Spec(f"lses[{i}]", of_lse, (lses[0].dtype,) if i else FLOATS, strides=ANY))
-    specs.check(OP, table, (*outs, *lses))
-    if inplace and (overlaps_itself(first) or overlaps_itself(lses[0])):
+    tensors = (*outs, *lses)
+    specs.check(OP, table, tensors)
+    if not inplace:
+        return
+    if overlaps_itself(first) or overlaps_itself(lses[0]):
         raise ValueError(f"{OP}: outs[0] and lses[0] must not be expanded to be written to")
-    if inplace and share_memory(first, lses[0]):
-        raise ValueError(f"{OP}: outs[0] and lses[0] must not share memory to be written to")
+    for written in (0, len(outs)):
+        for i, x in enumerate(tensors):
+            if i != written and share_memory(tensors[written], x):
+                names = f"{table[written].name} and {table[i].name}"
+                raise ValueError(f"{OP}: {names} must not share memory to be written to")
 
 
 def _tensors(name: str, value: object) -> Tensors:
@@ -189,11 +195,6 @@ def _inplace_gpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequenc
 
     check((out, *outs), (lse, *lses), inplace=True)
     merge.merge_inplace(out, lse, [contiguous_rows(x) for x in outs], lses)
-
-
-def _inplace_cpu(out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    check((out, *outs), (lse, *lses), inplace=True)
-    merge_inplace(out, lse, outs, lses)
 
 
 def _fwd_cpu(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from ...methods import RopeFreqs
 from .._shared import specs
 from .._shared.checks import (
     REFUSALS,
+    check_boundaries,
     check_real,
     check_rotary_offset,
     has_values,
@@ -23,6 +24,7 @@ from .._shared.positions import position_kind as position_kind_of_one_axis
 from .._shared.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
 
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
+FARTHEST = 2**53  # positions are float64: past it, tokens that follow each other share one
 INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
 
 
@@ -65,6 +67,28 @@ def check(
     check_real("rope", "attention_factor", attention_factor)
     if not 0 < attention_factor < math.inf:
         raise ValueError(f"rope: attention_factor must be > 0 and finite, got {attention_factor}")
+
+
+def check_values(
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    axes: Tensor | None,
+    offset: int | None,
+    tokens: int,
+) -> None:
+    """Check what no layout says, after `check`: tensors only if reading them waits for no device."""
+    check_boundaries("rope", cu_seqlens, tokens)
+    if type(offset) is int and abs(offset) > FARTHEST:
+        raise ValueError(f"rope: an offset of positions must be within 2**53, got {offset}")
+    if axes is None or positions is None or positions.dim() != 3 or not has_values(axes):
+        return
+    count = positions.shape[0]
+    for axis in axes.tolist():
+        if not 0 <= axis < count:
+            raise ValueError(
+                f"rope: axes must be from 0 to {count - 1} for positions of {count} axes, "
+                f"got {axis}"
+            )
 
 
 @functools.cache

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .._shared import positions as _positions
-from .._shared.checks import check_boundaries
-from .checks import check, position_kind
+from .checks import check, check_values, position_kind
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def resolve(
     rotary_offset = rotary_offset or 0
     options = {"attention_factor": attention_factor, "rotary_offset": rotary_offset}
     check(q, k, inv_freq, positions, cu_seqlens, log_decay, axes, **options)
-    if cu_seqlens is not None:
-        check_boundaries("rope", cu_seqlens, q.shape[0])
+    check_values(positions, cu_seqlens, axes, offset, q.shape[0])
     tensors = [q] if k is None else [q, k]
     if cu_seqlens is not None:
         tensors = [x.unsqueeze(0) for x in tensors]
@@ -111,7 +109,7 @@ def frequencies_3d(inv_freq: Tensor) -> Tensor:
 def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
     """Return positions by token and pair: (batch or 1, seqlen, 1 or rotary_dim / 2) float64."""
     if rotation.axes is not None:
-        # Clamped as in the kernels: reading from the device if an axis is out of range would wait.
+        # Clamped as in a GPU's kernels: reading if an axis is out of range would wait for it.
         axes = rotation.axes.clamp(0, rotation.positions.shape[0] - 1)
         positions = rotation.positions[axes].permute(1, 2, 0)
     else:

@@ -37,12 +37,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ..._shared.checks import check_boundaries
 from ..._shared.dtypes import accumulator
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.launch import Launch, chip_of
 from ..._shared.triton.pairs import store_parts
-from ..checks import check_norm, check_saved, refuse_expanded, refuse_shared
+from ..checks import check_norm, check_saved, check_values, refuse_expanded, refuse_shared
 from ..rotation import resolve
 from .device import (
     CALL_NUMBERS,
@@ -413,11 +412,12 @@ def _launch_for(
     tensors: q and k, their outputs, and in a backward the forward's inputs.
     """
     q, k, out, _, *saved = tensors
-    check_boundaries("rope", rope.cu_seqlens, len(q))
     if out is q:
         refuse_shared(q, k)
     key = (out is q, layout_key(q, k, *saved, *weights, *rope), *options.items())
-    return cached_by_layout(_build_launch, key, tensors, weights, rope, options), offset
+    launch = cached_by_layout(_build_launch, key, tensors, weights, rope, options)
+    check_values(rope.positions, rope.cu_seqlens, rope.axes, offset, len(q))
+    return launch, offset
 
 
 def _build_launch(

@@ -31,12 +31,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._shared.checks import check_boundaries
 from ..._shared.dtypes import accumulator
 from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.launch import Launch, chip_of
 from ..._shared.triton.pairs import load_parts, store_parts
-from ..checks import check_saved, refuse_expanded, refuse_shared
+from ..checks import check_saved, check_values, refuse_expanded, refuse_shared
 from ..rotation import Rotation, resolve
 from .device import (
     CALL_NUMBERS,
@@ -253,11 +252,11 @@ def _run(
     Returns the gradient of the angles if inputs were saved.
     """
     q, k, out, _, *saved = tensors
-    check_boundaries("rope", rope.cu_seqlens, len(q))
     if out is q:
         refuse_shared(q, k)
     key = (adjoint, out is q, layout_key(q, k, *saved, *rope), *options.items())
     launch, shape = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
+    check_values(rope.positions, rope.cu_seqlens, rope.axes, offset, len(q))
     angle_grad = None if saved[0] is None else q.new_empty(shape, dtype=accumulator(q.dtype))
     if angle_grad is not None and q.numel() == 0:  # tokens without heads
         angle_grad.zero_()
