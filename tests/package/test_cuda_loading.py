@@ -139,7 +139,7 @@ def test_a_library_that_can_run_serves(loaded):
     text = "".join(binding.read_text() for binding in bindings)
     for library, (reason, fallbacks, path, without) in loaded[1:]:
         assert reason == "None" and fallbacks == "True False" and path == str(library)
-        assert without.split() == sorted(re.findall(r'\{"(\w+)", TORCH_BOX', text))
+        assert without.split() == sorted(re.findall(r'\{"(\w+)", EXTROPE_BOX', text))
 
 
 def test_a_binding_leaves_the_device_to_torch():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +13,7 @@ from graph_cases import CASES, DIM, FREQS, QK, ROPE, SEQLEN, Case, nothing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from extrope_kernels import apply_rope, apply_rope_qk, methods
+from extrope_kernels import _ext, apply_rope, apply_rope_qk, methods
 from extrope_kernels.testing import device
 
 ONE_HEAD = {"q": (2, SEQLEN, 2, DIM), "k": (2, SEQLEN, 2, DIM)}
@@ -130,3 +133,24 @@ def test_compiles_as_one_graph(name):
         found.append(replace(case, run=run)(None, **own))
     for eager, compiled in zip(*found):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+# A developer's schema, which has an argument that C++ does not know.
+LONGER = """
+import torch
+define = torch.library.Library.define
+def longer(library, schema, *args, **options):
+    if schema.startswith("rope_fwd("):
+        schema = schema.replace(") ->", ", int more=0) ->")
+    return define(library, schema, *args, **options)
+torch.library.Library.define = longer
+from extrope_kernels import apply_rope, methods
+apply_rope(torch.zeros(1, 2, 1, 8), methods.rope(8), backend="cpu")
+"""
+
+
+@pytest.mark.skipif(_ext.load("cpu") is not None, reason="about the CPU's kernels")
+def test_an_argument_that_cpp_lacks_names_the_file():
+    done = subprocess.run([sys.executable, "-c", LONGER], capture_output=True, text=True)
+    told = r"Rope::fwd in \S*csrc/cpu/rope/bind.cpp takes 13 arguments, .* has 14; .*rope_args.h"
+    assert re.search(told, done.stderr), done.stderr

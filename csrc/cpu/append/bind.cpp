@@ -200,7 +200,7 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
 }  // namespace
 
 const Ops ops{
-    {"rope_append", TORCH_BOX(&rope_append)},
+    {"rope_append", EXTROPE_BOX(&rope_append)},
 };
 
 }  // namespace append

@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }  // namespace attention
 
 const Ops ops{
-    {"attention_fwd", TORCH_BOX(&attention::forward)},
-    {"attention_bwd", TORCH_BOX(&attention::backward)},
+    {"attention_fwd", EXTROPE_BOX(&attention::forward)},
+    {"attention_bwd", EXTROPE_BOX(&attention::backward)},
 };
 
 }  // namespace extrope

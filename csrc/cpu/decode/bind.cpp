@@ -139,6 +139,6 @@ std::tuple<Tensor, Tensor> decode(
 }  // namespace
 }  // namespace decode
 
-const Ops ops{{"decode", TORCH_BOX(&decode::decode)}};
+const Ops ops{{"decode", EXTROPE_BOX(&decode::decode)}};
 
 }  // namespace extrope

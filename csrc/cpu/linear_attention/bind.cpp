@@ -202,8 +202,8 @@ Tensor row_dots(const Tensor& q, const Tensor& k, bool packed) {
 }  // namespace linear_attention
 
 const Ops ops{
-    {"linear_scan", TORCH_BOX(&linear_attention::linear_scan)},
-    {"row_dots", TORCH_BOX(&linear_attention::row_dots)},
+    {"linear_scan", EXTROPE_BOX(&linear_attention::linear_scan)},
+    {"row_dots", EXTROPE_BOX(&linear_attention::row_dots)},
 };
 
 }  // namespace extrope

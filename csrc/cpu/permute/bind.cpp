@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
 }  // namespace
 
 const Ops ops{
-    {"permute_fwd", TORCH_BOX(&forward)},
+    {"permute_fwd", EXTROPE_BOX(&forward)},
 };
 
 }  // namespace extrope::permute

@@ -123,9 +123,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
 }  // namespace
 
 const Ops ops{
-    {"rope_fwd", TORCH_BOX(&Rope::fwd)},         {"rope_bwd", TORCH_BOX(&Rope::bwd)},
-    {"rope_inplace", TORCH_BOX(&Rope::inplace)}, {"rope_norm_fwd", TORCH_BOX(&norm_fwd)},
-    {"rope_norm_bwd", TORCH_BOX(&norm_bwd)},     {"rope_norm_inplace", TORCH_BOX(&norm_inplace)},
+    {"rope_fwd", EXTROPE_BOX(&Rope::fwd)},
+    {"rope_bwd", EXTROPE_BOX(&Rope::bwd)},
+    {"rope_inplace", EXTROPE_BOX(&Rope::inplace)},
+    {"rope_norm_fwd", EXTROPE_BOX(&norm_fwd)},
+    {"rope_norm_bwd", EXTROPE_BOX(&norm_bwd)},
+    {"rope_norm_inplace", EXTROPE_BOX(&norm_inplace)},
 };
 
 }  // namespace extrope

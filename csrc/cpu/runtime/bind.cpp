@@ -12,7 +12,7 @@ namespace {
 int64_t cpu_capability() { return capability(); }
 
 const Ops ops{
-    {"cpu_capability", TORCH_BOX(&cpu_capability), "CompositeExplicitAutograd"},
+    {"cpu_capability", EXTROPE_BOX(&cpu_capability), "CompositeExplicitAutograd"},
 };
 
 }  // namespace

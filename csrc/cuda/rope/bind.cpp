@@ -44,9 +44,9 @@ void launch(const RopeParams& p, int device_index) {
 }
 
 const Ops ops{
-    {"rope_fwd", TORCH_BOX(&RopeOps<launch>::fwd)},
-    {"rope_bwd", TORCH_BOX(&RopeOps<launch>::bwd)},
-    {"rope_inplace", TORCH_BOX(&RopeOps<launch>::inplace)},
+    {"rope_fwd", EXTROPE_BOX(&RopeOps<launch>::fwd)},
+    {"rope_bwd", EXTROPE_BOX(&RopeOps<launch>::bwd)},
+    {"rope_inplace", EXTROPE_BOX(&RopeOps<launch>::inplace)},
 };
 
 }  // namespace
