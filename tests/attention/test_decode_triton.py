@@ -152,19 +152,9 @@ def test_a_nan_reaches_the_log_sum_exp(many_splits):
 def test_packed_queries_are_split(many_splits):
     """Chunks and single tokens in one call; a sequence has no query, another no key before it."""
     many_splits()
-    counts, lengths = (1, 5, 0, 3, 1), (60, 17, 3, 5, 0)
-    case = Case(
-        lengths, 1, heads_q=2, heads_k=1, leftpad=(2, 0, 1, 0, 0), head_dim_v=24, sinks=True
-    )
-    inputs = make(replace(case, freqs_per_sequence=True, query_scale=False))
-    ends = torch.tensor((0, *counts), device=device()).cumsum(0).int()
-    q = torch.randn(sum(counts) + 3, 2, 32, device=device())
-    caches = {n: getattr(inputs, n).nan_to_num() for n in ("k_cache", "v_cache")}
-    found, want = (
-        inputs.run(backend, q=q, cu_seqlens_q=ends, **caches) for backend in ("triton", "reference")
-    )
-    for x, y in zip(found, want):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    lengths, counts, leftpad = (60, 17, 3, 5, 0), (1, 5, 0, 3, 1), (2, 0, 1, 0, 0)
+    packed = {"counts": counts, "tail": 3, "leftpad": leftpad, "freqs_per_sequence": True}
+    check(Case(lengths, heads_q=2, heads_k=1, head_dim_v=24, sinks=True, **packed), "triton")
 
 
 def call_of(score: scores.Score, head_dim: int = 32, **options) -> AttentionCall:
