@@ -76,7 +76,7 @@ def check_values(
     offset: int | None,
     tokens: int,
 ) -> None:
-    """Check what no layout says, after `check`: tensors only if reading them waits for no device."""
+    """Check values, after `check`: those of tensors only if reading them waits for no device."""
     check_boundaries("rope", cu_seqlens, tokens)
     if type(offset) is int and abs(offset) > FARTHEST:
         raise ValueError(f"rope: an offset of positions must be within 2**53, got {offset}")
