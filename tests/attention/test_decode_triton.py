@@ -17,7 +17,7 @@ from triton_attention import decode  # noqa: E402
 
 from extrope_kernels import methods, scores  # noqa: E402
 from extrope_kernels.ops._shared.kvcache import KVCache  # noqa: E402
-from extrope_kernels.ops._shared.triton.angles import cos_sin, fixed_angle  # noqa: E402
+from extrope_kernels.ops._shared.triton.sincos import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.attention import AttentionCall  # noqa: E402
 from extrope_kernels.ops.attention.triton import configs  # noqa: E402
 from extrope_kernels.ops.attention.triton.decode import constants_of  # noqa: E402

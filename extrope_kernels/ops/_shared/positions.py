@@ -8,10 +8,8 @@ from torch import Tensor
 from .checks import check_cu_seqlens, narrowed
 
 
-def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -> str | None:
-    """Classify by shape: 'index' (none given), 'positions', 'offsets', or None if none fits."""
-    if positions is None:
-        return "index"
+def position_kind(positions: Tensor, shape: torch.Size, sequences: int) -> str | None:
+    """Classify by shape: 'positions', 'offsets', or None if neither fits."""
     batch, seqlen = shape[0], shape[1]
     dims = tuple(positions.shape)
     if dims in ((seqlen,), (batch, seqlen), (1, seqlen)):

@@ -131,14 +131,15 @@ def rope_attention(
     check_kinds(name, call)
     if backend is not None and isinstance(q, Tensor):
         _backends.require(name, backend, BACKENDS, q.device.type, missing)
-    if torch.compiler.is_compiling():
-        call = with_log_n(name, log_n, q, k, call)
-        out, lse = op.forward(q, k, v, call, backend)
-        return (out, lse) if return_lse else out
-    if log_n is not None or freqs.log_decay is not None:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (log_n is not None or freqs.log_decay is not None):
         check_attention(name, q, k, v, call)  # what reads tensors before the op does
         check_values(name, call, len(q))
-    call = with_log_n(name, log_n, q, k, call)
+    if log_n is not None:
+        call = with_log_n(name, log_n, q, k, call)
+    if compiling:
+        out, lse = op.forward(q, k, v, call, backend)
+        return (out, lse) if return_lse else out
     if freqs.log_decay is not None:
         check_decay(name, freqs, q, k, call)
     try:
@@ -258,13 +259,13 @@ def rope_attention_with_kvcache(
     _refuse_gradients(name, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     if backend is not None and isinstance(q, Tensor):
         _backends.require(name, backend, DECODE_BACKENDS, q.device.type)
-    if compiling:
+    if not compiling and (log_n is not None or freqs.log_decay is not None):
+        check_decode(name, q, k, v, cache, call)  # what reads tensors before the op does
+    if log_n is not None:
         call = with_log_n_of_cache(name, log_n, q, cache, call)
+    if compiling:
         out, lse = op.decode(q, k, v, cache, call, backend)
         return (out, lse) if return_lse else out
-    if log_n is not None or freqs.log_decay is not None:
-        check_decode(name, q, k, v, cache, call)  # what reads tensors before the op does
-    call = with_log_n_of_cache(name, log_n, q, cache, call)
     if freqs.log_decay is not None:
         check_new_keys(name, freqs, score, k, cache_seqlens, cache_leftpad, cu_seqlens_q)
     try:

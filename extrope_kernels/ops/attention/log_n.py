@@ -12,21 +12,15 @@ from .checks import check_log_n, check_query_scale
 from .rotation import positions
 
 
-def with_log_n(
-    op: str, log_n: float | None, q: Tensor, k: Tensor, call: AttentionCall
-) -> AttentionCall:
-    """Return the call with the factors of log_n, if it is not None, in its query_scale."""
-    if log_n is None:
-        return call
+def with_log_n(op: str, log_n: float, q: Tensor, k: Tensor, call: AttentionCall) -> AttentionCall:
+    """Return the call with the factors of log_n in its query_scale."""
     return scaled_by_log_n(op, log_n, positions(q, k, call)[0], q, call)
 
 
 def with_log_n_of_cache(
-    op: str, log_n: float | None, q: Tensor, cache: KVCache, call: AttentionCall
+    op: str, log_n: float, q: Tensor, cache: KVCache, call: AttentionCall
 ) -> AttentionCall:
     """Return the call likewise; its queries are the last tokens of each sequence in the cache."""
-    if log_n is None:
-        return call
     tokens = q.shape[1] if call.cu_seqlens is None else call.cu_seqlens.diff()
     placed = call._replace(q_start=cache.lengths() - tokens)
     return scaled_by_log_n(op, log_n, positions(q, q, placed)[0], q, call)

@@ -49,7 +49,7 @@ class Powers(NamedTuple):
         """Return (batch or 1, seqlen) int64, wrapped at 2**63; shape: (batch, seqlen, ...)."""
         positions, cu_seqlens = self.positions, self.cu_seqlens
         sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        kind = _positions.position_kind(positions, shape, sequences)
+        kind = None if positions is None else _positions.position_kind(positions, shape, sequences)
         if kind == "offsets":
             positions = positions.reshape(-1)
         elif kind == "positions" and positions.dim() == 1:

@@ -149,7 +149,7 @@ def check_norm_eps(norm_eps: float) -> None:
         raise ValueError(f"rope: norm_eps must be >= 0, got {norm_eps}")
 
 
-def position_kind(positions: Tensor | None, shape: torch.Size, sequences: int) -> str | None:
+def position_kind(positions: Tensor, shape: torch.Size, sequences: int) -> str | None:
     """Return the kind of positions of one axis, or 'positions by axis'."""
     kind = position_kind_of_one_axis(positions, shape, sequences)
     if kind is None and positions.dim() == 3 and positions.shape[0] >= 1:

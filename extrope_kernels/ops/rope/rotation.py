@@ -74,8 +74,9 @@ def resolve(
     if cu_seqlens is not None:
         tensors = [x.unsqueeze(0) for x in tensors]
     sequences = tensors[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    kind = position_kind(positions, tensors[0].shape, sequences)
+    kind = None
     if positions is not None:
+        kind = position_kind(positions, tensors[0].shape, sequences)
         if kind == "offsets":
             positions = positions.reshape(-1)
         elif positions.dim() == 1:

@@ -10,14 +10,12 @@ import triton.language as tl
 CHIPS_WITH_FP8 = 89
 
 
-def kind_of_cache(is_fp8: bool, chip: int | str | None) -> int:
-    """Choose how kernels read a cache; chip: from `chip_of`.
+def kind_of_cache(chip: int | str | None) -> int:
+    """Choose how kernels read a cache in fp8; chip: from `chip_of`.
 
-    0: not in fp8; 1: by integers, on any chip; 2: two numbers at a time, on NVIDIA's chips; 3: by
-    the chip's own instruction.
+    1: by integers, on any chip; 2: two numbers at a time, on NVIDIA's chips; 3: by the chip's own
+    instruction.
     """
-    if not is_fp8:
-        return 0
     if not isinstance(chip, int):
         return 1
     return 3 if chip >= CHIPS_WITH_FP8 else 2

@@ -1,4 +1,9 @@
-"""Cosines and sines shared by several ops: device functions."""
+"""Cosines and sines shared by several ops, and angles in fixed point: device functions.
+
+In fixed point, angles are exact at any position without float64 in a loop: a frequency is an int64
+that counts 2**-64 circles per position. Its product with a position wraps modulo one circle, so the
+angle is as exact at position a billion as at ten.
+"""
 
 import triton
 import triton.language as tl
@@ -36,3 +41,22 @@ def add_quarters(cos, sin, quarters):
     swapped_cos = tl.where(((quarters + 1) & 2) != 0, -swapped_cos, swapped_cos)
     swapped_sin = tl.where((quarters & 2) != 0, -swapped_sin, swapped_sin)
     return swapped_cos, swapped_sin
+
+
+@triton.jit
+def fixed_angle(inv_freq, position):
+    """Return the int64 angle of a float64 position; position 1 gives the frequency."""
+    TURNS_PER_RADIAN: tl.constexpr = 0.15915494309189535
+    WHOLE: tl.constexpr = 18446744073709551616.0  # 2**64
+    turns = inv_freq.to(tl.float64) * TURNS_PER_RADIAN * position
+    return ((turns - tl.floor(turns + 0.5)) * WHOLE).to(tl.int64)
+
+
+@triton.jit
+def cos_sin(angle):
+    """Return cosine and sine of int64 angles, to float32 accuracy."""
+    RADIANS: tl.constexpr = 1.4629180792671596e-09  # radians in 2**-32 circles
+    top = (angle >> 32).to(tl.int32)
+    quadrant = (top + 536870912) >> 30  # nearest quarter; the sum may wrap, as it should
+    cos, sin = cos_sin_polynomials((top - (quadrant << 30)).to(tl.float32) * RADIANS)
+    return add_quarters(cos, sin, quadrant)

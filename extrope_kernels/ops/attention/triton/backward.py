@@ -28,7 +28,7 @@ The mask: a query's own key is the last one that it sees, key i + shift for row 
 region r, the query whose own key is i sees the keys j with begin(r) <= j < begin(r + 1), where
 begin(r) = block(i) + starts[r], but not below i + 1 - window, and begin(regions) = i + 1; all are
 clamped to the keys that exist. block() rounds down to a multiple of granularity, counted by
-position: queries of one chunk of DCA share their starts. starts are at most 0, and rise. mask.py
+position: queries of a dual_chunk chunk share starts. starts are at most 0, and rise. mask.py
 has these as region_begin, inverted as queries_end, with a picture. keys_seen and queries_that_see
 return a Seen: for row i of the block [row_begin[i], row_end[i]), of all its rows [begin, end). They
 cut that into num_full blocks that all rows see, and num_masked others; block_start says where the

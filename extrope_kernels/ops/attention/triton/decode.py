@@ -10,7 +10,7 @@ merges their results (splits.py).
 The mask: in region r, a query at position p sees the keys j with begin(r) <= j < begin(r + 1),
 where begin(r) = block(p) + starts[r], but with a sliding window not below p + 1 - window, and
 begin(regions) = p + 1; all are clamped to the keys that exist. block() rounds down to a multiple of
-granularity: queries of one chunk of DCA share their starts. starts are at most 0, and rise. mask.py
+granularity: queries of a dual_chunk chunk share starts. starts are at most 0, and rise. mask.py
 has these as region_begin, with a picture. Its other arguments are seqlen_k and the position of key
 0, which is 0 here: key j has position j.
 
@@ -545,7 +545,7 @@ def constants_of(
         paged=cache.block_table is not None,
         padded=cache.leftpad is not None,
         packed=packed,
-        codes=kind_of_cache(cache.k.dtype == FP8, chip_of(q)),
+        codes=kind_of_cache(chip_of(q)) if cache.k.dtype == FP8 else 0,
         widen=chip_of(q) is None,  # interpreted
     )
     several = q.shape[1] > 1 or packed

@@ -15,8 +15,8 @@ block of queries.
 The mask: a query's own key is the last one that it sees. In region r, the query whose own key is i
 sees the keys j with begin(r) <= j < begin(r + 1), where begin(r) = block(i) + starts[r], but with a
 sliding window not below i + 1 - window, and begin(regions) = i + 1; all are clamped to the keys
-that exist. block() rounds down to a multiple of granularity, counted by position: queries of one
-chunk of DCA share their starts; in ReRoPE granularity is 1. starts are at most 0, and rise. mask.py
+that exist. block() rounds down to a multiple of granularity, counted by position: queries of a
+dual_chunk chunk share starts; in ReRoPE granularity is 1. starts are at most 0, and rise. mask.py
 has these as region_begin, with a picture.
 
 block_of_queries finds a program's Queries: `rows` of one head from `token` on, first_row, the first

@@ -7,7 +7,7 @@ sees the keys j with begin(r) <= j < begin(r + 1), where
     begin(r) = max(block(i) + starts[r], i + 1 - window)        begin(regions) = i + 1
 
 clamped to what comes after, and to the keys that exist. block() rounds down to a multiple of
-MODEL.granularity, counted by position: queries of one chunk of DCA share their starts. Without a
+MODEL.granularity, counted by position: queries of a dual_chunk chunk share starts. Without a
 sliding window, the second term is absent. starts are at most 0, and rise.
 
 MODEL is the ModelConstants of device.py; region_begin also takes that of decode.py.

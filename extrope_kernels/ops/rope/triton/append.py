@@ -234,8 +234,8 @@ def build_append(call: Append, num_counters: int = 0) -> Launch:
             f"got {call.k.shape[-1]} and {call.v.shape[-1]}"
         )
     out = None if call.q is None else torch.empty_like(call.q)  # for its strides
-    heads = (call.q, call.k, out, call.v)
-    q, k, out, v = (x[None] if call.packed and x is not None else x for x in heads)
+    heads, packed = (call.q, call.k, out, call.v), call.k.dim() == 3
+    q, k, out, v = (x[None] if packed and x is not None else x for x in heads)
     rotates, positions = by.inv_freq is not None, by.positions
     # Without a rotation all dims are copied, as if they were pairs.
     inv_freq = by.inv_freq if rotates else k.new_empty(max(k.shape[3] // 2, 1))
