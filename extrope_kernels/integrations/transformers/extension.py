@@ -72,8 +72,7 @@ def extend(
 
     1. at position 0: what each attention gets without a rotation;
     2. at positions 0 to 3: which dims rotate, in which pairs, and if the op attends as the layer;
-    3. backwards, as two packed sequences, and louder: if tokens mix elsewhere, if masks tell
-       sequences apart, and if a norm undoes an amplitude;
+    3. backwards and louder: if tokens mix elsewhere, and if a norm undoes an amplitude;
     4. with everything in place, norms of queries and keys too.
 
     A mesh alone runs two and the last; a frequency method the last one, in models with such norms.

@@ -126,7 +126,6 @@ class ScoreHooks:
         self.score = rotaries[0].request.score
         self.needs_mask = probe.needs_mask
         self.others_mix = probe.others_mix
-        self.separates = probe.separates
         self.argument_names = argument_names(owner)
         self.layer_argument_names = {
             layer: argument_names(layer) for layer in [*probe.far, *probe.near]
@@ -233,9 +232,8 @@ class ScoreHooks:
             raise ValueError(
                 "extend: packed rows must come without a cache, got one; pad rows to generate"
             )
-        # transformers makes masks of packed sequences only if it gets positions and no mask.
         told = {"position_ids": batch.positions, "attention_mask": None}
-        if not self.separates:
+        if self.needs_mask:
             told["attention_mask"] = packed_masks(module, tokens, batch.positions)
         return told | ({"use_cache": False} if "use_cache" in self.argument_names else {})
 
@@ -273,7 +271,7 @@ class ScoreHooks:
 def packed_masks(module: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
     """Return the masks of packed rows, by kind of layers, as `generate` prepares masks.
 
-    For models that take them, but make their own without positions.
+    Some models make their own without positions (GPT-OSS, AFMoE).
     """
     from transformers.masking_utils import create_masks_for_generate
 
@@ -287,13 +285,7 @@ def packed_masks(module: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
     }
     names = inspect.signature(create_masks_for_generate).parameters
     arguments = {name: value for name, value in arguments.items() if name in names}
-    masks = create_masks_for_generate(**arguments)
-    if masks is None:
-        raise ValueError(
-            f"extend: packed rows need masks that tell them apart, which {type(module).__name__} "
-            "does not make; give each sequence a row"
-        )
-    return masks
+    return create_masks_for_generate(**arguments)
 
 
 def _own(attention: ScoreAttention) -> Any:

@@ -3,8 +3,8 @@
 The model runs with an attention that only records its arguments: once with tables of position 0,
 once with those of positions 0 to 3 and of frequencies for the probe. The difference is the
 rotation, wherever in a layer it happens. Then the op attends to the same arguments by a score that
-changes nothing, and must give the results of the layer's own attention. A third run, backwards, by
-louder tables and as two packed sequences, tells what else must be known.
+changes nothing, and must give the results of the layer's own attention. A third run, backwards and
+by louder tables, tells what else must be known.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _fsdp_modules(module: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def probe_layers(owner: nn.Module, backwards: bool = False, **options: Tensor) -> Any:
+def probe_layers(owner: nn.Module, backwards: bool = False) -> Any:
     """Run an owner, or its `first_call`, on four tokens without dropout; return its output.
 
     backwards: True for the last token first.
@@ -162,10 +162,9 @@ def probe_layers(owner: nn.Module, backwards: bool = False, **options: Tensor) -
     embed = getattr(owner, "get_input_embeddings", None)
     weights = embed() if embed is not None else owner
     tokens = torch.arange(TOKENS, device=_device_of(weights))[None]
-    options = {name: value.to(tokens.device) for name, value in options.items()}
     tokens = tokens.flip(1) if backwards else tokens
     with without_dropout(owner):
-        output = owner(input_ids=tokens, use_cache=False, **options)
+        output = owner(input_ids=tokens, use_cache=False)
     for module in _fsdp_modules(owner):
         module.reshard()  # the root keeps its parameters whole for a backward
     return output
@@ -246,8 +245,6 @@ class LayerProbe:
     others_mix: True if tokens mix outside of attention (convolutions, states).
     needs_mask: True if something else than the attention of far layers may use the mask: padding
         would change other tokens in convolutions and states.
-    separates: True if the masks of near layers tell packed sequences apart by their positions;
-        transformers makes those of some models without positions (GPT-OSS, AFMoE).
     around: the layer of a rotary embedding that belongs to one layer.
 
     Raises ValueError if a layer does something that the ops do not.
@@ -279,7 +276,7 @@ class LayerProbe:
                 name = type(layer).__name__
                 reason = f"{name} computes its attention itself, with nothing to replace"
                 raise unsupported(owner, reason)
-        back = self._backwards()
+        back = self._record(still=True, backwards=True, amplitude=_AMPLITUDE)
         self.seen, self._loud = moved.seen, back.seen
         rotates = [
             self._sort(each, still.seen[each], moved.seen[each], layers) for each in self.seen
@@ -290,20 +287,10 @@ class LayerProbe:
         self.others_mix = mixes(still.output, back.output)
         all_far = len(self.far) == getattr(owner.config, "num_hidden_layers", None)
         self.needs_mask = self.others_mix or not all_far
-        implementation = getattr(owner.config, "_attn_implementation", None)
-        self.separates = self.others_mix or not any(
-            leaks(back.masks[layer], implementation) for layer in self.near
-        )
 
-    def _backwards(self) -> Recorder:
-        """Run the owner on the last token first, as two packed sequences, by louder tables."""
-        options = {"still": True, "backwards": True, "amplitude": _AMPLITUDE}
-        try:
-            return self._record(position_ids=torch.arange(TOKENS)[None] % 2, **options)
-        except ValueError:  # a model of tokens with several positions, which are never packed
-            return self._record(**options)
-
-    def _record(self, still: bool = False, amplitude: float = 1.0, **options: Any) -> Recorder:
+    def _record(
+        self, still: bool = False, backwards: bool = False, amplitude: float = 1.0
+    ) -> Recorder:
         """Run the owner on four tokens; still: True for all of them at position 0."""
         recorder = Recorder(self.calls)
         overrides = [
@@ -312,7 +299,7 @@ class LayerProbe:
         ]
         try:
             with recorder.in_place(overrides):
-                recorder.output = probe_layers(self.first_call, **options)
+                recorder.output = probe_layers(self.first_call, backwards)
         except UnfitLayer as unfit:
             raise unsupported(self.owner, str(unfit)) from unfit
         except Exception as error:  # a foreign layer may raise anything
@@ -384,16 +371,6 @@ class LayerProbe:
             return {"chunk_size": size} if size and layers == "all" else None
         window = window_of_cache(self.owner, layer)
         return {"sliding_window": window} if window else {}
-
-
-def leaks(mask: Any, implementation: str | None) -> bool:
-    """Return True if a layer's mask lets the last two tokens of the probe see the first two."""
-    if mask is None:  # other implementations read positions and boundaries themselves
-        return implementation in ("eager", "sdpa", "extrope")
-    if not isinstance(mask, Tensor) or mask.shape[-2:] != (TOKENS, TOKENS):
-        return False
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    return bool(seen[..., 2:, :2].any())
 
 
 def mixes(there: Any, back: Any) -> bool:
