@@ -1,10 +1,10 @@
-"""Dtypes of computation, and caches in float8_e4m3fn."""
+"""Dtypes of computation, and the numbers of caches in float8_e4m3fn."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,17 +45,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest finite float8_e4m3fn
-MISSING = "needs k_scale and v_scale, (heads_k,) float32"
-
-
-class Scales(NamedTuple):
-    """Scales of a cache's keys and values, (heads_k,) float32 each; None if it is not fp8."""
-
-    k: Tensor | None = None
-    v: Tensor | None = None
-
-
-NO_SCALES = Scales()
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
@@ -68,51 +57,6 @@ def dequantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if scale is None else x.to(dtype) * scale[:, None]
 
 
-def check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: Scales) -> None:
-    """Check that a cache has the other tensors' dtype, or fp8 with scales."""
-    given = [f"{n}_scale" for n, x in zip("kv", scales) if x is not None]
-    if cache.dtype == FP8 and len(given) == 2 and cache.device == like.device:
-        return
-    if cache.dtype == FP8 and len(given) < 2:
-        raise ValueError(f"{op}: {name} in {FP8} {MISSING}, got {given[0] if given else 'none'}")
-    if cache.dtype != FP8 and given:
-        raise ValueError(
-            f"{op}: k_scale and v_scale are for caches in {FP8}, got {name} in {cache.dtype}"
-        )
-    if cache.dtype != like.dtype or cache.device != like.device:
-        raise ValueError(
-            f"{op}: {name} must be {like.dtype} on {like.device} like q, k and v, or {FP8} with "
-            f"k_scale and v_scale, got {cache.dtype} on {cache.device}"
-        )
-
-
 def as_bits(cache: Tensor) -> Tensor:
     """View fp8 as bytes for Triton's kernels: some of their chips lack the type."""
     return cache.view(torch.int8)
-
-
-def check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
-    """Check the scales if given: one per head."""
-    for name, x in zip(("k_scale", "v_scale"), scales):
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
-        fits = (
-            x.layout == torch.strided
-            and x.shape == (heads,)
-            and x.dtype == torch.float32
-            and x.is_contiguous()
-        )
-        if not fits or x.device != like.device:
-            raise ValueError(
-                f"{op}: {name} must be contiguous float32 ({heads},) on {like.device}, "
-                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
-
-
-def check_scale_values(op: str, scales: Scales) -> None:
-    """Check that scales are positive, on a CPU, where reading them costs nothing."""
-    for name, x in zip(("k_scale", "v_scale"), scales):
-        if x is not None and not ((x > 0) & x.isfinite()).all():
-            raise ValueError(f"{op}: {name} must be positive numbers, got {x.tolist()}")

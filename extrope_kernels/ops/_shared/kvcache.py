@@ -10,15 +10,24 @@ from torch import Tensor
 from ...scores.base import PlainMap
 from .checks import (
     DTYPES,
+    check_cu_seqlens,
     check_ints,
     check_rows,
     has_values,
     meet,
     memory_of,
+    narrowed,
     overlaps_itself,
     share_bytes,
 )
-from .dtypes import FP8, NO_SCALES, Scales, check_cache_dtype, check_scale_values, check_scales
+from .dtypes import FP8
+
+
+class Scales(NamedTuple):
+    """Scales of a cache's keys and values, (heads_k,) float32 each; None if it is not fp8."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
 
 
 class KVCache(NamedTuple):
@@ -29,7 +38,7 @@ class KVCache(NamedTuple):
     seqlens: Tensor | None  # (batch,) int32: slots in use, left padding included
     block_table: Tensor | None = None  # (batch, max_pages) int32
     leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
-    scales: Scales = NO_SCALES  # for a cache in float8_e4m3fn
+    scales: Scales = Scales()  # for a cache in float8_e4m3fn
     appended: int = 0  # tokens that this call writes after seqlens
     cu_seqlens_new: Tensor | None = None  # boundaries of new tokens, if packed
     # Instead of block_table: page * page_size + slot of each new token, -1 for nowhere.
@@ -87,11 +96,43 @@ class KeyRotation(NamedTuple):
     decay_origin: float = 0.0
 
 
+def cache_lengths(
+    op: str,
+    cache_seqlens: Tensor | int,
+    x: Tensor,
+    cu_seqlens: Tensor | None = None,
+    name: str = "cu_seqlens",
+) -> Tensor:
+    """Return the lengths as ops take them: int64 narrowed, or one int for all sequences.
+
+    x: (batch, seqlen, heads, head_dim), or packed with cu_seqlens, the argument called `name`; one
+        sequence if packed without.
+    """
+    if isinstance(cache_seqlens, Tensor):
+        return narrowed(cache_seqlens)
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+        raise TypeError(
+            f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}"
+        )
+    if not 0 <= cache_seqlens < 2**31:
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's slots, got {cache_seqlens}"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: q must be a Tensor, got {type(x).__name__}")
+    # The op refuses a nested x by name.
+    batch = (x.size(0),) if x.is_nested else x.shape[:-3] or (1,)
+    if cu_seqlens is not None:
+        check_cu_seqlens(op, cu_seqlens, x, name)
+        batch = (cu_seqlens.shape[0] - 1,)
+    return torch.full(batch, cache_seqlens, dtype=torch.int32, device=x.device)
+
+
 def check_cache(op: str, cache: KVCache, like: Tensor, sequences: int) -> None:
     """Check a cache for `like`, the queries or the new keys of so many sequences."""
     for name, x in (("k_cache", cache.k), ("v_cache", cache.v)):
         check_rows(op, name, x, False, (*DTYPES, FP8))
-        check_cache_dtype(op, name, x, like, cache.scales)
+        _check_cache_dtype(op, name, x, like, cache.scales)
     if cache.v.shape[:-1] != cache.k.shape[:-1]:
         raise ValueError(
             f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for head_dim, "
@@ -103,7 +144,7 @@ def check_cache(op: str, cache: KVCache, like: Tensor, sequences: int) -> None:
             f"{op}: k_cache must be ({blocks}, heads_k, {like.shape[-1]}), "
             f"got {tuple(cache.k.shape)}"
         )
-    check_scales(op, cache.scales, cache.k.shape[2], like)
+    _check_scales(op, cache.scales, cache.k.shape[2], like)
     for name, x, shape in (
         ("cache_seqlens", cache.seqlens, (sequences,)),
         ("cache_leftpad", cache.leftpad, (sequences,)),
@@ -122,6 +163,47 @@ def check_cache(op: str, cache: KVCache, like: Tensor, sequences: int) -> None:
         raise ValueError(f"{op}: cache_seqlens or slot_mapping must say where to write, got none")
     if cache.paged and cache.k.shape[1] == 0:
         raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
+
+
+def _check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: Scales) -> None:
+    """Check that a cache has the other tensors' dtype, or fp8 with scales."""
+    given = [f"{n}_scale" for n, x in zip("kv", scales) if x is not None]
+    if cache.dtype == FP8 and len(given) == 2 and cache.device == like.device:
+        return
+    if cache.dtype == FP8 and len(given) < 2:
+        raise ValueError(
+            f"{op}: {name} in {FP8} needs k_scale and v_scale, (heads_k,) float32, "
+            f"got {given[0] if given else 'none'}"
+        )
+    if cache.dtype != FP8 and given:
+        raise ValueError(
+            f"{op}: k_scale and v_scale are for caches in {FP8}, got {name} in {cache.dtype}"
+        )
+    if cache.dtype != like.dtype or cache.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be {like.dtype} on {like.device} like q, k and v, or {FP8} with "
+            f"k_scale and v_scale, got {cache.dtype} on {cache.device}"
+        )
+
+
+def _check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
+    """Check the scales if given: one per head."""
+    for name, x in zip(("k_scale", "v_scale"), scales):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+        fits = (
+            x.layout == torch.strided
+            and x.shape == (heads,)
+            and x.dtype == torch.float32
+            and x.is_contiguous()
+        )
+        if not fits or x.device != like.device:
+            raise ValueError(
+                f"{op}: {name} must be contiguous float32 ({heads},) on {like.device}, "
+                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
 
 
 def check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, like: Tensor) -> None:
@@ -188,7 +270,7 @@ def check_slots(
             raise ValueError(
                 f"{op}: {label} must rise from 0 to {name}'s {tokens} tokens at most, got {ends}"
             )
-    check_scale_values(op, cache.scales)
+    _check_scale_values(op, cache.scales)
     if cache.leftpad is not None and cache.leftpad.numel() and cache.leftpad.min() < 0:
         raise ValueError(f"{op}: cache_leftpad must be >= 0, got {cache.leftpad.tolist()}")
     if cache.slot_mapping is not None:
@@ -219,3 +301,10 @@ def check_slots(
             f"{op}: block_table must name pages between 0 and {cache.k.shape[0] - 1}, "
             f"got {used.tolist()}"
         )
+
+
+def _check_scale_values(op: str, scales: Scales) -> None:
+    """Check that scales are positive, on a CPU, where reading them costs nothing."""
+    for name, x in zip(("k_scale", "v_scale"), scales):
+        if x is not None and not ((x > 0) & x.isfinite()).all():
+            raise ValueError(f"{op}: {name} must be positive numbers, got {x.tolist()}")

@@ -20,9 +20,7 @@ from .._shared.checks import (
     refuse_flags,
 )
 from .._shared.decay import check_new_keys
-from .._shared.dtypes import Scales
-from .._shared.kvcache import KVCache, check_slots
-from .._shared.positions import cache_lengths
+from .._shared.kvcache import KVCache, Scales, cache_lengths, check_slots
 from . import flash_attn, op
 from .call import make_call
 from .checks import (

@@ -21,8 +21,8 @@ from .._shared.autograd import (
     wants_grad,
 )
 from .._shared.dtensor import replicated
-from .._shared.dtypes import Scales, accumulator
-from .._shared.kvcache import KVCache, check_slots, refuse_aliases
+from .._shared.dtypes import accumulator
+from .._shared.kvcache import KVCache, Scales, check_slots, refuse_aliases
 from .._shared.layouts import cached_by_layout, layout_key
 from .._shared.library import library, load_on_first_use, ops
 from . import flash_attn, reference

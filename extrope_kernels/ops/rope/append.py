@@ -26,10 +26,9 @@ from .._shared.checks import (
 )
 from .._shared.decay import check_new_keys, check_numbers
 from .._shared.dtypes import quantize
-from .._shared.kvcache import refuse_aliases
+from .._shared.kvcache import cache_lengths, refuse_aliases
 from .._shared.library import library, load_on_first_use, ops
 from .._shared.maps import SCHEMA, columns_of
-from .._shared.positions import cache_lengths
 from .append_checks import Append, check, check_values, read_append
 from .op import triton_kernels
 from .reference import rope_fwd

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...scores.base import PairRow
 from .._shared.checks import check_cu_seqlens, check_dense, check_matching, check_rows
-from .._shared.dtypes import Scales
-from .._shared.kvcache import KeyRotation, KVCache, check_cache, check_new, check_slots
+from .._shared.kvcache import KeyRotation, KVCache, Scales, check_cache, check_new, check_slots
 from .._shared.maps import SCHEMA, maps_of
 from .._shared.positions import sequence_of_token
 from . import checks as rope_checks
