@@ -114,10 +114,12 @@ def test_where_what_and_how(backend, name):
 
 
 def test_without_a_rotation(backend):
-    unread = ints(*range(4)).view(4, 1, 1)  # positions that no rotation asks for
-    step = Step(call={**CONTIGUOUS, "freqs": None, "positions": unread})
-    step.freqs = RopeFreqs(torch.zeros(16, device=device()))
-    step.check(backend, step.expected(SLOTS, ints(*range(5))))
+    """All dims are copied, whatever is said of positions and of the dims that would rotate."""
+    unread = {"positions": ints(*range(4)).view(4, 1, 1), "rotary_offset": 8}
+    for given in ({}, unread):
+        step = Step(call={**CONTIGUOUS, "freqs": None, **given})
+        step.freqs = RopeFreqs(torch.zeros(12, device=device()))
+        step.check(backend, step.expected(SLOTS, ints(*range(5))))
 
 
 # Triton too, wherever it is interpreted: no other packed step of its is always in the sample.
