@@ -7,7 +7,16 @@ import copy
 
 import pytest
 import torch
-from hf_models import CountOps, build, generate, gradients, logits, pairs, tokens
+from hf_models import (
+    CountOps,
+    assert_as_exact_as,
+    build,
+    generate,
+    gradients,
+    logits,
+    pairs,
+    tokens,
+)
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import (
     ALL_ATTENTION_FUNCTIONS,
@@ -63,20 +72,23 @@ def test_the_op_norms(family, method, monkeypatch):
     parameters = METHODS[method]
     model, ids = normed(family), tokens(2, 40)
     layers, plain = model.config.num_hidden_layers, logits(model, ids)
+    twin = copy.deepcopy(model).double()
     with monkeypatch.context() as patch:
         for room in (frequencies, scores):
             patch.setattr(room, "tried_patches", lambda *_: Patches())
         with extend(model, method, **parameters):
             assert not deferred(model)
             own, text = logits(model, ids), generate(model, ids[:1, :20], max_new_tokens=6)
+        with extend(twin, method, **parameters):
+            exact, exact_text = logits(twin, ids), generate(twin, ids[:1, :20], max_new_tokens=6)
     with extend(model, method, **parameters):
         # A sliding layer's tables are the model's own.
         ours = layers - (family == "gemma3_text")
         assert len(deferred(model)) == 2 * ours
         with CountOps() as count:
-            assert_close(logits(model, ids), own)
+            assert_as_exact_as(logits(model, ids), own, exact)
         assert count.of("extrope.rope_norm_fwd") == ours
-        assert_close(generate(model, ids[:1, :20], max_new_tokens=6), text)
+        assert_as_exact_as(generate(model, ids[:1, :20], max_new_tokens=6), text, exact_text)
     assert not deferred(model) and torch.equal(logits(model, ids), plain)
 
 
@@ -85,16 +97,16 @@ def test_the_op_norms(family, method, monkeypatch):
 )
 def test_training(method, parameters):
     model, grads = normed("qwen3"), {}
-    for name in ("own", "ours"):
+    for name in ("exact", "own", "ours"):
+        model = model.double() if name == "exact" else model.float()
         with extend(model, method, **parameters), contextlib.ExitStack() as stack:
-            if name == "own":  # a norm with a hook is left to the model
+            if name != "ours":  # a norm with a hook is left to the model
                 for module in deferred(model):
                     hook = model.get_submodule(module).register_forward_hook(lambda *_: None)
                     stack.callback(hook.remove)
             grads[name] = gradients(model, IDS)
     for name, x in grads["ours"].items():
-        scale = max(grads["own"][name].abs().max().item(), 1e-3)
-        torch.testing.assert_close(x, grads["own"][name], rtol=1e-3, atol=1e-4 * scale)
+        assert_as_exact_as(x, grads["own"][name], grads["exact"][name])
 
 
 @pytest.mark.parametrize("family", MODELS)

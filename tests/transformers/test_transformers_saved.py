@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -10,7 +11,16 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from hf_models import SCORE_PARAMETERS, TRAINED, build, freqs_of, logits, tokens, transformers
+from hf_models import (
+    SCORE_PARAMETERS,
+    TRAINED,
+    assert_as_exact_as,
+    build,
+    freqs_of,
+    logits,
+    tokens,
+    transformers,
+)
 from test_transformers_training import with_lora
 
 from extrope_kernels.integrations.transformers import extend, extend_from_saved
@@ -35,6 +45,13 @@ def loaded(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+def in_float64(model, method, **parameters):
+    """The logits of a float64 copy with this extension."""
+    model = copy.deepcopy(model).double()
+    with extend(model, method, **parameters):
+        return logits(model, IDS)
+
+
 def saved(model, folder, *extensions):
     """The logits of a model with these extensions, all of which are undone after it is saved."""
     handles = [extend(model, method, **parameters) for method, parameters in extensions]
@@ -55,7 +72,9 @@ def test_transformers_reads_what_a_config_can_name(method, parameters, length, l
     assert plain.config.max_position_embeddings == longest
     assert model.config.max_position_embeddings == TRAINED
     assert_same_frequencies(model, plain, method, parameters)
-    torch.testing.assert_close(logits(plain, IDS), want, rtol=1e-4, atol=1e-4)
+    narrow = build("llama")
+    with extend(narrow, method, **parameters):  # transformers' tables alone are float32, here all
+        assert_as_exact_as(logits(plain, IDS), logits(narrow, IDS), want)
     for again in (plain, build("llama").double()):
         with extend_from_saved(again, tmp_path) as handle:
             assert handle.length == length
@@ -92,7 +111,8 @@ def test_a_model_whose_layers_all_have_a_window(tmp_path):
     with extend(model, "pi", factor=4.0, layers="all") as handle:
         want = logits(model, IDS)
         handle.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(loaded(tmp_path), IDS), want, rtol=1e-3, atol=1e-3)
+    exact = in_float64(model, "pi", factor=4.0, layers="all")
+    assert_as_exact_as(logits(loaded(tmp_path), IDS), want, exact)
 
 
 @pytest.mark.parametrize("layers", ["full", "all"])
@@ -101,8 +121,9 @@ def test_a_model_with_a_rotation_for_each_kind_of_layers(layers, tmp_path):
     with extend(model, "pi", layers=layers, factor=4.0) as handle:
         want = logits(model, IDS)
         handle.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(loaded(tmp_path), IDS), want, rtol=1e-3, atol=1e-3)
     plain = loaded(tmp_path)
+    exact = in_float64(model, "pi", factor=4.0, layers=layers)
+    assert_as_exact_as(logits(plain, IDS), want, exact)
     with extend_from_saved(plain, tmp_path):
         assert torch.equal(logits(plain, IDS), want)
 
@@ -221,7 +242,8 @@ def test_a_model_whose_adapters_were_merged(tmp_path):
         adapted.merge_and_unload()
         want = logits(adapted.base_model.model, IDS)
         handle.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(loaded(tmp_path), IDS), want, rtol=1e-4, atol=1e-4)
+    exact = in_float64(adapted.base_model.model, "yarn", factor=4.0)
+    assert_as_exact_as(logits(loaded(tmp_path), IDS), want, exact)
 
 
 def test_a_length_of_the_users(tmp_path):
