@@ -48,6 +48,22 @@ def test_a_raw_cache_in_a_graph():
     assert torch.equal(compiled(q, k, v, lengths), step(q, k, v, lengths))
 
 
+def test_an_append_in_a_graph():
+    score = MADE["groups"].example.score
+    q, k, v = make_qkv(2, 1, 1, 4, 2, 32)
+    lengths = torch.tensor((3, 7), dtype=torch.int32, device=device())
+
+    def step(q, k, v, k_cache, v_cache, cache_seqlens):
+        given = {"score": score, "cache_seqlens": cache_seqlens}
+        return rope_append_kvcache(q, k, v, k_cache, v_cache, BASE, **given)
+
+    found = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        caches = [torch.zeros(2, 9, 2, 32, device=device()) for _ in range(2)]
+        found.append([run(q, k, v, *caches, lengths), *caches])
+    assert all(map(torch.equal, *found)) and all(x.any() for x in found[0])
+
+
 def test_nothing_to_do(any_backend):
     score = MADE["groups"].example.score
     for batch, seqlen_q, seqlen_k in ((0, 3, 3), (2, 0, 5), (2, 0, 0), (1, 4, 0)):
