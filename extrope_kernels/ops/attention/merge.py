@@ -17,7 +17,7 @@ from .._shared.autograd import (
     refuse_recording,
 )
 from .._shared.backends import missing
-from .._shared.checks import overlaps_itself, refuse_flags, share_memory
+from .._shared.checks import meet, memory_of, overlaps_itself, refuse_flags, share_bytes
 from .._shared.library import library, ops
 from .._shared.specs import ANY, FLOATS, LIKE, ROWS, Spec
 
@@ -108,9 +108,11 @@ def check(outs: Sequence[Tensor], lses: Sequence[Tensor], inplace: bool) -> None
         return
     if overlaps_itself(first) or overlaps_itself(lses[0]):
         raise ValueError(f"{OP}: outs[0] and lses[0] must not be expanded to be written to")
+    memory = [memory_of(x) for x in tensors]
     for written in (0, len(outs)):
         for i, x in enumerate(tensors):
-            if i != written and share_memory(tensors[written], x):
+            near = i != written and meet(memory[written], memory[i])
+            if near and share_bytes(tensors[written], x):
                 names = f"{table[written].name} and {table[i].name}"
                 raise ValueError(f"{OP}: {names} must not share memory to be written to")
 
