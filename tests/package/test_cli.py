@@ -67,16 +67,18 @@ def test_products_of_pairs_are_chosen_where_they_are_fast():
 
 
 CHECK_AND_INFO = """
-import extrope_cli
+import extrope_cli, sys
 from extrope_kernels import _ext
 extrope_cli.main(["check", {folder!r}, "--length", "128k"])
 assert not _ext._reasons, _ext._reasons
+heavy = ("modeling_llama", "integrations.transformers", "integrations.vllm", "evaluation")
+assert not [name for name in sys.modules if name.endswith(heavy)]
 extrope_cli.main(["info"])
 """
 
 
 @pytest.mark.usefixtures("no_library")
-def test_check_asks_for_no_library_and_info_says_why_there_is_none(tmp_path):
+def test_check_builds_nothing_and_info_says_why_there_is_no_library(tmp_path):
     """In a process without compiler, extras and cache."""
     pytest.importorskip("transformers")
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), 64)
@@ -175,7 +177,8 @@ def test_tokens_as_people_write_them(text, count):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["check", "--help"], ["fly"], ["eval", "--lengths", "x"]]
+    "arguments",
+    [[], ["check", "--help"], ["check", "nope.json"], ["fly"], ["eval", "--lengths", "x"]],
 )
 def test_help_and_mistakes_are_answered_without_torch(arguments, run_python):
     run_python(f"""

@@ -396,21 +396,6 @@ def test_the_method_is_the_one_that_extend_chooses(check, name):
     assert facts["advice"]["lines"]["extend"] == f'extend(model, "{handle.method}"{given})'
 
 
-def test_nothing_is_built_to_read_a_file(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    told = ("modeling_llama", "integrations.transformers", "integrations.vllm", "evaluation")
-    call = f"extrope_cli.main(['check', {str(tmp_path)!r}, '--length', '8k'])"
-    code = f"import sys, extrope_cli; {call}\n"
-    code += f"assert not [m for m in sys.modules if m.endswith({told!r})]"
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-
-def test_a_file_that_is_not_there_is_answered_without_torch():
-    code = "import sys, extrope_cli\nassert extrope_cli.main(['check', 'nope.json']) == 2"
-    code += "\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
-
-
 def test_a_length_within_reach(check):
     facts, text = check(LLAMA, "--length", "4096")
     assert facts["advice"]["first"] is None and facts["advice"]["lines"] == {}
