@@ -15,7 +15,7 @@ from .. import methods
 from ..integrations._shared.choice import Choice, choose_method, images_refused
 from ..scores import SCORES
 from .facts import Facts
-from .source import Source
+from .source import Source, with_one_axis
 
 PAGE = "docs/guide/measured.md"
 _ENGINES = ("transformers", "vLLM", "SGLang", "LMDeploy", "llama.cpp")
@@ -27,6 +27,9 @@ _LEFT_OUT = {
 }
 _TRAINED_UNDER = (
     "left out: no rope_parameters scale the {} that the model was trained with; extend does"
+)
+_OF_IMAGES = (
+    "; with images or video YaRN's factor is to be smaller: Qwen advises 2 to 3 where text takes 4"
 )
 # The rope_parameters that YaRN replaces.
 _SCALING = ("factor", "rope_type", "type", "alpha")
@@ -59,7 +62,9 @@ def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
     first = _choose(source, facts, length)
     factor = length / facts.length.trained
     more = "; more than its factor for far details" if first.method == "yarn" else ""
-    why = f"{first.reason}{more} ({PAGE}){_of_images(facts)}"
+    why = f"{first.reason}{more} ({PAGE})"
+    if any(each.sections for each in facts.rotations):
+        why += _OF_IMAGES
     given = "".join(f", {name}={value!r}" for name, value in first.parameters.items())
     served = "MODEL" if source.gguf or Path(model).is_file() else shlex.quote(model)
     lines = {
@@ -102,20 +107,6 @@ def _choose(source: Source, facts: Facts, length: int) -> Choice:
     return chosen
 
 
-def _axes(facts: Facts) -> bool:
-    return any(each.sections for each in facts.rotations)
-
-
-def _of_images(facts: Facts) -> str:
-    """Return what is known of YaRN for tokens with several positions (mRoPE)."""
-    if not _axes(facts):
-        return ""
-    return (
-        "; with images or video YaRN's factor is to be smaller: Qwen advises 2 to 3 where text "
-        "takes 4"
-    )
-
-
 def _rope_parameters(source: Source, facts: Facts, factor: float) -> dict[str, Any]:
     """Return config.rope_parameters with YaRN for the layers that see all tokens."""
     old = facts.rope_parameters
@@ -134,7 +125,8 @@ def _left_out(source: Source, facts: Facts) -> str | None:
     rope_type = facts.rope_parameters.get("rope_type", "default")
     if rope_type in _LEFT_OUT:
         return _LEFT_OUT[rope_type]
-    over = methods.trained(source.config, layer_type=facts.full_kind).inv_freq
+    config = with_one_axis(source.config)
+    over = methods.trained(config, layer_type=facts.full_kind).inv_freq
     base = facts.rope_parameters.get("rope_theta") or 10000.0
     plain = torch.equal(over, methods.rope(2 * len(over), base=base).inv_freq)
     return None if plain else _TRAINED_UNDER.format(rope_type)

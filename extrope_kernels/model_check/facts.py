@@ -13,7 +13,7 @@ from .. import methods
 from .._usage import UsageError
 from ..integrations._shared.choice import why_no_score
 from ..methods import is_bounded
-from .source import Source
+from .source import Source, with_one_axis
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,7 +22,10 @@ _LONGEST = "max_position_embeddings"
 _OUR_NAMES = {"default": "rope", "mrope": "rope", "linear": "pi", "dynamic": "dynamic_ntk"}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 # By model_type: only layers with a window rotate, which no configuration says.
-_ROTATE_WITH_A_WINDOW = ("afmoe", "beam", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+_ROTATE_WITH_A_WINDOW = (
+    *("afmoe", "beam", "cohere2", "cohere2_moe", "exaone4", "exaone_moe"),
+    *("flint", "kolibri1", "lara_mini"),
+)
 
 
 @dataclass(frozen=True)
@@ -197,14 +200,16 @@ Layer = tuple[str, bool, "int | None"]
 
 
 def _layers(config: PreTrainedConfig) -> list[Layer]:
-    count = config.num_hidden_layers
+    if (count := getattr(config, "num_hidden_layers", None)) is None:  # Blt's parts have layers
+        raise UsageError(f"{type(config).__name__} names no num_hidden_layers")
     window = next((value for name in _WINDOWS if (value := getattr(config, name, None))), None)
     longest = getattr(config, _LONGEST, None)
     if window and longest and window >= longest:
         window = None
     same = "sliding_attention" if window else "full_attention"
     names = getattr(config, "layer_types", None) or [same] * count
-    rotate = getattr(config, "no_rope_layers", None) or [True] * count
+    by_layer = ("no_rope_layers", "layer_rope_theta")  # false for layers that do not rotate
+    rotate = next(filter(None, (getattr(config, key, None) for key in by_layer)), [True] * count)
     with_window = config.model_type in _ROTATE_WITH_A_WINDOW and any(map(is_bounded, names))
     found = []
     for name, rotates in zip(names, rotate, strict=False):
@@ -223,19 +228,19 @@ def _long_window(config: PreTrainedConfig) -> str | None:
 
 
 def _attends(kind: str) -> bool:
-    return "attention" in kind and "linear" not in kind
+    return "hybrid" in kind or ("attention" in kind and "linear" not in kind)
 
 
 def _rotations(source: Source, layers: list[Layer], trained: int) -> Iterator[Rotation]:
     """Yield a `Rotation` for each kind of layers."""
+    config = with_one_axis(source.config)
     for (kind, rotates, window), count in Counter(layers).items():
         if not rotates:
             yield Rotation(kind, count, window)
             continue
-        config = source.config
-        parameters = config.rope_parameters.get(kind)
+        parameters = source.config.rope_parameters.get(kind)
         key = kind if isinstance(parameters, Mapping) else None
-        parameters = config.rope_parameters if key is None else parameters
+        parameters = source.config.rope_parameters if key is None else parameters
         freqs = methods.from_hf_config(config, layer_type=key)
         rotating = int((freqs.inv_freq > 0).sum())
         of_training = methods.trained(config, layer_type=key).inv_freq[:rotating].double()

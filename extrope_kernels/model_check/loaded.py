@@ -7,7 +7,6 @@ probe of `extend` finds the rotary embeddings, and tells the column of each pair
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import math
@@ -33,7 +32,7 @@ from ..integrations.transformers.probe.rotary import (
     probe_numbers,
     rotary_embeddings,
 )
-from .source import Source
+from .source import Source, with_one_axis
 
 AS_STATED = "as stated"
 _SHOWS = 0.01  # an error of a cosine that counts
@@ -197,13 +196,6 @@ def _parameters(config: Any, kind: str | None) -> Mapping[str, Any]:
     return parameters.get(kind) or {} if kind in parameters else parameters
 
 
-def _with_one_axis(config: Any) -> Any:
-    """Return a configuration without the axes of mRoPE, which agree on a text."""
-    config, parameters = copy.copy(config), config.rope_parameters or {}
-    config.rope_parameters = {k: v for k, v in parameters.items() if k != "mrope_section"}
-    return config
-
-
 def _described(config: Any, kind: str | None) -> str:
     parameters = _parameters(config, kind)
     factor, base = parameters.get("factor"), parameters.get("rope_theta")
@@ -233,7 +225,7 @@ class _Run:
     """
 
     def __init__(self, owner: nn.Module, rotary: nn.Module, kind: str | None, config: Any) -> None:
-        self.rotary, self.kind, self.config = rotary, kind, _with_one_axis(config)
+        self.rotary, self.kind, self.config = rotary, kind, with_one_axis(config)
         self.length = getattr(config, "max_position_embeddings", None) or 8192  # RecurrentGemma
         by_length = _parameters(config, kind).get("rope_type", "default").startswith(_BY_LENGTH)
         # Positions below it have one set of frequencies.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import json
@@ -56,8 +57,8 @@ class Source:
     def code(self) -> str:
         """The text of transformers' modules for such a model, which are not imported."""
         names = dict.fromkeys(type(each).__module__ for each in (self.whole, self.config))
-        modules = (each for name in names for each in (name, modeling_of(name)))
-        found = map(importlib.util.find_spec, modules)
+        modeling = (name.replace(".configuration_", ".modeling_") for name in names)
+        found = map(importlib.util.find_spec, (*names, *modeling))
         return "".join(Path(each.origin).read_text() for each in found if each and each.origin)
 
     def ignored(self) -> list[str]:
@@ -88,9 +89,14 @@ class Source:
         return takes or bool(getattr(self.config, "use_bidirectional_attention", None))
 
 
-def modeling_of(configuration: str) -> str:
-    """Return the name of the module with the classes of a configuration's models."""
-    return configuration.replace(".configuration_", ".modeling_")
+def with_one_axis(config: Any) -> Any:
+    """Return a configuration without the axes of mRoPE, which agree on a text.
+
+    A model reads a text whatever its sections add up to.
+    """
+    config, parameters = copy.copy(config), config.rope_parameters or {}
+    config.rope_parameters = {k: v for k, v in parameters.items() if k != "mrope_section"}
+    return config
 
 
 def read_source(name: str) -> Source:
@@ -161,8 +167,6 @@ def _from_json(name: str, path: Path) -> Source:
 
 def _from_gguf(path: Path) -> Source:
     """Read a GGUF file's metadata without its vocabulary, which takes transformers long."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
     require("gguf")
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from transformers import AutoConfig

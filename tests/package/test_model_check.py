@@ -22,6 +22,7 @@ from extrope_kernels.integrations._shared import choice
 from extrope_kernels.model_check import advice
 
 transformers = pytest.importorskip("transformers")
+import tiny_models  # noqa: E402
 
 CHOOSE = Path(__file__).parents[2] / advice.PAGE
 SIZES = {
@@ -381,6 +382,42 @@ CHOSEN = {
 }
 
 
+NOT_TOLD = {
+    # `extend` finds more by running them.
+    *("DiffusionGemmaForBlockDiffusion", "DogeForCausalLM", "IdeficsForVisionText2Text"),
+    "UnlimitedOcrForConditionalGeneration",
+    # Their configurations do not say what `check` reads.
+    *("BltForCausalLM", "DeepseekV4ForCausalLM", "RecurrentGemmaForCausalLM"),
+    # They need timm.
+    *("FastVlmForConditionalGeneration", "Gemma3nForConditionalGeneration"),
+    "PerceptionLMForConditionalGeneration",
+}
+# Layers that attend beside a state space, and those that rotate only within a window.
+ALWAYS = ("FalconH1ForCausalLM", "LaraMiniForCausalLM", "MuseSparkForConditionalGeneration")
+
+
+def chosen_by_extend(model, length):
+    with extend(model, length=length) as handle:
+        given = "".join(f", {k}={v}" for k, v in handle.applied.parameters.items())
+    return f'extend(model, "{handle.method}"{given})'
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.thorough)
+        for name in tiny_models.rotary_classes()
+        if name not in NOT_TOLD
+    ],
+)
+def test_the_method_is_the_one_that_extend_chooses_for_every_class(check, name):
+    """An `extend` that changes nothing stands for no advice."""
+    model = tiny_models.build(name)
+    facts, _ = check(json.loads(model.config.to_json_string()), "--length", "512")
+    as_it_is = 'extend(model, "rope")'
+    assert facts["advice"]["lines"].get("extend", as_it_is) == chosen_by_extend(model, 512)
+
+
 @pytest.mark.parametrize("name", CHOSEN)
 def test_the_method_is_the_one_that_extend_chooses(check, name):
     facts, _ = check(config := CHOSEN[name], "--length", "32k")
@@ -391,9 +428,7 @@ def test_the_method_is_the_one_that_extend_chooses(check, name):
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms of ones would hide where a model rotates
             parameter.data += 0.2 * torch.randn_like(parameter)
-    with extend(model, length=32768) as handle:
-        given = "".join(f", {k}={v}" for k, v in handle.applied.parameters.items())
-    assert facts["advice"]["lines"]["extend"] == f'extend(model, "{handle.method}"{given})'
+    assert facts["advice"]["lines"]["extend"] == chosen_by_extend(model, 32768)
 
 
 def test_a_length_within_reach(check):
@@ -472,6 +507,7 @@ MISTAKES = (  # a file, what it holds, what is said of it
     ("still.json", {"model_type": "gpt2"}, "does not rotate: it has no rope_parameters"),
     ("shaped.json", LLAMA | {"num_attention_heads": "eight"},
      "'num_attention_heads' expected int, got str"),  # not cut at the first line
+    ("blt.json", {"model_type": "blt"}, "BltConfig names no num_hidden_layers"),
     ("short.json", LLAMA | {"max_position_embeddings": 0},
      "max_position_embeddings must be > 0, got 0"),
     ("damaged.gguf", "GGUF" + 40 * "\0", "cannot be read: "),
