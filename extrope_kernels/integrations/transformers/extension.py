@@ -334,7 +334,7 @@ class Extension:
         self.applied = applied
         self.before: Extension | None = None
         self.reason: str | None = None
-        self._layers = len(patches.layers)
+        self._layers = 0  # that attend by a score method
         self._by_length = patches.by_length
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._undo: list[Callable[[], None]] = []
@@ -399,8 +399,8 @@ class Extension:
         self._add(patches)
         for more in patches.then:
             self.complete(more())
-        if patches.layers:
-            self._layers = len(patches.layers)
+        if patches.probe is not None:
+            self._layers = len(patches.probe.far)
 
     def _add(self, patches: Patches) -> None:
         for module, name, value in patches.overrides:

@@ -22,7 +22,7 @@ from .patch.hooks import ON_OWNER, Applied
 from .patch.rotation import RotaryForward
 from .patch.scores import why_no_images
 from .probe.rotary import RotaryModule, find_rotary_modules
-from .saved import STRETCHING, reach_before
+from .saved import STRETCHING, describe
 
 _TRAINED = "original_max_position_embeddings"
 # The methods of scalings that a model may state, besides those that `rope` leaves in force.
@@ -224,7 +224,10 @@ def warn_of_nothing(rotary_modules: list[RotaryModule], applied: Applied) -> Non
             _warn(f"factor {factor:g} of {method} is below 1: it shortens what a model reads")
     name = {"dual_chunk": "chunk_size", "string": ""}.get(method, "window")
     size = given.get(name) if applied.own is None and applied.is_score else None
-    longest = reach_before(rotary_modules, applied) if isinstance(size, int) else None
+    if not isinstance(size, int):
+        return
+    first, before = rotary_modules[0], applied.before
+    longest = first.reach if before is None else describe(first.owner, before).length
     if longest is not None and size >= longest:
         _warn(
             f"{name} {size:,} of {method} leaves nothing extended: the model reaches "

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from typing import Any
 from torch import nn
 
 from ...scores import SCORES
-from .._shared.parameters import PARAMETERS, SAVED, lengths_in, plain, values_for
+from .._shared.parameters import PARAMETERS, SAVED, plain, values_for
 from .model import generation_config_owner
 from .patch.frequencies import values_of
 from .patch.hooks import ON_OWNER, Applied
-from .probe.rotary import RotaryModule, find_rotary_modules
+from .probe.rotary import find_rotary_modules
 from .rope_parameters import TRAINED, set_longest, with_frequencies
 
 # Methods that stretch the trained length by their factor.
@@ -73,22 +73,13 @@ def describe(model: nn.Module, applied: Applied) -> Saved:
             shared.pop("base", None)  # the model as it was trained, not plain RoPE
     given = shared | applied.parameters
     parameters = {name: plain(value) for name, value in given.items()}
-    known = {**values[0].values, "max_position_embeddings": reach_before(rotary_modules, applied)}
+    before = applied.before
+    reach = rotary_modules[0].reach if before is None else describe(model, before).length
+    known = {**values[0].values, "max_position_embeddings": reach}
     if TRAINED in values[0].trained and not {"base", TRAINED} & set(applied.parameters):
         known[TRAINED] = values[0].trained[TRAINED]
     length = None if applied.own else _length(method, {**known, **parameters})
     return Saved(method, parameters, applied.layers, length, applied.cache)
-
-
-def reach_before(rotary_modules: Sequence[RotaryModule], applied: Applied) -> int | None:
-    """Return the tokens that a model reached before an extension; None if that is not known."""
-    first, before = rotary_modules[0], applied.before
-    if before is not None:
-        return describe(first.owner, before).length
-    if (known := lengths_in(first.module.config, first.layer_types[0])) is None:
-        return None
-    stated = first.parameters(first.layer_types[0]).get("rope_type", "default")
-    return known.unscaled if stated == "default" else known.reach  # a saved config may say more
 
 
 def _length(method: str, values: Mapping[str, Any]) -> int | None:

@@ -101,11 +101,7 @@ def _bound(
             f"extend: RopeFreqs must have inv_freq ({dim // 2},) for the {dim} dims that "
             f"{type(rotary_module.owner).__name__} rotates, got {tuple(own.inv_freq.shape)}"
         )
-    return partial(_as_given, own), False
-
-
-def _as_given(own: RopeFreqs) -> RopeFreqs:
-    return own
+    return lambda: own, False
 
 
 def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValues:

@@ -31,14 +31,13 @@ class Patches:
     overrides: (module, name, value) each, attributes that hide those of the module's class.
     hooks: (module, before its forward, after it or None) each.
     then: what is to be tried or added once these are in place: each returns more patches.
-    layers: those that attend by a score method. probe: how they attend (`LayerProbe`).
+    probe: what a score method found in the model (`LayerProbe`).
     by_length: frequencies follow the length.
     """
 
     overrides: list[Override] = field(default_factory=list)
     hooks: list[Hook] = field(default_factory=list)
     then: list[Callable[[], Patches]] = field(default_factory=list)
-    layers: Sequence[nn.Module] = ()
     probe: Any = None
     by_length: bool = False
 

@@ -98,7 +98,6 @@ def attention_patches(
         [override for each in rotaries for override in each.overrides()],
         [(owner, hooks.before_forward, hooks.after_forward)],
         [partial(tried_patches, model, rotary_modules, True)],
-        list(probe.far),
         probe,
     )
     for layer in probe.far:

@@ -170,12 +170,10 @@ def _sdpa_by_mask(
     value: Tensor,
     attn_mask: Any = None,
     dropout_p: float = 0.0,
-    is_causal: bool = False,
+    is_causal: bool = False,  # ignored: it is False beside a mask
     scale: float | None = None,
     enable_gqa: bool = False,  # ignored: the numbers of heads tell
 ) -> Tensor:
-    if is_causal:
-        raise ValueError("extend: is_causal must be False beside a mask, got True")
     options = {"scaling": scale, "dropout": dropout_p}
     out = attn_mask.attention.attend(attn_mask.layer, query, key, value, options)
     return out.transpose(1, 2)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .... import RopeFreqs, apply_rope_qk, methods
-from ..._shared.parameters import is_bounded
+from ..._shared.parameters import is_bounded, lengths_in
 from ..model import BOUNDED, unsupported
 
 APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate
@@ -78,6 +78,14 @@ class RotaryModule:
     def learned(self) -> bool:
         """True if frequencies are weights, which no configuration states (Mistral Large 4)."""
         return bool(self.module._parameters)
+
+    @property
+    def reach(self) -> int | None:
+        """The tokens that the model reaches as it is; None if that is not known."""
+        if (known := lengths_in(self.module.config, self.layer_types[0])) is None:
+            return None
+        stated = self.parameters(self.layer_types[0]).get("rope_type", "default")
+        return known.unscaled if stated == "default" else known.reach  # a saved config says more
 
     def own_freqs(self, layer_type: str | None) -> RopeFreqs:
         """Return the model's own frequencies, on its device.
