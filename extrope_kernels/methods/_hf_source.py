@@ -153,9 +153,11 @@ def layer_types_in(config: Any) -> list[str]:
 def is_bounded(layer_type: str) -> bool:
     """Return True if layers of this type see a bounded number of keys.
 
-    A "reference_sliding_attention" sees the prompt from anywhere: not bounded.
+    A "reference_sliding_attention" sees the prompt from anywhere: not bounded. "main" is DeepSeek
+    V4's name for the rotation of its sliding layers.
     """
-    return layer_type.startswith(_BOUNDED) or layer_type.endswith(_BOUNDED)
+    ends = layer_type.startswith(_BOUNDED) or layer_type.endswith(_BOUNDED)
+    return ends or layer_type == "main"
 
 
 def _get(config: Any, name: str) -> Any:

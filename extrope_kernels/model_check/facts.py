@@ -238,9 +238,9 @@ def _rotations(source: Source, layers: list[Layer], trained: int) -> Iterator[Ro
         if not rotates:
             yield Rotation(kind, count, window)
             continue
-        parameters = source.config.rope_parameters.get(kind)
-        key = kind if isinstance(parameters, Mapping) else None
-        parameters = source.config.rope_parameters if key is None else parameters
+        parameters = source.config.rope_parameters
+        if (key := _named(parameters, kind)) is not None:
+            parameters = parameters[key]
         freqs = methods.from_hf_config(config, layer_type=key)
         rotating = int((freqs.inv_freq > 0).sum())
         of_training = methods.trained(config, layer_type=key).inv_freq[:rotating].double()
@@ -258,6 +258,17 @@ def _rotations(source: Source, layers: list[Layer], trained: int) -> Iterator[Ro
             int((turns < 1).sum()),
             tuple(parameters.get("mrope_section") or ()) or None,
         )
+
+
+def _named(parameters: Mapping[str, Any], kind: str) -> str | None:
+    """Return the name of a kind of layers in rope_parameters; None if all kinds share them.
+
+    DeepSeek V4 names there, in other words, those with a window and those without.
+    """
+    names = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    return next((name for name in names if name == kind), None) or next(
+        (name for name in names if is_bounded(name) == is_bounded(kind)), None
+    )
 
 
 def _temperature(source: Source) -> float | None:

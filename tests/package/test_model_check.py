@@ -387,7 +387,7 @@ NOT_TOLD = {
     *("DiffusionGemmaForBlockDiffusion", "DogeForCausalLM", "IdeficsForVisionText2Text"),
     "UnlimitedOcrForConditionalGeneration",
     # Their configurations do not say what `check` reads.
-    *("BltForCausalLM", "DeepseekV4ForCausalLM", "RecurrentGemmaForCausalLM"),
+    *("BltForCausalLM", "RecurrentGemmaForCausalLM"),
     # They need timm.
     *("FastVlmForConditionalGeneration", "Gemma3nForConditionalGeneration"),
     "PerceptionLMForConditionalGeneration",
@@ -416,6 +416,32 @@ def test_the_method_is_the_one_that_extend_chooses_for_every_class(check, name):
     facts, _ = check(json.loads(model.config.to_json_string()), "--length", "512")
     as_it_is = 'extend(model, "rope")'
     assert facts["advice"]["lines"].get("extend", as_it_is) == chosen_by_extend(model, 512)
+
+
+def test_rotations_of_other_names_than_their_layers(check):
+    """DeepSeek V4's; its YaRN is that of the layers that see all tokens."""
+
+    def deepseek_v4(length, factor):
+        plain = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 64}
+        return tiny_models.build(
+            "DeepseekV4ForCausalLM",
+            rope_parameters={"main": plain, "compress": plain | yarn | {"rope_theta": 160000.0}},
+            layer_types=["sliding_attention", "compressed_sparse_attention"],
+            max_position_embeddings=length,
+        )
+
+    model = deepseek_v4(1024, 16.0)
+    facts, _ = check(json.loads(model.config.to_json_string()), "--length", "2048")
+    assert [(each["base"], each["factor"]) for each in facts["rotations"]] == [
+        (1e4, None),
+        (160000.0, 16.0),
+    ]
+    assert (facts["length"]["trained"], facts["reach"]) == (64, 1024)
+    assert facts["advice"]["lines"]["extend"] == 'extend(model, "yarn", factor=32.0)'
+    ids = torch.arange(90)[None]
+    with extend(model, length=2048), torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, deepseek_v4(2048, 32.0)(ids).logits)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
