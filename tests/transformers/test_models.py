@@ -98,15 +98,12 @@ def test_a_score_method_says_why_not(name):
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.7}
 
 
-def _deepseek(parameters):
-    config = tiny_models.tiny_config(transformers.DeepseekV3Config)
-    config.rope_parameters = {"original_max_position_embeddings": 64, **parameters}
-    torch.manual_seed(0)
-    return transformers.DeepseekV3ForCausalLM._from_config(config, dtype=torch.float32).eval()
-
-
 def test_latent_attention_takes_the_temperature_into_its_softmax_scale():
-    plain, theirs = _deepseek({"rope_type": "default", "rope_theta": 1e4}), _deepseek(YARN)
+    length = {"original_max_position_embeddings": 64}
+    plain, theirs = (
+        tiny_models.build("DeepseekV3ForCausalLM", rope_parameters=rope)
+        for rope in ({"rope_type": "default", "rope_theta": 1e4}, length | YARN)
+    )
     ids = tokens(2, 40)
     want, without = logits(theirs, ids), logits(plain, ids)
     assert error(want, without) > 1e-2

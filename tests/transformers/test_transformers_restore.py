@@ -188,17 +188,12 @@ def test_base_models_and_saved_ones(tmp_path, method):
     assert torch.equal(logits(loaded, IDS), plain)
 
 
-def _backwards(monkeypatch, model):
-    def backwards(q, k, cos, sin, unsqueeze_dim=1):
-        return original(q, k, cos, -sin, unsqueeze_dim)
-
-    original = apply_of(model)
-    monkeypatch.setattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", backwards)
-
-
 def test_a_rotation_that_the_op_does_not_have_keeps_its_tables(monkeypatch):
     model = build("llama")
-    _backwards(monkeypatch, model)
+    module, own = sys.modules[type(model).__module__], apply_of(model)
+    monkeypatch.setattr(
+        module, "apply_rotary_pos_emb", lambda q, k, cos, sin, *dim: own(q, k, cos, -sin, *dim)
+    )
     with extend(model, "pi", factor=2.0), CountOps() as count:
         got = logits(model, IDS)
     assert count.rotations == 0
