@@ -10,7 +10,7 @@ import torch
 from attention_oracle import attend, frequencies, make_qkv
 from score_examples import EXAMPLES, Example, rerope
 
-from extrope_kernels import scores
+from extrope_kernels import rope_attention, scores
 from extrope_kernels.methods import RopeFreqs, xpos
 from extrope_kernels.ops.attention import AttentionCall, reference
 from extrope_kernels.testing import assert_within_budget, device
@@ -26,6 +26,17 @@ def test_a_row_without_keys_or_a_sink(any_backend):
     assert torch.equal(lse[0, 0, :2], lse.new_full((2,), -INF)) and not out[0, :2].any()
     grads = torch.autograd.grad(out.sum(), (q, k, v, sinks))
     assert all(x.isfinite().all() for x in grads) and grads[3][0] == 0
+
+
+@pytest.mark.skipif(device() != "cpu", reason="other backends keep lse to another base")
+@pytest.mark.parametrize("softcap", [3.0, 20.0, 50.0])
+def test_a_capped_logit_is_that_of_the_forward(softcap):
+    """A row with one key has a probability of 1, exactly, if the backward finds lse's own bits."""
+    q, k, v = make_qkv(64, 1, heads_q=2, heads_k=2)
+    v.requires_grad_()
+    out = rope_attention(4 * q, k, v, frequencies(32), softcap=softcap, backend="cpu")
+    dout = torch.randn_like(out)
+    assert torch.equal(*torch.autograd.grad(out, v, dout), dout)
 
 
 def test_keys_of_no_query_heads(any_backend):

@@ -283,14 +283,14 @@ template <typename T, bool Capped>
 void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
   const AttentionParams& p = queries.p;
   const int64_t padded_rows = queries.slices * kQueryLanes;  // queries.count rows, then padding
-  // With a softcap, S is in units of it until apply_softcap().
-  const float unit = Capped ? 1.0f / p.softcap : kLog2E;
   std::memset(w.out, 0, padded_rows * p.v.head_dim * sizeof(float));
   std::memset(w.row_sum, 0, padded_rows * sizeof(float));
   for (int64_t row = 0; row < padded_rows; ++row) {
     w.row_max[row] = kLowest;
-    // logit_scale() is softmax_scale times query_scale and k_scale.
-    w.q_scale[row] = row < queries.count ? queries.logit_scale(row) * unit : 0.0f;
+    // logit_scale() is softmax_scale times query_scale and k_scale. With a softcap, S is in units
+    // of it until apply_softcap(). The backward scales alike: its logits have to be those of lse.
+    const float scale = row < queries.count ? queries.logit_scale(row) : 0.0f;
+    w.q_scale[row] = Capped ? scale / p.softcap : scale * kLog2E;
   }
   const TileKeys seen(queries);
   for (int64_t r = 0; r < p.regions.count; ++r) {

@@ -91,11 +91,11 @@ EXTROPE_INLINE void apply_softcap(floats (&x)[Count], float cap) {
 template <int Count>
 EXTROPE_INLINE void apply_softcap_with_slopes(floats (&x)[Count], float cap,
                                               floats (&slopes)[Count]) {
-  apply_softcap(x, 1.0f);
+  apply_softcap(x, cap);  // the forward's bits: lse is of them
 #pragma GCC unroll 16
   for (int i = 0; i < Count; ++i) {
-    slopes[i] = 1.0f - x[i] * x[i];
-    x[i] *= cap;
+    const floats tanh = x[i] * (1.0f / cap);
+    slopes[i] = 1.0f - tanh * tanh;
   }
 }
 
