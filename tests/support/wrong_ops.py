@@ -414,7 +414,8 @@ def problem(case: Case, behind: bool) -> str | None:
         if changed := memory.changed(()):
             return f"{changed} before {type(error).__name__}: {str(error)[:80]}"
         return None
-    if changed := memory.changed([guarded[x] for x in case.call.written]):
+    written = [guarded[x] for x in case.call.written if guarded[x] is not None]
+    if changed := memory.changed(written):
         return changed
     clean = tree_map_only(Tensor, lambda x: x.contiguous().clone(), given)
     if case.is_past_numbers:

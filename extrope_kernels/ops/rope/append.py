@@ -14,7 +14,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores.base import UNROTATED, Score
 from .._shared import backends as _backends
-from .._shared.autograd import call_unrecorded, note_writes, refuse_backward
+from .._shared.autograd import call_unrecorded, empty_rows, note_writes, refuse_backward
 from .._shared.checks import (
     REFUSALS,
     check_freqs,
@@ -254,7 +254,7 @@ _SCHEMA = (
 def _fake(*tensors, **options):
     call = read_append(*tensors, **options)
     check("rope_append", call)
-    return call.k.new_empty(0) if call.q is None else torch.empty_like(call.q)
+    return call.k.new_empty(0) if call.q is None else empty_rows(call.q)
 
 
 def _define() -> None:

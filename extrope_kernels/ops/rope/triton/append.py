@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
 from ....scores.base import SAME, PositionMap
+from ..._shared.autograd import empty_rows
 from ..._shared.dtypes import FP8, as_bits
 from ..._shared.kvcache import KVCache, refuse_aliases
 from ..._shared.layouts import cached_by_layout, layout_key
@@ -233,7 +233,7 @@ def build_append(call: Append, num_counters: int = 0) -> Launch:
             "rope_append: Triton's kernel needs a head_dim of at least 2, and of v at least 1, "
             f"got {call.k.shape[-1]} and {call.v.shape[-1]}"
         )
-    out = None if call.q is None else torch.empty_like(call.q)  # for its strides
+    out = None if call.q is None else empty_rows(call.q)  # for its strides
     heads, packed = (call.q, call.k, out, call.v), call.k.dim() == 3
     q, k, out, v = (x[None] if packed and x is not None else x for x in heads)
     rotates, positions = by.inv_freq is not None, by.positions
@@ -304,7 +304,7 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
     if INTERPRETED:  # reading values costs nothing then
         check_values("rope_append", call)
     by = call.rotation
-    q_out = None if call.q is None else torch.empty_like(call.q)
+    q_out = None if call.q is None else empty_rows(call.q)
     rope_args = (None, None, by.cu_seqlens, None)
     if by.inv_freq is not None:
         positions = call.cache.seqlens if by.positions is None else by.positions
