@@ -76,10 +76,10 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def values_in(
-    config: Any, kind: str | None, parameters: Mapping[str, Any], dim: int
-) -> dict[str, Any]:
-    """Return a transformers configuration's values for parameters of methods.
+def model_values(
+    config: Any, kind: str | None, parameters: Mapping[str, Any], dim: int, unrotated: int
+) -> ModelValues:
+    """Return a transformers configuration's values for one rotation.
 
     kind: of layers, None if all rotate alike. parameters: its rope_parameters.
     """
@@ -90,16 +90,13 @@ def values_in(
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
         _TRAINED: None if known is None else known.unscaled,
     }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def yarn_in(config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the YaRN of a configuration says beside factor, length and base."""
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if rope_type != "yarn":
-        return {}
-    kinds = (getattr(config, "rope_parameters", None) or {}).values()
-    return stated_yarn(parameters, any(isinstance(each, Mapping) for each in kinds))
+    values = {name: value for name, value in values.items() if value is not None}
+    yarn: dict[str, Any] = {}
+    if (parameters.get("rope_type") or parameters.get("type")) == "yarn":
+        kinds = (getattr(config, "rope_parameters", None) or {}).values()
+        yarn = stated_yarn(parameters, any(isinstance(each, Mapping) for each in kinds))
+    axes = partial(_axes_in, config, parameters, dim)
+    return ModelValues(values, trained_in(config, kind, parameters, dim), yarn, unrotated, axes)
 
 
 def trained_in(
@@ -126,7 +123,7 @@ def trained_in(
     return {_TRAINED: known.trained, "over": over}
 
 
-def axes_in(config: Any, parameters: Mapping[str, Any], dim: int) -> Tensor | None:
+def _axes_in(config: Any, parameters: Mapping[str, Any], dim: int) -> Tensor | None:
     """Return the axis of positions of each frequency (mRoPE); None if there is one axis."""
     if parameters.get("mrope_section") is None:
         return None

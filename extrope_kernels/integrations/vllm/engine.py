@@ -10,23 +10,13 @@ import weakref
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from ... import RopeFreqs
 from ...methods import from_hf_config
-from .._shared.parameters import (
-    ModelValues,
-    axes_in,
-    bind_method,
-    is_bounded,
-    trained_in,
-    values_for,
-    values_in,
-    yarn_in,
-)
+from .._shared.parameters import bind_method, is_bounded, model_values, values_for
 from .latent import as_stated
 from .lengths import ByLength, by_length
 from .settings import (
@@ -168,10 +158,7 @@ def _by_method(
 ) -> tuple[RopeFreqs, ByLength | None]:
     still = int((own.inv_freq == 0).sum())
     dim = 2 * own.inv_freq.shape[-1]
-    values = values_in(text, kind, parameters, dim)
-    trained = trained_in(text, kind, parameters, dim)
-    yarn, axes = yarn_in(text, parameters), partial(axes_in, text, parameters, dim)
-    model = ModelValues(values, trained, yarn, still, axes)
+    model = model_values(text, kind, parameters, dim, still)
     with reprefix_error():
         function, takes_length = bind_method(NAME, settings.method, settings.parameters, model)
     if not takes_length:

@@ -24,11 +24,8 @@ from .... import RopeFreqs
 from ..._shared.parameters import (
     PARAMETERS,
     ModelValues,
-    axes_in,
     bind_method,
-    trained_in,
-    values_in,
-    yarn_in,
+    model_values,
 )
 from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
 from ..probe.layers import refuse_without_weights
@@ -108,16 +105,15 @@ def values_of(rotary_module: RotaryModule, layer_type: str | None) -> ModelValue
     """Return the model's values for the rotation of one kind of layers."""
     parameters = rotary_module.parameters(layer_type)
     config, dim = rotary_module.module.config, rotary_module.dim(layer_type)
-    values = values_in(config, layer_type, parameters, dim)
-    trained = trained_in(config, layer_type, parameters, dim)
-    if rotary_module.learned:  # in a training up to the longest length
-        over = rotary_module.own_freqs(layer_type).to("cpu")
-        trained = {"original_max_position_embeddings": config.max_position_embeddings, "over": over}
     unrotated = 0
     if parameters.get("rope_type") == "proportional":
         unrotated = int((attribute_of(rotary_module.module, layer_type, "inv_freq") == 0).sum())
-    yarn, axes = yarn_in(config, parameters), partial(axes_in, config, parameters, dim)
-    return ModelValues(values, trained, yarn, unrotated, axes)
+    values = model_values(config, layer_type, parameters, dim, unrotated)
+    if rotary_module.learned:  # in a training up to the longest length
+        over = rotary_module.own_freqs(layer_type).to("cpu")
+        trained = {"original_max_position_embeddings": config.max_position_embeddings, "over": over}
+        values = replace(values, trained=trained)
+    return values
 
 
 class Row(NamedTuple):
