@@ -16,23 +16,20 @@ FEW = 8  # on a CPU, more make up a chunk
 ON_CPU = pytest.mark.skipif(device() != "cpu", reason="a GPU rounds more, and at infinity")
 
 
-@pytest.mark.parametrize("named", [None, "reference"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_steps_give_what_the_whole_does(named, normalize):
-    (q, k, v), permutations = make(2, 40)
-    arguments = {"permutations": permutations, "normalize": normalize, "backend": named}
+def test_steps_of_the_reference_give_what_the_whole_does(normalize):
+    """Others are compared with it, in test_properties_permuteformer.py."""
+    (q, k, v), permutations = make(2, 40, dtype=torch.float64)
+    arguments = {"permutations": permutations, "normalize": normalize, "backend": "reference"}
     arguments["decay"] = torch.tensor([0.9, 0.99]).to(device())
     whole = permuteformer_attention(q, k, v, **arguments)
-    outs, state, first = [], None, 0
-    for end in (33, 34, 35, 40):
-        rows = slice(first, end)
-        out, state = permuteformer_step(
-            q[:, rows], k[:, rows], v[:, rows], state, positions=first, **arguments
-        )
+    outs, state = [], None
+    for first, end in itertools.pairwise((0, 33, 34, 35, 40)):
+        rows = (x[:, first:end] for x in (q, k, v))
+        out, state = permuteformer_step(*rows, state, positions=first, **arguments)
         outs.append(out)
-        first = end
-    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=2e-5, rtol=2e-5)
-    assert state.kv.shape == (2, 2, 16, 16) and state.kv.dtype == torch.float32
+    torch.testing.assert_close(torch.cat(outs, 1), whole)
+    assert state.kv.shape == (2, 2, 16, 16) and state.kv.dtype == torch.float64
 
 
 @ON_CPU
