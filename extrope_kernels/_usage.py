@@ -11,8 +11,11 @@ class UsageError(ValueError):
 
 
 def shortened(error: Exception) -> str:
-    """Return the first line of other code's error, to quote it; two if it ends in a colon."""
-    first, *rest = str(error).split("\n")
+    """Return the first line of other code's error, to quote it; two if it ends in a colon.
+
+    The name of an error that says nothing.
+    """
+    first, *rest = (str(error).strip() or type(error).__name__).split("\n")
     if first.endswith(":") and rest:
         first = f"{first} {rest[0].strip()}"
     return first[:200]

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from .._ext import cache_dirs, load
-from .._usage import UsageError, quiet, require
+from .._usage import UsageError, quiet, require, shortened
 from ..integrations._shared.parameters import lengths_in
 from ..integrations.transformers import register_interface
 from ..integrations.transformers.model import generation_config_owner
 from ..methods import Lengths
-from .packages import PACKAGES, find_gguf, first_line, keep_in_cache, only_gguf
+from .packages import PACKAGES, find_gguf, keep_in_cache, only_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +99,7 @@ def _load(what: str, auto: Any, files: ModelFiles, **options: Any) -> Any:
     try:
         return auto.from_pretrained(files.folder, local_files_only=True, **options)
     except Exception as error:  # readers raise all kinds of errors for damaged files
-        raise UsageError(f"cannot load the {what}: {first_line(error)}") from error
+        raise UsageError(f"cannot load the {what}: {shortened(error)}") from error
 
 
 def pick_device(name: str | None) -> str:
@@ -109,7 +109,7 @@ def pick_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {first_line(error)}") from error
+        raise UsageError(f"--device {name}: {shortened(error)}") from error
     return name
 
 

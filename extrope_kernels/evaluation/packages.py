@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._ext import cache_dirs
-from .._usage import UsageError
+from .._usage import UsageError, shortened
 
 SMOLLM2 = "smollm2"  # a key of PACKAGES
 
@@ -82,11 +82,6 @@ def keep_in_cache(name: str, target: Path, make: Callable[[Path], None]) -> Path
                 os.replace(Path(work) / target.name, target)
     except Exception as error:  # packages and full disks have errors of their own
         if not target.exists():  # made by another process meanwhile
-            told = f"{target} cannot be made: {first_line(error)}"
+            told = f"{target} cannot be made: {shortened(error)}"
             raise UsageError(f"--model {name}: {told}") from error
     return target
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says first, or its name."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -158,9 +158,7 @@ def _from_json(name: str, path: Path) -> Source:
     whole = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     config = whole.get_text_config(decoder=True)
     part = next((key for key in whole.sub_configs if getattr(whole, key, None) is config), None)
-    if config is whole or part is None:
-        return Source(config, whole, written, {})
-    if part not in written:  # Qwen2-VL's first files have all in one
+    if part not in written:  # None: no parts; Qwen2-VL's first files have all in one
         return Source(config, whole, written, {})
     return Source(config, whole, written[part], written)
 
@@ -211,18 +209,16 @@ def _said_by_transformers() -> Iterator[list[str]]:
     """Collect transformers' warnings about rope parameters."""
     heard: list[str] = []
 
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
+    def hear(record: logging.LogRecord) -> bool:
+        heard.append(record.getMessage())
+        return False  # nobody else shall
 
-    logger, handler = logging.getLogger("transformers.modeling_rope_utils"), Handler()
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    level = logger.level
+    logger.addFilter(hear)
     logger.setLevel(logging.WARNING)
-    logger.propagate = False
     try:
         yield heard
     finally:
-        logger.removeHandler(handler)
+        logger.removeFilter(hear)
         logger.setLevel(level)
-        logger.propagate = propagate

@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from ..._names import meant
-from ..._usage import UsageError
+from ..._usage import UsageError, shortened
 from ...integrations._shared.parameters import PARAMETERS, check_names
 from ...integrations.transformers import extend, register_interface
 
@@ -59,7 +59,7 @@ class ExtropeLM(HFLM):
                     raise UsageError(f"neither extend nor transformers takes {name}") from error
             raise
         except OSError as error:  # no such folder
-            raise UsageError(str(error).strip().partition("\n")[0]) from error
+            raise UsageError(shortened(error)) from error
         if not parameters and method is None:
             return
         try:
