@@ -125,23 +125,11 @@ class SharedBatch(Batch):
         return self.shared.attend(q, k, v, **call)
 
 
-class SharedAttention:
-    """Attention across ranks, in the mask's place, for layers that rotate by themselves."""
-
-    def __init__(self, shared: Shared) -> None:
-        self.shared = shared
-
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
-    ) -> Tensor:
-        """Attend; q, k, v: (batch, heads, seqlen / P, head_dim), rotated."""
-        refuse_options(module, options)
-        q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
-        return self.shared.attend(q, k, v, freqs=no_freqs(q), **softmax_options(module, options))
-
-
 class SharedHooks:
-    """Hooks around the forwards of a model whose tokens are spread over ranks."""
+    """Hooks around the forwards of a model whose tokens are spread over ranks.
+
+    They are the attention too, in the mask's place, of layers that rotate by themselves.
+    """
 
     def __init__(
         self, owner: nn.Module, shared: Shared, rotating: Mapping[nn.Module, Call]
@@ -187,9 +175,16 @@ class SharedHooks:
     ) -> tuple[tuple, dict[str, Any]]:
         """Hand the attention to a layer that rotates by itself: its forward pre-hook."""
         arguments = by_name(self.layer_argument_names[layer], args, kwargs)
-        attention = SharedAttention(self.shared)
-        arguments["attention_mask"] = self.calls[layer].mask(layer, attention)
-        return (), by_its_name(layer, arguments, attention)
+        arguments["attention_mask"] = self.calls[layer].mask(layer, self)
+        return (), by_its_name(layer, arguments, self)
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Attend across ranks; q, k, v: (batch, heads, seqlen / P, head_dim), rotated."""
+        refuse_options(module, options)
+        q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
+        return self.shared.attend(q, k, v, freqs=no_freqs(q), **softmax_options(module, options))
 
 
 def by_its_name(layer: nn.Module, arguments: dict[str, Any], attention: Any) -> dict[str, Any]:
