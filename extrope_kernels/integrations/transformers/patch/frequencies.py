@@ -28,7 +28,6 @@ from ..._shared.parameters import (
     model_values,
 )
 from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
-from ..probe.layers import refuse_without_weights
 from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
 from .generate import batching_patches, request_patches
 from .hooks import Applied, Patches
@@ -49,8 +48,6 @@ def frequency_patches(
     for rotary_module in rotary_modules:
         if getattr(rotary_module.module.config, "alibi", False):
             raise unsupported(rotary_module.owner, "its layers have ALiBi in place of a rotation")
-        if cache is not None:
-            refuse_without_weights(rotary_module.owner, method)
         functions, freqs, takes_length = {}, {}, False
         for layer_type in rotary_module.layer_types:
             function, takes_length = _bound(rotary_module, layer_type, applied)
@@ -286,17 +283,15 @@ class EachLengthHooks(LengthHooks):
 # configuration when they are built. Other frequencies bring their own factor. Such layers are known
 # by a function of their modules.
 _MSCALE = "yarn_get_mscale"
-_MSCALES = ("mscale", "mscale_all_dim")
 _MSCALE_IN_FORCE = "_extrope_mscale"
 
 
 def _softmax_scales(rotary_module: RotaryModule, applied: Applied) -> list[Override]:
     """Return the overrides of the layers' `scaling`; none if the model has no such layers."""
-    method, config = applied.method, rotary_module.parameters(rotary_module.layer_types[0])
-    parameters: dict[str, Any] = {"rope_type": "default"}
-    if set(_MSCALES) <= set(PARAMETERS.get(method, ())):
-        stated = config if config.get("rope_type") == "yarn" else {}
-        own = {name: stated[name] for name in _MSCALES if name in stated}
+    method, kind = applied.method, rotary_module.layer_types[0]
+    config, parameters = rotary_module.parameters(kind), {"rope_type": "default"}
+    if "mscale_all_dim" in PARAMETERS.get(method, ()):
+        own = values_of(rotary_module, kind).yarn
         parameters = {"rope_type": method, **own, **applied.parameters}
     overrides: list[Override] = []
     for layer in rotary_module.owner.modules():
