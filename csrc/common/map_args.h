@@ -46,8 +46,8 @@ inline bool is_whole(double x) { return std::isfinite(x) && std::floor(x) == x; 
 inline void check_numbers(const char* op, const PositionMap& map) {
   require_of(op, map.modulus >= 0, "a map's modulus must be a whole number >= 0, got ",
              map.modulus);
-  require_of(op, map.divisor > 0 && std::isfinite(map.offset),
-             "a map must have a divisor > 0 and a finite offset, got ", map.divisor, " and ",
+  require_of(op, map.divisor >= 0x1p-53 && std::isfinite(map.offset),
+             "a map must have a divisor >= 2**-53 and a finite offset, got ", map.divisor, " and ",
              map.offset);
   const bool whole = map.floor || map.divisor == 1;
   require_of(op, !map.floor || is_whole(map.divisor),

@@ -45,7 +45,7 @@ class PositionMap(NamedTuple):
     It is numbers, not a function, so that kernels can evaluate it.
 
     modulus: in tokens; 0 for none.
-    divisor: > 0, a whole number with floor; with inf every position becomes `offset`.
+    divisor: >= 2**-53, a whole number with floor; with inf every position becomes `offset`.
     floor: True for whole numbers.
     offset: in tokens, added after the division.
     cap: the largest result, in tokens; needs whole numbers: divisor 1 or floor.
@@ -239,7 +239,7 @@ class Score:
         if not 1 <= len(starts) <= 3 or starts != sorted(starts):
             raise ValueError(f"{self.name}: one to three regions must start in order, got {starts}")
         for by in (*[x for _, *maps in self.regions for x in maps], self.stored):
-            _check_map(self.name, by)
+            check_map(self.name, by)
         if not isinstance(self.stored, PositionMap):
             raise TypeError(f"{self.name}: stored must be a PositionMap, got {self.stored!r}")
         rows: list[PairMap] = []
@@ -303,7 +303,7 @@ def _shown(value: Any) -> str:
     return f"{tuple(value.shape)}" if isinstance(value, Tensor) else f"{value}"
 
 
-def _check_map(name: str, by: PlainMap | PairMap) -> None:
+def check_map(name: str, by: PlainMap | PairMap) -> None:
     """Raise an error for numbers that kernels would not all read alike."""
     if not isinstance(by, (PositionMap, PairRow, PairMap)):
         raise TypeError(f"{name}: a map must be a PositionMap or a PairMap, got {by!r}")
@@ -315,8 +315,10 @@ def _check_map(name: str, by: PlainMap | PairMap) -> None:
         raise ValueError(f"{name}: a map's modulus must be a whole number >= 0, got {by.modulus}")
     if isinstance(by, (PairMap, PairRow)):
         return
-    if not by.divisor > 0 or not abs(by.offset) < math.inf:
-        raise ValueError(f"{name}: a map must have a divisor > 0 and a finite offset, got {by}")
+    # Kernels make no position of a quotient that passes float32.
+    if not by.divisor >= 2**-53 or not abs(by.offset) < math.inf:
+        told = "a map must have a divisor >= 2**-53 and a finite offset"
+        raise ValueError(f"{name}: {told}, got {by}")
     if by.floor and not (by.divisor == math.inf or by.divisor == int(by.divisor)):
         raise ValueError(f"{name}: a map with floor must have a whole divisor, got {by}")
     if by.cap == math.inf:

@@ -232,6 +232,15 @@ def test_append_refuses_what_does_not_go_together(name):
     assert (CACHE == FILLER).all() and (OTHER == FILLER).all()
 
 
+@pytest.mark.parametrize("op", ["rope_append", "rope_append_triton"])
+@pytest.mark.parametrize("divisor", [-1.0, 0.0, 2**-54, math.nan])
+def test_the_raw_append_refuses_positions_that_no_kernel_makes(op, divisor):
+    given = (None, STEP.k, STEP.v, CACHE, OTHER, STEP.freqs.inv_freq, CONTIGUOUS["cache_seqlens"])
+    with pytest.raises((RuntimeError, ValueError), match=r"^rope_append: .* divisor >= 2\*\*-53"):
+        getattr(torch.ops.extrope, op)(*given, map_kinds=[2], map_divisors=[divisor])
+    assert (CACHE == FILLER).all() and (OTHER == FILLER).all()
+
+
 def test_append_has_no_gradient(backend):
     step = Step()
     tensors = [step.q.requires_grad_(), step.k, step.v, *step.caches(torch.float32)]

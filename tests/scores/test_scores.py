@@ -124,16 +124,20 @@ def test_parameters_that_do_not_go_together(name, parameters, refusal):
         SCORES[name](*parameters)
 
 
+NUMBERS = r"a map must have a divisor >= 2\*\*-53 and a finite offset"
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (PositionMap(modulus=-5), "a map's modulus must be a whole number >= 0, got -5"),
         (PositionMap(modulus=2.5), "a map's modulus must be a whole number >= 0, got 2.5"),
         (PairMap([1.0, 2.0], modulus=-5), "a map's modulus must be a whole number >= 0, got -5"),
-        (PositionMap(divisor=-1.0), "a map must have a divisor > 0 and a finite offset"),
-        (PositionMap(divisor=0), "a map must have a divisor > 0 and a finite offset"),
-        (PositionMap(divisor=math.nan), "a map must have a divisor > 0 and a finite offset"),
-        (PositionMap(offset=math.inf), "a map must have a divisor > 0 and a finite offset"),
+        (PositionMap(divisor=-1.0), NUMBERS),
+        (PositionMap(divisor=2**-54), NUMBERS),
+        (PositionMap(divisor=0), NUMBERS),
+        (PositionMap(divisor=math.nan), NUMBERS),
+        (PositionMap(offset=math.inf), NUMBERS),
         (PositionMap(divisor=2, cap=3), "a map with a cap must have whole numbers only"),
         (PositionMap(offset=0.5, cap=3), "a map with a cap must have whole numbers only"),
         (PositionMap(cap=3.5), "a map with a cap must have whole numbers only"),

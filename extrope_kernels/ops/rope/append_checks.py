@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...scores.base import PairRow
+from ...scores.base import PairRow, check_map
 from .._shared.checks import check_cu_seqlens, check_dense, check_matching, check_rows
 from .._shared.kvcache import KeyRotation, KVCache, Scales, check_cache, check_new, check_slots
 from .._shared.maps import SCHEMA, maps_of
@@ -122,6 +122,7 @@ def _stored(options: Mapping[str, Sequence[Any] | None]) -> Any:
         raise ValueError(
             "rope_append: map_kinds must be of a map that all pairs share, got one of pairs"
         )
+    check_map("rope_append", stored)
     return stored
 
 
