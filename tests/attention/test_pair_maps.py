@@ -64,7 +64,7 @@ MADE = {
     "frequencies and factors": Row(example("factors"), frequencies(2)),
 }
 OPTIONS = {
-    "the last queries": {"seqlen_q": 5, "interleaved": True},
+    "the last queries": {"seqlen_q": 8, "interleaved": True},
     "a window": {"sliding_window": 9},
     "sinks": {"sinks": torch.tensor([3.0, -1.0, 0.5, -2.0], device=device())},
     "packed": {"cu_seqlens": torch.tensor([0, 3, 3, 19], dtype=torch.int32, device=device())},
