@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from hf_models import build, transformers
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.transformers import extend
@@ -138,6 +139,28 @@ def test_models_are_refused(make, extension, message):
         pytest.skip("the reference takes any head_dim")
     method, given = extension
     assert_refused(make(), method, given, ValueError, message)
+
+
+def plain_mean(self, hidden_states, position_embeddings, attention_mask=None, **options):
+    """Call no attention that could be replaced."""
+    cos, sin = position_embeddings
+    return hidden_states * cos.mean() + sin.mean(), None
+
+
+def mean_or_attention(self, hidden_states, position_embeddings, attention_mask=None, **options):
+    """Call one that could be replaced, but never in a probe."""
+    cos, sin = position_embeddings
+    if hidden_states is not None:
+        return hidden_states * cos.mean() + sin.mean(), None
+    return ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](self, None, None, None, None)
+
+
+@pytest.mark.parametrize("forward", [plain_mean, mean_or_attention])
+def test_layers_that_compute_their_attention_themselves_are_refused(forward, monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forward)
+    message = "LlamaAttention computes its attention itself, with nothing to replace"
+    assert_refused(model, *RERO, ValueError, message)
 
 
 def test_what_is_no_model_is_refused():

@@ -80,13 +80,13 @@ class Recorder:
     """An attention that records its arguments; it takes the mask's place, so layers call it.
 
     calls: each layer's form of call of its attention.
-    masks: those that the layers which the owner has called got. seen: their arguments to attention.
+    called: the layers that the owner has called. seen: their arguments to attention.
     output: the owner's output.
     """
 
     def __init__(self, calls: Mapping[nn.Module, Call]) -> None:
         self.calls = calls
-        self.masks: dict[nn.Module, Any] = {}
+        self.called: set[nn.Module] = set()
         self.seen: dict[nn.Module, Recorded] = {}
         self.output: Any = None
 
@@ -110,8 +110,8 @@ class Recorder:
     def before_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
+        self.called.add(layer)
         arguments = by_name(argument_names(layer), args, kwargs)
-        self.masks[layer] = arguments.get("attention_mask")
         return (), with_mask(arguments, self.calls[layer].mask(layer, self))
 
     def attend(
@@ -272,7 +272,7 @@ class LayerProbe:
         self.near: list[nn.Module] = []
         still, moved = self._record(still=True), self._record()
         for layer in rotating_layers(owner):
-            if layer not in self.calls or (layer in moved.masks and layer not in moved.seen):
+            if layer not in self.calls or (layer in moved.called and layer not in moved.seen):
                 name = type(layer).__name__
                 reason = f"{name} computes its attention itself, with nothing to replace"
                 raise unsupported(owner, reason)
