@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -177,24 +177,18 @@ class ScoreHooks:
     ) -> tuple[tuple, dict[str, Any]]:
         """Hand an extended layer tables for stored keys, and its attention: forward pre-hook."""
         arguments = by_name(self.layer_argument_names[layer], args, kwargs)
-        seen: list[ScoreAttention] = []
-
-        def stored(attention: ScoreAttention) -> Any:
-            seen.append(attention)
-            return attention.stored
-
         batch = arguments.pop(ARGUMENT, None)
-        arguments = {name: exchange(value, stored) for name, value in arguments.items()}
+        attention = exchange(arguments, "stored")
         if layer in self.inner and batch is not None:
             inner = self.inner[layer]
             setattr(in_progress, inner.key, batch)
             tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-            seen.append(inner.attention(batch, tensor.device))
-        if not seen:
+            attention = inner.attention(batch, tensor.device)
+        if attention is None:
             raise RuntimeError(
                 f"extend: {type(layer).__name__} must be called by its model, got a direct call"
             )
-        attention = seen[0].of(self.heads[layer])
+        attention = attention.of(self.heads[layer])
         arguments = attention.batch.for_layer(layer, arguments, attention)
         mask = self.calls[layer].mask(layer, attention)
         return (), with_mask(arguments, mask)
@@ -205,7 +199,8 @@ class ScoreHooks:
         """Hand a layer that is not extended its own tables: forward pre-hook."""
         arguments = by_name(self.layer_argument_names[layer], args, kwargs)
         arguments.pop(ARGUMENT, None)
-        return (), {name: exchange(value, _own) for name, value in arguments.items()}
+        exchange(arguments, "own")
+        return (), arguments
 
     def _read_batch(self, tokens: Tensor, cache: Any, arguments: Mapping[str, Any]) -> Batch:
         if (shared := self.rotaries[0].shared) is not None:
@@ -286,10 +281,6 @@ def packed_masks(module: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
     names = inspect.signature(create_masks_for_generate).parameters
     arguments = {name: value for name, value in arguments.items() if name in names}
     return create_masks_for_generate(**arguments)
-
-
-def _own(attention: ScoreAttention) -> Any:
-    return attention.own
 
 
 class ScoreAttention:
@@ -397,12 +388,14 @@ class ScoreAttention:
         return here.batch.attend(module, q, k, v, call)
 
 
-def exchange(value: Any, found: Callable[[ScoreAttention], Any]) -> Any:
-    """Return a layer's argument with every `ScoreAttention` in it replaced by `found` of it."""
-    if value is None or isinstance(value, Tensor):
-        return value  # the most common case
-    if isinstance(value, ScoreAttention):
-        return found(value)
-    if isinstance(value, tuple) and value and isinstance(value[0], ScoreAttention):
-        return found(value[0])
-    return value
+def exchange(arguments: dict[str, Any], tables: str) -> ScoreAttention | None:
+    """Put tables in the place of a layer's `ScoreAttention`, and return that; None without one.
+
+    tables: "stored" or "own".
+    """
+    found = None
+    for name, value in list(arguments.items()):
+        first = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(first, ScoreAttention):
+            found, arguments[name] = first, getattr(first, tables)
+    return found
