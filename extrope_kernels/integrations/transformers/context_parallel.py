@@ -175,7 +175,7 @@ class SharedHooks:
     ) -> tuple[tuple, dict[str, Any]]:
         """Hand the attention to a layer that rotates by itself: its forward pre-hook."""
         arguments = by_name(self.layer_argument_names[layer], args, kwargs)
-        arguments["attention_mask"] = self.calls[layer].mask(layer, self)
+        arguments = self.calls[layer].with_attention(layer, arguments, self)
         return (), by_its_name(layer, arguments, self)
 
     def attend(

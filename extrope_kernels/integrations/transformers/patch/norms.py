@@ -209,9 +209,8 @@ def _record(layer: nn.Module, arguments: dict[str, Any]) -> Recorded:
     """Call a layer, past its hooks; return the arguments of its attention."""
     call = call_of(layer)
     recorder = Recorder({layer: call})
-    given = arguments | {"attention_mask": call.mask(layer, recorder)}
     with replaced(call.overrides(layer)):
-        layer.forward(**given)
+        layer.forward(**call.with_attention(layer, arguments, recorder))
     return recorder.seen[layer]
 
 

@@ -31,7 +31,6 @@ from ..probe.attention import (
     refuse_options,
     register_attention,
     softmax_options,
-    with_mask,
 )
 from ..probe.layers import Heads, LayerProbe
 from ..probe.rotary import RotaryModule, argument_names, by_name
@@ -190,8 +189,7 @@ class ScoreHooks:
             )
         attention = attention.of(self.heads[layer])
         arguments = attention.batch.for_layer(layer, arguments, attention)
-        mask = self.calls[layer].mask(layer, attention)
-        return (), with_mask(arguments, mask)
+        return (), self.calls[layer].with_attention(layer, arguments, attention)
 
     def before_near_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]

@@ -54,6 +54,18 @@ class Call:
         config._attn_implementation_internal = self.attention
         return [(layer, "config", config)]
 
+    def with_attention(
+        self, layer: nn.Module, arguments: Mapping[str, Any], attention: Any
+    ) -> dict[str, Any]:
+        """Return a layer's arguments with what leads to `attention` in the place of its mask.
+
+        Of several, by name, that is the first one (Zaya's convolutions have another).
+        """
+        mask, before = self.mask(layer, attention), arguments.get("attention_mask")
+        if isinstance(before, Mapping):
+            mask = {**before, next(iter(before)): mask}
+        return {**arguments, "attention_mask": mask}
+
     def mask(self, layer: nn.Module, attention: Any) -> Any:
         """Return the object for the mask's place that leads to `attention`."""
         return attention
@@ -220,17 +232,6 @@ def refuse_options(module: nn.Module, options: Mapping[str, Any], packed: bool =
         raise ValueError(
             f"extend: {BOUNDARIES} must be left out, got one; give each sequence a row"
         )
-
-
-def with_mask(arguments: dict[str, Any], value: Any) -> dict[str, Any]:
-    """Return a layer's arguments with `value` as the mask of its attention.
-
-    Of several, by name, that is the first one (Zaya's convolutions have another).
-    """
-    before = arguments.get("attention_mask")
-    if isinstance(before, Mapping):
-        value = {**before, next(iter(before)): value}
-    return arguments | {"attention_mask": value}
 
 
 @torch.no_grad()

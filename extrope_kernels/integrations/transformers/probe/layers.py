@@ -31,7 +31,6 @@ from .attention import (
     calls_in,
     check_options,
     close,
-    with_mask,
 )
 from .rotary import RotaryModule, argument_names, by_name, probe_numbers, rotating_layers
 
@@ -112,7 +111,7 @@ class Recorder:
     ) -> tuple[tuple, dict[str, Any]]:
         self.called.add(layer)
         arguments = by_name(argument_names(layer), args, kwargs)
-        return (), with_mask(arguments, self.calls[layer].mask(layer, self))
+        return (), self.calls[layer].with_attention(layer, arguments, self)
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
