@@ -42,8 +42,9 @@ KEPT: dict[str, Callable[[Row, int], Row]] = {
     "demo": lambda row, _: {
         "seconds": row["seconds"], "losses": [bucket["loss"] for bucket in row["buckets"]]
     },
-    # For each bucket of positions the loss of each piece.
-    "by_position": lambda row, _: {"pieces": [bucket["pieces"] for bucket in row["buckets"]]},
+    # Likewise, and the loss of each text in each bucket of positions.
+    "by_position": lambda row, trained: loss_row(row, trained)
+    | {"positions": [bucket["pieces"] for bucket in row["buckets"]]},
     # The mean loss of a text within the training length.
     "short": lambda row, _: {"length": row["length"], "loss": row["loss"]},
 }  # fmt: skip

@@ -94,7 +94,8 @@ RUNS = {
     # Eight times the trained length: some minutes a text with AMX, half an hour without.
     "far": Run(
         "loss", "smollm2-64k", 65536, trials=1, bucket=8192, kept="by_position",
-        methods=first("yarn", "rope", "rerope", "leaky_rerope", "self_extend", "dual_chunk"),
+        methods=first("rope", "rerope", "leaky_rerope", "self_extend", "dual_chunk")
+        | {"yarn": [{}, {"factor": 16.0}]},
     ),
     "short": Run(
         "loss", "short", (1024, 2048, 4096, 8192), trials=2, bucket=8192, kept="short",

@@ -145,6 +145,7 @@ LOOKS = {
     "pi": ("#D55E00", "^", 6, "PI"),
     "yarn": ("#0072B2", "s", 9, "YaRN"),
     "rerope": ("#009E73", "D", 5, "ReRoPE"),
+    "leaky_rerope": ("#CC79A7", "v", 6, "Leaky ReRoPE"),
 }
 
 
@@ -159,6 +160,8 @@ def draw_demo(loss: dict, recall: dict) -> Figure:
     bucket, trained = loss["bucket"], loss["training_length"]
     read = bucket * len(loss["rows"][0]["losses"])
     for row in loss["rows"]:
+        if row["method"] == "leaky_rerope":  # here its line is ReRoPE's
+            continue
         if look := _look(row["method"]):
             middles = [(n + 0.5) * bucket for n in range(len(row["losses"]))]
             upper.plot(middles, row["losses"], **look)
@@ -180,7 +183,7 @@ def draw_demo(loss: dict, recall: dict) -> Figure:
     for axes in (upper, lower):
         axes.grid(axis="y", color="0.88")
     keys = upper.get_legend_handles_labels()
-    figure.legend(*keys, frameon=False, fontsize=11, loc="outside lower center", ncols=len(LOOKS))
+    figure.legend(*keys, frameon=False, fontsize=11, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -190,6 +193,36 @@ def _look(method: str, more: str = "") -> dict:
         return {}
     colour, marker, size, label = LOOKS[method]
     return {"color": colour, "marker": marker, "markersize": size, "label": label + more}
+
+
+def far(path: Path, results: Path = RESULTS) -> None:
+    """Draw the loss of each long text by position; the plain model leaves the panels."""
+    found = evaluations.read("smollm2-64k", results)
+    bucket, trained = found["bucket"], found["training_length"]
+    rows = [row for method in LOOKS for row in found["rows"] if row["method"] == method]
+    read = bucket * len(rows[0]["positions"])
+    figure, panels = new_plot(6, 6.4, 2, 1, sharex=True)
+    titles = ("The reference of Python", "The Jargon File")
+    for index, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        for row in rows:
+            parameters = named(row["params"])
+            of_yarn = f", {parameters}" if row["method"] == "yarn" else ""
+            line = "--" if parameters == "factor=16" else "-"
+            losses = [texts[index] for texts in row["positions"]]
+            middles = [(place + 0.5) * bucket for place in range(len(losses))]
+            axes.plot(middles, losses, line, **_look(row["method"], of_yarn))
+        axes.axvspan(trained, read, color="0.94", zorder=0)
+        axes.text(read, 0.97, "past the training length ", ha="right", va="top", fontsize=11,
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+        axes.set(xlim=(0, read), ylim=(1.75, 6.25), ylabel="loss (nats a token)")
+        axes.set_title(title, loc="left", fontsize=12)
+        axes.grid(axis="y", color="0.88")
+    axes.set_xticks(range(0, read + 1, 2 * trained))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("position in the text")
+    keys = axes.get_legend_handles_labels()
+    figure.legend(*keys, frameon=False, fontsize=11, loc="outside lower center", ncols=3)
+    save(figure, path, *sources("far", results))
 
 
 TRAINED = 8192  # tokens, of SmolLM2
@@ -234,7 +267,8 @@ def ruler_shares(path: Path, results: Path = RESULTS) -> None:
     figure, axes = new_plot(6, 3.6)
     shown = [each for each in ruler.METHODS["smollm2"] if (each[0] or "rope") in LOOKS]
     for place, (method, parameters) in enumerate(ruler.names(*each) for each in shown):
-        own = [cell for cell in cells if cell.key[3:] == (method, parameters)]
+        if not (own := [cell for cell in cells if cell.key[3:] == (method, parameters)]):
+            continue
         beside = [lengths.index(cell.length) + 0.05 * (place - 1.5) for cell in own]
         shares = [fmean(cell.scores) for cell in own]
         ends = [ruler.interval(cell) for cell in own]
@@ -313,15 +347,16 @@ def _label(axes: Axes, top: float) -> None:
         )  # fmt: skip
 
 
-SOURCES = {  # of README's pictures
+SOURCES = {  # of pictures whose captions tell numbers
     "ruler": ("ruler/smollm2.csv",),
     "demo": ("models/demo.json", "models/recall.json"),
+    "far": ("models/smollm2-64k.json",),
     "speed": tuple(f"{MACHINE}/{name}.json" for name in ("rope", "attention", "decode")),
 }
 
 
 def sources(name: str, results: Path = RESULTS) -> list[Path]:
-    """Return the files of results that a picture of README shows."""
+    """Return the files of results that a picture shows."""
     return [results / file for file in SOURCES[name]]
 
 
@@ -330,6 +365,7 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "scaling-rope": lambda path: lengths("rope", path),
     "scaling-attention": lambda path: lengths("attention", path),
     "demo": demo,
+    "far": far,
     "ruler": ruler_shares,
     "tradeoff": tradeoff,
     SMALL: lambda path: draw_lengths(evaluations.read(SMALL), path),

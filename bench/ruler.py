@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
         (None, {}),
         ("yarn", {"factor": 2.0}),
         ("yarn", {"factor": 4.0}),
+        ("yarn", {"factor": 8.0}),
         ("rerope", {"window": 4096}),
         ("leaky_rerope", {"window": 4096, "factor": 16.0}),
         ("self_extend", {"window": 2045, "factor": 5}),
@@ -216,7 +217,11 @@ def run(given: argparse.Namespace) -> None:
     stay_offline()
     files, device = models.prepared(given.model, None)
     model = models.load_model(files, "bfloat16", device)
-    methods = {names(*each): each for each in METHODS[given.model]}
+    known = {names(*each): each for each in METHODS[given.model]}
+    methods = {name: each for name, each in known.items()
+               if any(" ".join(name).startswith(label) for label in given.methods)}  # fmt: skip
+    if not methods:
+        raise UsageError(f"--methods must begin rows of {[' '.join(name) for name in known]}")
     recorded = RESULTS / "ruler" / f"{given.model}.csv"
     path = recorded if given.record else BUILD / recorded.name
     for length, task in product(given.lengths, given.tasks):
@@ -258,6 +263,10 @@ def main() -> int:
     parser.add_argument("--model", choices=tuple(packages.PACKAGES), default=packages.SMOLLM2)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS[:1])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
+    parser.add_argument(
+        "--methods", nargs="+", default=[""], metavar="METHOD",
+        help="those whose rows begin so: rerope, 'yarn factor=8' (default all)",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=50, help="of each cell (default 50)")
     parser.add_argument("--record", action="store_true", help="write to bench/results/ruler")
     given = parser.parse_args()

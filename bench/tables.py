@@ -145,6 +145,21 @@ def demo(found: dict) -> str:
     return f"{table(['method', *head], lines)}\n\n{took}"
 
 
+def by_position(results: Path, name: str) -> str:
+    """Make a line per method: the loss by position, and that behind the training length."""
+    found = evaluations.read(name, results)
+    rows, step = found["rows"], found["bucket"] // 1024
+    yarn = next(row["far"] for row in rows if row["method"] == "yarn")
+    head = [f"{step * i}-{step * (i + 1)}k" for i in range(len(rows[0]["positions"]))]
+    lines = []
+    for row in sorted(rows, key=lambda row: fmean(row["far"])):
+        over = mean_and_error([own - theirs for own, theirs in zip(row["far"], yarn, strict=True)])
+        losses = (f"{fmean(texts):.2f}" for texts in row["positions"])
+        cells = [f"`{row['method']}`", named(row["params"]), *losses]
+        lines.append([*cells, f"{fmean(row['far']):.3f}", between(over, 3)])
+    return table(["method", "parameters", *head, "loss", "over YaRN"], lines)
+
+
 def recall(found: dict) -> str:
     """Make a line per method: the gain of a passage by distance, with its standard error."""
     head = ["method", *(f"{distance:,}" for distance in found["distances"])]

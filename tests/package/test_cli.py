@@ -95,7 +95,7 @@ def test_check_builds_nothing_and_info_says_why_there_is_no_library(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     checked, _, info = done.stdout.partition("extrope_kernels ")
-    assert checked.startswith("to try first     rerope window=2048: ")
+    assert checked.startswith("to try first     leaky_rerope window=2048 factor=")
     assert "`extend` tells" in checked
     assert "no C++ compiler found" in info and "EXTROPE_JIT=0 forbids" in info
     assert info.rstrip().endswith("reference")

@@ -471,14 +471,18 @@ def test_a_length_within_reach(check):
 
 def test_numbers_are_those_of_the_page():
     page = CHOOSE.read_text()
-    for name, times in (("16k", 2), ("32k", 4)):
+    half = "window=4096"
+    measured = {"rerope": half, "leaky_rerope": f"{half}, factor=16", "yarn": "factor=2"}
+
+    def row(name, method):
         table = re.search(f"<!-- smollm2-{name} -->(.*?)<!-- end", page, re.DOTALL)[1]
-        row = next(each for each in table.splitlines() if "`rerope` | window=4096 |" in each)
-        assert f"| {choice.OVER_YARN[times]} |" in row
-        if times == 2:
-            assert row.endswith(f"| {choice.RECALL['rerope']} |")
-            row = next(each for each in table.splitlines() if "`yarn` | factor=2 |" in each)
-            assert row.endswith(f"| {choice.RECALL['yarn']} |")
+        named = f"`{method}` | {measured[method]} |"
+        return next(each for each in table.splitlines() if named in each)
+
+    for name, (method, over) in zip(("16k", "32k", "64k"), choice.OVER_YARN.values(), strict=True):
+        assert f"| {over} |" in row(name, method)
+    for method, recall in choice.RECALL.items():
+        assert row("16k", method).endswith(f"| {recall} |")
 
 
 def gguf_file(path, scaling):

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import evaluations
 import harness
@@ -86,18 +87,20 @@ def test_pages_tell_speeds_and_numbers_of_models_as_measured():
         )
     )
     assert len(yarn_2) == len(yarn_4) == len(rerope) == 50 and sum(plain) == 0
-    told = "it finds none in {} texts. In {} texts, the same for all, it finds {:.0f} with YaRN"
+    told = "it finds none in {} texts as it is. In {} texts, the same for all, it finds {:.0f} with"
     assert told.format(len(plain), len(rerope), sum(yarn_2)) in text
     assert f"{sum(yarn_4):.0f} at factor 4, and **{sum(rerope):.0f} with ReRoPE**" in text
     only, by_chance = sign_test(rerope, yarn_2)
-    assert f"all {only} that factor 2 misses (sign test: p = {by_chance:.3f})" in text
-    assert f"its lead over factor 4 may be chance (p = {sign_test(rerope, yarn_4)[1]:.2f})" in text
-    row = next(row for row in evaluations.measured(name="smollm2-32k")["rerope"]
-               if row.parameters["window"] == 4096)  # fmt: skip
-    told = (
-        f"loss is {-row.over_yarn[0]:.2f} ± {row.over_yarn[1]:.2f} nats a token below that of YaRN"
-    )
+    told = f"all {only} that factor 2 misses among them (sign test: p = {by_chance:.3f})"
     assert told in text
+    assert f"its lead over factor 4 may be chance (p = {sign_test(rerope, yarn_4)[1]:.2f})" in text
+    ends = {(row["method"], row["params"].get("factor")): row["positions"][-1]
+            for row in evaluations.read("smollm2-64k")["rows"]}  # fmt: skip
+    shown = [ends[each] for each in
+             (("rope", None), ("yarn", 8.0), ("rerope", None), ("leaky_rerope", 16.0))]  # fmt: skip
+    assert all(list(each) == sorted(each, reverse=True) for each in zip(*shown, strict=True))
+    told = "{:.2f} nats as it is, {:.2f} with YaRN at factor 8, {:.2f} with ReRoPE and **{:.2f}"
+    assert told.format(*map(fmean, shown)) in text
     kept = {name: evaluations.read(name)["rows"] for name in ("demo", "recall")}
     last = {row["method"]: row["losses"][-1] for row in kept["demo"]}
     told = "the model as it is {rope:.2f} nats, with YaRN {yarn:.2f}, with ReRoPE {rerope:.2f}"
@@ -153,11 +156,12 @@ def test_every_plot_is_drawn(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", plots.SOURCES)
-def test_a_picture_of_the_readme_is_drawn_from_its_files_as_they_are(name):
+def test_a_picture_of_real_models_or_speed_is_drawn_from_its_files_as_they_are(name):
     """Or run python bench/plots.py; its caption is compared with the same files above."""
     drawn = Image.open(ROOT / "docs" / f"{name}.png").text["Source"]
     assert drawn == plots.digest(*plots.sources(name))
-    assert f"(docs/{name}.png)" in (ROOT / "README.md").read_text()
+    pages = (ROOT / "README.md", ROOT / "docs" / "guide" / "measured.md")
+    assert any(f"/{name}.png)" in page.read_text() for page in pages)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -31,6 +31,14 @@ def test_the_method_is_the_one_that_measured_best(rope, length):
     assert "exact within its window, half of 32" in reason
 
 
+@pytest.mark.parametrize(("length", "factor"), [(160, 16.0), (1024, 63.0)])
+def test_far_past_the_training_the_farthest_distance_is_a_trained_one(length, factor):
+    method, parameters, _ = chosen(build("llama"), length)
+    window = TRAINED // 2
+    assert (method, parameters) == ("leaky_rerope", {"window": window, "factor": factor})
+    assert window + (length - window) / factor <= TRAINED
+
+
 LONG = {"rope_type": "longrope", ORIGINAL: 16, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
 
 

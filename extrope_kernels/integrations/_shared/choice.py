@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Rows of docs/guide/measured.md, of SmolLM2-135M: the loss of ReRoPE with half the trained length
-# as its window over YaRN's, by the multiple of that length that is read, and the recall of each
-# at twice.
-OVER_YARN = {2: "-0.020 ± 0.002", 4: "-0.143 ± 0.028"}
-RECALL = {"rerope": "2.56 ± 0.28", "yarn": "0.72 ± 0.40"}
+# Rows of docs/guide/measured.md, of SmolLM2-135M. By the multiple of its length that is read: the
+# method, whose window is half of that length, and its loss over YaRN's. Recall is at twice.
+OVER_YARN = {
+    2: ("rerope", "-0.020 ± 0.002"),
+    4: ("rerope", "-0.143 ± 0.028"),
+    8: ("leaky_rerope", "-0.546 ± 0.001"),
+}
+RECALL = {"rerope": "2.56 ± 0.28", "leaky_rerope": "2.52 ± 0.29", "yarn": "0.72 ± 0.40"}
+LEAK = 16.0  # the factor of these rows, and of Leaky ReRoPE's code
 # By model_type: a norm with weights comes after the rotation.
 NORMED_AFTER = ("dory", "hunyuan_v1_dense", "hunyuan_v1_moe")
 # Names in configurations of models whose layers choose keys (DeepSeek V3.2, Qwen4Exp).
@@ -45,13 +50,18 @@ def choose_method(
         return Choice("yarn", {"factor": length / trained}, f"no score method: {refused}")
     if chunks:
         return Choice("dual_chunk", {}, "as it was trained, by its dual_chunk_attention_config")
-    times = 2 if length <= 2 * reach else 4
+    times = next((each for each in OVER_YARN if length <= each * reach), max(OVER_YARN))
+    method, over = OVER_YARN[times]
+    window = max(1, reach // 2)
+    parameters: dict[str, float] = {"window": window}
+    if method == "leaky_rerope":  # the farthest distance stays a trained one
+        parameters["factor"] = max(LEAK, math.ceil((length - window) / max(1, reach - window)))
     reason = (
         f"exact within its window, half of {reach:,} tokens; measured on SmolLM2-135M at {times} "
-        f"times its length: {OVER_YARN[times].removeprefix('-')} nats less than YaRN, and recall "
-        f"of {RECALL['rerope']} where YaRN's is {RECALL['yarn']}"
+        f"times its length: {over.removeprefix('-')} nats less than YaRN; at twice, recall of "
+        f"{RECALL[method]} where YaRN's is {RECALL['yarn']}"
     )
-    return Choice("rerope", {"window": max(1, reach // 2)}, reason)
+    return Choice(method, parameters, reason)
 
 
 def why_no_score(config: Any) -> str | None:
