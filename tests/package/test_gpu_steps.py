@@ -138,9 +138,13 @@ def test_a_suite_goes_on_where_it_was_cut(logs, monkeypatch):
     monkeypatch.setattr(suite, "about", lambda: {"card": CARD})
     monkeypatch.setattr(suite, "processes", lambda *_: 1)
     monkeypatch.setattr(suite, "sources", str)
-    monkeypatch.setattr(suite, "REST", 400.0)  # time is up when the first test has ended
+    monkeypatch.setattr(suite, "REST", 400.0)
+    some = suite.TESTS / "folder" / "test_some.py"
+    text, slow = some.read_text(), "import time; time.sleep(5)"  # time is up as the first test ends
+    some.write_text(text.replace("test_passes(): pass", f"test_passes(): {slow}"))
     verdict = suite.run("folder", Deadline(405))
     assert verdict.line.startswith("1 of 6 ran") and "; 5 left: run the step" in verdict.line
+    some.write_text(text)
     log = logs / "0.jsonl"
     with log.open("a") as file:
         file.write('{"test": "test_some.py::test_')  # cut as it was written

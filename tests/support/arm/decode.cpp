@@ -102,7 +102,7 @@ void run(const Case& c, const std::string& name) {
     return Plane{x.data(), c.seqlen_q * slot, slot, head_dim};
   };
   const Plane of_k = plane(k, c.head_dim), of_v = plane(v, c.head_dim_v);
-  decode::run_append(p.cache, p.freqs, nullptr, p.regions, of_k, of_v);
+  decode::run_append(p, nullptr, of_k, of_v);
   decode::run_decode(p, kKernels);
   write(name + "/k_cache", k_cache);
   write(name + "/v_cache", Moved<T>{v_cache});
