@@ -130,7 +130,7 @@ def one_thread():
 @pytest.fixture
 def many_splits(monkeypatch):
     """Triton splits sequences of a few dozen keys, as it does long ones: over `most` slots."""
-    from extrope_kernels.ops._shared.layouts import forget
+    from extrope_kernels.ops._torch.layouts import forget
     from extrope_kernels.ops.attention.triton import schedule
 
     def split(most: int = 128) -> None:

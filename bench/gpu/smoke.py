@@ -20,7 +20,7 @@ from score_examples import EXAMPLES
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from extrope_kernels.ops._shared import layouts
+from extrope_kernels.ops._torch import layouts
 from extrope_kernels.testing import assert_within_budget, available_backends
 
 from .results import Deadline, Verdict

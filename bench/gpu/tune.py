@@ -27,7 +27,7 @@ from machine_code import CHIPS
 from shapes import HEADS_K, HEADS_Q, KEYS, KEYS_WINDOW, SEQLEN, WINDOW
 
 from extrope_kernels import rope_attention, scores
-from extrope_kernels.ops._shared.layouts import forget
+from extrope_kernels.ops._torch.layouts import forget
 from extrope_kernels.ops.attention.triton import configs
 
 from . import smoke

@@ -16,7 +16,7 @@ from typing import Any
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..ops._shared.library import ops
+from ..ops._torch.library import ops
 
 _OUTPUTS = {
     **{"rope_fwd": 2, "rope_bwd": 3, "attention_fwd": 2, "attention_bwd": 3},

@@ -25,7 +25,7 @@ from .. import RopeFreqs, methods
 from .._usage import shortened
 from ..integrations._shared.parameters import SAVED
 from ..integrations.transformers.patch.hooks import ON_OWNER
-from ..integrations.transformers.patch.rotation import RotaryForward
+from ..integrations.transformers.patch.rotary_forward import RotaryForward
 from ..integrations.transformers.probe.rotary import (
     Tables,
     attribute_of,

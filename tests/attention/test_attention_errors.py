@@ -71,7 +71,7 @@ def test_triton_takes_no_float64():
 
 
 def test_triton_says_what_it_needs_on_a_cpu(monkeypatch):
-    from extrope_kernels.ops._shared import backends
+    from extrope_kernels.ops._torch import backends
 
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -34,7 +34,7 @@ from test_attention import call_of, ints, packed
 from triton_attention import backward, forward
 
 from extrope_kernels import methods, scores
-from extrope_kernels.ops._shared.layouts import forget
+from extrope_kernels.ops._torch.layouts import forget
 from extrope_kernels.ops.attention import AttentionCall
 from extrope_kernels.ops.attention.triton import configs, device
 from extrope_kernels.scores.base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score

@@ -23,6 +23,7 @@ KINDS = {
     "axis": r"(methods|positions|scores)/.*",
     "checks": r"_(checks|names).py",
     "installation": r"_[a-z]\w*.py",
+    "torch": r"ops/_torch/.*",
     "shared": r"ops/_shared/.*",
     "operation": r"ops/\w+/.*",
     "distributed": r"distributed/.*",
@@ -35,9 +36,10 @@ MAY_IMPORT = {
     "axis": ("{own}", "_checks", "_names"),
     "checks": (),
     "installation": ("_build",),
-    "shared": ("ops/_shared", *AXES, "_ext"),
-    "operation": ("{own}", "ops/_shared", *AXES, "_ext"),
-    "distributed": ("{own}", "ops/_shared"),  # and public names, see below
+    "torch": ("{own}", "_ext"),
+    "shared": ("{own}", "ops/_torch", *AXES),
+    "operation": ("{own}", "ops/_shared", "ops/_torch", *AXES, "_ext"),
+    "distributed": ("{own}", "ops/_shared", "ops/_torch"),  # and public names, see below
     "client": (
         "_build",
         "_checks",
@@ -197,7 +199,7 @@ def test_optional_packages_are_imported_inside_functions():
 def test_one_module_uses_private_functions_of_torch():
     private = r"torch\._(C|functorch|dynamo)\b|_dynamo_marked_constant|forward_ad\._|_SingleLevel"
     found = {inside(path) for path in FILES if re.search(private, path.read_text())}
-    assert found == {"ops/_shared/autograd"}
+    assert found == {"ops/_torch/autograd"}
 
 
 def test_importing_the_package_loads_no_optional_package():

@@ -28,7 +28,7 @@ from triton import JITFunction
 
 import extrope_kernels as ek
 from extrope_kernels import methods, scores
-from extrope_kernels.ops._shared import layouts
+from extrope_kernels.ops._torch import layouts
 
 ROOT = Path(__file__).parents[2]
 FREQS = methods.rope(64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from extrope_kernels import methods, rope_attention
-from extrope_kernels.ops._shared import layouts
+from extrope_kernels.ops._torch import layouts
 
 
 @pytest.fixture(autouse=True)

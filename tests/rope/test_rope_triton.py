@@ -25,7 +25,7 @@ from rope_oracle import (
 from extrope_kernels.ops._shared.dtypes import accumulator
 from extrope_kernels.ops._shared.pairs import cross
 from extrope_kernels.ops.rope import reference
-from extrope_kernels.ops.rope.rotation import Rotation
+from extrope_kernels.ops.rope.call import Rotation
 from extrope_kernels.ops.rope.triton import rotation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

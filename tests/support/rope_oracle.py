@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from extrope_kernels.ops.rope import reference
-from extrope_kernels.ops.rope.rotation import Rotation
+from extrope_kernels.ops.rope.call import Rotation
 from extrope_kernels.ops.rope.triton import device
 from extrope_kernels.ops.rope.triton import rotation as kernels
 from extrope_kernels.testing import assert_within_budget

@@ -8,7 +8,7 @@
 
 #include "common/attention_args.h"
 #include "cpu/attention/params.h"
-#include "cpu/attention/rotation.h"
+#include "cpu/attention/rotated_keys.h"
 #include "cpu/runtime/pair_maps.h"
 
 namespace extrope::attention {

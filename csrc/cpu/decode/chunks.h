@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/attention/rotation.h"
+#include "cpu/attention/rotated_keys.h"
 #include "cpu/attention/run.h"
 #include "cpu/decode/params.h"
 

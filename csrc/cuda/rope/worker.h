@@ -11,7 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/rope/rotation.h"
+#include "cuda/rope/token.h"
 
 namespace extrope {
 namespace {

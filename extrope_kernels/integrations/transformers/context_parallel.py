@@ -15,7 +15,7 @@ from .batch import Batch
 from .batch.padded import full_mask, no_mask
 from .model import cache_of, reprefix_error, tokens_of, unsupported
 from .patch.hooks import Patches
-from .patch.rotation import RotaryForward
+from .patch.rotary_forward import RotaryForward
 from .probe.attention import (
     ARGUMENT,
     Call,

@@ -21,7 +21,7 @@ from .model import Override, generation_config_owner
 from .patch.frequencies import frequency_patches
 from .patch.generate import forget_pages, length_patches
 from .patch.hooks import ON_OWNER, Applied, Patches, route_forward_through_hooks
-from .patch.rotation import RotaryForward, unwrap_apply, wrap_apply
+from .patch.rotary_forward import RotaryForward, unwrap_apply, wrap_apply
 from .patch.score_forward import ScoreRotaryForward
 from .patch.scores import score_patches
 from .probe.rotary import (

@@ -19,7 +19,7 @@ from .._shared.choice import Choice, choose_method
 from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in
 from .model import BOUNDED
 from .patch.hooks import ON_OWNER, Applied
-from .patch.rotation import RotaryForward
+from .patch.rotary_forward import RotaryForward
 from .patch.scores import why_no_images
 from .probe.rotary import RotaryModule, find_rotary_modules
 from .saved import STRETCHING, describe

@@ -1,1 +1,1 @@
-"""Code shared by several operations."""
+"""What several operations compute with: positions, maps, caches, dtypes, and their checks."""

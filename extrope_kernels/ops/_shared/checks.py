@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .autograd import in_func_transform
-from .layouts import cached_by_layout
+from .._torch.autograd import in_func_transform
+from .._torch.layouts import cached_by_layout
 from .specs import check_dense
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)

@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .autograd import constant_when_compiled
+from .._torch.autograd import constant_when_compiled
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

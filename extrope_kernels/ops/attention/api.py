@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import UNROTATED, Score
-from .._shared import backends as _backends
-from .._shared.autograd import constant_when_compiled
 from .._shared.checks import (
     REFUSALS,
     has_values,
@@ -21,6 +19,8 @@ from .._shared.checks import (
 )
 from .._shared.decay import check_new_keys
 from .._shared.kvcache import KVCache, Scales, cache_lengths, check_slots
+from .._torch import backends as _backends
+from .._torch.autograd import constant_when_compiled
 from . import flash_attn, op
 from .call import make_call
 from .checks import (

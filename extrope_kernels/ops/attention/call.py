@@ -25,7 +25,7 @@ from ...scores.base import (
 )
 from .._shared import maps
 from .._shared.dtypes import accumulator
-from .._shared.layouts import cached_by_layout
+from .._torch.layouts import cached_by_layout
 
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
 # The arguments of every attention op besides its tensors. The maps are the q_map and the k_map of

@@ -9,7 +9,7 @@ from ...methods import RopeFreqs
 from .._shared.checks import has_values
 from .._shared.decay import reach
 from .call import AttentionCall
-from .rotation import positions, used
+from .places import positions, used
 
 
 def check_decay(op: str, freqs: RopeFreqs, q: Tensor, k: Tensor, call: AttentionCall) -> None:

@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .._shared.autograd import in_func_transform
-from .._shared.dtensor import replicated, whole
 from .._shared.pairs import cross
 from .._shared.positions import sequence_of_token
+from .._torch.autograd import in_func_transform
+from .._torch.dtensor import replicated, whole
 from .call import AttentionCall
-from .rotation import places
+from .places import places
 
 Backward = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
 

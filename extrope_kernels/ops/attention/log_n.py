@@ -9,7 +9,7 @@ from .._shared.dtypes import accumulator
 from .._shared.kvcache import KVCache
 from .call import AttentionCall
 from .checks import check_log_n, check_query_scale
-from .rotation import positions
+from .places import positions
 
 
 def with_log_n(op: str, log_n: float, q: Tensor, k: Tensor, call: AttentionCall) -> AttentionCall:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from .._shared import specs
-from .._shared.autograd import (
+from .._shared.checks import meet, memory_of, overlaps_itself, refuse_flags, share_bytes
+from .._shared.specs import ANY, FLOATS, LIKE, ROWS, Spec
+from .._torch.autograd import (
     contiguous_rows,
     empty_rows,
     in_forward_mode,
     in_func_transform,
     refuse_recording,
 )
-from .._shared.backends import missing
-from .._shared.checks import meet, memory_of, overlaps_itself, refuse_flags, share_bytes
-from .._shared.library import library, ops
-from .._shared.specs import ANY, FLOATS, LIKE, ROWS, Spec
+from .._torch.backends import missing
+from .._torch.library import library, ops
 
 OP = "merge_attention"
 INPLACE = f"{OP}: inplace=True is for inference, got tensors that require grad"

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._shared.autograd import (
+from .._shared.dtypes import accumulator
+from .._shared.kvcache import KVCache, Scales, check_slots, refuse_aliases
+from .._torch.autograd import (
     call_unrecorded,
     contiguous_rows,
     note_writes,
@@ -20,11 +22,9 @@ from .._shared.autograd import (
     register_backward,
     wants_grad,
 )
-from .._shared.dtensor import replicated
-from .._shared.dtypes import accumulator
-from .._shared.kvcache import KVCache, Scales, check_slots, refuse_aliases
-from .._shared.layouts import cached_by_layout, layout_key
-from .._shared.library import library, load_on_first_use, ops
+from .._torch.dtensor import replicated
+from .._torch.layouts import cached_by_layout, layout_key
+from .._torch.library import library, load_on_first_use, ops
 from . import flash_attn, reference
 from .call import (
     OPTIONS,

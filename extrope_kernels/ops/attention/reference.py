@@ -12,7 +12,7 @@ from torch import Tensor
 from .._shared.dtypes import accumulator, dequantize, quantize, without_autocast
 from .._shared.kvcache import KVCache
 from .call import AttentionCall, lse_shape
-from .rotation import positions, rotate, store_keys, unrotate
+from .places import positions, rotate, store_keys, unrotate
 
 
 @without_autocast

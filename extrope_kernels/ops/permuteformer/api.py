@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._shared import backends as _backends
-from .._shared.autograd import in_func_transform, wants_grad
 from .._shared.checks import narrowed, refuse_flags, split_offset
 from .._shared.dtypes import accumulator
-from .._shared.library import ops
+from .._torch import backends as _backends
+from .._torch.autograd import in_func_transform, wants_grad
+from .._torch.library import ops
 from . import reference
 from .checks import MAX_DIM, check, check_powers, check_state, check_values
 from .op import implementation

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._shared import specs
 from .._shared.checks import check_boundaries, has_values
-from .._shared.layouts import once_per_layout
 from .._shared.specs import ANY, DENSE, FLOATS, INT32, ROWS, WIDE, Spec
+from .._torch.layouts import once_per_layout
 from .permutations import Powers
 
 MAX_DIM = 256  # attention's limit, except the reference's: a state must fit on chip

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ... import _ext
-from .._shared.library import library, ops
+from .._torch.library import library, ops
 from .permutations import Powers
 from .scans import Call, Result
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._shared.autograd import (
+from .._shared.dtypes import accumulator
+from .._torch.autograd import (
     batching_rule,
     contiguous_rows,
     empty_rows,
     refuse_backward,
     register_backward,
 )
-from .._shared.backends import missing
-from .._shared.dtypes import accumulator
-from .._shared.library import library, load_on_first_use, ops
+from .._torch.backends import missing
+from .._torch.library import library, load_on_first_use, ops
 from . import cpu, fla, reference
 from .checks import check, check_dims, check_powers, check_state, check_values
 from .permutations import Powers, cycles, source_dims

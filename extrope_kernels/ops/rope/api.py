@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .._shared.autograd import call_unrecorded, note_writes, wants_grad
-from .._shared.backends import missing, require
 from .._shared.checks import (
     REFUSALS,
     check_boundaries,
@@ -22,8 +20,10 @@ from .._shared.checks import (
     split_offset,
 )
 from .._shared.decay import check_numbers
-from .._shared.dtensor import replicated
-from .._shared.library import ops
+from .._torch.autograd import call_unrecorded, note_writes, wants_grad
+from .._torch.backends import missing, require
+from .._torch.dtensor import replicated
+from .._torch.library import ops
 from . import norm as norm_reference
 from . import op as _op  # noqa: F401  (defines the ops)
 from . import reference

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores.base import UNROTATED, Score
-from .._shared import backends as _backends
-from .._shared.autograd import call_unrecorded, empty_rows, note_writes, refuse_backward
 from .._shared.checks import (
     REFUSALS,
     check_freqs,
@@ -27,8 +25,10 @@ from .._shared.checks import (
 from .._shared.decay import check_new_keys, check_numbers
 from .._shared.dtypes import quantize
 from .._shared.kvcache import cache_lengths, refuse_aliases
-from .._shared.library import library, load_on_first_use, ops
 from .._shared.maps import SCHEMA, columns_of
+from .._torch import backends as _backends
+from .._torch.autograd import call_unrecorded, empty_rows, note_writes, refuse_backward
+from .._torch.library import library, load_on_first_use, ops
 from .append_checks import Append, check, check_values, read_append
 from .op import triton_kernels
 from .reference import rope_fwd

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .._shared.dtypes import accumulator
+from .call import resolve
 from .checks import check_norm, check_saved, refuse_expanded, refuse_shared
 from .reference import rotate
-from .rotation import resolve
 
 
 def rope_norm_fwd(

@@ -21,7 +21,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._shared.autograd import (
+from .._shared.dtypes import accumulator
+from .._shared.pairs import cross, join_pairs, split_pairs
+from .._shared.positions import sequence_of_token
+from .._torch.autograd import (
     batching_rule,
     contiguous_rows,
     empty_rows,
@@ -29,14 +32,11 @@ from .._shared.autograd import (
     refuse_recording,
     register_backward,
 )
-from .._shared.dtensor import replicated, whole
-from .._shared.dtypes import accumulator
-from .._shared.library import library, load_on_first_use, ops
-from .._shared.pairs import cross, join_pairs, split_pairs
-from .._shared.positions import sequence_of_token
+from .._torch.dtensor import replicated, whole
+from .._torch.library import library, load_on_first_use, ops
 from . import norm, reference
+from .call import resolve, token_positions
 from .checks import INPLACE, check_norm, check_saved, not_differentiable
-from .rotation import resolve, token_positions
 
 # An Autograd kernel sees only positional tensors, so all tensors come before the *. axes matters
 # only to positions of shape (axes, batch, seqlen): others are the same on every axis. offset and

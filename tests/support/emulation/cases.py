@@ -13,7 +13,7 @@ from torch import Tensor
 from extrope_kernels.ops._shared.dtypes import accumulator
 from extrope_kernels.ops._shared.pairs import cross
 from extrope_kernels.ops.rope import reference
-from extrope_kernels.ops.rope.rotation import Rotation
+from extrope_kernels.ops.rope.call import Rotation
 from extrope_kernels.testing import DTYPES, assert_within_budget
 
 from . import harness

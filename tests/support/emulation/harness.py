@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from extrope_kernels import _build
-from extrope_kernels.ops.rope.rotation import Rotation
+from extrope_kernels.ops.rope.call import Rotation
 
 HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as in rope_params.h

@@ -74,7 +74,7 @@ def install(chip: int) -> None:
 
 def compile_for(chip: int) -> None:
     """Execute on another chip; what the package keeps of its launches was for the one before."""
-    if (layouts := sys.modules.get("extrope_kernels.ops._shared.layouts")) is not None:
+    if (layouts := sys.modules.get("extrope_kernels.ops._torch.layouts")) is not None:
         layouts.forget()
     triton.runtime.driver.active.chip = chip
     os.environ["EXTROPE_TRITON_CHIP"] = str(chip)

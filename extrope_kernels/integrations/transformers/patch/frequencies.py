@@ -32,7 +32,7 @@ from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, 
 from .generate import batching_patches, request_patches
 from .hooks import Applied, Patches
 from .norms import tried_patches
-from .rotation import RotaryForward, ThreadFrequencies
+from .rotary_forward import RotaryForward, ThreadFrequencies
 from .scores import raw_key_patches
 from .state import FreqsByKind, Frozen, Request, in_progress, on_cache
 

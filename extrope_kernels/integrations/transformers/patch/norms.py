@@ -20,7 +20,7 @@ from ..probe.attention import call_of
 from ..probe.layers import Recorded, Recorder, first_call, probe_layers, replaced, without_dropout
 from ..probe.rotary import RotaryModule, argument_names, by_name, owners_of, rotating_layers
 from .hooks import Patches
-from .rotation import Norm, Rotation
+from .rotary_forward import Norm, Rotation
 from .state import in_progress
 
 _NAMES = ("q_norm", "k_norm")

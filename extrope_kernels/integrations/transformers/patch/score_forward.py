@@ -34,7 +34,7 @@ from ..probe.attention import (
 )
 from ..probe.layers import Heads, LayerProbe
 from ..probe.rotary import RotaryModule, argument_names, by_name
-from .rotation import RotaryForward, Rotation, ThreadFrequencies
+from .rotary_forward import RotaryForward, Rotation, ThreadFrequencies
 from .state import STORED, in_progress, on_cache
 
 

@@ -18,7 +18,7 @@ from ..probe.rotary import RotaryModule, argument_names, find_rotary_modules, ow
 from .generate import batching_patches, mask_patches
 from .hooks import Applied, Patches, route_forward_through_hooks
 from .norms import tried_patches
-from .rotation import RotaryForward, ThreadFrequencies
+from .rotary_forward import RotaryForward, ThreadFrequencies
 from .score_forward import ScoreHooks, ScoreRequest, ScoreRotaryForward
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..._shared.dtypes import accumulator
 from ..call import AttentionCall, lse_shape
 from ..merge import merge_attention
-from ..rotation import rotate, unrotate
+from ..places import rotate, unrotate
 from .bands import Band, Dense, bands, cut
 from .engines import Engine, best_engine
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ....scores.base import SAME, PositionMap
-from ..._shared.autograd import empty_rows
 from ..._shared.dtypes import FP8, as_bits
 from ..._shared.kvcache import KVCache, refuse_aliases
-from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.fp8 import parts_of_codes, quantize_rows
 from ..._shared.triton.launch import INTERPRETED, Launch
 from ..._shared.triton.pairs import copy_rows, store_parts
+from ..._torch.autograd import empty_rows
+from ..._torch.layouts import cached_by_layout, layout_key
 from ..append_checks import Append, check, check_values, read_append
-from ..rotation import Rotation, frequencies_3d
+from ..call import Rotation, frequencies_3d
 from .device import (
     CALL_NUMBERS,
     Rows,

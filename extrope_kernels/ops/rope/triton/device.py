@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ..._shared.autograd import empty_rows
 from ..._shared.triton.exp import exp
 from ..._shared.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
 from ..._shared.triton.pairs import load_parts
 from ..._shared.triton.sincos import add_quarters, cos_sin_polynomials, cos_sin_polynomials_wide
 from ..._shared.triton.tokens import sequence_of
-from ..rotation import Rotation
+from ..._torch.autograd import empty_rows
+from ..call import Rotation
 
 # Below this many tokens a program takes as few as possible: latency counts, not bandwidth.
 FEW_TOKENS = 512

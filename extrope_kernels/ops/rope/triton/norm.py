@@ -38,11 +38,11 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ..._shared.dtypes import accumulator
-from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.launch import Launch, chip_of
 from ..._shared.triton.pairs import store_parts
+from ..._torch.layouts import cached_by_layout, layout_key
+from ..call import resolve
 from ..checks import check_norm, check_saved, check_values, refuse_expanded, refuse_shared
-from ..rotation import resolve
 from .device import (
     CALL_NUMBERS,
     Rope,

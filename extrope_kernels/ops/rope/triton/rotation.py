@@ -32,11 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._shared.dtypes import accumulator
-from ..._shared.layouts import cached_by_layout, layout_key
 from ..._shared.triton.launch import Launch, chip_of
 from ..._shared.triton.pairs import load_parts, store_parts
+from ..._torch.layouts import cached_by_layout, layout_key
+from ..call import Rotation, resolve
 from ..checks import check_saved, check_values, refuse_expanded, refuse_shared
-from ..rotation import Rotation, resolve
 from .device import (
     CALL_NUMBERS,
     Rope,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...scores import UNROTATED
-from .._shared.library import ops
 from .._shared.positions import sequence_of_token
+from .._torch.library import ops
 from .call import AttentionCall
 
 

@@ -1,0 +1,1 @@
+"""What PyTorch asks of every op: registration, derivatives, backends, DTensors, layouts."""
