@@ -248,8 +248,9 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more, window
         assert 1 <= splits <= max(-(-seen // blocks.block_n), 1)
         expected += [[sequence, part, splits] for part in range(rows * splits)]
     assert found[: len(expected)].tolist() == expected
-    # Long enough for the items that are left, and these are enough for a split.
-    if window is None and more >= len(lengths) and max(lengths) >= 1000:
+    # Long enough for the items that are left, and these are enough for a split of the longest.
+    blocks_of_longest = -(-3 * counts[lengths.index(max(lengths))] // blocks.block_m)
+    if window is None and more >= max(len(lengths), blocks_of_longest) and max(lengths) >= 1000:
         assert max(splits for *_, splits in expected) > 1
     assert (found[len(expected) :, 0] > len(lengths)).all()
 

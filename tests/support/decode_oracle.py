@@ -304,6 +304,8 @@ def check_caches(inputs: Inputs, before: list[Tensor]) -> None:
             want = quantized(want, scale := inputs.call["k_scale"]).double() * scale[:, None]
         error = (dequantized(inputs)[0][rows] - want).abs()
         eps = 2.0**-3 if fp8 else torch.finfo(k.dtype).eps
+        if rounding.is_counted("cpu") and not fp8:
+            eps *= 5 / 4  # rounded: cosine, sine, a product, the sum, and the other product too
         assert not new or error.max() <= eps * want.abs().max()
         v = quantized(v, inputs.call["v_scale"]) if fp8 else v
         assert torch.equal(bits(caches[1])[rows], bits(v.contiguous()))
