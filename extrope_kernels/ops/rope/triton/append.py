@@ -59,21 +59,18 @@ class Step(NamedTuple):
 
 
 @triton.jit
-def _number(x):
-    return tl.full((1, 1), x, tl.float64)  # a plain number is a float32
-
-
-@triton.jit
-def _stored_positions(position, MAP: tl.constexpr):
-    """Map positions to those at which keys are stored: (TOKENS, 1) float64. MAP: a PositionMap."""
-    if MAP.modulus > 0:
-        whole = tl.floor(position / _number(MAP.modulus))
-        position -= whole * _number(MAP.modulus)
-    if MAP.divisor != 1:
-        position = position / _number(MAP.divisor)
-    if MAP.floor:
+def _stored_positions(position, STEP: tl.constexpr):
+    """Map positions by STEP.stored, a PositionMap, to those of stored keys: (TOKENS, 1) float64."""
+    # Triton 3.6 takes no tuple out of STEP as an argument. A plain number would be a float32.
+    if STEP.stored.modulus > 0:
+        modulus = tl.full((1, 1), STEP.stored.modulus, tl.float64)
+        position -= tl.floor(position / modulus) * modulus
+    if STEP.stored.divisor != 1:
+        position = position / tl.full((1, 1), STEP.stored.divisor, tl.float64)
+    if STEP.stored.floor:
         position = tl.floor(position)
-    return tl.minimum(position + _number(MAP.offset), _number(MAP.cap))
+    position += tl.full((1, 1), STEP.stored.offset, tl.float64)
+    return tl.minimum(position, tl.full((1, 1), STEP.stored.cap, tl.float64))
 
 
 @triton.jit
@@ -162,7 +159,7 @@ def rope_append_kernel(
         pad = tl.load(leftpad_ptr + sequence, mask=valid, other=0)
         position -= pad.to(tl.float64)[:, None]
     if STEP.stored is not None:
-        position = _stored_positions(position, STEP.stored)
+        position = _stored_positions(position, STEP)
 
     # Slots, each in a block of the caches: (TOKENS,). Tokens without one are not written.
     if slot_mapping_ptr is not None:
