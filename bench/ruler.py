@@ -4,7 +4,7 @@ Six of RULER's thirteen tasks download nothing. lm-evaluation-harness makes thei
 the same: of one seed, and of the model's tokenizer), asks the model `extrope` and scores the
 answers; here are the cells to measure, and a file of their scores that a run goes on from. Each
 cell is what one command of lm-eval gives (`command`). New scores go to build/ruler;
---record writes them to bench/results/ruler, which bench/readme.py and bench/plots.py show.
+--record writes all to bench/results/ruler, which bench/readme.py and bench/plots.py show.
 """
 
 from __future__ import annotations
@@ -227,8 +227,10 @@ def run(given: argparse.Namespace) -> None:
     for length, task in product(given.lengths, given.tasks):
         loaded, made = load_task(task, length, given.model, files.folder)
         wanted = [Cell(task, length, made, *own) for own in methods]
-        kept = longest([*read(recorded), *read(path)])
+        kept = longest([*read(recorded), *read(BUILD / recorded.name)])
         check_samples(wanted[0], kept.values())
+        if given.record:
+            write(recorded, list(kept.values()))
         steps = sum(1 for _ in missing(kept, wanted, given.samples))
         with report.Display(sys.stdout, steps) as display:
             for cell, upto in missing(kept, wanted, given.samples):
