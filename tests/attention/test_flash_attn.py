@@ -20,7 +20,7 @@ from attention_engines import (
 from flash_attn_stubs import installed_source, signatures, stub_module, stub_modules
 
 from extrope_kernels.methods import rope
-from extrope_kernels.ops.attention import flash_attn, reference, rotation
+from extrope_kernels.ops.attention import flash_attn, places, reference
 from extrope_kernels.ops.attention.flash_attn import engines
 from extrope_kernels.scores import FIRST_KEY, Region
 from extrope_kernels.scores.base import PairRow
@@ -140,7 +140,7 @@ def in_dtype(q, k, v, call, dout, dlse):
     """The formula with every step rounded to the dtype: flash-attention's own yardstick."""
     packed = call.cu_seqlens is not None
     leaves = q, k, v = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    i, j = rotation.positions(q, k, call)
+    i, j = places.positions(q, k, call)
     scale = call.query_scale[:, None, None]
     group, logits = q.shape[-2] // v.shape[-2], torch.tensor(-torch.inf, device=v.device)
     own = torch.ones(len(q), len(q), dtype=torch.bool) if packed else torch.tensor(True)
@@ -148,7 +148,7 @@ def in_dtype(q, k, v, call, dout, dlse):
         sequence = (torch.arange(len(q))[:, None] >= call.cu_seqlens.cpu()[1:]).sum(1)
         own = sequence[:, None] == sequence
     firsts = [x[:, None] for x in call.first_keys(i)]
-    for first, end, q_r, k_r in zip(firsts, firsts[1:], *rotation.rotate(q, k, call)):
+    for first, end, q_r, k_r in zip(firsts, firsts[1:], *places.rotate(q, k, call)):
         visible = (first <= j) & (j < end) & own.to(j.device)
         q_r = (q_r * scale).to(v.dtype)
         scores = torch.einsum("...ihd,...jhd->...hij", q_r, k_r.repeat_interleave(group, -2))
