@@ -56,8 +56,9 @@ def deferred(model: nn.Module) -> list[str]:
     ]
 
 
-def assert_close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+def own_and_exact(model):
+    """The model's logits, and those of its twin in float64."""
+    return logits(model, IDS), logits(copy.deepcopy(model).double(), IDS)
 
 
 METHODS = {
@@ -124,11 +125,11 @@ def test_16_bits_lose_no_more_than_the_models_own(family):
 def test_a_norm_that_something_else_replaces_norms():
     """As kernelize and Liger do to a model's modules."""
     model = normed("qwen3")
-    own = logits(model, IDS)
+    own = own_and_exact(model)
     norm = model.model.layers[0].self_attn.q_norm
     with extend(model, "rope", base=10000.0):
         ours, norm.forward = norm.forward, lambda x: type(norm).forward(norm, x)
-        assert_close(logits(model, IDS), own)
+        assert_as_exact_as(logits(model, IDS), *own)
         norm.forward = ours
 
 
@@ -150,28 +151,30 @@ def test_a_copy_in_a_norms_place_norms(method, parameters):
     model = normed("qwen3")
     train_a_copy()
     with extend(model, method, **parameters):
-        assert_close(got, logits(model, IDS))
+        own = logits(model, IDS)
+    with extend(model.double(), method, **parameters):
+        assert_as_exact_as(got, own, logits(model, IDS))
 
 
 def test_norms_with_weights_for_each_head_stay():
     """Of Command R+: a mean is subtracted, and heads have weights of their own."""
     model = build("cohere", num_key_value_heads=2, use_qk_norm=True)
-    own = logits(model, IDS)
+    own = own_and_exact(model)
     with extend(model, "rope", base=10000.0):
         assert not deferred(model)
-        assert_close(logits(model, IDS), own)
+        assert_as_exact_as(logits(model, IDS), *own)
 
 
 def test_norms_follow_what_moves_a_layers_arguments():
     """As accelerate's hooks do, where a model spans several devices."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = normed("qwen3")
-    own = logits(model, IDS)
+    own = own_and_exact(model)
     with extend(model, "rope", base=10000.0):
         for layer in model.model.layers:
             hooks.add_hook_to_module(layer.self_attn, hooks.AlignDevicesHook("cpu"))
         assert deferred(model)
-        assert_close(logits(model, IDS), own)
+        assert_as_exact_as(logits(model, IDS), *own)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +214,10 @@ def test_what_acts_on_a_norm_is_left_to():
         torch.testing.assert_close(loudness.mean(), norm.weight.mean(), rtol=0.1, atol=0)
         handle.remove()
     handle = norm.register_forward_hook(lambda module, args, out: 2 * out)
-    doubled = logits(model, IDS)
+    doubled = own_and_exact(model)
     with extend(model, "rope", base=10000.0):
         assert len(deferred(model)) == 2 * (model.config.num_hidden_layers - 1)
-        assert_close(logits(model, IDS), doubled)
+        assert_as_exact_as(logits(model, IDS), *doubled)
     handle.remove()
     assert torch.equal(logits(model, IDS), own)
 
@@ -238,7 +241,7 @@ def louder_after_its_norm(
 def test_a_norm_that_is_not_right_before_the_rotation_stays(monkeypatch):
     model = build("qwen3", attn_implementation="eager")
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", louder_after_its_norm)
-    own = logits(model, IDS)
+    own = own_and_exact(model)
     with extend(model, "rope", base=10000.0):
         assert not deferred(model)
-        assert_close(logits(model, IDS), own)
+        assert_as_exact_as(logits(model, IDS), *own)
