@@ -72,22 +72,6 @@ def check_matching(op: str, q: Tensor, k: Tensor) -> None:
         )
 
 
-def check_position_tensor(
-    op: str, positions: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """Check type, dtype and device; the operation checks the shape."""
-    check_dense(op, "positions", positions)
-    if positions.dtype not in dtypes:
-        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{op}: positions must be {', '.join(others)} or {last}, got {positions.dtype}"
-        )
-    if positions.device != q.device:
-        raise ValueError(
-            f"{op}: positions must be on q's device {q.device}, got {positions.device}"
-        )
-
-
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") -> None:
     check_dense(op, name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
