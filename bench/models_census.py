@@ -2,8 +2,9 @@
 
 It builds every causal and image-text class of the installed transformers with rotary parameters,
 tiny and random, and compares it with itself as docs/models.md says. Each class has its own process,
-7 GiB and a time limit. Prints a line per class and writes bench/results/models/census.json (a
-missing field is "ok"). With --check it writes nothing, and fails if a class is no longer served.
+7 GiB and a time limit; three need timm. All take some 80 seconds of two cores. Prints a line per
+class and writes bench/results/models/census.json (a missing field is "ok"). With --check it writes
+nothing, and fails if a class is no longer served.
 """
 
 from __future__ import annotations
