@@ -17,6 +17,7 @@ from typing import Any
 from . import methods, positions, scores
 from .methods import RopeFreqs
 from .ops.attention import merge_attention, rope_attention, rope_attention_with_kvcache
+from .ops.cache import rope_append_kvcache
 from .ops.permuteformer import (
     PermuteFormerState,
     head_permutations,
@@ -25,7 +26,7 @@ from .ops.permuteformer import (
     permuteformer_attention,
     permuteformer_step,
 )
-from .ops.rope import apply_rope, apply_rope_qk, rope_append_kvcache
+from .ops.rope import apply_rope, apply_rope_qk
 
 __version__ = "0.3.0"
 

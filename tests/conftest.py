@@ -131,7 +131,7 @@ def one_thread():
 def many_splits(monkeypatch):
     """Triton splits sequences of a few dozen keys, as it does long ones: over `most` slots."""
     from extrope_kernels.ops._torch.layouts import forget
-    from extrope_kernels.ops.attention.triton import schedule
+    from extrope_kernels.ops.decode.triton import schedule
 
     def split(most: int = 128) -> None:
         monkeypatch.setattr(schedule, "LEAST_KEYS", 16)

@@ -1,5 +1,5 @@
 // Reads position maps from an op's arguments: a column for each field, an entry for each map, as
-// extrope_kernels/ops/_shared/maps.py writes them.
+// extrope_kernels/ops/_math/maps.py writes them.
 #pragma once
 
 #include <cmath>

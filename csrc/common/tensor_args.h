@@ -186,7 +186,7 @@ inline DType dtype_of(const char* op, const Tensor& q) {
   return DType::f32;
 }
 
-// Returns false if the positions do not fit the tokens. As in ops/_shared/positions.py, one entry
+// Returns false if the positions do not fit the tokens. As in ops/_math/positions.py, one entry
 // per token means positions; otherwise one entry per sequence means offsets.
 inline bool set_positions(TokenParams& p, const Tensor& positions, int64_t sequences) {
   const int64_t dim = positions.dim(), rows = dim >= 1 ? positions.size(0) : -1;

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..methods import RopeFreqs
 from ..ops import attention
-from ..ops._shared.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
-from ..ops._shared.positions import token_positions
+from ..ops._math.positions import token_positions
+from ..ops._tables.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
 from ..ops._torch.backends import require
 from ..scores import Score
 from . import gather, ring, ulysses

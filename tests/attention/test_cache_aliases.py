@@ -7,7 +7,7 @@ import torch
 from generated import randn
 
 from extrope_kernels import methods, rope_append_kvcache, rope_attention_with_kvcache, scores
-from extrope_kernels.ops._shared.checks import share_memory
+from extrope_kernels.ops._tables.checks import share_memory
 from extrope_kernels.testing import device
 
 DIM, SLOTS = 32, 12

@@ -10,9 +10,9 @@ import torch
 from attention_engines import TorchEngine
 
 from extrope_kernels import methods, scores
-from extrope_kernels.ops._shared.kvcache import KVCache
 from extrope_kernels.ops.attention import AttentionCall, flash_attn, make_call, op
 from extrope_kernels.ops.attention.call import OPTIONS
+from extrope_kernels.ops.cache.call import KVCache
 from extrope_kernels.testing import available_backends, device
 
 TOKENS, PAIRS = 20, 6  # of 16 dims: the others pass through

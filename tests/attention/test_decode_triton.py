@@ -16,12 +16,12 @@ from score_examples import PLAIN, example_of  # noqa: E402
 from triton_attention import decode  # noqa: E402
 
 from extrope_kernels import methods, scores  # noqa: E402
-from extrope_kernels.ops._shared.kvcache import KVCache  # noqa: E402
-from extrope_kernels.ops._shared.triton.sincos import cos_sin, fixed_angle  # noqa: E402
+from extrope_kernels.ops._math.triton.sincos import cos_sin, fixed_angle  # noqa: E402
 from extrope_kernels.ops.attention import AttentionCall  # noqa: E402
 from extrope_kernels.ops.attention.triton import configs  # noqa: E402
-from extrope_kernels.ops.attention.triton.decode import constants_of  # noqa: E402
-from extrope_kernels.ops.attention.triton.schedule import (  # noqa: E402
+from extrope_kernels.ops.cache.call import KVCache  # noqa: E402
+from extrope_kernels.ops.decode.triton.decode import constants_of  # noqa: E402
+from extrope_kernels.ops.decode.triton.schedule import (  # noqa: E402
     Lengths,
     grid_of,
     work_of_item,

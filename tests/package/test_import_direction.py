@@ -24,7 +24,8 @@ KINDS = {
     "checks": r"_(checks|names).py",
     "installation": r"_[a-z]\w*.py",
     "torch": r"ops/_torch/.*",
-    "shared": r"ops/_shared/.*",
+    "math": r"ops/_math/.*",
+    "tables": r"ops/_tables/.*",
     "operation": r"ops/\w+/.*",
     "distributed": r"distributed/.*",
     "client": r"(integrations/\w+|evaluation|model_check)/.*|(cli|__main__|testing).py",
@@ -37,9 +38,15 @@ MAY_IMPORT = {
     "checks": (),
     "installation": ("_build",),
     "torch": ("{own}", "_ext"),
-    "shared": ("{own}", "ops/_torch", *AXES),
-    "operation": ("{own}", "ops/_shared", "ops/_torch", *AXES, "_ext"),
-    "distributed": ("{own}", "ops/_shared", "ops/_torch"),  # and public names, see below
+    "math": ("{own}", "ops/_torch", *AXES),
+    "tables": ("{own}", "ops/_math", "ops/_torch", *AXES),
+    "operation": ("{own}", "ops/_tables", "ops/_math", "ops/_torch", *AXES, "_ext"),
+    "distributed": (
+        "{own}",
+        "ops/_tables",
+        "ops/_math",
+        "ops/_torch",
+    ),  # and public names, see below
     "client": (
         "_build",
         "_checks",
@@ -50,8 +57,10 @@ MAY_IMPORT = {
 }
 # Clients in order: each imports those before it alone.
 CLIENTS = (r"integrations/_shared", r"integrations", r"evaluation", r"model_check", r"cli|__main__")
-# A decode step begins with the append's launch: there is one write into a cache.
-DECODE, ROPE = "ops/attention/triton/decode", "ops/rope"
+# Operations in order: each imports those before it alone. PermuteFormer stands beside them.
+OPERATIONS = ("ops/rope", "ops/cache", "ops/attention", "ops/decode")
+# Until decode has an op and public functions of its own.
+BEFORE_ITS_PLACE = {"ops/attention/op": "ops/decode"}
 BACKENDS = {*rope.backends(), *attention.backends()}
 REQUIRED = {
     re.match(r"\w+", need)[0]
@@ -140,8 +149,9 @@ def test_modules_of_a_kind_import_what_that_may(kind):
         if kind_of(path) != kind:
             continue
         allowed = [rule.format(own=own_folder(path)) for rule in MAY_IMPORT[kind]]
-        if inside(path) == DECODE:
-            allowed.append(ROPE)
+        if own_folder(path) in OPERATIONS:
+            allowed += OPERATIONS[: OPERATIONS.index(own_folder(path))]
+        allowed.append(BEFORE_ITS_PLACE.get(inside(path), "{own}"))
         for name in own_imports(path):
             fits = any(under(name, rule) for rule in allowed)
             if kind in ("distributed", "client"):

@@ -287,7 +287,7 @@ def a_kept_kernel_belongs_to_one_gpu():
     """Tensors of two, with one layout: each has the kernel loaded on it, and launches that one."""
     import triton_attention as by_triton
 
-    from extrope_kernels.ops._shared.triton import launch
+    from extrope_kernels.ops._math.triton import launch
     from extrope_kernels.ops.attention.call import AttentionCall
     from extrope_kernels.ops.rope.triton.rotation import rope_fwd
 

@@ -26,7 +26,7 @@ from extrope_kernels import (
     permuteformer_attention,
     permuteformer_step,
 )
-from extrope_kernels.ops._shared.checks import narrowed
+from extrope_kernels.ops._tables.checks import narrowed
 from extrope_kernels.ops.permuteformer import reference
 from extrope_kernels.ops.permuteformer.permutations import Powers
 from extrope_kernels.ops.permuteformer.scans import Call

@@ -17,7 +17,7 @@ from extrope_kernels import (
     scores,
 )
 from extrope_kernels.methods import xpos
-from extrope_kernels.ops.rope import append as append_module
+from extrope_kernels.ops.cache import op as append_module
 from extrope_kernels.testing import DTYPES, assert_within_budget, available_backends, device
 
 

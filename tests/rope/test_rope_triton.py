@@ -22,8 +22,8 @@ from rope_oracle import (
     rotate,
 )
 
-from extrope_kernels.ops._shared.dtypes import accumulator
-from extrope_kernels.ops._shared.pairs import cross
+from extrope_kernels.ops._math.dtypes import accumulator
+from extrope_kernels.ops._math.pairs import cross
 from extrope_kernels.ops.rope import reference
 from extrope_kernels.ops.rope.call import Rotation
 from extrope_kernels.ops.rope.triton import rotation

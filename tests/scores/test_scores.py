@@ -7,7 +7,7 @@ import torch
 from score_examples import EXAMPLES, OF_PAIRS, by_regions, indices
 
 from extrope_kernels import methods, rope_attention, scores
-from extrope_kernels.ops._shared.maps import columns_of, maps_of
+from extrope_kernels.ops._math.maps import columns_of, maps_of
 from extrope_kernels.scores import FIRST_KEY, SCORES, PairMap, PositionMap, Region, Score
 from extrope_kernels.scores.base import MapKind, PairRow
 

@@ -130,8 +130,8 @@ def cache() -> None:
     import triton_attention as triton
 
     from extrope_kernels import methods, scores
-    from extrope_kernels.ops._shared.kvcache import KVCache
     from extrope_kernels.ops.attention import AttentionCall
+    from extrope_kernels.ops.cache.call import KVCache
 
     pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     for table, score, dtype in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from extrope_kernels.ops.attention import triton
+from extrope_kernels.ops.decode import triton as decode_in_triton
 
 
 def forward(*args):
@@ -14,4 +15,4 @@ def backward(*args):
 
 
 def decode(*args):
-    return triton.decode(*args, triton.decode_launches(*args))
+    return decode_in_triton.decode(*args, decode_in_triton.decode_launches(*args))

@@ -36,8 +36,9 @@ import extrope_kernels
 from extrope_kernels import RopeFreqs, scores
 from extrope_kernels.ops.attention import merge
 from extrope_kernels.ops.attention import op as attention
+from extrope_kernels.ops.cache import op as append
 from extrope_kernels.ops.permuteformer import op as permuteformer
-from extrope_kernels.ops.rope import append, norm, reference
+from extrope_kernels.ops.rope import norm, reference
 
 OPS = torch.ops.extrope
 # Calls of options that `CALLS` leaves out, by public functions.

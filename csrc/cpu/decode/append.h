@@ -1,7 +1,7 @@
 // Writes new keys and values into a cache before the attention over it.
 #pragma once
 
-#include "cpu/append/append.h"
+#include "cpu/cache/append.h"
 #include "cpu/decode/params.h"
 
 namespace extrope::decode {

@@ -10,17 +10,11 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import UNROTATED, Score
-from .._shared.checks import (
-    REFUSALS,
-    has_values,
-    narrowed,
-    raise_as_value_error,
-    refuse_flags,
-)
-from .._shared.decay import check_new_keys
-from .._shared.kvcache import KVCache, Scales, cache_lengths, check_slots
+from .._tables.checks import REFUSALS, has_values, narrowed, raise_as_value_error, refuse_flags
+from .._tables.decay import check_new_keys
 from .._torch import backends as _backends
 from .._torch.autograd import constant_when_compiled
+from ..cache.call import KVCache, Scales, cache_lengths, check_slots
 from . import flash_attn, op
 from .call import make_call
 from .checks import (

@@ -23,8 +23,8 @@ from ...scores.base import (
     Region,
     Score,
 )
-from .._shared import maps
-from .._shared.dtypes import accumulator
+from .._math import maps
+from .._math.dtypes import accumulator
 from .._torch.layouts import cached_by_layout
 
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)

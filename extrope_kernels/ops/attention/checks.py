@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import Score
-from .._shared import specs
-from .._shared.checks import (
+from .._tables import specs
+from .._tables.checks import (
     check_boundaries,
     check_count,
     check_cu_seqlens,
@@ -24,8 +24,8 @@ from .._shared.checks import (
     has_values,
     refuse_flags,
 )
-from .._shared.kvcache import KVCache, check_cache, check_new
-from .._shared.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, ROWS, WIDE, Spec
+from .._tables.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, ROWS, WIDE, Spec
+from ..cache.call import KVCache, check_cache, check_new
 from .call import AttentionCall
 
 

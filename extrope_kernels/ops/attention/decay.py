@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .._shared.checks import has_values
-from .._shared.decay import reach
+from .._tables.checks import has_values
+from .._tables.decay import reach
 from .call import AttentionCall
 from .places import positions, used
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .._shared.pairs import cross
-from .._shared.positions import sequence_of_token
+from .._math.pairs import cross
+from .._math.positions import sequence_of_token
 from .._torch.autograd import in_func_transform
 from .._torch.dtensor import replicated, whole
 from .call import AttentionCall

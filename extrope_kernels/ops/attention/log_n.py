@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...scores import query_scale
-from .._shared.dtypes import accumulator
-from .._shared.kvcache import KVCache
+from .._math.dtypes import accumulator
+from ..cache.call import KVCache
 from .call import AttentionCall
 from .checks import check_log_n, check_query_scale
 from .places import positions

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._shared import specs
-from .._shared.checks import meet, memory_of, overlaps_itself, refuse_flags, share_bytes
-from .._shared.specs import ANY, FLOATS, LIKE, ROWS, Spec
+from .._tables import specs
+from .._tables.checks import meet, memory_of, overlaps_itself, refuse_flags, share_bytes
+from .._tables.specs import ANY, FLOATS, LIKE, ROWS, Spec
 from .._torch.autograd import (
     contiguous_rows,
     empty_rows,

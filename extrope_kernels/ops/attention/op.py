@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._shared.dtypes import accumulator
-from .._shared.kvcache import KVCache, Scales, check_slots, refuse_aliases
+from .._math.dtypes import accumulator
 from .._torch.autograd import (
     call_unrecorded,
     contiguous_rows,
@@ -25,6 +24,7 @@ from .._torch.autograd import (
 from .._torch.dtensor import replicated
 from .._torch.layouts import cached_by_layout, layout_key
 from .._torch.library import library, load_on_first_use, ops
+from ..cache.call import KVCache, Scales, check_slots, refuse_aliases
 from . import flash_attn, reference
 from .call import (
     OPTIONS,
@@ -256,7 +256,7 @@ def _bwd_triton(*given, **options):
 
 
 def _decode_triton(*given, **options):
-    from . import triton
+    from ..decode import triton
 
     return triton.decode(*_decode(given, options, triton.decode_launches, triton.INTERPRETED))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...scores import UNROTATED
-from .._shared.positions import sequence_of_token
+from .._math.positions import sequence_of_token
 from .._torch.library import ops
 from .call import AttentionCall
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._shared.dtypes import accumulator, dequantize, quantize, without_autocast
-from .._shared.kvcache import KVCache
+from .._math.dtypes import accumulator, dequantize, quantize, without_autocast
+from ..cache.call import KVCache
 from .call import AttentionCall, lse_shape
 from .places import positions, rotate, store_keys, unrotate
 

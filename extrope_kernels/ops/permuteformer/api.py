@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._shared.checks import narrowed, refuse_flags, split_offset
-from .._shared.dtypes import accumulator
+from .._math.dtypes import accumulator
+from .._tables.checks import narrowed, refuse_flags, split_offset
 from .._torch import backends as _backends
 from .._torch.autograd import in_func_transform, wants_grad
 from .._torch.library import ops

@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .._shared import specs
-from .._shared.checks import check_boundaries, has_values
-from .._shared.specs import ANY, DENSE, FLOATS, INT32, ROWS, WIDE, Spec
+from .._tables import specs
+from .._tables.checks import check_boundaries, has_values
+from .._tables.specs import ANY, DENSE, FLOATS, INT32, ROWS, WIDE, Spec
 from .._torch.layouts import once_per_layout
 from .permutations import Powers
 

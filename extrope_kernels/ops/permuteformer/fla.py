@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._shared.dtypes import without_autocast
+from .._math.dtypes import without_autocast
 from .permutations import Powers
 from .scans import Call, Result, backward_by_scans, feature, permute
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._shared.dtypes import accumulator
+from .._math.dtypes import accumulator
 from .._torch.autograd import (
     batching_rule,
     contiguous_rows,

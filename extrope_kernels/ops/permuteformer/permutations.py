@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._shared import positions as _positions
+from .._math import positions as _positions
 
 _MOST = 2**16  # heads of a model, and dims of one: more is a mistake that would fill memory
 

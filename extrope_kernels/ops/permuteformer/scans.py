@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._shared.dtypes import accumulator, without_autocast
+from .._math.dtypes import accumulator, without_autocast
 from .permutations import Powers, cycles, source_dims
 
 FEATURE_EPS = 1e-3  # in the feature map phi(x) = relu(x) + FEATURE_EPS (authors' code)

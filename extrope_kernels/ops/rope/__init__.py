@@ -1,6 +1,5 @@
 """Rotary position embedding with any frequencies, at memory speed, forward and backward."""
 
 from .api import apply_rope, apply_rope_qk, backends
-from .append import rope_append_kvcache
 
-__all__ = ["apply_rope", "apply_rope_qk", "backends", "rope_append_kvcache"]
+__all__ = ["apply_rope", "apply_rope_qk", "backends"]

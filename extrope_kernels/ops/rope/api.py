@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .._shared.checks import (
+from .._tables.checks import (
     REFUSALS,
     check_boundaries,
     check_freqs,
@@ -19,7 +19,7 @@ from .._shared.checks import (
     refuse_flags,
     split_offset,
 )
-from .._shared.decay import check_numbers
+from .._tables.decay import check_numbers
 from .._torch.autograd import call_unrecorded, note_writes, wants_grad
 from .._torch.backends import missing, require
 from .._torch.dtensor import replicated

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .._shared import positions as _positions
+from .._math import positions as _positions
 from .checks import check, check_values, position_kind
 
 

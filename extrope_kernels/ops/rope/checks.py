@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
-from .._shared import specs
-from .._shared.checks import (
+from .._math.positions import position_kind as position_kind_of_one_axis
+from .._tables import specs
+from .._tables.checks import (
     REFUSALS,
     check_boundaries,
     check_real,
@@ -19,9 +20,8 @@ from .._shared.checks import (
     overlaps_itself,
     share_memory,
 )
-from .._shared.decay import reach
-from .._shared.positions import position_kind as position_kind_of_one_axis
-from .._shared.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
+from .._tables.decay import reach
+from .._tables.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
 
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 FARTHEST = 2**53  # positions are float64: past it, tokens that follow each other share one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._shared.dtypes import accumulator
+from .._math.dtypes import accumulator
 from .call import resolve
 from .checks import check_norm, check_saved, refuse_expanded, refuse_shared
 from .reference import rotate

@@ -21,9 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._shared.dtypes import accumulator
-from .._shared.pairs import cross, join_pairs, split_pairs
-from .._shared.positions import sequence_of_token
+from .._math.dtypes import accumulator
+from .._math.pairs import cross, join_pairs, split_pairs
+from .._math.positions import sequence_of_token
 from .._torch.autograd import (
     batching_rule,
     contiguous_rows,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._shared.dtypes import accumulator
-from .._shared.pairs import cross, join_pairs, split_pairs, with_rotated
-from .._shared.positions import sequence_of_token
+from .._math.dtypes import accumulator
+from .._math.pairs import cross, join_pairs, split_pairs, with_rotated
+from .._math.positions import sequence_of_token
 from .call import Rotation, resolve, token_positions
 from .checks import check_saved, refuse_expanded, refuse_shared
 

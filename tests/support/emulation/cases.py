@@ -10,8 +10,8 @@ import torch
 from rope_oracle import BITS, exact, rope_rotation
 from torch import Tensor
 
-from extrope_kernels.ops._shared.dtypes import accumulator
-from extrope_kernels.ops._shared.pairs import cross
+from extrope_kernels.ops._math.dtypes import accumulator
+from extrope_kernels.ops._math.pairs import cross
 from extrope_kernels.ops.rope import reference
 from extrope_kernels.ops.rope.call import Rotation
 from extrope_kernels.testing import DTYPES, assert_within_budget

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._shared.dtypes import accumulator
+from ..._math.dtypes import accumulator
 from ..call import AttentionCall, lse_shape
 from ..merge import merge_attention
 from ..places import rotate, unrotate

@@ -58,7 +58,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._shared.triton.launch import Launch
+from ..._math.triton.launch import Launch
 from ..call import AttentionCall
 from . import configs
 from .device import (

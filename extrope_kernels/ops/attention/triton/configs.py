@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..._shared.triton.launch import chip_of
+from ..._math.triton.launch import chip_of
 
 TABLE = Path(__file__).with_name("configs.json")
 LEAST_SHARED = 86  # the NVIDIA chip with the least shared memory; older ones have no more

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ....scores import UNROTATED, Region
 from ....scores.base import PairRow, PlainMap
-from ..._shared.triton.exp import exp
-from ..._shared.triton.launch import VECTOR_BYTES, strides_of
-from ..._shared.triton.sincos import cos_sin, fixed_angle
+from ..._math.triton.exp import exp
+from ..._math.triton.launch import VECTOR_BYTES, strides_of
+from ..._math.triton.sincos import cos_sin, fixed_angle
 from ..call import AttentionCall
 from .configs import MOST_ROWS, Config
 

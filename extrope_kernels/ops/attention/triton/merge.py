@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._shared.triton.launch import VECTOR_BYTES, chip_of, strides_of
+from ..._math.triton.launch import VECTOR_BYTES, chip_of, strides_of
 from ..._torch.autograd import empty_rows
 
 WARPS = 4

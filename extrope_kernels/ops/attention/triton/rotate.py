@@ -35,9 +35,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ....scores.base import PlainMap
-from ..._shared.triton.launch import VECTOR_BYTES, Launch
-from ..._shared.triton.pairs import load_parts, of_pairs, rotate_parts, store_parts, widened
-from ..._shared.triton.tokens import sequence_of
+from ..._math.triton.launch import VECTOR_BYTES, Launch
+from ..._math.triton.pairs import load_parts, of_pairs, rotate_parts, store_parts, widened
+from ..._math.triton.tokens import sequence_of
 from ..call import AttentionCall
 from .device import (
     alignment_of,

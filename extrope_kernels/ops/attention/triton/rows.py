@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..._shared.triton.launch import INTERPRETED
+from ..._math.triton.launch import INTERPRETED
 
 
 class Rows(NamedTuple):

@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ..._shared.triton.exp import exp
-from ..._shared.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
-from ..._shared.triton.pairs import load_parts
-from ..._shared.triton.sincos import add_quarters, cos_sin_polynomials, cos_sin_polynomials_wide
-from ..._shared.triton.tokens import sequence_of
+from ..._math.triton.exp import exp
+from ..._math.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
+from ..._math.triton.pairs import load_parts
+from ..._math.triton.sincos import add_quarters, cos_sin_polynomials, cos_sin_polynomials_wide
+from ..._math.triton.tokens import sequence_of
 from ..._torch.autograd import empty_rows
 from ..call import Rotation
 

@@ -37,9 +37,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ..._shared.dtypes import accumulator
-from ..._shared.triton.launch import Launch, chip_of
-from ..._shared.triton.pairs import store_parts
+from ..._math.dtypes import accumulator
+from ..._math.triton.launch import Launch, chip_of
+from ..._math.triton.pairs import store_parts
 from ..._torch.layouts import cached_by_layout, layout_key
 from ..call import resolve
 from ..checks import check_norm, check_saved, check_values, refuse_expanded, refuse_shared

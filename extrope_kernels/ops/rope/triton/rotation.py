@@ -31,9 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._shared.dtypes import accumulator
-from ..._shared.triton.launch import Launch, chip_of
-from ..._shared.triton.pairs import load_parts, store_parts
+from ..._math.dtypes import accumulator
+from ..._math.triton.launch import Launch, chip_of
+from ..._math.triton.pairs import load_parts, store_parts
 from ..._torch.layouts import cached_by_layout, layout_key
 from ..call import Rotation, resolve
 from ..checks import check_saved, check_values, refuse_expanded, refuse_shared

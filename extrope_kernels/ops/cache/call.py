@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...scores.base import PlainMap
-from .checks import (
+from .._math.dtypes import FP8
+from .._tables.checks import (
     DTYPES,
     check_cu_seqlens,
     check_ints,
@@ -20,7 +21,6 @@ from .checks import (
     overlaps_itself,
     share_bytes,
 )
-from .dtypes import FP8
 
 
 class Scales(NamedTuple):

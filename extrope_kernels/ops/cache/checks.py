@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ...scores.base import PairRow, check_map
-from .._shared.checks import check_cu_seqlens, check_dense, check_matching, check_rows
-from .._shared.kvcache import KeyRotation, KVCache, Scales, check_cache, check_new, check_slots
-from .._shared.maps import SCHEMA, maps_of
-from .._shared.positions import sequence_of_token
-from . import checks as rope_checks
+from .._math.maps import SCHEMA, maps_of
+from .._math.positions import sequence_of_token
+from .._tables.checks import check_cu_seqlens, check_dense, check_matching, check_rows
+from ..rope import checks as rope_checks
+from .call import KeyRotation, KVCache, Scales, check_cache, check_new, check_slots
 
 
 class Append(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dtypes import accumulator
+from .._math.dtypes import accumulator
 
 # Dtypes that follow from the table's first tensor: its own, and the one that sums of it have.
 LIKE, WIDE = "like", "wide"

@@ -10,7 +10,7 @@
 #include "common/ops.h"
 #include "common/outputs.h"
 #include "common/rope_args.h"
-#include "cpu/append/append.h"
+#include "cpu/cache/append.h"
 #include "cpu/runtime/token.h"
 
 namespace extrope {

@@ -1,7 +1,7 @@
 // Divides rows by their scale and rounds them to e4m3. Compiled once per instruction set, with
 // EXTROPE_ISA as its name.
 
-#include "cpu/append/quantize.h"
+#include "cpu/cache/quantize.h"
 #include "cpu/simd/e4m3.h"
 
 namespace extrope {

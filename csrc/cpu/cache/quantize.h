@@ -2,7 +2,7 @@
 // quantize_kernel.cpp.
 #pragma once
 
-#include "cpu/append/cache.h"
+#include "cpu/cache/cache.h"
 
 namespace extrope {
 

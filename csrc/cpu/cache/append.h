@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "common/regions.h"
-#include "cpu/append/quantize.h"
+#include "cpu/cache/quantize.h"
 #include "cpu/rope/copied_rows.h"
 #include "cpu/rope/kernel.h"
 #include "cpu/runtime/capability.h"

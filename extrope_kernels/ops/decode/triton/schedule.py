@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._shared.kvcache import KVCache
-from ..._shared.triton.launch import processors_of
-from ..call import AttentionCall
-from .mask import region_begin
+from ..._math.triton.launch import processors_of
+from ...attention.call import AttentionCall
+from ...attention.triton.mask import region_begin
+from ...cache.call import KVCache
 
 # -------------------------------------------------------------------------------------------------
 # On the host: how many items

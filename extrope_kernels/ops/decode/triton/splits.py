@@ -17,7 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .device import add_sink, ln_2, log2_e
+from ...attention.triton.device import add_sink, ln_2, log2_e
 
 
 class OutputTarget(NamedTuple):

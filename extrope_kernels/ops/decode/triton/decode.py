@@ -1,8 +1,8 @@
 """Attention over a key/value cache: write new keys and values into it, then attend.
 
-There are two launches. The first writes k and v (ops/rope/triton/append.py); it rotates keys to the
-positions at which the score method stores them. The second attends. If a region sees keys at other
-positions, it rotates them while it loads them.
+There are two launches. The first writes k and v (ops/cache/triton/append.py); it rotates keys to
+the positions at which the score method stores them. The second attends. If a region sees keys at
+other positions, it rotates them while it loads them.
 
 Programs that share a sequence take splits of its keys (schedule.py). The last of them to finish
 merges their results (splits.py).
@@ -41,16 +41,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ....scores import UNROTATED
-from ..._shared.dtypes import FP8, as_bits
-from ..._shared.kvcache import KeyRotation, KVCache
-from ..._shared.triton.fp8 import kind_of_cache, widened_codes
-from ..._shared.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
-from ..._shared.triton.pairs import load_parts, of_pairs
-from ...rope import append_checks
-from ...rope.triton.append import append_tensors, build_append
-from ..call import AttentionCall, lse_shape
-from . import configs
-from .device import (
+from ..._math.dtypes import FP8, as_bits
+from ..._math.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
+from ..._math.triton.pairs import load_parts, of_pairs
+from ...attention.call import AttentionCall, lse_shape
+from ...attention.triton import configs
+from ...attention.triton.device import (
     FARTHEST,
     LEAST_DIMS,
     cos_sin_of_map,
@@ -64,7 +60,11 @@ from .device import (
     strides_in_groups,
     with_contiguous_rows,
 )
-from .mask import region_begin
+from ...attention.triton.mask import region_begin
+from ...cache import checks as append_checks
+from ...cache.call import KeyRotation, KVCache
+from ...cache.triton.append import append_tensors, build_append
+from ...cache.triton.fp8 import kind_of_cache, widened_codes
 from .schedule import Lengths, grid_of, keys_of, queries_of, work_of_item
 from .splits import OutputTarget, store_results, store_split
 

@@ -1,6 +1,6 @@
 """The fused append to a key/value cache: rotation, and the write of keys and values.
 
-The CPU library registers its kernel for the op `rope_append` (csrc/cpu/append/bind.cpp); on a GPU
+The CPU library registers its kernel for the op `rope_append` (csrc/cpu/cache/bind.cpp); on a GPU
 the op runs Triton's. `rope_append_triton` always runs Triton's.
 """
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores.base import UNROTATED, Score
-from .._shared.checks import (
+from .._math.dtypes import quantize
+from .._math.maps import SCHEMA, columns_of
+from .._tables.checks import (
     REFUSALS,
     check_freqs,
     check_int,
@@ -22,16 +24,13 @@ from .._shared.checks import (
     raise_as_value_error,
     refuse_flags,
 )
-from .._shared.decay import check_new_keys, check_numbers
-from .._shared.dtypes import quantize
-from .._shared.kvcache import cache_lengths, refuse_aliases
-from .._shared.maps import SCHEMA, columns_of
+from .._tables.decay import check_new_keys, check_numbers
 from .._torch import backends as _backends
 from .._torch.autograd import call_unrecorded, empty_rows, note_writes, refuse_backward
 from .._torch.library import library, load_on_first_use, ops
-from .append_checks import Append, check, check_values, read_append
-from .op import triton_kernels
-from .reference import rope_fwd
+from ..rope.reference import rope_fwd
+from .call import cache_lengths, refuse_aliases
+from .checks import Append, check, check_values, read_append
 
 BACKENDS = ("reference", "cpu", "triton")
 _OP = "rope_append_kvcache"
@@ -257,6 +256,12 @@ def _fake(*tensors, **options):
     return call.k.new_empty(0) if call.q is None else empty_rows(call.q)
 
 
+def _triton(*args, **options):
+    from .triton.append import rope_append
+
+    return rope_append(*args, **options)
+
+
 def _define() -> None:
     for suffix in ("", "_triton"):
         name = f"rope_append{suffix}"
@@ -265,10 +270,9 @@ def _define() -> None:
         op = getattr(ops, name).default
         message = "rope_append: is for inference and has no gradient"
         refuse_backward(library, op, message, lambda tensors: tensors[3:5])
-    by_triton = triton_kernels("append", ("rope_append",))["rope_append"]
-    library.impl("rope_append_triton", by_triton, "CUDA")
-    library.impl("rope_append_triton", by_triton, "CPU")  # the interpreter
-    library.impl("rope_append", by_triton, "CUDA")
+    library.impl("rope_append_triton", _triton, "CUDA")
+    library.impl("rope_append_triton", _triton, "CPU")  # the interpreter
+    library.impl("rope_append", _triton, "CUDA")
     load_on_first_use({"cpu": {"rope_append": reference}})
 
 

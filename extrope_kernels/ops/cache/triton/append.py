@@ -1,7 +1,7 @@
 """The write into a key/value cache in Triton: rotation, keys and values in one launch.
 
 `rope_append_kvcache` launches it by its op. A decode step launches it before it attends
-(ops/attention/triton/decode.py), without q.
+(ops/decode/triton/decode.py), without q.
 
 TILE is a Tile of device.py; TOKENS and PAIRS are its tokens and pairs. rotation.py has the rotation
 without a cache, and says more about both.
@@ -17,16 +17,13 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ....scores.base import SAME, PositionMap
-from ..._shared.dtypes import FP8, as_bits
-from ..._shared.kvcache import KVCache, refuse_aliases
-from ..._shared.triton.fp8 import parts_of_codes, quantize_rows
-from ..._shared.triton.launch import INTERPRETED, Launch
-from ..._shared.triton.pairs import copy_rows, store_parts
+from ..._math.dtypes import FP8, as_bits
+from ..._math.triton.launch import INTERPRETED, Launch
+from ..._math.triton.pairs import copy_rows, store_parts
 from ..._torch.autograd import empty_rows
 from ..._torch.layouts import cached_by_layout, layout_key
-from ..append_checks import Append, check, check_values, read_append
-from ..call import Rotation, frequencies_3d
-from .device import (
+from ...rope.call import Rotation, frequencies_3d
+from ...rope.triton.device import (
     CALL_NUMBERS,
     Rows,
     build_launch,
@@ -40,6 +37,9 @@ from .device import (
     rows_of_head,
     stride_names,
 )
+from ..call import KVCache, refuse_aliases
+from ..checks import Append, check, check_values, read_append
+from .fp8 import parts_of_codes, quantize_rows
 
 # These change from call to call too, like CALL_NUMBERS, of which this kernel takes all but two.
 CACHE_NUMBERS = (

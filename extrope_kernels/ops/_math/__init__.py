@@ -1,0 +1,1 @@
+"""What operations compute with: positions, maps, pairs, dtypes."""

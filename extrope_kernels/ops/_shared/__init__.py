@@ -1,1 +1,0 @@
-"""What several operations compute with: positions, maps, caches, dtypes, and their checks."""

@@ -1,0 +1,1 @@
+"""What a call must be: specifications of tensors, checks of arguments, limits."""

@@ -1,0 +1,5 @@
+"""The cache of keys and values, and who writes it."""
+
+from .op import rope_append_kvcache
+
+__all__ = ["rope_append_kvcache"]

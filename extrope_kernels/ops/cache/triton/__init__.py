@@ -1,0 +1,1 @@
+"""The Triton kernel that appends to a cache."""

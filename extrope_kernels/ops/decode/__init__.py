@@ -1,0 +1,1 @@
+"""Attention with a cache: one new token or many, packed or not."""
