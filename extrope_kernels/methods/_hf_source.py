@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from torch import nn
+
 from .._checks import check_length, check_real
 
 NAME = "from_hf_config"
@@ -127,6 +129,8 @@ class Source:
 
 def read(config: Any, layer_type: str | None) -> Source:
     """Read the rotation of one layer type from `config`."""
+    if isinstance(config, nn.Module):
+        raise TypeError(f"{NAME}: config must be a configuration, got a model; pass model.config")
     parameters = _parameters(config)
     nested = _is_nested(parameters)
     if nested:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,17 @@ class RopeFreqs:
 
     def __hash__(self) -> int:
         return hash((self.inv_freq.shape, self.attention_factor))
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """What `torch.ops.extrope.rope_fwd` takes by name beside inv_freq.
+
+        torch.ops.extrope.rope_fwd(q, k, freqs.inv_freq, **freqs.kwargs)
+        """
+        given: dict[str, Any] = {"attention_factor": self.attention_factor}
+        if self.log_decay is not None:
+            given |= {"log_decay": self.log_decay, "decay_origin": self.decay_origin}
+        return given if self.axes is None else {**given, "axes": self.axes}
 
     def for_keys(self) -> RopeFreqs:
         """Return the frequencies for keys that `apply_rope` rotates alone: the decay negated."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import RopeFreqs, methods
 from .._usage import shortened
 from ..integrations._shared.parameters import SAVED
+from ..integrations.transformers.model import no_model
 from ..integrations.transformers.patch.hooks import ON_OWNER
 from ..integrations.transformers.patch.rotary_forward import RotaryForward
 from ..integrations.transformers.probe.rotary import (
@@ -122,7 +123,7 @@ def check(model: nn.Module) -> LoadedReport:
     from transformers import PreTrainedModel
 
     if not isinstance(model, nn.Module):
-        raise TypeError(f"check: model must be a model of transformers, got {type(model).__name__}")
+        raise no_model("check", model)
     whole = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), None)
     counted: Counter[RotationInForce] = Counter()
     for owner, rotary in rotary_embeddings(model):

@@ -149,6 +149,26 @@ def test_decode_over_raw_keys_equals_prefill(backend):
         assert_within_budget("row", row, same, exact[:, :, last, : last + 1])
 
 
+@pytest.mark.parametrize(
+    "freqs",
+    [
+        methods.rope(16),
+        methods.yarn(16, factor=4.0, original_max_position_embeddings=64),
+        methods.xpos(16, decay_origin=20),
+        methods.axial(16, axes=2),
+    ],
+)
+def test_the_op_takes_frequencies_whole(freqs):
+    q, k = make_qk(1, 40, 2, 1, head_dim=16)
+    freqs = freqs.to(q.device)
+    positions = torch.arange(40, device=q.device)
+    if freqs.axes is not None:
+        positions = torch.stack((positions, positions.flip(0)))[:, None]
+    found = torch.ops.extrope.rope_fwd(q, k, freqs.inv_freq, positions, **freqs.kwargs)
+    wanted = apply_rope_qk(q, k, freqs, positions=positions)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
 def test_origin_follows_to_another_device_and_other_sections():
     freqs = methods.xpos(16, decay_origin=3)
     for other in (freqs.to("meta"), freqs.for_keys(), methods.with_sections(freqs, (4, 4))):

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 from hf_models import build, tokens
 
 import extrope_kernels
@@ -46,9 +47,43 @@ def test_generation_past_the_extended_length_warns_at_the_callers_line():
 
     with extend(model, "yarn", factor=2.0):
         message = "extend: this generation may go past the 64 tokens that yarn reaches"
-        assert told() == [(message, __file__)] and told(24) == []
+        assert told(24) == [] and told() == [(message, __file__)] and told() == []  # once
         with extend(model, "rerope", window=16):
             assert told() == []
     with extend(model, "yarn", factor=4.0):
         assert told() == []
     assert "generate" not in vars(model)
+
+
+def test_a_forward_past_the_extended_length_warns_once():
+    model = build("llama")
+
+    def told(*ids, **given):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for each in ids:
+                given["past_key_values"] = model(each, use_cache=True, **given).past_key_values
+        return [str(each.message) for each in caught if "extend: " in str(each)]
+
+    long, short = tokens(1, 65), tokens(1, 64)
+    message = "extend: this forward goes past the 64 tokens that yarn reaches"
+    with extend(model, "yarn", factor=2.0):
+        assert told(short) == [] and told(long) == [message] and told(long) == []
+    with extend(model, "yarn", factor=2.0):
+        assert told(short, tokens(1, 1)) == [message]  # with those in the cache
+    packed = torch.arange(40).repeat(1, 2)
+    with extend(model, "yarn", factor=2.0):
+        assert told(tokens(1, 80), position_ids=packed) == []
+        assert told(tokens(1, 80), position_ids=packed + 30) == [message]
+    with extend(model, "yarn", factor=2.0), extend(model, "rerope", window=16):
+        assert told(long) == []  # which reaches any length
+    assert told(long) == []
+
+
+def test_names_of_transformers_are_taken_and_told():
+    for name, told in (
+        ("linear", "pi factor=4.0, reaches 128 tokens: 'linear' of transformers"),
+        ("dynamic", "dynamic_ntk factor=4.0, reaches any length, chosen per request: 'dynamic'"),
+    ):
+        with extend(build("llama"), name, factor=4.0) as handle:
+            assert repr(handle).startswith(told)

@@ -123,6 +123,8 @@ def test_a_handle_is_no_model():
     ):
         with pytest.raises(AttributeError, match=message):
             getattr(handle, name)
+    with pytest.raises(TypeError, match="a handle of extend cannot be called: call the model, whi"):
+        handle(IDS)
 
 
 FORWARDS = {"rerope": {"window": 8}, "yarn": {"factor": 4.0}, "raw": {"factor": 4.0}}

@@ -32,11 +32,33 @@ def test_the_method_is_the_one_that_measured_best(rope, length):
 
 
 @pytest.mark.parametrize(("length", "factor"), [(160, 16.0), (1024, 63.0)])
+@pytest.mark.filterwarnings("ignore:extend. length 1,024 is 32 times")
 def test_far_past_the_training_the_farthest_distance_is_a_trained_one(length, factor):
     method, parameters, _ = chosen(build("llama"), length)
     window = TRAINED // 2
     assert (method, parameters) == ("leaky_rerope", {"window": window, "factor": factor})
     assert window + (length - window) / factor <= TRAINED
+
+
+@pytest.mark.parametrize(
+    ("length", "times", "warns"), [(256, None, 0), (257, "9", 0), (512, "16", 0), (513, "17", 1)]
+)
+def test_what_was_measured_less_far_says_so(length, times, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reason = chosen(build("llama"), length)[2]
+    if times is None:
+        assert "at 8 times its length: " in reason
+    else:
+        assert f"at up to 8 times its length (this is {times} times): " in reason
+    told = f"extend: length {length} is 17 times the 32 tokens that the model reaches; methods are"
+    assert [str(each.message).startswith(told) for each in caught] == [True] * warns
+    assert {each.filename for each in caught} <= {__file__}
+
+
+def test_a_length_as_on_the_command_line():
+    with extend(build("llama"), "yarn", length="1k") as handle:
+        assert handle.applied.parameters == {"factor": 32.0}
 
 
 LONG = {"rope_type": "longrope", ORIGINAL: 16, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
@@ -48,7 +70,9 @@ def test_a_model_that_reaches_the_length_stays_as_it_is(rope):
     plain = logits(model, ids)
     with extend(model, length=30 if rope is not None else TRAINED) as handle:
         torch.testing.assert_close(logits(model, ids), plain)
-        assert "as it is: " in repr(handle) and "within the 32 that the model" in repr(handle)
+        length = 30 if rope is not None else TRAINED
+        told = f"nothing changed: {length} tokens are within the 32 that the model reaches"
+        assert repr(handle) == told
 
 
 def test_chunks_of_the_training_are_kept():
@@ -65,8 +89,8 @@ def test_chunks_of_the_training_are_kept():
         ("HunYuanDenseV1ForCausalLM", "yarn", "no score method: what HunYuanDenseV1Attention does"),
         ("Qwen2VLForConditionalGeneration", "yarn", "tokens of images have several positions"),
         ("Gemma3ForConditionalGeneration", "yarn", "tokens of an image see one another"),
-        ("Cohere2ForCausalLM", "rope", "as it is: all its layers that rotate have a sliding wind"),
-        ("BeamForCausalLM", "rope", "as it is: all its layers that rotate have a sliding window"),
+        ("Cohere2ForCausalLM", "rope", "nothing changed: all its layers that rotate have a sl"),
+        ("BeamForCausalLM", "rope", "nothing changed: all its layers that rotate have a sl"),
     ],
 )
 def test_a_model_that_no_score_method_suits_gets_yarn(name, method, reason):
@@ -98,8 +122,8 @@ def test_a_model_without_a_length_needs_it():
     model = tiny_models.build("RecurrentGemmaForCausalLM")
     with pytest.raises(ValueError, match=f"extend: {ORIGINAL} must be given with length for Recur"):
         extend(model, length=100)
-    name, parameters, why = chosen(model, 100, **{ORIGINAL: 40})
-    assert (name, parameters) == ("rope", {}) and "as it is" in why
+    with extend(model, length=100, **{ORIGINAL: 40}) as handle:
+        assert (handle.method, handle.applied.parameters) == ("rope", {}) and not handle.changes
 
 
 def test_a_named_method_gets_its_factor():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -12,25 +13,31 @@ from hf_models import build, transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from extrope_kernels import methods, scores
+from extrope_kernels import check, methods, scores
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.methods import METHODS
 from extrope_kernels.scores import SCORES
 from extrope_kernels.testing import attention_backends
 
-NAMES = f"extend: method must be one of {', '.join((*METHODS, *SCORES))}, got "
+AMONG = f"method must be one of {', '.join((*METHODS, *SCORES))}, got "
 OF_RERO = "extend: parameters of rerope must be among window, factor, log_n, got "
 # Arguments that a plain Llama is given, and what is said. A method that is no text comes as it is.
 ARGUMENTS = [
-    ("yarm", {}, ValueError, f"{NAMES}'yarm' (did you mean 'yarn'?)"),
-    ("su", {}, ValueError, f"{NAMES}'su' (did you mean 'longrope'?)"),
-    ("ReRoPE", {}, ValueError, f"{NAMES}'ReRoPE' (did you mean 'rerope'?)"),
-    ("self-extend", {}, ValueError, f"{NAMES}'self-extend' (did you mean 'self_extend'?)"),
+    ("yarm", {}, ValueError, f"extend: did you mean 'yarn'? {AMONG}'yarm'"),
+    ("lex", {}, ValueError, f"extend: did you mean 'blockwise_causal'? {AMONG}'lex'"),
+    ("ReRoPE", {}, ValueError, f"extend: did you mean 'rerope'? {AMONG}'ReRoPE'"),
+    ("self-extend", {}, ValueError, f"extend: did you mean 'self_extend'? {AMONG}'self-extend'"),
+    ("qqq", {}, ValueError, f"extend: {AMONG}'qqq'"),
     (4.0, {}, TypeError, "extend(model, 'yarn', factor=4.0), a Score or a RopeFreqs, got float"),
     (methods.rope(8), {}, ValueError, "RopeFreqs must have inv_freq (8,) for the 16 dims"),
     (methods.rope(16), {"factor": 2.0}, TypeError, "factor must be left out with a RopeFreqs"),
     (scores.rerope(4), {"length": 99}, TypeError, "length must be left out with a Score"),
-    ("rerope", {}, ValueError, "extend: rerope needs window, which is missing"),
+    (
+        "rerope",
+        {},
+        ValueError,
+        "extend: rerope needs window=16, half of the 32 tokens that the model reaches, or length=",
+    ),
     ("rerope", {"window": 4, "shift": 2}, TypeError, f"{OF_RERO}shift"),
     ("rerope", {"window": 4, "resonance": True}, TypeError, f"{OF_RERO}resonance"),
     ("rerope", {"window": 0}, ValueError, "rerope: window must be >= 1, got 0"),
@@ -52,6 +59,8 @@ ARGUMENTS = [
     # Of a length.
     (None, {}, TypeError, "extend: method or length must be given, got neither"),
     (None, {"length": 0}, ValueError, "extend: length must be > 0, got 0"),
+    (None, {"length": "16kk"}, ValueError, "extend: length must be a number of tokens, as 131072"),
+    (None, {"length": "-5"}, ValueError, "extend: length must be > 0, got -5"),
     (None, {"length": 1.5}, ValueError, "length must be a whole number of tokens, got 1.5"),
     (None, {"length": 99, "window": 8}, TypeError, "extend: window needs a method that has it"),
     (None, {"max_length": 9}, TypeError, "given, got max_length (did you mean 'length'?)"),
@@ -164,5 +173,17 @@ def test_layers_that_compute_their_attention_themselves_are_refused(forward, mon
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match="extend: model must be a transformers model, got str"):
-        extend("llama", "yarn", factor=2.0)
+    must = "model must be a loaded model of transformers, got "
+    load = "str; load it: AutoModelForCausalLM.from_pretrained('smollm2')"
+    for given, told in (
+        ("smollm2", load),
+        (SimpleNamespace(model=build("llama")), "SimpleNamespace; pass its .model"),  # a pipeline
+        (4.0, "float"),
+    ):
+        for op, call in (("extend", partial(extend, length=99)), ("check", check)):
+            command = ", or on a command line: extrope check smollm2"
+            end = command if op == "check" and isinstance(given, str) else ""
+            with pytest.raises(TypeError, match=f"^{re.escape(f'{op}: {must}{told}{end}')}$"):
+                call(given)
+    with pytest.raises(TypeError, match="from_hf_config: config must be a configuration, got a mo"):
+        methods.from_hf_config(build("llama"))

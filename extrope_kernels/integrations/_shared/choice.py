@@ -15,6 +15,8 @@ OVER_YARN = {
     8: ("leaky_rerope", "-0.546 ± 0.001"),
 }
 RECALL = {"rerope": "2.56 ± 0.28", "leaky_rerope": "2.52 ± 0.29", "yarn": "0.72 ± 0.40"}
+MEASURED = max(OVER_YARN)
+FARTHEST = 2 * MEASURED  # a length past this multiple of a model's own gets a warning
 LEAK = 16.0  # the factor of these rows, and of Leaky ReRoPE's code
 # By model_type: a norm with weights comes after the rotation.
 NORMED_AFTER = ("dory", "hunyuan_v1_dense", "hunyuan_v1_moe")
@@ -24,11 +26,15 @@ SPARSE = ("index_topk", "indexer_budget")
 
 @dataclass(frozen=True)
 class Choice:
-    """A method with its parameters, and the reason in one line."""
+    """A method with its parameters, and the reason in one line.
+
+    changes: False if the model stays as it is.
+    """
 
     method: str
     parameters: Mapping[str, Any]
     reason: str
+    changes: bool = True
 
 
 def choose_method(
@@ -50,18 +56,26 @@ def choose_method(
         return Choice("yarn", {"factor": length / trained}, f"no score method: {refused}")
     if chunks:
         return Choice("dual_chunk", {}, "as it was trained, by its dual_chunk_attention_config")
-    times = next((each for each in OVER_YARN if length <= each * reach), max(OVER_YARN))
-    method, over = OVER_YARN[times]
+    row = next((each for each in OVER_YARN if length <= each * reach), MEASURED)
+    method, over = OVER_YARN[row]
     window = max(1, reach // 2)
     parameters: dict[str, float] = {"window": window}
     if method == "leaky_rerope":  # the farthest distance stays a trained one
         parameters["factor"] = max(LEAK, math.ceil((length - window) / max(1, reach - window)))
+    past = length > MEASURED * reach
     reason = (
-        f"exact within its window, half of {reach:,} tokens; measured on SmolLM2-135M at {times} "
-        f"times its length: {over.removeprefix('-')} nats less than YaRN; at twice, recall of "
-        f"{RECALL[method]} where YaRN's is {RECALL['yarn']}"
+        f"exact within its window, half of {reach:,} tokens; measured on SmolLM2-135M at "
+        f"{'up to ' if past else ''}{row} times its length"
+        f"{f' (this is {times(length, reach)} times)' if past else ''}: {over.removeprefix('-')} "
+        f"nats less than YaRN; at twice, recall of {RECALL[method]} where YaRN's is "
+        f"{RECALL['yarn']}"
     )
     return Choice(method, parameters, reason)
+
+
+def times(length: int, reach: int) -> str:
+    """Return in words how often a length has the tokens that a model reaches, rounded up."""
+    return f"{-(-length // reach):,}"
 
 
 def why_no_score(config: Any) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from ...scores import SCORES, Score
 from .interface import register_interface
 from .model import Override, generation_config_owner
 from .patch.frequencies import frequency_patches
-from .patch.generate import forget_pages, length_patches
+from .patch.generate import Reach, forget_pages
 from .patch.hooks import ON_OWNER, Applied, Patches, route_forward_through_hooks
 from .patch.rotary_forward import RotaryForward, unwrap_apply, wrap_apply
 from .patch.score_forward import ScoreRotaryForward
@@ -32,6 +32,7 @@ from .probe.rotary import (
     owners_of,
 )
 from .request import (
+    as_tokens,
     by_length_as_stated,
     choose,
     read_method,
@@ -54,7 +55,7 @@ def extend(
     model: nn.Module,
     method: str | Score | RopeFreqs | None = None,
     *,
-    length: int | None = None,
+    length: int | str | None = None,
     layers: str = "full",
     cache: str | None = None,
     mesh: Mesh | None = None,
@@ -119,13 +120,15 @@ def extend(
 
     model: any language model of transformers that rotates, with or without its head or a vision
         tower, which is left alone. docs/models.md lists them.
-    method: a name of `PARAMETERS`, or a `Score` or `RopeFreqs` of your own. If None, one is chosen
-        for `length`: ReRoPE with half the trained length as its window, the chunks of a
+    method: a name of `PARAMETERS` (or "default", "linear", "dynamic", "su", transformers' names of
+        rope types), or a `Score` or `RopeFreqs` of your own. If None, one is chosen for `length`:
+        ReRoPE with half the trained length as its window, the chunks of a
         dual_chunk_attention_config, or YaRN for models that no score method serves, or whose images
         none takes. A model that reaches the length stays as it is.
-    length: tokens to reach. With a method that has a factor it stands in place of the factor, which
-        becomes length / trained length, or of ReRoPE's window, half the trained length. A warning
-        says if the trained length has them already.
+    length: tokens to reach, also as "16k" (16 x 1,024). With a method that has a factor it stands
+        in place of the factor, which becomes length / trained length, or of ReRoPE's window, half
+        the trained length. A warning says if the trained length has them already, or if they are
+        more than twice as far past it as was measured.
     layers: "full" extends the layers that see all keys. For a frequency method that is so if
         layers with a sliding window have their own rotation (Gemma 3); for a score method always,
         since distances in the others never exceed their window or chunk. "all" extends all layers
@@ -156,9 +159,13 @@ def extend(
         raise ValueError(
             f"extend: cache must be None or 'raw', and None with a mesh, got {cache!r}"
         )
+    length = as_tokens(length)
     if method is not None:
-        method, parameters, own = read_method(model, method, length, layers, parameters)
-        return _extend(model, Applied(method, parameters, layers, cache, own), ranks)
+        name, parameters, own = read_method(model, method, length, layers, parameters)
+        handle = _extend(model, Applied(name, parameters, layers, cache, own), ranks)
+        if isinstance(method, str) and method != name:
+            handle.reason = f"{method!r} of transformers"
+        return handle
     choice, layers = choose(model, length, layers, parameters)
     try:
         applied = Applied(choice.method, dict(choice.parameters), layers, cache)
@@ -170,7 +177,7 @@ def extend(
         choice, layers = choose(model, length, layers, parameters, reason)
         applied = Applied(choice.method, dict(choice.parameters), layers, cache)
         handle = _extend(model, applied, ranks)
-    handle.reason = choice.reason
+    handle.reason, handle.changes = choice.reason, choice.changes
     return handle
 
 
@@ -326,6 +333,7 @@ class Extension:
 
     before: the extension that `restore` undoes too, if there is one.
     reason: why `extend` chose the method for a length; None if the user named it.
+    changes: False if the model reaches that length as it is.
     """
 
     def __init__(self, model: nn.Module, patches: Patches, applied: Applied) -> None:
@@ -334,6 +342,7 @@ class Extension:
         self.applied = applied
         self.before: Extension | None = None
         self.reason: str | None = None
+        self.changes = True
         self._layers = 0  # that attend by a score method
         self._by_length = patches.by_length
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
@@ -341,6 +350,8 @@ class Extension:
         forget_pages(model)
 
     def __repr__(self) -> str:
+        if not self.changes:
+            return f"nothing changed: {self.reason}"
         layers = f", {self._layers} layers" if self._layers else ""
         reason = f": {self.reason}" if self.reason else ""
         return f"{self.applied}{layers}, {self._reach()}{reason}"
@@ -351,6 +362,10 @@ class Extension:
         if self._by_length:
             return "reaches any length, chosen per request"
         return "reaches any length" if self.method == "rerope" else "reach unknown"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Say that a handle is no model."""
+        raise TypeError("a handle of extend cannot be called: call the model, which is extended")
 
     def __getattr__(self, name: str) -> Any:
         """Say that a handle is no model."""
@@ -383,11 +398,11 @@ class Extension:
         return _extend_by_all(model, self.applied.all())
 
     def warn_past(self, owner: nn.Module) -> Patches:
-        """Return the patch of `generate` that warns of calls past this extension's length."""
+        """Return the patches that warn of what goes past this extension's length."""
         stretched = not self._by_length and self.applied.parameters.get("factor", 1) > 1
         if not stretched or self.length is None:
             return Patches()
-        return length_patches(self.model, owner, self.applied, self.length)
+        return Reach(owner, self.applied, self.length).patches(self.model)
 
     @property
     def first(self) -> Extension:

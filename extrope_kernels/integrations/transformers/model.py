@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +25,19 @@ def generation_config_owner(model: nn.Module) -> nn.Module:
 
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     return next((part for part in parts if hasattr(part, "generate")), model)
+
+
+def no_model(op: str, given: object) -> TypeError:
+    """Return the error for what is no model, with what to pass in its place."""
+    text = f"{op}: model must be a loaded model of transformers, got {type(given).__name__}"
+    if isinstance(given, str | os.PathLike):
+        name = os.fspath(given)
+        load = f"AutoModelForCausalLM.from_pretrained({name!r})"
+        command = f", or on a command line: extrope check {name}" if op == "check" else ""
+        return TypeError(f"{text}; load it: {load}{command}")
+    if isinstance(getattr(given, "model", None), nn.Module):  # a pipeline, a trainer, a handle
+        text += "; pass its .model"
+    return TypeError(text)
 
 
 def unsupported(owner: nn.Module, reason: str) -> ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -12,10 +13,10 @@ from torch import nn
 
 from ... import RopeFreqs
 from ..._checks import check_length
-from ..._names import meant
+from ..._names import ROPE_TYPES, meant, not_among
 from ...methods import METHODS
 from ...scores import SCORES, Score
-from .._shared.choice import Choice, choose_method
+from .._shared.choice import FARTHEST, MEASURED, Choice, choose_method, times
 from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in
 from .model import BOUNDED
 from .patch.hooks import ON_OWNER, Applied
@@ -49,6 +50,7 @@ def read_method(
         if wrong := [*(given.keys() - takes), *(() if length is None else ("length",))]:
             raise TypeError(f"extend: {wrong[0]} must be left out with a {type(method).__name__}")
         return name, dict(given), method
+    method = ROPE_TYPES.get(method, method) if isinstance(method, str) else method
     if not isinstance(method, str):
         raise TypeError(
             "extend: method must be a name, with the method's parameters beside it, as in "
@@ -56,11 +58,10 @@ def read_method(
             f"got {type(method).__name__}"
         )
     if method not in PARAMETERS:
-        raise ValueError(
-            f"extend: method must be one of {', '.join(PARAMETERS)}, got {method!r}"
-            f"{meant(method, PARAMETERS)}"
-        )
+        raise ValueError(f"extend: {not_among('method', method, PARAMETERS)}")
     if length is None:
+        if method == "rerope" and "window" not in given:
+            raise ValueError(f"extend: rerope needs {_windows(model, layers)} or length=")
         known = set(given) <= set(PARAMETERS[method])
         if _needs_factor(method) and "factor" not in given and known:
             raise ValueError(f"extend: {method} needs factor= or length=, got neither")
@@ -78,6 +79,26 @@ def read_method(
     if by_window:
         return method, {**given, "window": max(1, reach // 2)}, None
     return method, {**given, "factor": max(1.0, length / trained)}, None
+
+
+def as_tokens(length: int | str | None) -> int | None:
+    """Return a length in tokens; a text may say it as on the command line, "16k"."""
+    if not isinstance(length, str):
+        return length
+    import extrope_cli
+
+    try:
+        return extrope_cli.tokens(length)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"extend: length {error}") from None
+
+
+def _windows(model: nn.Module, layers: str) -> str:
+    """Return ReRoPE's window for a model, as an argument and in words."""
+    reach = find_rotary_modules(model, layers)[0].reach
+    if reach is None:
+        return "window=, half the trained length,"
+    return f"window={max(1, reach // 2)}, half of the {reach:,} tokens that the model reaches,"
 
 
 def _needs_factor(method: str) -> bool:
@@ -118,7 +139,7 @@ def choose(
     trained, reach = _lengths(rotary_modules, length, given)
     config = rotary_modules[0].module.config
     chunks = {"chunk_size", "local_window"} <= set(score_values_in(config, "dual_chunk"))
-    refused = refused or why_no_images(model, rotary_modules)
+    first_try, refused = refused is None, refused or why_no_images(model, rotary_modules)
     kinds = [kind for each in rotary_modules for kind in each.layer_types]
     # Phi-3's window is longer than its training: distances within it are not all trained.
     trained_within = (getattr(config, "sliding_window", None) or 0) < reach
@@ -126,6 +147,12 @@ def choose(
     if bounded or all(is_bounded(kind or "") for kind in kinds):
         return _as_it_is(rotary_modules, BOUNDED), "all"
     choice = choose_method(length, trained, reach, refused=refused, chunks=chunks)
+    if first_try and length > FARTHEST * reach:
+        warnings.warn(
+            f"extend: length {length:,} is {times(length, reach)} times the {reach:,} tokens that "
+            f"the model reaches; methods are measured at up to {MEASURED} times",
+            stacklevel=4,  # of the caller of `extend`
+        )
     if choice is None:
         reason = f"{length:,} tokens are within the {reach:,} that the model reaches"
         return _as_it_is(rotary_modules, reason), layers
@@ -136,7 +163,7 @@ def choose(
 
 def _as_it_is(rotary_modules: list[RotaryModule], reason: str) -> Choice:
     """Choose the rotation that the configuration states, which changes nothing."""
-    return Choice(*_as_stated(rotary_modules), f"as it is: {reason}")
+    return Choice(*_as_stated(rotary_modules), reason, changes=False)
 
 
 def _as_stated(rotary_modules: list[RotaryModule]) -> tuple[str, dict[str, Any]]:

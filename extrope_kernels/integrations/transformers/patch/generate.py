@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.paged import PagedBatch
-from ..model import Override, cache_of, generation_config_owner
+from ..model import Override, cache_of, generation_config_owner, tokens_of
+from ..probe.rotary import argument_names, by_name
 from .hooks import ON_OWNER, Applied, Patches
 from .state import Request, in_progress
 
@@ -113,31 +114,54 @@ def _generate_one_request(
         in_progress.request = outer
 
 
-def length_patches(model: nn.Module, owner: nn.Module, applied: Applied, length: int) -> Patches:
-    """Return the override of `generate` that warns of calls past an extension's length."""
-    return Patches(_replaced(model, "generate", _generate_within, owner, applied, length))
-
-
-def _generate_within(
-    model: nn.Module,
-    previous: Callable[..., Any],
-    owner: nn.Module,
-    applied: Applied,
-    length: int,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Replace `model.generate`: warn of a call that goes past `length`.
+class Reach:
+    """Warns once of a generation, or of a forward, past the tokens that an extension reaches.
 
     applied: the extension on `owner` that has this length; one after it may reach further.
     """
-    if vars(owner).get(ON_OWNER) is applied and _reach(model, *args, **kwargs) > length:
-        warnings.warn(  # without this call's length: Python shows one text once
-            f"extend: this generation may go past the {length:,} tokens that {applied.method} "
-            "reaches",
-            stacklevel=2,
+
+    def __init__(self, owner: nn.Module, applied: Applied, length: int) -> None:
+        self.owner = owner
+        self.applied = applied
+        self.length = length
+        self.names = argument_names(owner)
+        self.warned = False
+
+    def patches(self, model: nn.Module) -> Patches:
+        """Return the override of `generate`, and the hook of the owner's forwards."""
+        overrides = _replaced(model, "generate", self.generate)
+        return Patches(overrides, [(self.owner, self.before_forward, None)])
+
+    def generate(
+        self, model: nn.Module, previous: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Replace `model.generate`."""
+        if not self.warned and _reach(model, *args, **kwargs) > self.length:
+            self._warn("this generation may go")
+        return previous(*args, **kwargs)
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Look how far a forward reads: forward pre-hook. No device is read for it."""
+        if self.warned or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        given = by_name(self.names, args, kwargs)
+        tokens, positions = tokens_of(given), given.get("position_ids")
+        cache = cache_of(given)
+        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        if tokens is None or isinstance(past, Tensor) or past + tokens.shape[1] <= self.length:
+            return
+        packed = positions is not None and positions.device.type != "cpu"  # it may be
+        if not packed and (positions is None or int(positions.max()) >= self.length):
+            self._warn("this forward goes")
+
+    def _warn(self, what: str) -> None:
+        if vars(self.owner).get(ON_OWNER) is not self.applied:
+            return
+        self.warned = True
+        warnings.warn(
+            f"extend: {what} past the {self.length:,} tokens that {self.applied.method} reaches",
+            stacklevel=3,  # of the caller of `generate`
         )
-    return previous(*args, **kwargs)
 
 
 def _reach(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .... import RopeFreqs, apply_rope_qk, methods
 from ..._shared.parameters import is_bounded, lengths_in
-from ..model import BOUNDED, unsupported
+from ..model import BOUNDED, no_model, unsupported
 
 APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate
 _POSITIONS = [[0, 1, 5, 11]]  # of a probe
@@ -120,7 +120,7 @@ class RotaryModule:
 def find_rotary_modules(model: nn.Module, layers: str = "full") -> list[RotaryModule]:
     """Return every rotary embedding of `model`; raise ValueError if one cannot be replaced."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"extend: model must be a transformers model, got {type(model).__name__}")
+        raise no_model("extend", model)
     if layers not in ("full", "all"):
         raise ValueError(f"extend: layers must be full or all, got {layers!r}")
     rotary_modules = [
