@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_oracle import attend, frequencies, make_qkv
 from score_examples import EXAMPLES, Example, rerope
+from torch import Tensor
 
 from extrope_kernels import rope_attention, scores
 from extrope_kernels.methods import RopeFreqs, xpos
@@ -46,6 +47,38 @@ def test_keys_of_no_query_heads(any_backend):
     out, _ = attend(EXAMPLES["rerope"], q, k, v, frequencies(16), any_backend)
     for grad in torch.autograd.grad(out.sum(), (q, k, v)):
         assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def grad_of_frequencies(backend, score, dtype, start: int, **options) -> Tensor:
+    """Return that of rows whose queries and keys begin at `start`, (pairs,) float64."""
+    q, k, v = (x.to(dtype) for x in make_qkv(2, 40, None, 4, 2, 32))
+    if "cu_seqlens" in options:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    inv_freq = frequencies(32).inv_freq.double().requires_grad_()
+    starts = {"q_start": start, "k_start": start} if start else {}
+    freqs = RopeFreqs(inv_freq, attention_factor=1.2)
+    out = rope_attention(q, k, v, freqs, score, backend=backend, **starts, **options)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    return torch.autograd.grad(out, inv_freq, dout)[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "score",
+    [None, scores.rerope(8), scores.leaky_rerope(8, 2.0)],
+    ids=["rope", "rerope", "leaky"],
+)
+def test_the_gradient_of_frequencies_does_not_know_the_start(any_backend, score, dtype, packed):
+    """Only distances count: any start has the gradient of start 0, and its error."""
+    options = {}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, 13, 40, 80], dtype=torch.int32, device=device())
+    exact = grad_of_frequencies("reference", score, torch.float64, 0, **options)
+    least = (grad_of_frequencies(any_backend, score, dtype, 0, **options) - exact).norm()
+    for start in (4096, 2**20):
+        found = grad_of_frequencies(any_backend, score, dtype, start, **options)
+        assert (found - exact).norm() <= 2 * least, start
 
 
 # -------------------------------------------------------------------------------------------------

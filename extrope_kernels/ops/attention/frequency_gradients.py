@@ -19,7 +19,7 @@ from .._math.positions import sequence_of_token
 from .._torch.autograd import in_func_transform
 from .._torch.dtensor import replicated, whole
 from .call import AttentionCall
-from .places import places
+from .places import centered_places
 
 Backward = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
 
@@ -53,7 +53,7 @@ def _of_frequencies(
     by_region: list[tuple[Tensor, Tensor]], q: Tensor, k: Tensor, call: AttentionCall
 ) -> Tensor:
     gradients = [(_of_angle(q, dq, call), _of_angle(k, dk, call)) for dq, dk in by_region]
-    at = places(q, k, call)
+    at = centered_places(q, k, call)
 
     def total(inv_freq: Tensor) -> Tensor:
         """Return the sum of all angles times their gradients."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...scores import UNROTATED
 from .._math.positions import sequence_of_token
+from .._torch.autograd import wants_grad
 from .._torch.library import ops
 from .call import AttentionCall
 
@@ -72,12 +73,55 @@ def places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
     ]
 
 
+def centered_places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
+    """Return the places less a constant of each sequence and region, which no logit knows.
+
+    Places times the gradients of their angles add up to the gradient of inv_freq. Those gradients
+    add up to 0, but for their rounding, which places as large as a start would multiply.
+    """
+    at = places(q, k, call)
+    if not q.numel() or not k.numel():
+        return at
+    found = []
+    for place, (of_q, of_k) in zip(at, used(q, k, call)):
+        first = _least(place.q, of_q, call).minimum(_least(place.k, of_k, call))
+        last = -_least(-place.q, of_q, call).minimum(_least(-place.k, of_k, call))
+        middle = (first + last) / 2
+        q_place = torch.where(of_q, place.q - middle, 0.0)
+        found.append(Places(q_place, torch.where(of_k, place.k - middle, 0.0)))
+    return found
+
+
+def _least(place: Tensor, used: Tensor, call: AttentionCall) -> Tensor:
+    """Return each sequence's least place in use: (..., 1), or of each packed token (..., total)."""
+    place = torch.where(used, place, torch.inf)
+    if call.cu_seqlens is None:
+        return place.amin(-1, keepdim=True)
+    sequence = sequence_of_token(call.cu_seqlens, place.shape[-1])
+    found = place.new_full((*place.shape[:-1], call.cu_seqlens.shape[0] - 1), torch.inf)
+    return found.scatter_reduce(-1, sequence.expand(place.shape), place, "amin")[..., sequence]
+
+
 def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], list[Tensor]]:
     """Return q and k rotated for each region; differentiable.
 
     q: (..., seqlen_q, heads_q, head_dim), k: (..., seqlen_k, heads_k, head_dim).
     """
-    at = places(q, k, call)
+    if not wants_grad((call.inv_freq,)):
+        return _rotate_both(q, k, places(q, k, call), call)
+    # A second rotation, by nothing, has the frequencies' gradient.
+    freqs = call.inv_freq.detach()
+    q_rotated, k_rotated = _rotate_both(q, k, places(q, k, call), call._replace(inv_freq=freqs))
+    rest = call._replace(inv_freq=call.inv_freq - freqs, log_decay=None, attention_factor=1.0)
+    at = centered_places(q, k, call)
+    return [rotate_queries(x, place.q, rest) for x, place in zip(q_rotated, at)], [
+        _rotate_keys(x, place.k, rest) for x, place in zip(k_rotated, at)
+    ]
+
+
+def _rotate_both(
+    q: Tensor, k: Tensor, at: list[Places], call: AttentionCall
+) -> tuple[list[Tensor], list[Tensor]]:
     return [rotate_queries(q, place.q, call) for place in at], [
         k if region.k_map == call.stored else _rotate_keys(k, place.k, call)
         for region, place in zip(call.regions, at)
