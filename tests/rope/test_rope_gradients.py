@@ -8,7 +8,7 @@ from rope_cases import Case, check, check_gradients
 from torch.autograd import gradcheck, gradgradcheck
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
-from extrope_kernels.testing import DTYPES, device, make_qk
+from extrope_kernels.testing import DTYPES, assert_within_budget, device, make_qk
 
 LONG_POSITIONS = (1_009, 100_003, 1_000_003, 15_999_989)
 
@@ -103,6 +103,24 @@ def test_one_tensor(backend, case):
 
     assert gradcheck(one, (q, inv_freq), fast_mode=True)
     assert gradgradcheck(one, (q, inv_freq), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_second_derivatives_of_frequencies(backend, dtype):
+    """As exact with rows of 16 bits as with those of 32, also far out."""
+    q, k = make_qk(2, 11, 3, 1, head_dim=64, dtype=dtype)
+    weights = [torch.randn_like(x) for x in (q, k)]
+
+    def second(wide, backend):
+        inv_freq = methods.rope(64).inv_freq.to(device()).requires_grad_()
+        x = [x.to(wide) for x in (q, k)]
+        rotated = apply_rope_qk(*x, RopeFreqs(inv_freq), positions=100_000, backend=backend)
+        loss = sum((x * w.to(wide)).sum() for x, w in zip(rotated, weights))
+        (first,) = torch.autograd.grad(loss, inv_freq, create_graph=True)
+        return torch.autograd.grad(first.sum(), inv_freq)[0]
+
+    plain, exact = (second(x, "reference") for x in (torch.float32, torch.float64))
+    assert_within_budget("second", second(dtype, backend), plain, exact)
 
 
 # -------------------------------------------------------------------------------------------------

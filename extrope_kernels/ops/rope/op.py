@@ -163,17 +163,22 @@ def _register_gradients(library: torch.library.Library, suffix: str) -> None:
         grads = (dq, dk) if ctx.has_k else (dq,)
         u = [u_q, u_k][: len(grads)]
         x_bar: list[Tensor | None] = [None, None]
+        wide = grad_q.dtype if q is None else w.dtype
         if q is not None:
-            u = [u_t + _rotate_quarter(x, w, *layout) for u_t, x in zip(u, (q, k))]
-            x_bar = [-_rotate_quarter(dx, w, *layout) for dx in grads] + [None]
+            u = [u_t.to(wide) + _rotate_quarter(x, w, *layout) for u_t, x in zip(u, (q, k))]
+            x_bar = [-_rotate_quarter(dx, w, *layout).to(dx.dtype) for dx in grads] + [None]
         u = [contiguous_rows(x) for x in u]
         g_bar = fwd(u[0], u[1] if ctx.has_k else None, *rope_args, **ctx.options)
         d_freq = None
         needs = dict(zip(bwd_names, ctx.needs_input_grad[2:]))
         if needs["inv_freq"]:
+            if wide != grad_q.dtype:  # the first derivatives again, not rounded to 16 bits
+                grads = [x.to(wide) for x in (grad_q, grad_k)[: len(grads)]]
+                grads = bwd(*grads, *[None] * (4 - len(grads)), *rope_args, **ctx.options)[:2]
             d_freq = _frequency_grad(
                 _angle_grad(u, grads, layout, rope_args), grad_q, grad_k, rope_args, ctx.options
             )
+        g_bar = [x.to(grad_q.dtype) for x in g_bar]
         return g_bar[0], g_bar[1] if ctx.has_k else None, *x_bar[:2], d_freq
 
     register_backward(library, fwd, _save_fwd, fwd_backward)
@@ -218,12 +223,12 @@ def _with_defaults(rope_args) -> tuple[Tensor | None, ...]:
 def _rotate_quarter(
     x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool, rotary_offset: int
 ) -> Tensor:
-    """Return w * J x in x's dtype; zero in the dims that do not rotate."""
+    """Return w * J x in w's dtype; zero in the dims that do not rotate."""
     a, b = split_pairs(x.to(w.dtype), rotary_dim, interleaved, rotary_offset)
     w = w.view(w.shape[1:]) if x.dim() == 3 else w
     rotated = join_pairs(-b * w, a * w, interleaved)
     others = (rotary_offset, x.shape[-1] - rotary_offset - rotary_dim)
-    return torch.nn.functional.pad(rotated, others).to(x.dtype)
+    return torch.nn.functional.pad(rotated, others)
 
 
 def _angle_grad(xs, grads, layout, rope_args) -> Tensor:
