@@ -16,8 +16,9 @@ from typing import Any
 
 from . import methods, positions, scores
 from .methods import RopeFreqs
-from .ops.attention import merge_attention, rope_attention, rope_attention_with_kvcache
+from .ops.attention import merge_attention, rope_attention
 from .ops.cache import rope_append_kvcache
+from .ops.decode import rope_attention_with_kvcache
 from .ops.permuteformer import (
     PermuteFormerState,
     head_permutations,

@@ -13,6 +13,7 @@ from extrope_kernels import methods, scores
 from extrope_kernels.ops.attention import AttentionCall, flash_attn, make_call, op
 from extrope_kernels.ops.attention.call import OPTIONS
 from extrope_kernels.ops.cache.call import KVCache
+from extrope_kernels.ops.decode import op as decode_op
 from extrope_kernels.testing import available_backends, device
 
 TOKENS, PAIRS = 20, 6  # of 16 dims: the others pass through
@@ -86,7 +87,7 @@ def decode(call: AttentionCall, backend: str) -> tuple[torch.Tensor, ...]:
     sequences = len(call.cu_seqlens) - 1 if packed else 1
     k, v = (rows(False, 2, n).repeat(sequences, 2, 1, 1) for n in (1, 2))
     cache = KVCache(k, v, ints(*[2 * TOKENS] * sequences))
-    return op.decode(rows(packed, 4, 0), None, None, cache, call, backend)
+    return decode_op.decode(rows(packed, 4, 0), None, None, cache, call, backend)
 
 
 RUNS = {run.__name__: run for run in (forward, backward, decode)}

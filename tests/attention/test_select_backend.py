@@ -28,8 +28,12 @@ def engine(monkeypatch):
 
 def both_passes(q, k, v, call, dout, dlse):
     """out, lse and gradients of the ops as they run on a GPU."""
-    out, lse = op._fwd_cuda(q, k, v, *call.tensors, **call.options)
-    return out, lse, *op._bwd_cuda(dout, dlse, q, k, v, out, lse, *call.tensors, **call.options)
+    out, lse = op.selected("attention_fwd")(q, k, v, *call.tensors, **call.options)
+    return (
+        out,
+        lse,
+        *op.selected("attention_bwd")(dout, dlse, q, k, v, out, lse, *call.tensors, **call.options),
+    )
 
 
 def expected(q, k, v, call, dout, dlse):

@@ -17,7 +17,7 @@ from extrope_kernels import (
     rope_attention,
     rope_attention_with_kvcache,
 )
-from extrope_kernels.ops.cache.op import BACKENDS
+from extrope_kernels.ops.cache.api import BACKENDS
 from extrope_kernels.scores import query_scale, rerope
 from extrope_kernels.testing import available_backends, device
 

@@ -59,8 +59,6 @@ MAY_IMPORT = {
 CLIENTS = (r"integrations/_shared", r"integrations", r"evaluation", r"model_check", r"cli|__main__")
 # Operations in order: each imports those before it alone. PermuteFormer stands beside them.
 OPERATIONS = ("ops/rope", "ops/cache", "ops/attention", "ops/decode")
-# Until decode has an op and public functions of its own.
-BEFORE_ITS_PLACE = {"ops/attention/op": "ops/decode"}
 BACKENDS = {*rope.backends(), *attention.backends()}
 REQUIRED = {
     re.match(r"\w+", need)[0]
@@ -151,7 +149,6 @@ def test_modules_of_a_kind_import_what_that_may(kind):
         allowed = [rule.format(own=own_folder(path)) for rule in MAY_IMPORT[kind]]
         if own_folder(path) in OPERATIONS:
             allowed += OPERATIONS[: OPERATIONS.index(own_folder(path))]
-        allowed.append(BEFORE_ITS_PLACE.get(inside(path), "{own}"))
         for name in own_imports(path):
             fits = any(under(name, rule) for rule in allowed)
             if kind in ("distributed", "client"):

@@ -17,7 +17,7 @@ from extrope_kernels import (
     scores,
 )
 from extrope_kernels.methods import xpos
-from extrope_kernels.ops.cache import op as append_module
+from extrope_kernels.ops.cache import reference as append_reference
 from extrope_kernels.testing import DTYPES, assert_within_budget, available_backends, device
 
 
@@ -311,7 +311,7 @@ def test_an_origin_and_blocks_keep_them_near():
 
 def test_the_reference_skips_what_is_outside_of_the_cache(monkeypatch):
     """As kernels do on a GPU, where values are not checked before."""
-    monkeypatch.setattr(append_module, "check_values", lambda op, call: None)
+    monkeypatch.setattr(append_reference, "check_values", lambda op, call: None)
     step = Step(blocks=(12, 4))
     table = ints(1, 12, -1, 4).view(2, 2)
     places = (

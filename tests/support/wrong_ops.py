@@ -36,7 +36,8 @@ import extrope_kernels
 from extrope_kernels import RopeFreqs, scores
 from extrope_kernels.ops.attention import merge
 from extrope_kernels.ops.attention import op as attention
-from extrope_kernels.ops.cache import op as append
+from extrope_kernels.ops.cache import reference as append
+from extrope_kernels.ops.decode import op as decode
 from extrope_kernels.ops.permuteformer import op as permuteformer
 from extrope_kernels.ops.rope import norm, reference
 
@@ -93,16 +94,16 @@ MORE = {
 }
 # On clean copies these give the right result; ops that are not here are run on them themselves.
 REFERENCES = {
-    "attention_fwd": attention._fwd_reference,
-    "attention_bwd": attention._bwd_reference,
-    "decode": attention._decode_reference,
+    "attention_fwd": attention.KERNELS["attention_fwd"]["reference"],
+    "attention_bwd": attention.KERNELS["attention_bwd"]["reference"],
+    "decode": decode.KERNELS["reference"],
     "rope_fwd": reference.rope_fwd,
     "rope_bwd": reference.rope_bwd,
     "rope_inplace": reference.rope_inplace,
     "rope_norm_fwd": norm.rope_norm_fwd,
     "rope_norm_bwd": norm.rope_norm_bwd,
     "rope_norm_inplace": norm.rope_norm_inplace,
-    "rope_append": append.reference,
+    "rope_append": append.rope_append,
     "permute_fwd": permuteformer._permute_by_gather,
     "merge_fwd": merge.merge_fwd,
     "merge_inplace": merge.merge_inplace,

@@ -1,13 +1,7 @@
-"""Attention with rotation by an optional score method, with and without a cache."""
+"""Attention with rotation by an optional score method."""
 
 from . import op  # noqa: F401  (defines the ops)
-from .api import (
-    BACKENDS,
-    backends,
-    missing,
-    rope_attention,
-    rope_attention_with_kvcache,
-)
+from .api import BACKENDS, backends, missing, rope_attention
 from .call import AttentionCall, make_call
 from .checks import check_attention, check_log_n, check_method
 from .decay import check_decay
@@ -31,7 +25,6 @@ __all__ = [
     "merge_attention",
     "missing",
     "rope_attention",
-    "rope_attention_with_kvcache",
     "scaled_by_log_n",
     "selection",
 ]

@@ -15,17 +15,14 @@ from .._tables import specs
 from .._tables.checks import (
     check_boundaries,
     check_count,
-    check_cu_seqlens,
     check_freqs,
     check_int,
     check_real,
     check_rotary_offset,
-    check_rows,
     has_values,
     refuse_flags,
 )
 from .._tables.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, ROWS, WIDE, Spec
-from ..cache.call import KVCache, check_cache, check_new
 from .call import AttentionCall
 
 
@@ -69,7 +66,7 @@ def check_attention(
     heads_q, heads_k = sizes["heads_q"], sizes["heads_k"]
     if heads_k == 0 or heads_q % heads_k:
         raise ValueError(f"{op}: k's heads must divide q's {heads_q} heads, got {heads_k}")
-    _check_options(op, call, q, heads_k, sizes["sequences" if packed else "batch"])
+    check_options(op, call, q, heads_k, sizes["sequences" if packed else "batch"])
 
 
 def warn_of_unseeing_queries(op: str, q: Tensor, k: Tensor, call: AttentionCall) -> None:
@@ -142,28 +139,6 @@ def check_values(op: str, call: AttentionCall, tokens: int) -> None:
             raise ValueError(f"{op}: {name} must be between 0 and 2**31, got {start.tolist()}")
 
 
-def check_decode(
-    op: str, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
-) -> None:
-    """Check a call with a cache; k and v are written into it first."""
-    if (k is None) != (v is None):
-        given = "v" if k is None else "k"
-        raise ValueError(f"{op}: k and v must be given together, got {given} alone")
-    packed = call.cu_seqlens is not None
-    check_rows(op, "q", q, packed, boundaries="cu_seqlens_q")
-    batch = q.shape[0]
-    if packed:
-        check_cu_seqlens(op, call.cu_seqlens, q, "cu_seqlens_q")
-        batch = call.cu_seqlens.shape[0] - 1
-    check_cache(op, cache, q, batch)
-    heads_q, heads_k = q.shape[-2], cache.k.shape[2]
-    if heads_k == 0 or heads_q % heads_k:
-        raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
-    if k is not None:
-        check_new(op, k, v, cache, q)
-    _check_options(op, call, q, heads_k, batch)
-
-
 def check_head_dim(op: str, x: Tensor, rotary_offset: int = 0) -> None:
     """Check the fused kernels' limits on head_dim and on the first rotated dim."""
     if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= 256:
@@ -187,7 +162,7 @@ def check_log_n(op: str, log_n: float | None) -> None:
         raise ValueError(f"{op}: log_n must be None or a length > 1, got {log_n}")
 
 
-def _check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int) -> None:
+def check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int) -> None:
     """Check all that depends on neither keys nor values, after q."""
     packed, (heads_q, head_dim) = q.dim() == 3, q.shape[-2:]
     rows = dict(zip(("total",) if packed else ("batch", "seqlen_q"), q.shape))

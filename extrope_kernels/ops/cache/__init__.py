@@ -1,5 +1,5 @@
 """The cache of keys and values, and who writes it."""
 
-from .op import rope_append_kvcache
+from .api import rope_append_kvcache
 
 __all__ = ["rope_append_kvcache"]

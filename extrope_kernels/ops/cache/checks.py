@@ -1,129 +1,243 @@
-"""What an append to a key/value cache is given, and the checks of it before anything is written."""
+"""Refuse wrong caches, and appends to them, before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ...scores.base import PairRow, check_map
-from .._math.maps import SCHEMA, maps_of
-from .._math.positions import sequence_of_token
-from .._tables.checks import check_cu_seqlens, check_dense, check_matching, check_rows
+from .._math.dtypes import FP8
+from .._tables.checks import (
+    DTYPES,
+    check_cu_seqlens,
+    check_dense,
+    check_ints,
+    check_matching,
+    check_rows,
+    has_values,
+    meet,
+    memory_of,
+    narrowed,
+    overlaps_itself,
+    share_bytes,
+)
 from ..rope import checks as rope_checks
-from .call import KeyRotation, KVCache, Scales, check_cache, check_new, check_slots
+from .call import Append, KVCache, Scales
 
 
-class Append(NamedTuple):
-    """A call of `rope_append`."""
-
-    q: Tensor | None  # only where it rotates: with frequencies, and without a score method
-    k: Tensor
-    v: Tensor
-    cache: KVCache
-    rotation: KeyRotation
-
-    @property
-    def packed(self) -> bool:
-        return self.k.dim() == 3
-
-    @property
-    def batch(self) -> int:
-        return 1 if self.packed else self.k.shape[0]
-
-    @property
-    def seqlen(self) -> int:
-        return self.k.shape[-3]
-
-    @property
-    def sequences(self) -> int:
-        cu_seqlens = self.rotation.cu_seqlens
-        return self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-    def sequence_and_place(self) -> tuple[Tensor, Tensor]:
-        """Return each token's sequence and its index in that one's new tokens: (batch, seqlen)."""
-        index, cu_seqlens = (
-            torch.arange(self.seqlen, device=self.k.device),
-            self.cache.cu_seqlens_new,
-        )
-        if cu_seqlens is None:
-            sequence = torch.arange(self.batch, device=self.k.device)[:, None]
-            return sequence.expand(-1, self.seqlen), index.expand(self.batch, -1)
-        sequence = sequence_of_token(cu_seqlens, self.seqlen)
-        return sequence[None], (index - cu_seqlens[sequence])[None]
-
-    def token_positions(self) -> Tensor:
-        """Return `positions`, or those that follow the slots in use: (batch, seqlen) int64."""
-        if self.rotation.positions is not None:
-            return self.rotation.positions
-        sequence, place = self.sequence_and_place()
-        first = self.cache.seqlens.long()
-        if self.cache.leftpad is not None:
-            first = first - self.cache.leftpad
-        return first[sequence] + place
-
-    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the mask of written tokens, and their blocks and slots: (batch, seqlen) each."""
-        cache, page_size = self.cache, self.cache.k.shape[1]
-        if cache.slot_mapping is not None:
-            slot = cache.slot_mapping.long().view(self.batch, self.seqlen)
-            return slot >= 0, slot // max(page_size, 1), slot % max(page_size, 1)
-        sequence, place = self.sequence_and_place()
-        slot = cache.seqlens.long()[sequence] + place
-        written = (slot >= 0) & (slot < cache.capacity)
-        if cache.cu_seqlens_new is not None:
-            written = written & (place < cache.cu_seqlens_new.diff()[sequence])
-        if cache.block_table is None:
-            return written, sequence, slot
-        page = torch.where(written, slot // page_size, 0)
-        return written, cache.block_table[sequence, page].long(), slot % page_size
-
-
-def read_append(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    inv_freq: Tensor | None,
-    cache_seqlens: Tensor | None = None,
-    block_table: Tensor | None = None,
-    slot_mapping: Tensor | None = None,
-    positions: Tensor | None = None,
+def cache_lengths(
+    op: str,
+    cache_seqlens: Tensor | int,
+    x: Tensor,
     cu_seqlens: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    **options: Any,
-) -> Append:
-    """Return the call of the op's arguments."""
-    if not isinstance(k, Tensor):
-        raise TypeError(f"rope_append: k must be a Tensor, got {type(k).__name__}")
-    of_one = cu_seqlens is None and not k.is_nested and k.dim() >= 3
-    appended = k.shape[-3] if of_one else 0
-    places = (cache_seqlens, block_table, cache_leftpad, Scales(k_scale, v_scale))
-    cache = KVCache(k_cache, v_cache, *places, appended, cu_seqlens, slot_mapping)
-    numbers = {name: x for name, x in options.items() if name not in SCHEMA}
-    numbers["rotary_offset"] = numbers.get("rotary_offset") or 0
-    stored = _stored(options)
-    rotation = KeyRotation(inv_freq, positions, cu_seqlens, log_decay, stored, **numbers)
-    return Append(q, k, v, cache, rotation)
+    name: str = "cu_seqlens",
+) -> Tensor:
+    """Return the lengths as ops take them: int64 narrowed, or one int for all sequences.
 
-
-def _stored(options: Mapping[str, Sequence[Any] | None]) -> Any:
-    """Return the map by which a score method stores keys, or None."""
-    if options.get("map_kinds") is None:
-        return None
-    (stored,) = maps_of("rope_append", {name: options.get(name) for name in SCHEMA}, 1)
-    if isinstance(stored, PairRow):
-        raise ValueError(
-            "rope_append: map_kinds must be of a map that all pairs share, got one of pairs"
+    x: (batch, seqlen, heads, head_dim), or packed with cu_seqlens, the argument called `name`; one
+        sequence if packed without.
+    """
+    if isinstance(cache_seqlens, Tensor):
+        return narrowed(cache_seqlens)
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+        raise TypeError(
+            f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}"
         )
-    check_map("rope_append", stored)
-    return stored
+    if not 0 <= cache_seqlens < 2**31:
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's slots, got {cache_seqlens}"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: q must be a Tensor, got {type(x).__name__}")
+    # The op refuses a nested x by name.
+    batch = (x.size(0),) if x.is_nested else x.shape[:-3] or (1,)
+    if cu_seqlens is not None:
+        check_cu_seqlens(op, cu_seqlens, x, name)
+        batch = (cu_seqlens.shape[0] - 1,)
+    return torch.full(batch, cache_seqlens, dtype=torch.int32, device=x.device)
+
+
+def check_cache(op: str, cache: KVCache, like: Tensor, sequences: int) -> None:
+    """Check a cache for `like`, the queries or the new keys of so many sequences."""
+    for name, x in (("k_cache", cache.k), ("v_cache", cache.v)):
+        check_rows(op, name, x, False, (*DTYPES, FP8))
+        _check_cache_dtype(op, name, x, like, cache.scales)
+    if cache.v.shape[:-1] != cache.k.shape[:-1]:
+        raise ValueError(
+            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for head_dim, "
+            f"got {tuple(cache.v.shape)}"
+        )
+    if cache.k.shape[3] != like.shape[-1] or not (cache.paged or cache.k.shape[0] == sequences):
+        blocks = "num_blocks, block_size" if cache.paged else f"{sequences}, max_len"
+        raise ValueError(
+            f"{op}: k_cache must be ({blocks}, heads_k, {like.shape[-1]}), "
+            f"got {tuple(cache.k.shape)}"
+        )
+    _check_scales(op, cache.scales, cache.k.shape[2], like)
+    for name, x, shape in (
+        ("cache_seqlens", cache.seqlens, (sequences,)),
+        ("cache_leftpad", cache.leftpad, (sequences,)),
+        ("block_table", cache.block_table, (sequences, None)),
+    ):
+        if x is not None:
+            check_ints(op, name, x, shape, like)
+    if cache.slot_mapping is not None:
+        tokens = tuple(like.shape[:-2])
+        check_ints(op, "slot_mapping", cache.slot_mapping, tokens, like, (torch.int64,))
+        if cache.block_table is not None:
+            raise ValueError(
+                f"{op}: block_table and slot_mapping both say where to write, give one"
+            )
+    elif cache.seqlens is None:
+        raise ValueError(f"{op}: cache_seqlens or slot_mapping must say where to write, got none")
+    if cache.paged and cache.k.shape[1] == 0:
+        raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
+
+
+def _check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: Scales) -> None:
+    """Check that a cache has the other tensors' dtype, or fp8 with scales."""
+    given = [f"{n}_scale" for n, x in zip("kv", scales) if x is not None]
+    if cache.dtype == FP8 and len(given) == 2 and cache.device == like.device:
+        return
+    if cache.dtype == FP8 and len(given) < 2:
+        raise ValueError(
+            f"{op}: {name} in {FP8} needs k_scale and v_scale, (heads_k,) float32, "
+            f"got {given[0] if given else 'none'}"
+        )
+    if cache.dtype != FP8 and given:
+        raise ValueError(
+            f"{op}: k_scale and v_scale are for caches in {FP8}, got {name} in {cache.dtype}"
+        )
+    if cache.dtype != like.dtype or cache.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be {like.dtype} on {like.device} like q, k and v, or {FP8} with "
+            f"k_scale and v_scale, got {cache.dtype} on {cache.device}"
+        )
+
+
+def _check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
+    """Check the scales if given: one per head."""
+    for name, x in zip(("k_scale", "v_scale"), scales):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+        fits = (
+            x.layout == torch.strided
+            and x.shape == (heads,)
+            and x.dtype == torch.float32
+            and x.is_contiguous()
+        )
+        if not fits or x.device != like.device:
+            raise ValueError(
+                f"{op}: {name} must be contiguous float32 ({heads},) on {like.device}, "
+                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+
+
+def check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, like: Tensor) -> None:
+    """Check keys and values to be written into a checked cache; like: as in `check_cache`."""
+    packed = like.dim() == 3
+    for name, x, of in (("k", k, cache.k), ("v", v, cache.v)):
+        check_rows(op, name, x, packed)
+        if x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(
+                f"{op}: {name} must be {like.dtype} on {like.device} like the other tensors, "
+                f"got {x.dtype} on {x.device}"
+            )
+        if x.shape[-2:] != of.shape[-2:]:
+            raise ValueError(
+                f"{op}: {name} must have {name}_cache's heads and head_dim "
+                f"{tuple(of.shape[-2:])}, got {tuple(x.shape[-2:])}"
+            )
+        if overlaps_itself(of):
+            raise ValueError(
+                f"{op}: {name}_cache must not be expanded to be written to, "
+                f"got strides {of.stride()}"
+            )
+    for name, x, of_name, of in (("v", v, "k", k), ("k", k, "q", like)):
+        if x.shape[:-2] != of.shape[:-2]:
+            raise ValueError(
+                f"{op}: {name} must have {of_name}'s {'total' if packed else 'batch and seqlen'} "
+                f"{tuple(of.shape[:-2])}, got {tuple(x.shape[:-2])}"
+            )
+
+
+def refuse_aliases(op: str, cache: KVCache, **read: Tensor | None) -> None:
+    """Refuse to write caches that share memory, or in which rows lie that the call reads."""
+    k_memory, v_memory = memory_of(cache.k), memory_of(cache.v)
+    if meet(k_memory, v_memory) and share_bytes(cache.k, cache.v):
+        raise ValueError(
+            f"{op}: k_cache and v_cache must be two tensors to be written to, "
+            "got two that share memory"
+        )
+    for name, x in read.items():
+        memory = None if x is None else memory_of(x)
+        for cache_name, to, place in (
+            ("k_cache", cache.k, k_memory),
+            ("v_cache", cache.v, v_memory),
+        ):
+            if meet(memory, place) and share_bytes(x, to):
+                raise ValueError(
+                    f"{op}: {name} must not share memory with {cache_name}, which is written"
+                )
+
+
+def check_slots(
+    op: str, cache: KVCache, cu_seqlens: Tensor | None, tokens: int, name: str = "q"
+) -> None:
+    """Check the values of a cache's integer tensors, on a CPU, where reading them costs nothing.
+
+    cu_seqlens: boundaries of `tokens` tokens, those of the argument `name`.
+    """
+    given = (*cache.tensors, cache.slot_mapping, cu_seqlens)
+    if not all(x is None or has_values(x) for x in given):
+        return
+    if cu_seqlens is not None:
+        ends, label = cu_seqlens.tolist(), "cu_seqlens_q" if name == "q" else "cu_seqlens"
+        if ends[0] != 0 or ends != sorted(ends) or ends[-1] > tokens:
+            raise ValueError(
+                f"{op}: {label} must rise from 0 to {name}'s {tokens} tokens at most, got {ends}"
+            )
+    _check_scale_values(op, cache.scales)
+    if cache.leftpad is not None and cache.leftpad.numel() and cache.leftpad.min() < 0:
+        raise ValueError(f"{op}: cache_leftpad must be >= 0, got {cache.leftpad.tolist()}")
+    if cache.slot_mapping is not None:
+        slots, count = cache.slot_mapping, cache.k.shape[:2].numel()
+        if slots.numel() and not (slots.min() >= -1 and slots.max() < count):
+            raise ValueError(
+                f"{op}: slot_mapping must be -1 or one of the cache's {count} slots, "
+                f"got {slots.tolist()}"
+            )
+        return
+    ends = cache.ends()
+    if ends.numel() and not (cache.seqlens.min() >= 0 and ends.max() <= cache.capacity):
+        new = cache.appended or "its"
+        raise ValueError(
+            f"{op}: cache_seqlens must be between 0 and the cache's {cache.capacity} slots"
+            + (f", {new} new tokens included" if cache.writes else "")
+            + f", got {cache.seqlens.tolist()}"
+        )
+    if cache.block_table is None:
+        return
+    page_size = cache.k.shape[1]
+    first = cache.seqlens if name == "k" else torch.zeros_like(cache.seqlens)
+    page = torch.arange(cache.block_table.shape[1], device="cpu")
+    used = (page >= (first // page_size)[:, None]) & (page * page_size < ends[:, None])
+    used = cache.block_table[used & (first < ends)[:, None]]
+    if used.numel() and not (used.min() >= 0 and used.max() < cache.k.shape[0]):
+        raise ValueError(
+            f"{op}: block_table must name pages between 0 and {cache.k.shape[0] - 1}, "
+            f"got {used.tolist()}"
+        )
+
+
+def _check_scale_values(op: str, scales: Scales) -> None:
+    """Check that scales are positive, on a CPU, where reading them costs nothing."""
+    for name, x in zip(("k_scale", "v_scale"), scales):
+        if x is not None and not ((x > 0) & x.isfinite()).all():
+            raise ValueError(f"{op}: {name} must be positive numbers, got {x.tolist()}")
 
 
 def check(op: str, call: Append) -> None:

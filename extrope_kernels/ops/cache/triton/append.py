@@ -37,8 +37,8 @@ from ...rope.triton.device import (
     rows_of_head,
     stride_names,
 )
-from ..call import KVCache, refuse_aliases
-from ..checks import Append, check, check_values, read_append
+from ..call import Append, KVCache, read_append
+from ..checks import check, check_values, refuse_aliases
 from .fp8 import parts_of_codes, quantize_rows
 
 # These change from call to call too, like CALL_NUMBERS, of which this kernel takes all but two.

@@ -61,8 +61,7 @@ from ...attention.triton.device import (
     with_contiguous_rows,
 )
 from ...attention.triton.mask import region_begin
-from ...cache import checks as append_checks
-from ...cache.call import KeyRotation, KVCache
+from ...cache.call import Append, KeyRotation, KVCache
 from ...cache.triton.append import append_tensors, build_append
 from ...cache.triton.fp8 import kind_of_cache, widened_codes
 from .schedule import Lengths, grid_of, keys_of, queries_of, work_of_item
@@ -497,7 +496,7 @@ def decode_launches(
                 inv_freq=call.inv_freq, cu_seqlens=call.cu_seqlens, log_decay=call.log_decay,
                 stored=call.stored, interleaved=call.interleaved, rotary_offset=call.rotary_offset,
             )  # fmt: skip
-        append = build_append(append_checks.Append(None, k, v, cache, by), num_counters)
+        append = build_append(Append(None, k, v, cache, by), num_counters)
     return Launches(append, attend, append_rotates, num_counters, scratch_size)
 
 

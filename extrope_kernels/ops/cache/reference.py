@@ -1,0 +1,54 @@
+"""The append to a key/value cache in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...scores.base import UNROTATED
+from .._math.dtypes import quantize
+from ..rope.reference import rope_fwd
+from .call import Append, read_append
+from .checks import check, check_values, refuse_aliases
+
+
+def rope_append(*tensors: Tensor | None, **options) -> Tensor:
+    """Compute `torch.ops.extrope.rope_append`."""
+    call = read_append(*tensors, **options)
+    check("rope_append", call)
+    check_values("rope_append", call)
+    refuse_aliases("rope_append", call.cache)
+    q, k = _rotated(call)
+    written, block, slot = call.rows()
+    cache = call.cache
+    written = written & (block >= 0) & (block < cache.k.shape[0])  # a GPU's are not checked
+    at = block[written], slot[written]
+    # Indexing copies: a view of a slot that is written is read before.
+    rows = [x.reshape(call.batch, call.seqlen, *x.shape[-2:])[written] for x in (k, call.v)]
+    for to, x, scale in zip((cache.k, cache.v), rows, cache.scales):
+        to.index_put_(at, x if scale is None else quantize(x, scale))
+    return call.k.new_empty(0) if q is None else q
+
+
+def _rotated(call: Append) -> tuple[Tensor | None, Tensor]:
+    """Rotate k, and q if it is given."""
+    q, k, by = call.q, call.k, call.rotation
+    if by.inv_freq is None or by.stored == UNROTATED:
+        return None, k
+    positions = call.token_positions()
+    if by.stored is not None:
+        positions = by.stored(positions)
+    cu_seqlens = by.cu_seqlens
+    if cu_seqlens is not None:  # padding is rotated like the last sequence
+        cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
+    # Without q, k takes its place, and decays the other way.
+    decay = by.log_decay if q is not None or by.log_decay is None else -by.log_decay
+    names = ("attention_factor", "interleaved", "rotary_offset", "decay_origin")
+    tensors = (k, None) if q is None else (q, k)
+    by_slots = call.packed and cu_seqlens is None
+    if by_slots:
+        tensors = tuple(x if x is None else x[None] for x in tensors)
+    numbers = {name: getattr(by, name) for name in names}
+    found = rope_fwd(*tensors, by.inv_freq, positions, cu_seqlens, decay, **numbers)
+    found = tuple(x[0] for x in found if x.dim() == 4) if by_slots else found
+    return (None, found[0]) if q is None else found

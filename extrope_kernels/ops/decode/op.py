@@ -1,0 +1,114 @@
+"""The op of attention over a cache: schema, fake, and the backend for each device.
+
+`decode` runs csrc/cpu/decode on a CPU and Triton on a GPU. Ops with a suffix run that backend only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._math.dtypes import accumulator
+from .._torch.autograd import note_writes, refuse_backward
+from .._torch.library import library, load_on_first_use, ops
+from ..attention.call import OPTIONS, AttentionCall, lse_shape, read_call
+from ..attention.checks import check_head_dim
+from ..attention.op import BACKENDS, Step, by_reference, call_op, define
+from ..cache.call import KVCache
+from ..cache.checks import check_slots, refuse_aliases
+from . import reference
+from .checks import check_decode
+
+# cu_seqlens_q is the call's cu_seqlens; the cache decides q_start and k_start. k and v, if given,
+# are written into the cache first.
+_OF_CALL = (
+    "Tensor inv_freq, Tensor? cu_seqlens_q, Tensor? log_decay, Tensor? sinks, "
+    "Tensor? query_scale, Tensor? pair_maps"
+)
+_NUM_OF_CALL = _OF_CALL.count("Tensor")
+_SCHEMA = (
+    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, {_OF_CALL}, "
+    "Tensor cache_seqlens, Tensor? block_table, Tensor? cache_leftpad, Tensor? k_scale, "
+    f"Tensor? v_scale, *, {', '.join(OPTIONS.values())}) -> (Tensor out, Tensor lse)"
+)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache: KVCache,
+    call: AttentionCall,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write k and v into a cache, then attend over it; return out and lse.
+
+    Refuses wrong calls before anything is written.
+    """
+    if by_reference(q, backend):
+        check_decode("decode", q, k, v, cache, call)
+        _check_call((q, k, v, cache), call, False, True)
+        return reference.decode(q, k, v, cache, call)
+    args = (q, cache.k, cache.v, k, v, *call.tensors[:_NUM_OF_CALL], *cache.tensors)
+    found = call_op("decode", backend, args, call.options)
+    if k is not None and not torch.compiler.is_compiling():
+        note_writes(cache.k, cache.v)
+    return found
+
+
+def _read(given):
+    """Return q, k, v and the cache, and the call's tensors, of the op's arguments."""
+    q, k_cache, v_cache, k, v, *others = given
+    of_call, of_cache = others[:_NUM_OF_CALL], others[_NUM_OF_CALL:]
+    cache = KVCache.of(k_cache, v_cache, *of_cache, new=k, cu_seqlens=of_call[1])
+    return (q, k, v, cache), of_call
+
+
+def _check(args, call, fused):
+    check_decode("decode", *args, call)
+    if fused:
+        check_head_dim("decode", args[0], call.rotary_offset)
+        check_head_dim("decode", args[-1].v)
+
+
+def _check_call(args, call, fused, has_values):
+    q, k, v, cache = args
+    if k is not None:
+        # The reference reads rows before it writes; Triton's first launch writes before the second
+        # reads q, and no launch knows which slots another program has written.
+        refuse_aliases("decode", cache, **({"q": q, "k": k, "v": v} if fused else {}))
+    if has_values:
+        check_slots("decode", cache, call.cu_seqlens, len(q))
+
+
+def _fake(*given, **options):
+    (q, k, v, cache), of_call = _read(given)
+    if k is not None and cache.k is cache.v:  # the kernel tells of other views of one cache
+        raise ValueError("decode: k_cache and v_cache must be two tensors to be written to")
+    check_decode("decode", q, k, v, cache, read_call(of_call, options))
+    lse = q.new_empty(lse_shape(q), dtype=accumulator(q.dtype))
+    return q.new_empty((*q.shape[:-1], cache.v.shape[-1])), lse
+
+
+def _written(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return the caches if decode appends to them, else nothing."""
+    _, k_cache, v_cache, k, *_ = given
+    return () if k is None else (k_cache, v_cache)
+
+
+_DECODE = Step("decode", _read, _check, _check_call)
+KERNELS = {name: BACKENDS[name].kernel(__package__, _DECODE) for name in ("reference", "triton")}
+
+
+def _define() -> None:
+    define("decode", _SCHEMA, _fake, KERNELS)
+    library.impl("decode", KERNELS["triton"], "CUDA")
+    refused = "decode: is for inference and has no gradient"
+    for name in ("decode", "decode_triton"):
+        refuse_backward(library, getattr(ops, name).default, refused, _written)
+    load_on_first_use({"cpu": {"decode": KERNELS["reference"]}})
+
+
+_define()
