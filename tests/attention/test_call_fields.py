@@ -97,6 +97,38 @@ def test_every_field_has_a_row():
     assert tuple(FIELDS) == AttentionCall._fields
 
 
+def test_schemas_are_as_they_were():
+    """Graphs that were exported name them, and compiled libraries read them by order."""
+    of_call = (
+        "Tensor inv_freq, Tensor? {}, Tensor? log_decay, Tensor? sinks, Tensor? query_scale, "
+        "Tensor? pair_maps"
+    )
+    options = (
+        "*, float? softmax_scale=None, float attention_factor=1., bool interleaved=False, "
+        "int? rotary_offset=None, float softcap=0., int? sliding_window=None, "
+        "bool float32_results=False, int granularity, int[] region_starts, int[] map_kinds, "
+        "int[]? map_moduli=None, float[]? map_divisors=None, bool[]? map_floors=None, "
+        "float[]? map_offsets=None, float[]? map_caps=None, int[]? map_rows=None"
+    )
+    starts = "Tensor? q_start, Tensor? k_start"
+    call = f"{of_call.format('cu_seqlens')}, {starts}, {options}"
+    wanted = {
+        "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {call}) -> (Tensor out, Tensor lse)",
+        "attention_bwd": (
+            "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+            f"{call}) -> (Tensor dq, Tensor dk, Tensor dv)"
+        ),
+        "decode": (
+            "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
+            f"{of_call.format('cu_seqlens_q')}, Tensor cache_seqlens, Tensor? block_table, "
+            f"Tensor? cache_leftpad, Tensor? k_scale, Tensor? v_scale, {options}) "
+            "-> (Tensor out, Tensor lse)"
+        ),
+    }
+    for name, schema in wanted.items():
+        assert str(getattr(torch.ops.extrope, name).default._schema) == f"extrope::{name}{schema}"
+
+
 def test_cpp_takes_the_options_of_the_schema():
     """The boxed call tells of a mismatch by numbers of arguments alone."""
     header = Path(__file__).parents[2] / "csrc" / "common" / "attention_args.h"

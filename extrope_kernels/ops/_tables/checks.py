@@ -17,34 +17,6 @@ _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 Result = TypeVar("Result")
 # The exceptions by which kernels, compiled or not, and PyTorch refuse arguments.
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check_rows(
-    op: str,
-    name: str,
-    x: Tensor,
-    packed: bool,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
-    boundaries: str = "cu_seqlens",
-) -> None:
-    """Check a tensor (batch, seqlen, heads, head_dim), packed (total, heads, head_dim)."""
-    check_dense(op, name, x)
-    if x.dim() != (3 if packed else 4):
-        layout = (
-            f"(total, heads, head_dim) with {boundaries}"
-            if packed
-            else "(batch, seqlen, heads, head_dim)"
-        )
-        raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(x.shape)}")
-    if x.dtype not in dtypes:
-        raise ValueError(
-            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}"
-        )
-    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
-        raise ValueError(
-            f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
-        )
 
 
 def check_freqs(op: str, freqs: object) -> None:
@@ -56,19 +28,6 @@ def check_freqs(op: str, freqs: object) -> None:
         raise TypeError(
             f"{op}: freqs must be a RopeFreqs, as methods.rope(head_dim) makes one, got "
             f"{type(freqs).__name__}{tables if isinstance(freqs, Tensor | tuple) else ''}"
-        )
-
-
-def check_matching(op: str, q: Tensor, k: Tensor) -> None:
-    """Check that k differs from q only in the number of heads."""
-    if k.dtype != q.dtype:
-        raise ValueError(f"{op}: k must have q's dtype {q.dtype}, got {k.dtype}")
-    if k.device != q.device:
-        raise ValueError(f"{op}: k must be on q's device {q.device}, got {k.device}")
-    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"{op}: k must have q's shape {tuple(q.shape)} but for the heads, which come before "
-            f"head_dim, got {tuple(k.shape)}"
         )
 
 
@@ -110,33 +69,6 @@ def has_values(x: Tensor) -> bool:
     """Return True if the host can read x at once: in graphs and transforms it has no values."""
     traced = torch.compiler.is_compiling() or in_func_transform()
     return not traced and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
-
-
-def check_ints(
-    op: str,
-    name: str,
-    x: Tensor,
-    shape: tuple[int | None, ...],
-    like: Tensor,
-    more: tuple[torch.dtype, ...] = (),
-) -> None:
-    """Check an integer tensor on like's device; shape: None for any number of blocks.
-
-    more: dtypes taken beside int32; if there are any, any stride is taken too.
-    """
-    check_dense(op, name, x)
-    fits = x.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape))
-    if x.dtype not in (torch.int32, *more) or not fits or x.device != like.device:
-        wanted = ", ".join("max_blocks" if n is None else str(n) for n in shape)
-        kinds = " or ".join(["int32", *(str(n).removeprefix("torch.") for n in more)])
-        raise ValueError(
-            f"{op}: {name} must be {kinds} ({wanted}{',' * (len(shape) == 1)}) on {like.device}, "
-            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-        )
-    if not more and x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(
-            f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
-        )
 
 
 def overlaps_itself(x: Tensor) -> bool:

@@ -25,6 +25,8 @@ FLOAT64 = (torch.float64,)
 FLOATS = (torch.float32, torch.float64)
 # Strides: any, those of a contiguous tensor, or a contiguous last dimension.
 ANY, DENSE, LAST = "any", "dense", "last"
+# The words for tokens, and what they are in packed sequences.
+_TOKENS = dict.fromkeys(("seqlen", "seqlen_q", "seqlen_k"), "total")
 
 
 class Spec(NamedTuple):
@@ -37,6 +39,7 @@ class Spec(NamedTuple):
     dtypes: that are taken, LIKE and WIDE among them.
     optional: None is taken.
     strides: ANY, DENSE or LAST.
+    boundaries: the name of cu_seqlens, with which rows are packed.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Spec(NamedTuple):
     dtypes: tuple[torch.dtype | str, ...] = (LIKE,)
     optional: bool = False
     strides: str = LAST
+    boundaries: str = "cu_seqlens"
 
 
 Dim = tuple[tuple[str | int, ...], int]  # words, of which one is the size, and what is added to it
@@ -119,6 +123,26 @@ def _listed(names: list[str]) -> str:
 
 
 @functools.cache
+def for_rows(
+    table: tuple[Spec, ...], packed: bool, boundaries: str = "cu_seqlens"
+) -> tuple[Spec, ...]:
+    """Return a table, written for (batch, seqlen, ...), as it is for a batch or for packed rows.
+
+    Packed rows are (total, ...); what has no tokens has an entry or a row for each sequence.
+    """
+    return tuple(_packed(spec, boundaries) for spec in table) if packed else table
+
+
+def _packed(spec: Spec, boundaries: str) -> Spec:
+    shapes = []
+    for shape in spec.dims.split(" or "):
+        has_tokens = any(word in _TOKENS for word in shape.split())
+        words = _TOKENS | {"batch": "" if has_tokens else "sequences", "1|batch": "1|sequences"}
+        shapes.append(" ".join(filter(None, (words.get(x, x) for x in shape.split()))))
+    return spec._replace(dims=" or ".join(dict.fromkeys(shapes)), boundaries=boundaries)
+
+
+@functools.cache
 def _shapes_of(dims: str) -> tuple[tuple[Dim, ...], ...]:
     return tuple(tuple(map(_dim_of, shape.split())) for shape in dims.split(" or "))
 
@@ -156,7 +180,7 @@ def _is(word: str | int, more: int, n: int, sizes: Sizes) -> bool:
 def _expected(spec: Spec, x: Tensor, sizes: Sizes) -> str:
     """Say which shapes a tensor may have, what they come from, and what it has."""
     shapes = _shapes_of(spec.dims)
-    told = _listed([_told(dims, sizes) for dims in shapes])
+    told = _listed([_told(dims, sizes, spec.boundaries) for dims in shapes])
     closest = next((dims for dims in shapes if len(dims) == x.dim()), shapes[-1])
     wrong = [
         (words, more)
@@ -169,11 +193,11 @@ def _expected(spec: Spec, x: Tensor, sizes: Sizes) -> str:
     return f"{told}{together}, got {tuple(x.shape)}"
 
 
-def _told(dims: tuple[Dim, ...], sizes: Sizes) -> str:
+def _told(dims: tuple[Dim, ...], sizes: Sizes, boundaries: str) -> str:
     """Write a shape with its sizes: (batch 2, seqlen_k 6, heads_k 2, head_dim_v)."""
     told = [" or ".join(_told_word(word, more, sizes) for word in words) for words, more in dims]
     packed = dims[0][0] == ("total",) and len(dims) == 3 and "total" not in sizes
-    comma, packing = "," * (len(told) == 1), " with cu_seqlens" * packed
+    comma, packing = "," * (len(told) == 1), f" with {boundaries}" * packed
     return f"({', '.join(told)}{comma}){packing}"
 
 

@@ -16,8 +16,8 @@ from . import flash_attn, op
 from .call import make_call
 from .checks import (
     check_attention,
-    check_kinds,
     check_method,
+    check_numbers,
     check_values,
     warn_of_unseeing_queries,
 )
@@ -115,7 +115,7 @@ def rope_attention(
         softcap=softcap,
         sliding_window=sliding_window,
     )
-    check_kinds(name, call)
+    check_numbers(name, call)
     if backend is not None and isinstance(q, Tensor):
         _backends.require(name, backend, BACKENDS, q.device.type, missing)
     compiling = torch.compiler.is_compiling()

@@ -8,7 +8,7 @@ same arguments in csrc/common/attention_args.h.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,46 +25,53 @@ from ...scores.base import (
 )
 from .._math import maps
 from .._math.dtypes import accumulator
+from .._tables.checks import check_count
+from .._tables.fields import GRAD, Range, fields_of
+from .._tables.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, WIDE, Spec
 from .._torch.layouts import cached_by_layout
 
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
-# The arguments of every attention op besides its tensors. The maps are the q_map and the k_map of
-# each region in turn, far keys first, and then the one by which k is rotated already.
-OPTIONS = {
-    "softmax_scale": "float? softmax_scale=None",
-    "attention_factor": "float attention_factor=1.0",
-    "interleaved": "bool interleaved=False",
-    "rotary_offset": "int? rotary_offset=None",  # None: 0; AOTInductor cannot leave out an int
-    "softcap": "float softcap=0.0",
-    "sliding_window": "int? sliding_window=None",
-    "float32_results": "bool float32_results=False",
-    "granularity": "int granularity",
-    "region_starts": "int[] region_starts",
-    **maps.SCHEMA,
-}
 
 
 class AttentionCall(NamedTuple):
-    """Arguments of an attention call besides q, k and v: tensors, then a model's constants."""
+    """Arguments of an attention call besides q, k and v: tensors, then a model's constants.
 
-    inv_freq: Tensor  # (pairs,), or (1 or sequences, pairs), or (1 or sequences, heads_k, pairs)
-    cu_seqlens: Tensor | None = None  # with a cache: the queries' boundaries
-    log_decay: Tensor | None = None
-    sinks: Tensor | None = None  # (heads_q,) float32: logits without a value
-    # (seqlen_q,) or (batch, seqlen_q) float32, or float64 with float64 q; packed (total,)
-    query_scale: Tensor | None = None
-    # (rows, 2, pairs) float64: divisors and offsets of the PairMaps
-    pair_maps: Tensor | None = None
-    q_start: Tensor | None = None  # (1,) or (sequences,) int32: the first query's position
-    k_start: Tensor | None = None  # the first key's; if both are None, both sides end together
+    Schemas, options and checks of the ops follow from it: see `_tables.fields`. Shapes are those of
+    a batch, and of packed sequences by `specs.packed`.
+    """
+
+    inv_freq: Annotated[
+        Tensor, Spec("inv_freq", "pairs or 1|batch pairs or 1|batch 1|heads_k pairs", FLOATS), GRAD
+    ]
+    cu_seqlens: Annotated[  # with a cache: the queries' boundaries
+        Tensor | None, Spec("cu_seqlens", "sequences+1", INT32, strides=DENSE)
+    ] = None
+    log_decay: Annotated[Tensor | None, Spec("log_decay", "pairs", FLOAT32, strides=DENSE)] = None
+    sinks: Annotated[  # logits without a value
+        Tensor | None, Spec("sinks", "heads_q", (WIDE,), strides=ANY), GRAD
+    ] = None
+    query_scale: Annotated[  # factors of the logits
+        Tensor | None,
+        Spec("query_scale", "seqlen_q or batch seqlen_q", (torch.float32, WIDE), strides=ANY),
+    ] = None
+    pair_maps: Annotated[  # divisors and offsets of the PairMaps
+        Tensor | None, Spec("pair_maps", "maps 2 pairs", FLOAT64, strides=ANY)
+    ] = None
+    q_start: Annotated[  # the first query's position
+        Tensor | None, Spec("q_start", "1|batch", INT32, strides=ANY)
+    ] = None
+    k_start: Annotated[  # the first key's; if both are None, both sides end together
+        Tensor | None, Spec("k_start", "1|batch", INT32, strides=ANY)
+    ] = None
     score: Score = PLAIN
     keys_stored: bool = False  # k is rotated by score.stored, else raw
-    softmax_scale: float | None = None
-    attention_factor: float = 1.0
+    # Kernels take float32, in which they square attention_factor and divide by softcap.
+    softmax_scale: Annotated[float | None, Range(0, 1e30)] = None
+    attention_factor: Annotated[float, Range(0, 1e15)] = 1.0
     interleaved: bool = False
     rotary_offset: int = 0  # the first rotated dim
-    softcap: float = 0.0  # 0: none
-    sliding_window: int | None = None
+    softcap: Annotated[float, Range(1e-30, 1e30, or_zero=True)] = 0.0  # 0: none
+    sliding_window: Annotated[int | None, check_count] = None
     float32_results: bool = False  # out, or the gradients, in float32; not with a cache
 
     @property
@@ -84,20 +91,10 @@ class AttentionCall(NamedTuple):
         What is left out costs no host time.
         """
         options = dict(_options_of_score(self.score, self.keys_stored))
-        if self.softmax_scale is not None:
-            options["softmax_scale"] = float(self.softmax_scale)
-        if self.attention_factor != 1:
-            options["attention_factor"] = float(self.attention_factor)
-        if self.interleaved:
-            options["interleaved"] = True
-        if self.rotary_offset:
-            options["rotary_offset"] = int(self.rotary_offset)
-        if self.softcap:
-            options["softcap"] = float(self.softcap)
-        if self.sliding_window is not None:
-            options["sliding_window"] = int(self.sliding_window)
-        if self.float32_results:
-            options["float32_results"] = True
+        for name, kind, _, default, _ in NUMBERS:
+            value = getattr(self, name)
+            if value != default:
+                options[name] = kind(value)
         return options
 
     @property
@@ -172,7 +169,18 @@ class AttentionCall(NamedTuple):
         return head_dim**-0.5 if self.softmax_scale is None else float(self.softmax_scale)
 
 
+FIELDS = fields_of(AttentionCall)
 _NUM_TENSORS = AttentionCall._fields.index("score")
+TENSORS = FIELDS[:_NUM_TENSORS]
+NUMBERS = FIELDS[_NUM_TENSORS + 2 :]
+# The arguments of every attention op besides its tensors. The maps are the q_map and the k_map of
+# each region in turn, far keys first, and then the one by which k is rotated already.
+OPTIONS = {
+    **{field.name: field.argument for field in NUMBERS},
+    "granularity": "int granularity",
+    "region_starts": "int[] region_starts",
+    **maps.SCHEMA,
+}
 
 
 def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall:
@@ -232,7 +240,7 @@ def _make_options_of_score(score: Score, keys_stored: bool) -> dict[str, Any]:
 
 def _read(options: Mapping[str, Any]) -> Sequence[Any]:
     """Return `call.fixed`."""
-    fields = dict(options)
+    fields = {name: x for name, x in options.items() if x is not None}  # None is a default
     starts, granularity = fields.pop("region_starts"), fields.pop("granularity")
     columns = {name: fields.pop(name, None) for name in maps.SCHEMA}
     count = len(starts)
@@ -243,7 +251,6 @@ def _read(options: Mapping[str, Any]) -> Sequence[Any]:
     *of_regions, stored = maps.maps_of("attention", columns, 2 * count + 1)
     regions = tuple(map(Region, starts, of_regions[::2], of_regions[1::2]))
     score = Score("attention", regions, granularity, stored)
-    fields["rotary_offset"] = fields.get("rotary_offset") or 0
     none = [None] * _NUM_TENSORS
     return AttentionCall(*none, score=score, keys_stored=True, **fields).fixed  # type: ignore[arg-type]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 
-import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
@@ -14,16 +12,29 @@ from ...scores import Score
 from .._tables import specs
 from .._tables.checks import (
     check_boundaries,
-    check_count,
     check_freqs,
-    check_int,
     check_real,
     check_rotary_offset,
     has_values,
-    refuse_flags,
 )
-from .._tables.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, ROWS, WIDE, Spec
-from .call import AttentionCall
+from .._tables.fields import check_number
+from .._tables.specs import ANY, ROWS, WIDE, Spec
+from .call import NUMBERS, TENSORS, AttentionCall
+
+# The call's tensors; all sizes are known after cu_seqlens.
+CALL = tuple(sorted(TENSORS, key=lambda field: field.name != "cu_seqlens"))
+Q = Spec("q", "batch seqlen_q heads_q head_dim", ROWS)
+# A call without a cache, and what its backward is given.
+_TABLE = (
+    Q,
+    Spec("k", "batch seqlen_k heads_k head_dim"),
+    Spec("v", "batch seqlen_k heads_k head_dim_v"),
+    *(field.spec for field in CALL),
+    Spec("dout", "batch seqlen_q heads_q head_dim_v"),
+    Spec("dlse", "batch heads_q seqlen_q", (WIDE,), optional=True, strides=ANY),
+    Spec("out", "batch seqlen_q heads_q head_dim_v"),
+    Spec("lse", "batch heads_q seqlen_q", (WIDE,), strides=ANY),
+)
 
 
 def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
@@ -40,15 +51,10 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
         )
 
 
-def check_kinds(op: str, call: AttentionCall) -> None:
-    """Check that options are numbers, and counts whole: an op takes them all as floats."""
-    if call.softmax_scale is not None:
-        check_real(op, "softmax_scale", call.softmax_scale)
-    for name in ("attention_factor", "softcap"):
-        check_real(op, name, getattr(call, name))
-    check_int(op, "rotary_offset", call.rotary_offset)
-    if call.sliding_window is not None:
-        check_count(op, "sliding_window", call.sliding_window)
+def check_numbers(op: str, call: AttentionCall) -> None:
+    """Check that options are numbers in their ranges: an op takes them all as floats."""
+    for field in NUMBERS:
+        check_number(op, field, getattr(call, field.name))
 
 
 def check_attention(
@@ -60,13 +66,14 @@ def check_attention(
     results: tuple[Tensor | None, ...] = (),
 ) -> None:
     """Check a call without a cache; results: for a backward dout, dlse, out and lse."""
-    packed = call.cu_seqlens is not None
-    table, tensors = _table(packed), (q, k, v, call.cu_seqlens, call.q_start, call.k_start)
-    sizes = specs.check(op, table[: len(tensors + results)], tensors + results)
-    heads_q, heads_k = sizes["heads_q"], sizes["heads_k"]
-    if heads_k == 0 or heads_q % heads_k:
-        raise ValueError(f"{op}: k's heads must divide q's {heads_q} heads, got {heads_k}")
-    check_options(op, call, q, heads_k, sizes["sequences" if packed else "batch"])
+    tensors = (q, k, v, *(getattr(call, field.name) for field in CALL), *results)
+    table = specs.for_rows(_TABLE[: len(tensors)], call.cu_seqlens is not None)
+    sizes = specs.check(op, table, tensors)
+    if sizes["heads_k"] == 0 or sizes["heads_q"] % sizes["heads_k"]:
+        raise ValueError(
+            f"{op}: k's heads must divide q's {sizes['heads_q']} heads, got {sizes['heads_k']}"
+        )
+    check_options(op, call, sizes["pairs"], sizes["head_dim"])
 
 
 def warn_of_unseeing_queries(op: str, q: Tensor, k: Tensor, call: AttentionCall) -> None:
@@ -81,54 +88,22 @@ def warn_of_unseeing_queries(op: str, q: Tensor, k: Tensor, call: AttentionCall)
         )
 
 
-@functools.cache
-def _table(packed: bool) -> tuple[Spec, ...]:
-    """Return the table of a call without a cache, and of what its backward is given."""
-    queries, keys = ("total", "total") if packed else ("batch seqlen_q", "batch seqlen_k")
-    sequences = "sequences" if packed else "batch"
-    lse = "heads_q total" if packed else "batch heads_q seqlen_q"
-    return (
-        Spec("q", f"{queries} heads_q head_dim", ROWS),
-        Spec("k", f"{keys} heads_k head_dim"),
-        Spec("v", f"{keys} heads_k head_dim_v"),
-        Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
-        Spec("q_start", f"1|{sequences}", INT32, optional=True, strides=ANY),
-        Spec("k_start", f"1|{sequences}", INT32, optional=True, strides=ANY),
-        Spec("dout", f"{queries} heads_q head_dim_v"),
-        Spec("dlse", lse, (WIDE,), optional=True, strides=ANY),
-        Spec("out", f"{queries} heads_q head_dim_v"),
-        Spec("lse", lse, (WIDE,), strides=ANY),
-    )
-
-
 def check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:
     """Check factors that are to be multiplied by others."""
-    if query_scale is not None:
-        packed = q.dim() == 3
-        rows = zip(("total",) if packed else ("batch", "seqlen_q"), q.shape)
-        sizes = {word: (n, "q") for word, n in rows}
-        specs.check(op, [_query_scale(packed)], [query_scale], sizes, ("q", q))
+    table = (Q, next(field.spec for field in CALL if field.name == "query_scale"))
+    specs.check(op, specs.for_rows(table, q.dim() == 3), (q, query_scale))
 
 
-def _query_scale(packed: bool) -> Spec:
-    dims = "total" if packed else "seqlen_q or batch seqlen_q"
-    return Spec("query_scale", dims, (torch.float32, WIDE), optional=True, strides=ANY)
-
-
-def _options(packed: bool) -> tuple[Spec, ...]:
-    """Return the table of a call's small tensors."""
-    sequences = "sequences" if packed else "batch"
-    rows = f"pairs or 1|{sequences} pairs or 1|{sequences} 1|heads_k pairs"
-    return (
-        Spec("inv_freq", rows, FLOATS),
-        Spec("log_decay", "pairs", FLOAT32, optional=True, strides=DENSE),
-        Spec("sinks", "heads_q", (WIDE,), optional=True, strides=ANY),
-        _query_scale(packed),
-        Spec("pair_maps", "maps 2 pairs", FLOAT64, optional=True, strides=ANY),
-    )
-
-
-_OPTIONS = {packed: _options(packed) for packed in (False, True)}
+def check_options(op: str, call: AttentionCall, pairs: int, head_dim: int) -> None:
+    """Check all but tensors' shapes."""
+    if not 1 <= pairs <= head_dim // 2:
+        raise ValueError(
+            f"{op}: inv_freq must hold between 1 and head_dim/2 = {head_dim // 2} frequencies, "
+            f"got {pairs}"
+        )
+    check_numbers(op, call)
+    check_rotary_offset(op, call.rotary_offset, 2 * pairs, head_dim)
+    _check_pair_maps(op, call)
 
 
 def check_values(op: str, call: AttentionCall, tokens: int) -> None:
@@ -160,44 +135,6 @@ def check_log_n(op: str, log_n: float | None) -> None:
     check_real(op, "log_n", log_n)
     if not 1 < log_n < math.inf:
         raise ValueError(f"{op}: log_n must be None or a length > 1, got {log_n}")
-
-
-def check_options(op: str, call: AttentionCall, q: Tensor, heads_k: int, sequences: int) -> None:
-    """Check all that depends on neither keys nor values, after q."""
-    packed, (heads_q, head_dim) = q.dim() == 3, q.shape[-2:]
-    rows = dict(zip(("total",) if packed else ("batch", "seqlen_q"), q.shape))
-    known = rows | {"heads_q": heads_q, "head_dim": head_dim, "heads_k": heads_k}
-    sizes = {word: (n, "q") for word, n in known.items()}
-    sizes["sequences" if packed else "batch"] = (sequences, "cu_seqlens" if packed else "q")
-    tensors = (call.inv_freq, call.log_decay, call.sinks, call.query_scale, call.pair_maps)
-    pairs = specs.check(op, _OPTIONS[packed], tensors, sizes, ("q", q))["pairs"]
-    if not 1 <= pairs <= head_dim // 2:
-        raise ValueError(
-            f"{op}: inv_freq must hold between 1 and head_dim/2 = {head_dim // 2} frequencies, "
-            f"got {pairs}"
-        )
-    check_rotary_offset(op, call.rotary_offset, 2 * pairs, head_dim)
-    _check_pair_maps(op, call)
-    refuse_flags(op, interleaved=call.interleaved)
-    check_kinds(op, call)
-    if call.softmax_scale is not None and not 0 < call.softmax_scale < math.inf:
-        raise ValueError(
-            f"{op}: softmax_scale must be None or a number > 0, got {call.softmax_scale}"
-        )
-    if call.softmax_scale is not None and call.softmax_scale > 1e30:  # kernels take float32
-        raise ValueError(f"{op}: softmax_scale must be at most 1e30, got {call.softmax_scale}")
-    if not 0 < call.attention_factor < math.inf:
-        raise ValueError(f"{op}: attention_factor must be > 0, got {call.attention_factor}")
-    if call.attention_factor > 1e15:  # kernels multiply by its square in float32
-        raise ValueError(
-            f"{op}: attention_factor must be at most 1e15, got {call.attention_factor}"
-        )
-    if not 0 <= call.softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be >= 0 (0: none), got {call.softcap}")
-    if call.softcap and not 1e-30 <= call.softcap <= 1e30:  # kernels divide by it in float32
-        raise ValueError(
-            f"{op}: softcap must be 0 (none) or from 1e-30 to 1e30, got {call.softcap}"
-        )
 
 
 def _check_pair_maps(op: str, call: AttentionCall) -> None:

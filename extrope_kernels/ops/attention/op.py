@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._math.dtypes import accumulator
+from .._tables.fields import GRAD
 from .._torch.autograd import (
     call_unrecorded,
     contiguous_rows,
@@ -29,6 +30,7 @@ from .._torch.library import library, load_on_first_use, ops
 from . import reference
 from .call import (
     OPTIONS,
+    TENSORS,
     AttentionCall,
     lse_shape,
     options_key,
@@ -43,21 +45,15 @@ from .checks import (
 from .frequency_gradients import backward_with_frequencies
 from .select_backend import select_backend
 
-_CALL = (
-    "Tensor inv_freq, Tensor? cu_seqlens, Tensor? log_decay, Tensor? sinks, Tensor? query_scale, "
-    "Tensor? pair_maps, Tensor? q_start, Tensor? k_start"
-)
-_OPTIONS = ", ".join(OPTIONS.values())
+_CALL = f"{', '.join(x.argument for x in TENSORS)}, *, {', '.join(OPTIONS.values())}"
 _SCHEMAS = {
-    "attention_fwd": (
-        f"(Tensor q, Tensor k, Tensor v, {_CALL}, *, {_OPTIONS}) -> (Tensor out, Tensor lse)"
-    ),
+    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor out, Tensor lse)",
     "attention_bwd": (
         "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"{_CALL}, *, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)"
+        f"{_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
 }
-_DIFFERENTIABLE = ("q", "k", "v", "inv_freq", "sinks")  # of attention_fwd
+_DIFFERENTIABLE = {"q", "k", "v", *(x.name for x in TENSORS if GRAD in x.notes)}
 
 
 # -------------------------------------------------------------------------------------------------

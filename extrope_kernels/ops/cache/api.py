@@ -10,12 +10,11 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores.base import UNROTATED, Score
 from .._math.maps import columns_of
+from .._tables import specs
 from .._tables.checks import (
     REFUSALS,
     check_freqs,
     check_int,
-    check_matching,
-    check_rows,
     raise_as_value_error,
     refuse_flags,
 )
@@ -26,7 +25,7 @@ from .._torch.library import ops
 from . import op as _op  # noqa: F401  (defines the op)
 from . import reference
 from .call import read_append
-from .checks import cache_lengths, check, check_values
+from .checks import KEYS, cache_lengths, check, check_values
 
 BACKENDS = ("reference", "cpu", "triton")
 _OP = "rope_append_kvcache"
@@ -110,8 +109,7 @@ def rope_append_kvcache(
             check_new_keys(_OP, freqs, score, k, *at)
     rotates_q = freqs is not None and score is None
     if q is not None and not rotates_q:  # the op does not see it
-        check_rows(_OP, "q", q, packed=k.dim() == 3)
-        check_matching(_OP, q, k)
+        specs.check(_OP, specs.for_rows(KEYS, k.dim() == 3), (k, cu_seqlens, q))
     tensors = (
         q if rotates_q else None, k, v, k_cache, v_cache, inv_freq, cache_seqlens, block_table,
         slot_mapping, positions, cu_seqlens, cache_leftpad, log_decay, k_scale, v_scale,

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...scores.base import PairRow, PlainMap, check_map
+from .._math.dtypes import FP8
 from .._math.maps import SCHEMA, maps_of
 from .._math.positions import sequence_of_token
+from .._tables.specs import ANY, DENSE, FLOAT32, INT32, LIKE, Spec
 
 
 class Scales(NamedTuple):
     """Scales of a cache's keys and values, (heads_k,) float32 each; None if it is not fp8."""
 
-    k: Tensor | None = None
-    v: Tensor | None = None
+    k: Annotated[Tensor | None, Spec("k_scale", "heads_k", FLOAT32, strides=DENSE)] = None
+    v: Annotated[Tensor | None, Spec("v_scale", "heads_k", FLOAT32, strides=DENSE)] = None
 
 
 class KVCache(NamedTuple):
     """The cached keys, rotated by `score.stored`, and values of every sequence."""
 
-    k: Tensor  # (batch, max_len, heads_k, head_dim), or (pages, page_size, ...) with block_table
-    v: Tensor
-    seqlens: Tensor | None  # (batch,) int32: slots in use, left padding included
-    block_table: Tensor | None = None  # (batch, max_pages) int32
-    leftpad: Tensor | None = None  # (batch,) int32: the slot of position 0
+    # (num_blocks, block_size, ...) if paged
+    k: Annotated[Tensor, Spec("k_cache", "batch max_len heads_k head_dim", (LIKE, FP8))]
+    v: Annotated[Tensor, Spec("v_cache", "batch max_len heads_k head_dim_v", (LIKE, FP8))]
+    # Slots in use, left padding included.
+    seqlens: Annotated[Tensor | None, Spec("cache_seqlens", "batch", INT32)]
+    block_table: Annotated[Tensor | None, Spec("block_table", "batch max_blocks", INT32)] = None
+    # The slot of position 0.
+    leftpad: Annotated[Tensor | None, Spec("cache_leftpad", "batch", INT32)] = None
     scales: Scales = Scales()  # for a cache in float8_e4m3fn
     appended: int = 0  # tokens that this call writes after seqlens
     cu_seqlens_new: Tensor | None = None  # boundaries of new tokens, if packed
     # Instead of block_table: page * page_size + slot of each new token, -1 for nowhere.
-    slot_mapping: Tensor | None = None
+    slot_mapping: Annotated[
+        Tensor | None, Spec("slot_mapping", "batch seqlen", (torch.int32, torch.int64), strides=ANY)
+    ] = None
 
     @classmethod
     def of(

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from .._math.dtypes import FP8
+from .._tables import specs
 from .._tables.checks import (
-    DTYPES,
     check_cu_seqlens,
     check_dense,
-    check_ints,
-    check_matching,
-    check_rows,
     has_values,
     meet,
     memory_of,
@@ -22,8 +19,31 @@ from .._tables.checks import (
     overlaps_itself,
     share_bytes,
 )
+from .._tables.fields import fields_of
+from .._tables.specs import DENSE, INT32, ROWS, Spec
 from ..rope import checks as rope_checks
 from .call import Append, KVCache, Scales
+
+_OF_CACHE = {field.name: field for field in fields_of(KVCache)}
+_PLANES = (_OF_CACHE["k"].spec, _OF_CACHE["v"].spec)
+_PAGED = tuple(
+    x._replace(dims=x.dims.replace("batch max_len", "num_blocks block_size")) for x in _PLANES
+)
+_PLACES = (
+    *(_OF_CACHE[name].spec for name in ("seqlens", "block_table", "leftpad")),
+    *(field.spec for field in fields_of(Scales)),
+    _OF_CACHE["slot_mapping"].spec,
+)
+_NEW = (
+    Spec("k", "batch seqlen heads_k head_dim"),
+    Spec("v", "batch seqlen heads_k head_dim_v"),
+)
+
+KEYS = (
+    Spec("k", "batch seqlen heads_k head_dim", ROWS),
+    Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
+    Spec("q", "batch seqlen heads_q head_dim", optional=True),
+)
 
 
 def cache_lengths(
@@ -58,109 +78,50 @@ def cache_lengths(
     return torch.full(batch, cache_seqlens, dtype=torch.int32, device=x.device)
 
 
-def check_cache(op: str, cache: KVCache, like: Tensor, sequences: int) -> None:
-    """Check a cache for `like`, the queries or the new keys of so many sequences."""
+def check_cache(
+    op: str, cache: KVCache, sizes: specs.Sizes, like: tuple[str, Tensor], packed: bool
+) -> None:
+    """Check a cache for rows of known sizes.
+
+    like: the rows, queries or new keys, and their name; packed: they are.
+    """
+    tensors = (cache.k, cache.v, *cache.tensors, cache.slot_mapping)
+    table = (_PAGED if cache.paged else _PLANES) + _PLACES
+    specs.check(op, specs.for_rows(table, packed), tensors, sizes, like)
+    given = [f"{n}_scale" for n, x in zip("kv", cache.scales) if x is not None]
     for name, x in (("k_cache", cache.k), ("v_cache", cache.v)):
-        check_rows(op, name, x, False, (*DTYPES, FP8))
-        _check_cache_dtype(op, name, x, like, cache.scales)
-    if cache.v.shape[:-1] != cache.k.shape[:-1]:
-        raise ValueError(
-            f"{op}: v_cache must have k_cache's shape {tuple(cache.k.shape)} but for head_dim, "
-            f"got {tuple(cache.v.shape)}"
-        )
-    if cache.k.shape[3] != like.shape[-1] or not (cache.paged or cache.k.shape[0] == sequences):
-        blocks = "num_blocks, block_size" if cache.paged else f"{sequences}, max_len"
-        raise ValueError(
-            f"{op}: k_cache must be ({blocks}, heads_k, {like.shape[-1]}), "
-            f"got {tuple(cache.k.shape)}"
-        )
-    _check_scales(op, cache.scales, cache.k.shape[2], like)
-    for name, x, shape in (
-        ("cache_seqlens", cache.seqlens, (sequences,)),
-        ("cache_leftpad", cache.leftpad, (sequences,)),
-        ("block_table", cache.block_table, (sequences, None)),
-    ):
-        if x is not None:
-            check_ints(op, name, x, shape, like)
-    if cache.slot_mapping is not None:
-        tokens = tuple(like.shape[:-2])
-        check_ints(op, "slot_mapping", cache.slot_mapping, tokens, like, (torch.int64,))
-        if cache.block_table is not None:
+        if x.dtype == FP8 and len(given) < 2:
             raise ValueError(
-                f"{op}: block_table and slot_mapping both say where to write, give one"
+                f"{op}: {name} in {FP8} needs k_scale and v_scale, (heads_k,) float32, "
+                f"got {given[0] if given else 'none'}"
             )
-    elif cache.seqlens is None:
+        if x.dtype != FP8 and given:
+            raise ValueError(
+                f"{op}: k_scale and v_scale are for caches in {FP8}, got {name} in {x.dtype}"
+            )
+    if cache.slot_mapping is not None and cache.block_table is not None:
+        raise ValueError(f"{op}: block_table and slot_mapping both say where to write, give one")
+    if cache.slot_mapping is None and cache.seqlens is None:
         raise ValueError(f"{op}: cache_seqlens or slot_mapping must say where to write, got none")
     if cache.paged and cache.k.shape[1] == 0:
         raise ValueError(f"{op}: k_cache must have a block_size >= 1, got 0")
 
 
-def _check_cache_dtype(op: str, name: str, cache: Tensor, like: Tensor, scales: Scales) -> None:
-    """Check that a cache has the other tensors' dtype, or fp8 with scales."""
-    given = [f"{n}_scale" for n, x in zip("kv", scales) if x is not None]
-    if cache.dtype == FP8 and len(given) == 2 and cache.device == like.device:
-        return
-    if cache.dtype == FP8 and len(given) < 2:
-        raise ValueError(
-            f"{op}: {name} in {FP8} needs k_scale and v_scale, (heads_k,) float32, "
-            f"got {given[0] if given else 'none'}"
-        )
-    if cache.dtype != FP8 and given:
-        raise ValueError(
-            f"{op}: k_scale and v_scale are for caches in {FP8}, got {name} in {cache.dtype}"
-        )
-    if cache.dtype != like.dtype or cache.device != like.device:
-        raise ValueError(
-            f"{op}: {name} must be {like.dtype} on {like.device} like q, k and v, or {FP8} with "
-            f"k_scale and v_scale, got {cache.dtype} on {cache.device}"
-        )
-
-
-def _check_scales(op: str, scales: Scales, heads: int, like: Tensor) -> None:
-    """Check the scales if given: one per head."""
-    for name, x in zip(("k_scale", "v_scale"), scales):
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
-        fits = (
-            x.layout == torch.strided
-            and x.shape == (heads,)
-            and x.dtype == torch.float32
-            and x.is_contiguous()
-        )
-        if not fits or x.device != like.device:
+def check_new(
+    op: str,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    sizes: specs.Sizes,
+    like: tuple[str, Tensor],
+    packed: bool,
+) -> None:
+    """Check keys and values to be written into a checked cache; the rest as in `check_cache`."""
+    specs.check(op, specs.for_rows(_NEW, packed), (k, v), sizes, like)
+    for name, x in (("k_cache", cache.k), ("v_cache", cache.v)):
+        if overlaps_itself(x):
             raise ValueError(
-                f"{op}: {name} must be contiguous float32 ({heads},) on {like.device}, "
-                f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
-
-
-def check_new(op: str, k: Tensor, v: Tensor, cache: KVCache, like: Tensor) -> None:
-    """Check keys and values to be written into a checked cache; like: as in `check_cache`."""
-    packed = like.dim() == 3
-    for name, x, of in (("k", k, cache.k), ("v", v, cache.v)):
-        check_rows(op, name, x, packed)
-        if x.dtype != like.dtype or x.device != like.device:
-            raise ValueError(
-                f"{op}: {name} must be {like.dtype} on {like.device} like the other tensors, "
-                f"got {x.dtype} on {x.device}"
-            )
-        if x.shape[-2:] != of.shape[-2:]:
-            raise ValueError(
-                f"{op}: {name} must have {name}_cache's heads and head_dim "
-                f"{tuple(of.shape[-2:])}, got {tuple(x.shape[-2:])}"
-            )
-        if overlaps_itself(of):
-            raise ValueError(
-                f"{op}: {name}_cache must not be expanded to be written to, "
-                f"got strides {of.stride()}"
-            )
-    for name, x, of_name, of in (("v", v, "k", k), ("k", k, "q", like)):
-        if x.shape[:-2] != of.shape[:-2]:
-            raise ValueError(
-                f"{op}: {name} must have {of_name}'s {'total' if packed else 'batch and seqlen'} "
-                f"{tuple(of.shape[:-2])}, got {tuple(x.shape[:-2])}"
+                f"{op}: {name} must not be expanded to be written to, got strides {x.stride()}"
             )
 
 
@@ -243,17 +204,14 @@ def _check_scale_values(op: str, scales: Scales) -> None:
 def check(op: str, call: Append) -> None:
     """Raise ValueError or TypeError that names the wrong argument."""
     q, k, cache, cu_seqlens = call.q, call.k, call.cache, call.rotation.cu_seqlens
-    packed = cu_seqlens is not None or call.packed
-    check_rows(op, "k", k, packed)
-    if packed and cu_seqlens is None and cache.slot_mapping is None:
-        raise ValueError(f"{op}: packed k needs cu_seqlens or slot_mapping, got neither")
-    if cu_seqlens is not None:
-        check_cu_seqlens(op, cu_seqlens, k)
-    if q is not None:
-        check_rows(op, "q", q, packed)
-        check_matching(op, q, k)
-    check_cache(op, cache, k, call.sequences)
-    check_new(op, k, call.v, cache, k)
+    packed, like, sizes = cu_seqlens is not None or call.packed, ("k", k), {}
+    specs.check(op, specs.for_rows(KEYS, packed), (k, cu_seqlens, q), sizes)
+    if packed and cu_seqlens is None:
+        if cache.slot_mapping is None:
+            raise ValueError(f"{op}: packed k needs cu_seqlens or slot_mapping, got neither")
+        sizes["sequences"] = (1, "k")
+    check_cache(op, cache, sizes, like, packed)
+    check_new(op, k, call.v, cache, sizes, like, packed)
     _check_rotation(op, call)
 
 

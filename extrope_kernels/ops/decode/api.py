@@ -15,7 +15,7 @@ from .._tables.decay import check_new_keys
 from .._torch import backends as _backends
 from ..attention import check_method, make_call, scaled_by_log_n
 from ..attention.call import AttentionCall
-from ..attention.checks import check_kinds
+from ..attention.checks import check_numbers
 from ..attention.places import positions
 from ..cache.call import KVCache
 from ..cache.checks import cache_lengths, check_slots
@@ -120,7 +120,7 @@ def rope_attention_with_kvcache(
     )
     if stored is not None:
         call = call._replace(score=replace(call.score, stored=UNROTATED))
-    check_kinds(name, call)
+    check_numbers(name, call)
     planes = (k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, k_scale, v_scale)
     cache = KVCache.of(*planes, new=k, cu_seqlens=cu_seqlens_q)
     compiling = torch.compiler.is_compiling()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._tables.checks import check_cu_seqlens, check_rows
+from .._tables import specs
 from ..attention.call import AttentionCall
-from ..attention.checks import check_options
+from ..attention.checks import CALL, Q, check_options
 from ..cache.call import KVCache
 from ..cache.checks import check_cache, check_new
+
+_CALL = tuple(field.spec for field in CALL)
+_QUERIES = (Q, _CALL[0]._replace(name="cu_seqlens_q"))
 
 
 def check_decode(
@@ -18,16 +21,16 @@ def check_decode(
     if (k is None) != (v is None):
         given = "v" if k is None else "k"
         raise ValueError(f"{op}: k and v must be given together, got {given} alone")
-    packed = call.cu_seqlens is not None
-    check_rows(op, "q", q, packed, boundaries="cu_seqlens_q")
-    batch = q.shape[0]
-    if packed:
-        check_cu_seqlens(op, call.cu_seqlens, q, "cu_seqlens_q")
-        batch = call.cu_seqlens.shape[0] - 1
-    check_cache(op, cache, q, batch)
-    heads_q, heads_k = q.shape[-2], cache.k.shape[2]
+    packed, like, sizes = call.cu_seqlens is not None, ("q", q), {}
+    table = specs.for_rows(_QUERIES, packed, "cu_seqlens_q")
+    specs.check(op, table, (q, call.cu_seqlens), sizes)
+    check_cache(op, cache, sizes, like, packed)
+    heads_q, heads_k = sizes["heads_q"][0], sizes["heads_k"][0]
     if heads_k == 0 or heads_q % heads_k:
         raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
     if k is not None:
-        check_new(op, k, v, cache, q)
-    check_options(op, call, q, heads_k, batch)
+        new = sizes | {"seqlen": sizes.get("seqlen_q", (0, "q"))}
+        check_new(op, k, v, cache, new, like, packed)
+    tensors = [getattr(call, field.name) for field in CALL]
+    found = specs.check(op, specs.for_rows(_CALL, packed), tensors, sizes, like)
+    check_options(op, call, found["pairs"], found["head_dim"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._math.dtypes import accumulator
 from .._torch.autograd import note_writes, refuse_backward
 from .._torch.library import library, load_on_first_use, ops
-from ..attention.call import OPTIONS, AttentionCall, lse_shape, read_call
+from ..attention.call import OPTIONS, TENSORS, AttentionCall, lse_shape, read_call
 from ..attention.checks import check_head_dim
 from ..attention.op import BACKENDS, Step, by_reference, call_op, define
 from ..cache.call import KVCache
@@ -23,13 +23,11 @@ from .checks import check_decode
 
 # cu_seqlens_q is the call's cu_seqlens; the cache decides q_start and k_start. k and v, if given,
 # are written into the cache first.
-_OF_CALL = (
-    "Tensor inv_freq, Tensor? cu_seqlens_q, Tensor? log_decay, Tensor? sinks, "
-    "Tensor? query_scale, Tensor? pair_maps"
-)
-_NUM_OF_CALL = _OF_CALL.count("Tensor")
+_OF_CALL = [x.argument for x in TENSORS if x.name not in ("q_start", "k_start")]
+_NUM_OF_CALL = len(_OF_CALL)
 _SCHEMA = (
-    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, {_OF_CALL}, "
+    "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, "
+    f"{', '.join(_OF_CALL).replace('cu_seqlens', 'cu_seqlens_q')}, "
     "Tensor cache_seqlens, Tensor? block_table, Tensor? cache_leftpad, Tensor? k_scale, "
     f"Tensor? v_scale, *, {', '.join(OPTIONS.values())}) -> (Tensor out, Tensor lse)"
 )
