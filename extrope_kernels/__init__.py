@@ -15,6 +15,7 @@ import importlib
 from typing import Any
 
 from . import methods, positions, scores
+from ._names import no_attribute
 from .methods import RopeFreqs
 from .ops.attention import merge_attention, rope_attention
 from .ops.cache import rope_append_kvcache
@@ -32,13 +33,23 @@ from .ops.rope import apply_rope, apply_rope_qk
 __version__ = "0.3.0"
 
 
+# Loaded on first use: they import much more.
+_LATE = {
+    "check": "model_check.loaded",
+    "extend": "integrations.transformers",
+    "restore": "integrations.transformers",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Load `extend`, `restore` and `check` on first use: they import much more."""
-    places = dict.fromkeys(("extend", "restore"), "integrations.transformers")
-    places |= {"check": "model_check.loaded"}
-    if name in places:
-        return getattr(importlib.import_module(f"{__name__}.{places[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Load what is in `_LATE`; say where another name is, or what was meant."""
+    if name in _LATE:
+        return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    raise no_attribute(__name__, name, __all__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})
 
 
 __all__ = [
@@ -46,6 +57,8 @@ __all__ = [
     "RopeFreqs",
     "apply_rope",
     "apply_rope_qk",
+    "check",
+    "extend",
     "head_permutations",
     "merge_attention",
     "methods",
@@ -54,6 +67,7 @@ __all__ = [
     "permuteformer_attention",
     "permuteformer_step",
     "positions",
+    "restore",
     "rope_append_kvcache",
     "rope_attention",
     "rope_attention_with_kvcache",

@@ -1,9 +1,16 @@
-"""What a wrong name may have meant."""
+"""What a wrong name may have meant, and what is wrong with a call that does not fit."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec, TypeVar
+
+from ._coming_from import stand_in_for, stands_for
+
+Given, Result = ParamSpec("Given"), TypeVar("Result")
 
 # Other people's names for methods.
 _OTHERS = {
@@ -47,8 +54,67 @@ def not_among(name: str, given: object, names: Iterable[str]) -> str:
     return f"{hint}{name} must be one of {', '.join(names)}, got {given!r}"
 
 
-def no_attribute(module: str, name: str) -> AttributeError:
-    """Return the error for a name that an axis (methods, scores) does not have."""
-    others = (other for other, names in AXES.items() if other != module and name in names)
-    where = next((f": it is in {other}" for other in others), meant(name, AXES[module]))
+def no_attribute(module: str, name: str, names: Iterable[str]) -> AttributeError:
+    """Return the error for a name that a module does not have: where it is, or what was meant.
+
+    names: those that the module has.
+    """
+    others = (other for other, has in AXES.items() if other != module and name in has)
+    if other := next(others, None):
+        where = f": it is in {other}"
+    elif known := stands_for(name):
+        where = f"; {known}"
+    else:
+        where = meant(name, names)
     return AttributeError(f"module {module!r} has no attribute {name!r}{where}")
+
+
+def explains_wrong_calls(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Let a function say what a call that does not fit its signature may have meant.
+
+    A call that fits pays one more frame.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Given.args, **options: Given.kwargs) -> Result:
+        try:
+            return function(*args, **options)
+        except TypeError as error:
+            if (told := _wrong_call(function, args, options, error)) is None:
+                raise
+        raise TypeError(told)
+
+    return call
+
+
+def _wrong_call(
+    function: Callable[..., object],
+    args: Sequence[object],
+    options: Mapping[str, object],
+    error: TypeError,
+) -> str | None:
+    """Return what is wrong with a call that does not fit a function's signature.
+
+    Or has a tensor as frequencies. None for other errors.
+    """
+    op, signature = function.__name__, inspect.signature(function)
+    parameters = signature.parameters
+    if unknown := [name for name in options if name not in parameters]:
+        if known := stands_for(unknown[0], parameters):
+            return f"{op}: no argument {unknown[0]}; {known}"
+        hint = meant(unknown[0], parameters) or f"; it has {', '.join(parameters)}"
+        return f"{op}: no argument {unknown[0]}{hint}"
+    try:
+        bound = signature.bind(*args, **options)
+    except TypeError as misfit:
+        wrong = f"{op}: {misfit}"
+    else:
+        if not hasattr(bound.arguments.get("freqs"), "shape"):
+            return None
+        wrong = str(error)
+    names = [name for name, each in parameters.items() if each.kind is not each.KEYWORD_ONLY]
+    stand = [f"{name} = {type(value).__name__}" for name, value in zip(names, args, strict=False)]
+    stand += [type(value).__name__ for value in args[len(names) :]]
+    takes = f"by position it takes {', '.join(names)}, and got {', '.join(stand) or 'none'}"
+    known = stand_in_for(op)
+    return f"{wrong}; {takes}" + (f". {known}" if known else "")

@@ -81,4 +81,4 @@ if not TYPE_CHECKING:  # to type checkers every name would exist
 
     def __getattr__(name: str) -> None:
         """Say where a score method is, or what was meant."""
-        raise no_attribute(__name__, name)
+        raise no_attribute(__name__, name, AXES[__name__])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .._checks import check_base, check_dim
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, rope_inv_freq
 
 
+@explains_wrong_calls
 def abf(dim: int, *, base: float = 500000.0) -> RopeFreqs:
     """ABF: plain RoPE at a larger base, 500000 in the paper.
 

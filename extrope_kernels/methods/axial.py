@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from .._checks import check_base, check_choice, check_count, check_dim
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, rope_inv_freq
 
 _NAME = "axial"
 
 
+@explains_wrong_calls
 def axial(dim: int, *, axes: int = 2, base: float = 10000.0, ladder: str = "own") -> RopeFreqs:
     """Axial RoPE: every axis of an image or a video has pairs of its own.
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import torch
 
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, check_freqs, copy_to
 
 _NAME = "by_axis"
 
 
+@explains_wrong_calls
 def by_axis(freqs: RopeFreqs, axes: Sequence[int], *, over: RopeFreqs) -> RopeFreqs:
     """By axis: any method's frequencies for some axes of mRoPE alone, the others as trained.
 

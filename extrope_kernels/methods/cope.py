@@ -7,9 +7,11 @@ import math
 import torch
 
 from .._checks import check_base, check_dim, check_int
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, rope_inv_freq
 
 
+@explains_wrong_calls
 def cope(dim: int, *, base: float = 10000.0, clip: int = 20) -> RopeFreqs:
     """CoPE: the slowest frequencies faded out by a half cosine.
 

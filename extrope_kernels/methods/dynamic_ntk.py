@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_base, check_dim, check_factor, check_length, check_seq_len
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, copy_to, exponents, rope_inv_freq, scaled_over, with_trained
 from .ntk_aware import ntk_base
 
 
+@explains_wrong_calls
 def dynamic_ntk(
     dim: int,
     *,

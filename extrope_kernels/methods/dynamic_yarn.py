@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_base, check_bool, check_dim, check_length, check_real, check_seq_len
+from .._names import explains_wrong_calls
 from ._ramp import check_yarn_ramp, yarn_amplitude, yarn_inv_freq
 from .base import RopeFreqs, copy_to, trained_inv_freq, with_trained
 
 
+@explains_wrong_calls
 def dynamic_yarn(
     dim: int,
     *,

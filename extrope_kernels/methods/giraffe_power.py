@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_base, check_dim, check_real
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, trained_inv_freq, with_trained
 
 
+@explains_wrong_calls
 def giraffe_power(
     dim: int,
     *,

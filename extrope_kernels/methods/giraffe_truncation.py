@@ -7,10 +7,12 @@ import math
 import torch
 
 from .._checks import check_length
+from .._names import explains_wrong_calls
 from .base import RopeFreqs
 from .giraffe_power import power_inv_freq
 
 
+@explains_wrong_calls
 def giraffe_truncation(
     dim: int,
     *,

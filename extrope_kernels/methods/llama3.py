@@ -7,9 +7,11 @@ import math
 import torch
 
 from .._checks import check_base, check_dim, check_factor, check_falling, check_length
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, trained_inv_freq, with_trained
 
 
+@explains_wrong_calls
 def llama3(
     dim: int,
     *,

@@ -17,9 +17,11 @@ from .._checks import (
     check_real,
     check_seq_len,
 )
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, base_powers, copy_to
 
 
+@explains_wrong_calls
 def longrope(
     dim: int,
     *,

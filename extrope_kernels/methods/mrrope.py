@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .._checks import check_base, check_dim, check_factor, check_falling, check_length
+from .._names import explains_wrong_calls
 from ._ramp import index_range, yarn_amplitude
 from .base import RopeFreqs, trained_inv_freq, trained_pairs, with_trained
 
 
+@explains_wrong_calls
 def mrrope(
     dim: int,
     *,

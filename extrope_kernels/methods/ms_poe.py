@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_real
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, check_freqs
 
 _NAME = "ms_poe"
 
 
+@explains_wrong_calls
 def ms_poe(
     freqs: RopeFreqs,
     *,

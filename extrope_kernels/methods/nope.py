@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from .._checks import check_dim
+from .._names import explains_wrong_calls
 from .base import RopeFreqs
 
 
+@explains_wrong_calls
 def nope(dim: int) -> RopeFreqs:
     """NoPE: frequencies of zero, for models that were retrained without positions.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -17,6 +18,7 @@ from .._checks import (
     check_length,
     check_real,
 )
+from .._names import explains_wrong_calls
 from ._ramp import index_ramp, yarn_inv_freq
 from .base import RopeFreqs, rope_inv_freq, scaled_over, trained_pairs, with_trained
 from .ntk_aware import ntk_base
@@ -24,6 +26,7 @@ from .ntk_aware import ntk_base
 _NAME = "ntk_by_parts"
 
 
+@explains_wrong_calls
 def ntk_by_parts(
     dim: int,
     *,
@@ -84,7 +87,7 @@ def ntk_by_parts(
 
 
 def _check_untouched(variant: str, unused: Mapping[str, Any]) -> None:
-    defaults = ntk_by_parts.__kwdefaults__ or {}
+    defaults = inspect.unwrap(ntk_by_parts).__kwdefaults__ or {}
     for name, value in unused.items():
         if not isinstance(value, Real | str) or value != defaults[name]:
             raise ValueError(

@@ -7,9 +7,11 @@ import math
 import torch
 
 from .._checks import check_base, check_dim, check_factor, check_real
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, exponents, scaled_over, with_trained
 
 
+@explains_wrong_calls
 def ntk_mixed(
     dim: int,
     *,

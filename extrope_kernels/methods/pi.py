@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .._checks import check_base, check_dim, check_factor
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, trained_inv_freq, with_trained
 
 
+@explains_wrong_calls
 def pi(
     dim: int, *, factor: float, base: float = 10000.0, over: RopeFreqs | None = None
 ) -> RopeFreqs:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from .._checks import check_base, check_dim, check_factor, check_real
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, exponents
 
 
+@explains_wrong_calls
 def proportional(
     dim: int, *, partial_rotary_factor: float, base: float = 10000.0, factor: float = 1.0
 ) -> RopeFreqs:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, check_freqs
 
 
+@explains_wrong_calls
 def resonance(freqs: RopeFreqs) -> RopeFreqs:
     """Resonance RoPE: any method's wavelengths rounded to whole numbers of tokens.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .._checks import check_base, check_dim
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, rope_inv_freq
 
 
+@explains_wrong_calls
 def rope(dim: int, *, base: float = 10000.0) -> RopeFreqs:
     """Plain RoPE: frequencies fall from 1 by powers of the base.
 

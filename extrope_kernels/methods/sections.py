@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 
 from .._checks import check_bool, check_length
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, check_freqs
 
 
+@explains_wrong_calls
 def with_sections(
     freqs: RopeFreqs, sections: Sequence[int], *, interleaved: bool = False
 ) -> RopeFreqs:

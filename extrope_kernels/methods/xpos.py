@@ -7,9 +7,11 @@ import math
 import torch
 
 from .._checks import check_base, check_dim, check_real
+from .._names import explains_wrong_calls
 from .base import RopeFreqs, rope_inv_freq
 
 
+@explains_wrong_calls
 def xpos(
     dim: int,
     *,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .._checks import check_base, check_dim, check_factor, check_length
+from .._names import explains_wrong_calls
 from ._ramp import yarn_amplitude, yarn_inv_freq
 from .base import RopeFreqs, with_trained
 
 
+@explains_wrong_calls
 def yarn(
     dim: int,
     *,

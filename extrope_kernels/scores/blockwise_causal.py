@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .._checks import check_int
+from .._names import explains_wrong_calls
 from .base import PositionMap, Region, Score, made_once
 
 
+@explains_wrong_calls
 @made_once
 def blockwise_causal(block_size: int) -> Score:
     """LEX, blockwise causal: a query sees the keys of its own and the previous half block.

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_int, check_of_pairs
+from .._names import explains_wrong_calls
 from .base import FIRST_KEY, SAME, PairMap, Region, Score
 
 
+@explains_wrong_calls
 def dpe(window: int, group_sizes: Sequence[Any] | Tensor, pairs: int | None = None) -> Score:
     """DPE: SelfExtend whose group size differs from one group of pairs of dims to the next.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .._checks import check_int
+from .._names import explains_wrong_calls
 from .base import FIRST_KEY, PositionMap, Region, Score, constant, made_once
 
 
+@explains_wrong_calls
 @made_once
 def dual_chunk(chunk_size: int, local_window: int) -> Score:
     """Dual Chunk Attention: distances restart in every chunk; older chunks are at a fixed one.

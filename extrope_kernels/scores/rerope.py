@@ -6,9 +6,11 @@ import math
 from numbers import Real
 
 from .._checks import as_float, check_int
+from .._names import explains_wrong_calls
 from .base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score, constant, made_once
 
 
+@explains_wrong_calls
 @made_once
 def rerope(window: int, factor: float = math.inf) -> Score:
     """ReRoPE: distances past a window grow a factor slower, or not at all.
@@ -25,6 +27,7 @@ def rerope(window: int, factor: float = math.inf) -> Score:
     return _rerope("rerope", window, factor)
 
 
+@explains_wrong_calls
 @made_once
 def leaky_rerope(window: int, factor: float) -> Score:
     """Leaky ReRoPE: distances past a window grow a factor slower.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .._checks import check_int
+from .._names import explains_wrong_calls
 from .base import FIRST_KEY, SAME, PositionMap, Region, Score, made_once
 from .rerope import check_factor
 
 
+@explains_wrong_calls
 @made_once
 def self_extend(window: int, factor: float) -> Score:
     """SelfExtend: count distances past a window in groups of tokens.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .._checks import check_int
+from .._names import explains_wrong_calls
 from .base import FIRST_KEY, SAME, PositionMap, Region, Score, made_once
 
 
+@explains_wrong_calls
 @made_once
 def string(shift: int, window: int) -> Score:
     """Shifted positions, STRING: distances from `shift` on restart at `window`.

@@ -1,6 +1,7 @@
 """What attention refuses beside single wrong arguments (see tests/package)."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -135,6 +136,20 @@ def test_heads_before_tokens_are_warned_of():
     q, k = torch.randn(1, 8, 16, 32), torch.randn(1, 2, 16, 32)  # 8 and 2 heads, 16 tokens
     with pytest.warns(UserWarning, match="first 6 of q.s 8 tokens .* seqlen, heads, head_dim"):
         rope_attention(q, k, k, FREQS)
+
+
+def test_queries_that_see_no_key_and_more_heads_than_any_model_has_are_warned_of():
+    shapes = r": shapes are \(batch, seqlen, heads, head_dim\)$"
+    q, k = torch.zeros(1, 8, 2, 32), torch.zeros(1, 5, 1, 32)
+    with pytest.warns(UserWarning, match=f"the first 3 of q's 8 tokens see no key{shapes}"):
+        assert not rope_attention(q, k, k + 1, FREQS)[:, :3].any()
+    q = torch.zeros(1, 4, 300, 32)  # 4 heads, 300 tokens
+    with pytest.warns(UserWarning, match=f"q has 300 heads of 4 tokens{shapes}"):
+        rope_attention(q, q, q, FREQS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rope_attention(*(q.transpose(1, 2),) * 3, FREQS)
+        rope_attention(*(torch.zeros(1, 4, 128, 32),) * 3, FREQS)
 
 
 def test_heads_before_tokens_are_warned_of_where_the_call_stands():

@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 KINDS = {
     "package": r"((ops|integrations)/)?__init__.py",
     "axis": r"(methods|positions|scores)/.*",
-    "checks": r"_(checks|names).py",
+    "checks": r"_(checks|names|coming_from).py",
     "installation": r"_[a-z]\w*.py",
     "torch": r"ops/_torch/.*",
     "math": r"ops/_math/.*",
@@ -33,14 +33,14 @@ KINDS = {
 AXES = ("methods", "positions", "scores")
 # What each kind may import of the package. {own} is the module's own folder: methods/, ops/rope/.
 MAY_IMPORT = {
-    "package": (*AXES, "ops"),
+    "package": (*AXES, "ops", "_names"),
     "axis": ("{own}", "_checks", "_names"),
-    "checks": (),
+    "checks": ("_coming_from",),
     "installation": ("_build",),
     "torch": ("{own}", "_ext"),
     "math": ("{own}", "ops/_torch", *AXES),
     "tables": ("{own}", "ops/_math", "ops/_torch", *AXES),
-    "operation": ("{own}", "ops/_tables", "ops/_math", "ops/_torch", *AXES, "_ext"),
+    "operation": ("{own}", "ops/_tables", "ops/_math", "ops/_torch", *AXES, "_ext", "_names"),
     "distributed": (
         "{own}",
         "ops/_tables",

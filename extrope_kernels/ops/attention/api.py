@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
 from ...scores import Score
 from .._tables.checks import REFUSALS, has_values, narrowed, raise_as_value_error, refuse_flags
@@ -27,6 +28,7 @@ from .log_n import with_log_n
 BACKENDS = ("reference", "cpu", "triton", "flash_attn")
 
 
+@explains_wrong_calls
 def rope_attention(
     q: Tensor,
     k: Tensor,
@@ -96,7 +98,7 @@ def rope_attention(
     Raises: ValueError or TypeError that begins with the score's name and names the argument;
         NotImplementedError if the named backend cannot run here.
     """
-    name = "rope_attention" if score is None else getattr(score, "name", "rope_attention")
+    name = score.name if isinstance(score, Score) else "rope_attention"
     refuse_flags(name, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
     check_method(name, freqs, score)
     cu_seqlens = narrowed(cu_seqlens)

@@ -36,6 +36,8 @@ _TABLE = (
     Spec("lse", "batch heads_q seqlen_q", (WIDE,), strides=ANY),
 )
 
+_MOST_HEADS = 256  # no model has more
+
 
 def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
     """Check the types of frequencies, of one axis, and of a score method or None."""
@@ -77,15 +79,18 @@ def check_attention(
 
 
 def warn_of_unseeing_queries(op: str, q: Tensor, k: Tensor, call: AttentionCall) -> None:
-    """Warn of what tensors of (batch, heads, seqlen, head_dim) with grouped heads look like."""
-    more, packed = q.shape[1] - k.shape[1], call.cu_seqlens is not None
-    placed = packed or call.q_start is not None or call.k_start is not None
-    if more > 0 and q.shape[2] == k.shape[2] and not placed:
-        warnings.warn(
-            f"{op}: the first {more} of q's {q.shape[1]} tokens see no key: shapes are "
-            "(batch, seqlen, heads, head_dim)",
-            stacklevel=3,
-        )
+    """Warn of queries that see no key, and of what (batch, heads, seqlen, head_dim) looks like."""
+    if call.cu_seqlens is not None:
+        return
+    tokens, heads = q.shape[1:3]
+    if tokens > k.shape[1] and call.q_start is None and call.k_start is None:
+        told = f"the first {tokens - k.shape[1]} of q's {tokens} tokens see no key"
+    elif heads > max(tokens, _MOST_HEADS):
+        told = f"q has {heads} heads of {tokens} tokens"
+    else:
+        return
+    shapes = "shapes are (batch, seqlen, heads, head_dim)"
+    warnings.warn(f"{op}: {told}: {shapes}", stacklevel=4)  # of the caller of `rope_attention`
 
 
 def check_query_scale(op: str, query_scale: Tensor | None, q: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
 from ...scores.base import UNROTATED, Score
 from .._math.maps import columns_of
@@ -31,6 +32,7 @@ BACKENDS = ("reference", "cpu", "triton")
 _OP = "rope_append_kvcache"
 
 
+@explains_wrong_calls
 def rope_append_kvcache(
     q: Tensor | None,
     k: Tensor,

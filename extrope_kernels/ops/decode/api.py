@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
 from ...scores import UNROTATED, Score
 from .._tables.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
@@ -25,6 +26,7 @@ from .checks import check_decode
 BACKENDS = ("reference", "cpu", "triton")
 
 
+@explains_wrong_calls
 def rope_attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -96,8 +98,7 @@ def rope_attention_with_kvcache(
         tensors are not checked. Slots past the cache's end are neither written nor read. Nothing is
         written to a page that does not exist; reading one is undefined.
     """
-    name = "rope_attention_with_kvcache"
-    name = name if score is None else getattr(score, "name", name)
+    name = score.name if isinstance(score, Score) else "rope_attention_with_kvcache"
     refuse_flags(name, interleaved=interleaved, return_lse=return_lse)
     check_method(name, freqs, score)
     if stored not in (None, "raw"):

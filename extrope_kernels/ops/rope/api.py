@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
 from .._tables.checks import (
     REFUSALS,
@@ -40,6 +41,7 @@ Norm = tuple[Tensor | None, Tensor | None, float]  # q_norm_weight, k_norm_weigh
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
+@explains_wrong_calls
 def apply_rope(
     x: Tensor,
     freqs: RopeFreqs,
@@ -88,6 +90,7 @@ def apply_rope(
     return rotated
 
 
+@explains_wrong_calls
 def apply_rope_qk(
     q: Tensor,
     k: Tensor,
