@@ -42,7 +42,7 @@ test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/smollm2 build/triton-
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "" $(PYTEST_ARGS)
 
 tritons: $(VENV)/extra-test $(OLDER_TRITONS:%=build/triton-%)
-	$(BIN)/python -m pytest -m "" tests/ptx tests/package/test_gpu_audit.py
+	$(BIN)/python -m pytest -m "" tests/ptx tests/gpu/test_gpu_audit.py
 
 # Needs g++-aarch64-linux-gnu and qemu-user.
 arm: $(VENV)/extra-test
@@ -71,7 +71,7 @@ lint: $(VENV)/linters
 
 # ROOM's sources are changed in COUNT places, and its tests run: a room of tests, changed, or csrc.
 mutants: $(VENV)/extra-test $(VENV)/extra-mutants $(VENV)/smollm2
-	$(BIN)/python tests/support/mutants.py $(ROOM) $(COUNT) $(SINCE:%=--since %)
+	PYTHONPATH=tests $(BIN)/python -m support.mutants $(ROOM) $(COUNT) $(SINCE:%=--since %)
 
 # The C++ library is built once more for each of them, which takes minutes.
 sanitize: $(VENV)/extra-test

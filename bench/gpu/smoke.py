@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import attention_oracle as oracle
-import decode_oracle
-import operations
 import torch
-from score_examples import EXAMPLES
+from support import attention_oracle as oracle
+from support import decode_oracle, operations
+from support.score_examples import EXAMPLES
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

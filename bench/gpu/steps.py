@@ -28,7 +28,8 @@ class Step(NamedTuple):
     given: tuple[str, ...] = ()
 
 
-SUITES = sorted({path.parent.name for path in TESTS.glob("*/test_*.py")} - {"evaluation"})
+OF_THE_HOST = {"bench", "check", "evaluation", "installation", "pages"}  # rooms of tests
+SUITES = sorted({path.parent.name for path in TESTS.glob("*/test_*.py")} - OF_THE_HOST)
 STEPS = {
     "build": Step("the libraries built, versions", "build"),
     "smoke": Step("one launch of every kernel against the reference", "smoke"),

@@ -36,11 +36,7 @@ CONTEXT, SPARE = 1.0, 2.0  # GiB: of a process; of the card
 LARGE = "gpu_memory"  # the marker of tests that need more
 REST = 20.0  # seconds left for the last tests to end
 PART = "EXTROPE_GPU_PART"  # of a part's environment: its number, their number, its end and its log
-OF_THE_HOST = (  # of tests/package
-    *("amx_emulated", "bench", "build", "cuda_emulated", "docs", "examples", "first_use"),
-    *("gpu_audit", "gpu_kernels", "gpu_steps", "import_direction", "length_generalization"),
-    *("recipes", "sources", "tables"),
-)
+OF_THE_HOST = ("audit", "kernels", "steps")  # of tests/gpu
 
 
 def run(folder: str, deadline: Deadline) -> Verdict:
@@ -94,7 +90,7 @@ def run_part(
     command = [sys.executable, "-m", "pytest", str(TESTS / folder), "-q", "-p", __name__]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-m", f"{LARGE if large else f'not {LARGE}'} and not thorough"]
-    command += [f"--ignore={TESTS}/package/test_{name}.py" for name in OF_THE_HOST]
+    command += [f"--ignore={TESTS}/gpu/test_gpu_{name}.py" for name in OF_THE_HOST]
     env = os.environ | {
         PART: json.dumps([index, count, deadline.end - REST, str(log)]),
         "EXTROPE_GPU_MEMORY": str(large or MEMORY),

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from attention_oracle import (
+from support.attention_oracle import (
     attend,
     by_formula,
     check,
@@ -16,7 +16,7 @@ from attention_oracle import (
     frequencies,
     make_qkv,
 )
-from score_examples import (
+from support.score_examples import (
     EXAMPLES,
     PLAIN,
     blockwise_causal,
@@ -26,7 +26,7 @@ from score_examples import (
     self_extend,
     string,
 )
-from vectors import load
+from support.vectors import load
 
 from extrope_kernels import apply_rope_qk, rope_attention, scores
 from extrope_kernels.methods import RopeFreqs, xpos

@@ -8,8 +8,15 @@ import functools
 
 import pytest
 import torch
-from attention_oracle import attend, check, check_both, check_gradients, frequencies, make_qkv
-from score_examples import EXAMPLES, dual_chunk, example, rerope
+from support.attention_oracle import (
+    attend,
+    check,
+    check_both,
+    check_gradients,
+    frequencies,
+    make_qkv,
+)
+from support.score_examples import EXAMPLES, dual_chunk, example, rerope
 
 from extrope_kernels import scores
 from extrope_kernels.testing import attention_backends, device

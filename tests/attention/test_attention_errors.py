@@ -1,11 +1,11 @@
-"""What attention refuses beside single wrong arguments (see tests/package)."""
+"""What attention refuses beside single wrong arguments (see tests/all_ops)."""
 
 import math
 import warnings
 
 import pytest
 import torch
-from attention_oracle import frequencies, make_qkv
+from support.attention_oracle import frequencies, make_qkv
 
 from extrope_kernels import rope_attention, rope_attention_with_kvcache, scores
 from extrope_kernels.methods import RopeFreqs

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from attention_oracle import attend, frequencies, make_qkv
-from score_examples import EXAMPLES, Example, rerope
+from support.attention_oracle import attend, frequencies, make_qkv
+from support.score_examples import EXAMPLES, Example, rerope
 from torch import Tensor
 
 from extrope_kernels import rope_attention, scores

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_oracle import frequencies, make_qkv
-from decode_oracle import Case, make
-from score_examples import EXAMPLES
+from support.attention_oracle import frequencies, make_qkv
+from support.decode_oracle import Case, make
+from support.score_examples import EXAMPLES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extrope_kernels import (

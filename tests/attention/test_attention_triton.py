@@ -19,7 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from attention_oracle import (
+from support.attention_oracle import (
     attend,
     check_both,
     check_outputs,
@@ -28,10 +28,10 @@ from attention_oracle import (
     make_qkv,
     rounding_noise,
 )
-from rope_oracle import DEVICE, INTERPRETED, Guarded
-from score_examples import EXAMPLES, PLAIN, Example, example_of
+from support.rope_oracle import DEVICE, INTERPRETED, Guarded
+from support.score_examples import EXAMPLES, PLAIN, Example, example_of
+from support.triton_attention import backward, forward
 from test_attention import call_of, ints, packed
-from triton_attention import backward, forward
 
 from extrope_kernels import methods, scores
 from extrope_kernels.ops._torch.layouts import forget
@@ -341,8 +341,9 @@ def test_a_product_that_overflows_behind_the_mask(monkeypatch):
 @pytest.mark.parametrize("side", ("before", "behind", "itself"))
 def test_no_byte_outside_of_tensors_is_touched(side):
     """Masked lanes included: pages that may not be touched lie around every tensor."""
-    script = Path(__file__).parents[1] / "support" / "guard_pages.py"
-    done = subprocess.run([sys.executable, script, side], capture_output=True, text=True)
+    command = [sys.executable, "-m", "support.guard_pages", side]
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=tests, capture_output=True, text=True)
     if side == "itself":  # such a page does end the process
         assert done.stdout == "alive\n" and done.returncode == -signal.SIGSEGV
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_engines import TorchEngine
+from support.attention_engines import TorchEngine
 
 from extrope_kernels import methods, scores
 from extrope_kernels.ops.attention import AttentionCall, flash_attn, make_call, op

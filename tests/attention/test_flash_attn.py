@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_engines import (
+from support.attention_engines import (
     CU_SEQLENS,
     ENGINES,
     N,
@@ -17,7 +17,7 @@ from attention_engines import (
     make,
     run,
 )
-from flash_attn_stubs import installed_source, signatures, stub_module, stub_modules
+from support.flash_attn_stubs import installed_source, signatures, stub_module, stub_modules
 
 from extrope_kernels.methods import rope
 from extrope_kernels.ops.attention import flash_attn, places, reference

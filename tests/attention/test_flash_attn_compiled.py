@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compile_flash_attn
 import pytest
-from flash_attn_stubs import installed_source
+from support import compile_flash_attn
+from support.flash_attn_stubs import installed_source
 
 pytestmark = pytest.mark.thorough
 

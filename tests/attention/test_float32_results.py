@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_oracle import frequencies, make_qkv
+from support.attention_oracle import frequencies, make_qkv
 
 from extrope_kernels import scores
 from extrope_kernels.ops.attention import AttentionCall, reference

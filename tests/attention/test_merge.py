@@ -295,7 +295,7 @@ def test_transforms():
 
 
 # -------------------------------------------------------------------------------------------------
-# Refusals beside those of tests/package/test_wrong_arguments.py
+# Refusals beside those of tests/all_ops/test_wrong_arguments.py
 
 
 def test_refuses_in_place():

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from attention_oracle import by_formula, check_both, closed_form, make_qkv
-from decode_oracle import Case, check
-from score_examples import PLAIN, Example, of_pairs, other_frequencies
+from support.attention_oracle import by_formula, check_both, closed_form, make_qkv
+from support.decode_oracle import Case, check
+from support.score_examples import PLAIN, Example, of_pairs, other_frequencies
 from torch import Tensor
 
 from extrope_kernels import RopeFreqs, methods, rope_attention, scores

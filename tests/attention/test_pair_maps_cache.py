@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_oracle import make_qkv
+from support.attention_oracle import make_qkv
 from test_pair_maps import BASE, MADE, PAIRS, drawn, frequencies, stretched
 
 from extrope_kernels import (

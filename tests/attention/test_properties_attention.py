@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import attention_oracle as oracle
-import decode_oracle
-import rounding as rounding_of
 import torch
-from attention_cases import INF, caches, cases
-from generated import LOW, backends, generated, seeds
 from hypothesis import strategies as st
+from support import attention_oracle as oracle
+from support import decode_oracle
+from support import rounding as rounding_of
+from support.attention_cases import INF, caches, cases
+from support.generated import LOW, backends, generated, seeds
 from test_merge import parts_and_whole
 
 from extrope_kernels import merge_attention

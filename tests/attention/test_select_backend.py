@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_engines import TorchEngine, make
+from support.attention_engines import TorchEngine, make
 
 from extrope_kernels import methods, rope_attention, scores
 from extrope_kernels.ops.attention import make_call, op, reference, select_backend

@@ -1,7 +1,7 @@
 """Four processes for all tests of a worker."""
 
 import pytest
-from ranks import Ranks
+from support.ranks import Ranks
 
 # What takes seconds to import, in every process anew where it is not there when they are forked.
 MODELS = (

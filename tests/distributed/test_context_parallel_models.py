@@ -40,7 +40,7 @@ SETTINGS = {
 
 
 def built(name):
-    from tiny_models import build
+    from support.tiny_models import build
 
     model = build(name, **SETTINGS.get(name, {})).double()
     if name == "Gemma2ForCausalLM":  # whose cap old versions leave to PyTorch's attention
@@ -323,7 +323,7 @@ def refuses_arguments(mesh):
 
 
 def of_heads(heads):
-    from tiny_models import tiny_config
+    from support.tiny_models import tiny_config
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = tiny_config(LlamaConfig)
@@ -394,7 +394,7 @@ def generates_as_whole(mesh, method, path):
 
 @EITHER
 def test_a_model_that_transformers_cut_generates_as_whole(ranks, method, tmp_path):
-    from tiny_models import build
+    from support.tiny_models import build
 
     build("LlamaForCausalLM", num_key_value_heads=4).save_pretrained(tmp_path)
     ranks.run(generates_as_whole, 4, method=method, path=str(tmp_path))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import SECONDS
+from support.ranks import SECONDS
 
 pytest.importorskip("transformers", minversion="5")
 

@@ -6,8 +6,8 @@ import io
 
 import pytest
 import torch
-from held import Held
-from sent import Sent, by_formula
+from support.held import Held
+from support.sent import Sent, by_formula
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

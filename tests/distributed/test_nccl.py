@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import Ranks
+from support.ranks import Ranks
 from test_distributed_attention import STRATEGIES, within_the_budget
 
 

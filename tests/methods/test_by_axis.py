@@ -1,9 +1,9 @@
 """`by_axis`: a method for some axes of mRoPE, in numbers and in models that see images."""
 
 import pytest
-import tiny_models
 import torch
-from hf_models import build, logits, tokens, transformers
+from support import tiny_models
+from support.hf_models import build, logits, tokens, transformers
 
 from extrope_kernels import RopeFreqs, methods
 from extrope_kernels.integrations.transformers import extend, extend_from_saved

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_examples import DIM, EXAMPLES
-from vectors import load
+from support.method_examples import DIM, EXAMPLES
+from support.vectors import load
 
 from extrope_kernels import methods
 from extrope_kernels.methods import METHODS, RopeFreqs

@@ -1,11 +1,11 @@
-"""Ranges, and what cannot be together; single wrong arguments are in tests/package."""
+"""Ranges, and what cannot be together; single wrong arguments are in tests/all_ops."""
 
 import math
 import re
 
 import pytest
-from method_examples import DIM, EXAMPLES
-from method_examples import LENGTH as L
+from support.method_examples import DIM, EXAMPLES
+from support.method_examples import LENGTH as L
 
 from extrope_kernels.methods import METHODS
 

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from method_examples import example
+from support.method_examples import example
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extrope_kernels import methods

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from method_examples import DIM, EXAMPLES
+from support.method_examples import DIM, EXAMPLES
 
 from extrope_kernels import methods
 from extrope_kernels.methods import METHODS, RopeFreqs

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from method_examples import DIM, EXAMPLES
+from support.method_examples import DIM, EXAMPLES
 
 from extrope_kernels import RopeFreqs, methods, scores
 from extrope_kernels.methods import METHODS

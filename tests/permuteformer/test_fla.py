@@ -3,7 +3,7 @@
 Without a GPU its kernels run as compiled PTX executed on the CPU, where both are there:
 
     PYTHONPATH=../shared TRITON_INTERPRET=0 EXTROPE_TRITON_CHIP=80 \
-        python -m pytest -p fla.ops.simple_gla -p ptx.plugin -p no:xdist \\
+        python -m pytest -p fla.ops.simple_gla -p support.ptx.plugin -p no:xdist \\
         tests/permuteformer/test_fla.py
 """
 

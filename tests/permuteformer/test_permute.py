@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.vectors import load
 from test_properties_permute import powers
 from torch.autograd import gradcheck, gradgradcheck
-from vectors import load
 
 from extrope_kernels import head_permutations, permute, permute_qk
 from extrope_kernels.testing import device, make_qk

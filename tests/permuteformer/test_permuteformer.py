@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from permuteformer_oracle import Mode, dense
+from support.permuteformer_oracle import Mode, dense
 from test_properties_permute import powers
 
 from extrope_kernels import head_permutations, permuteformer_attention, permuteformer_step

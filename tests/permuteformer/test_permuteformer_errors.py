@@ -1,6 +1,6 @@
 """What PermuteFormer's functions refuse beside one wrong argument.
 
-Single wrong arguments are in tests/package/test_wrong_arguments.py.
+Single wrong arguments are in tests/all_ops/test_wrong_arguments.py.
 """
 
 import pytest

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from generated import (
+from hypothesis import strategies as st
+from support.generated import (
     DTYPES,
     LAYOUTS,
     backends,
@@ -16,7 +17,6 @@ from generated import (
     randn,
     seeds,
 )
-from hypothesis import strategies as st
 from torch import Tensor
 
 from extrope_kernels import permute, permute_qk

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from generated import (
+from hypothesis import strategies as st
+from support.generated import (
     DTYPES,
     LAYOUTS,
     cumulative,
@@ -16,8 +17,7 @@ from generated import (
     randn,
     seeds,
 )
-from hypothesis import strategies as st
-from permuteformer_oracle import Mode, dense, last_state
+from support.permuteformer_oracle import Mode, dense, last_state
 from torch import Tensor
 
 from extrope_kernels import (

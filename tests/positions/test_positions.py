@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from position_checks import assert_uniform, seeded, tensors
-from vectors import load
+from support.position_checks import assert_uniform, seeded, tensors
+from support.vectors import load
 
 from extrope_kernels import apply_rope_qk, methods, positions
 from extrope_kernels.positions.pose import take_pieces

@@ -1,4 +1,4 @@
-"""What does not fit together; single wrong arguments are in tests/package."""
+"""What does not fit together; single wrong arguments are in tests/all_ops."""
 
 import re
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from position_checks import assert_uniform, seeded, tensors
+from support.position_checks import assert_uniform, seeded, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extrope_kernels import positions

@@ -3,8 +3,8 @@
 With another `triton_version` that process imports it from build/triton-VERSION. To debug the tests
 of one chip, run them in this process:
 
-    TRITON_INTERPRET=0 EXTROPE_TRITON_CHIP=90 PYTHONPATH=tests/support \\
-        python -m pytest -p ptx.plugin tests/ptx -k sm_90 --pdb
+    TRITON_INTERPRET=0 EXTROPE_TRITON_CHIP=90 PYTHONPATH=tests \\
+        python -m pytest -p support.ptx.plugin tests/ptx -k sm_90 --pdb
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from ptx.worker import Worker
+from support.ptx.worker import Worker
 
 CHIPS = (80, 90, 100)
 # Each chip's own instructions: attention and products. The rest is the same code on all of them,

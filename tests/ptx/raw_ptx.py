@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 
-from ptx import parse
-from ptx.machine import Machine, Program
-from ptx.memory import Findings, Global
+from support.ptx import parse
+from support.ptx.machine import Machine, Program
+from support.ptx.memory import Findings, Global
 
 MODULE = """
 .version 8.7

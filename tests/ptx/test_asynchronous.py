@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ptx import arithmetic
 from raw_ptx import run
+from support.ptx import arithmetic
 
 TORCH = {
     "bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32,

@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from ptx.memory import Fault
 from raw_ptx import run
+from support.ptx.memory import Fault
 
 BARRIER = "bar.sync 0;"
 # Every thread stores, loads what another one stored, and stores again.

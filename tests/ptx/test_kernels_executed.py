@@ -1,8 +1,9 @@
 """The package's Triton kernels as compiled for sm_80, sm_90 and sm_100, executed on a CPU.
 
 Results agree with the reference within the error budget, and no launch races, leaves its bounds or
-skips a fence or a wait (`ptx.plugin` fails a test that does). `make test` runs every kernel once on
-sm_90, and attention on all; the thorough tests run shapes, dtypes, options, chips and Tritons.
+skips a fence or a wait (`support.ptx.plugin` fails a test that does). `make test` runs every kernel
+once on sm_90, and attention on all; the thorough tests run shapes, dtypes, options, chips and
+Tritons.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 
 import pytest
 import torch
-from rounding import Rounding, norm
+from support.rounding import Rounding, norm
 from torch import Tensor
 
 from extrope_kernels import (
@@ -231,7 +232,7 @@ def test_attention(chip):
 
 def test_decode(chip, many_splits):
     """The last program of a sequence merges what the others stored."""
-    from ptx import launch
+    from support.ptx import launch
 
     many_splits()
     check_decode(page=16, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
@@ -426,7 +427,7 @@ def test_merge_of_dtypes(chip, dtype):
 def test_older_tritons(chip, triton_version, dtype, dim, many_splits):
     """3.6 leaves out a fence, and 3.7 writes fragments after one; nothing else is found."""
     import triton
-    from ptx import launch, plugin
+    from support.ptx import launch, plugin
 
     assert triton.__version__ == triton_version
     many_splits()

@@ -28,8 +28,8 @@ def places(ptx: str, opcode: str) -> list[tuple[int, int]]:
 
 def run_without(chip, monkeypatch, place: tuple[int, int] | None = None) -> tuple[str, list[str]]:
     """(PTX, what was found) of a pipelined product whose PTX lacks what is at `place`."""
-    from ptx import launch, mbarrier, plugin
-    from ptx.memory import Fault
+    from support.ptx import launch, mbarrier, plugin
+    from support.ptx.memory import Fault
 
     if plugin.known_findings():
         pytest.skip("this Triton breaks kernels itself")

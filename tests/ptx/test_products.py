@@ -51,7 +51,7 @@ def multiply(
 
 
 def check(chip, *sizes, **options):
-    from ptx import launch
+    from support.ptx import launch
 
     out, exact = multiply(*sizes, **options)
     assert (out - exact).abs().max() <= 2e-6 * exact.abs().max()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vectors import load
+from support.vectors import load
 
 from extrope_kernels import apply_rope, apply_rope_qk, methods
 from extrope_kernels.testing import device, make_qk

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from generated import (
+from hypothesis import strategies as st
+from support.generated import (
     DTYPES,
     LAYOUTS,
     backends,
@@ -17,8 +18,7 @@ from generated import (
     randn,
     seeds,
 )
-from hypothesis import strategies as st
-from rope_cases import NORMS, Case, check, check_gradients
+from support.rope_cases import NORMS, Case, check, check_gradients
 from torch import Tensor
 
 from extrope_kernels.testing import available_backends, device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rope_cases import Case, check
+from support.rope_cases import Case, check
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
 from extrope_kernels.ops.rope import reference

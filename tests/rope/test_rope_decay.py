@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rope_cases import Case, check
-from vectors import load
+from support.rope_cases import Case, check
+from support.vectors import load
 
 from extrope_kernels import apply_rope, apply_rope_qk, methods
 from extrope_kernels.testing import assert_within_budget, device, make_qk

@@ -1,11 +1,11 @@
-"""What the rotation's ops refuse beside single wrong arguments (see tests/package)."""
+"""What the rotation's ops refuse beside single wrong arguments (see tests/all_ops)."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from append_cases import CONTIGUOUS, FILLER, Step, ints
+from support.append_cases import CONTIGUOUS, FILLER, Step, ints
 
 from extrope_kernels import (
     RopeFreqs,

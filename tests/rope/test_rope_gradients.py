@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rope_cases import Case, check, check_gradients
+from support.rope_cases import Case, check, check_gradients
 from torch.autograd import gradcheck, gradgradcheck
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods

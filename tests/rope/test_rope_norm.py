@@ -6,8 +6,8 @@ import importlib
 
 import pytest
 import torch
-from rope_cases import NORMS, Case, check, check_gradients
-from truncation import truncation
+from support.rope_cases import NORMS, Case, check, check_gradients
+from support.truncation import truncation
 
 from extrope_kernels import RopeFreqs, apply_rope, apply_rope_qk, methods
 from extrope_kernels.ops.rope.norm import rope_norm_bwd, rope_norm_inplace

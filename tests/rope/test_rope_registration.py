@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them, beside tests/package/test_registration.py."""
+"""The ops as PyTorch sees them, beside tests/all_ops/test_registration.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from append_cases import Step, ints
+from support.append_cases import Step, ints
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from rope_oracle import (
+from support.rope_oracle import (
     DEVICE,
     INTERPRETED,
     Guarded,

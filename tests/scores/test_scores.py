@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from score_examples import EXAMPLES, OF_PAIRS, by_regions, indices
+from support.score_examples import EXAMPLES, OF_PAIRS, by_regions, indices
 
 from extrope_kernels import methods, rope_attention, scores
 from extrope_kernels.ops._math.maps import columns_of, maps_of

@@ -9,13 +9,13 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-import decode_oracle
 import torch
-from attention_oracle import largest_gain
-from generated import LAYOUTS, LOW, cumulative, frequencies, laid_out, lengths, randn, seeds
 from hypothesis import strategies as st
-from rounding import Rounding
-from score_examples import (
+from support import decode_oracle
+from support.attention_oracle import largest_gain
+from support.generated import LAYOUTS, LOW, cumulative, frequencies, laid_out, lengths, randn, seeds
+from support.rounding import Rounding
+from support.score_examples import (
     Example,
     blockwise_causal,
     dual_chunk,

@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from rounding import Rounding, norm
-from score_examples import Example, Relative
+from support.rounding import Rounding, norm
+from support.score_examples import Example, Relative
 from torch import Tensor, nn
 
 from extrope_kernels import rope_attention

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import rounding
 import torch
-from attention_oracle import check_outputs, closed_form, plain_formula, rotate, rounding_noise
-from score_examples import (
+from support import rounding
+from support.attention_oracle import (
+    check_outputs,
+    closed_form,
+    plain_formula,
+    rotate,
+    rounding_noise,
+)
+from support.score_examples import (
     EXAMPLES,
     PLAIN,
     Example,

@@ -4,7 +4,7 @@ on PyTorch.
 Parameters are those of the packages' sources, recorded from flash-attn 2.8.3.post2, hopper/ of its
 repository of 2026-03, and flash-attn-4 4.0.0b36. Record others so, for the three files at will:
 
-    python tests/support/flash_attn_stubs.py flash_attn/cute/interface.py ...
+    PYTHONPATH=tests python -m support.flash_attn_stubs flash_attn/cute/interface.py ...
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-from attention_engines import TorchEngine
+from support.attention_engines import TorchEngine
 
 _RECORD = Path(__file__).parent / "data" / "flash_attn_signatures.json"
 SIGNATURES: dict[str, dict[str, str]] = json.loads(_RECORD.read_text())

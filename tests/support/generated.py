@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from method_examples import example
+from support.method_examples import example
 from torch import Tensor
 
 from extrope_kernels.methods import METHODS, RopeFreqs

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from operations import MERGE, PERMUTE, PERMUTEFORMER, merge
-from score_examples import EXAMPLES, Example
+from support.operations import MERGE, PERMUTE, PERMUTEFORMER, merge
+from support.score_examples import EXAMPLES, Example
 from torch import Tensor
 
 from extrope_kernels import (

@@ -1,7 +1,7 @@
 """Tensors between pages that may not be touched: one byte too far ends the process.
 
-Run as a script with "before" or "behind": the interpreted Triton kernels of attention on tensors
-that start at, or end at, such a page. The interpreter loads and stores at the real addresses.
+`python -m support.guard_pages before` (or behind) runs interpreted Triton kernels of attention on
+tensors that start at, or end at, such a page. The interpreter loads and stores at real addresses.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _is_plain(x: Any) -> bool:
 
 def attention() -> None:
     """Forward and backward in two and three regions, with dims, rows and keys left over."""
-    import triton_attention as triton
+    from support import triton_attention as triton
 
     from extrope_kernels import methods, scores
     from extrope_kernels.ops.attention import AttentionCall
@@ -127,7 +127,7 @@ def attention() -> None:
 
 def cache() -> None:
     """Appending to and reading from caches, in one piece and in pages."""
-    import triton_attention as triton
+    from support import triton_attention as triton
 
     from extrope_kernels import methods, scores
     from extrope_kernels.ops.attention import AttentionCall

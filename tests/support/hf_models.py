@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-import score_examples
 import torch
 from packaging.version import Version
+from support import score_examples
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -23,10 +23,10 @@ import sys
 from collections.abc import Set
 from pathlib import Path
 
-import mutants_cpp
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkResult
 from coverage import CoverageData
+from support import mutants_cpp
 
 ROOT = Path(__file__).parents[2]
 EQUIVALENT = Path(__file__).parent / "data" / "mutants.json"
@@ -36,7 +36,9 @@ ROOMS = {
     "methods": ("methods", ["methods"]),
     "positions": ("positions", ["positions"]),
     "rope": ("ops/rope", ["rope"]),
-    "attention": ("ops/attention", ["attention"]),
+    "cache": ("ops/cache", ["cache"]),
+    "attention": ("ops/attention", ["attention", "decode"]),
+    "decode": ("ops/decode", ["decode"]),
     "permuteformer": ("ops/permuteformer", ["permuteformer"]),
     "distributed": ("distributed", ["distributed"]),
     "transformers": ("integrations/transformers", ["transformers"]),
@@ -54,7 +56,7 @@ CONFIG = """
 module-path = "{sources}"
 timeout = 600.0
 excluded-modules = []
-test-command = "{python} {script} {room} --meet"
+test-command = "{python} -m support.mutants {room} --meet"
 [cosmic-ray.distributor]
 name = "local"
 """
@@ -112,11 +114,9 @@ def run(
     name = f"{room}_{'changed' if lines else ''}{count}"
     session, config = (folder / f"{name}.{end}" for end in ("sqlite", "toml"))
     sources = f"extrope_kernels/{ROOMS[room][0]}"
-    config.write_text(
-        CONFIG.format(python=sys.executable, script=__file__, sources=sources, room=room)
-    )
+    config.write_text(CONFIG.format(python=sys.executable, sources=sources, room=room))
     # The tree comes before the checkout that is installed.
-    path = os.pathsep.join((str(tree), os.environ.get("PYTHONPATH", "")))
+    path = os.pathsep.join((str(tree), str(tree / "tests"), os.environ.get("PYTHONPATH", "")))
     coverage = folder / f"{room}.coverage"
     environment = {**os.environ, "PYTHONPATH": path, "COVERAGE_FILE": str(coverage)}
     inside = {"cwd": tree, "env": environment, "check": True}

@@ -21,14 +21,14 @@ from tqdm import tqdm
 SOURCES = ("csrc/cpu", "csrc/common")
 # By folder; those that all share are tested by all.
 TESTS = {
-    "append": ["attention", "rope/test_rope_append.py"],
+    "cache": ["cache", "decode"],
     "attention": ["attention"],
-    "decode": ["attention"],
+    "decode": ["decode"],
     "linear_attention": ["permuteformer"],
     "permute": ["permuteformer"],
     "rope": ["rope"],
 }
-ALL = ["rope", "permuteformer", "attention"]
+ALL = ["rope", "cache", "permuteformer", "attention", "decode"]
 RULES = (
     (r" \+ ", " - "),
     (r" - ", " + "),

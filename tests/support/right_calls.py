@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from method_examples import DIM, EXAMPLES
-from score_examples import EXAMPLES as SCORES
-from score_examples import OF_PAIRS
+from support.method_examples import DIM, EXAMPLES
+from support.score_examples import EXAMPLES as SCORES
+from support.score_examples import OF_PAIRS
 
 from extrope_kernels import RopeFreqs, head_permutations, methods, scores
 from extrope_kernels.testing import device

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from generated import randn
+from support.generated import randn
+from support.truncation import truncation
 from torch import Tensor
-from truncation import truncation
 
 from extrope_kernels import RopeFreqs, apply_rope_qk
 from extrope_kernels.testing import assert_within_budget

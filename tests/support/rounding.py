@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from rope_oracle import INTERPRETED
+from support.rope_oracle import INTERPRETED
 from torch import Tensor
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-import operations
 import torch
+from support import operations
 from torch import Tensor
 
 # Of the largest value: how accurate an operation is, other tests say.

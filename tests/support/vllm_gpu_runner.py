@@ -1,4 +1,4 @@
-"""One engine on a CPU by what a GPU has: python tests/support/vllm_gpu_runner.py FOLDER JSON
+"""One engine on a CPU by what a GPU has: python -m support.vllm_gpu_runner FOLDER JSON
 
 vLLM's second model runner, which is a GPU's, with its Triton kernels interpreted, and our backend
 for GPUs in the place of the CPU's. Asks for prompts, makes a dummy run, and asks for longer ones
@@ -24,7 +24,7 @@ def main(folder: str, extrope: str) -> None:
     there = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     triton.backends.backends["cpu"] = there
 
-    from vllm_engines import PROMPTS, engine, generated
+    from support.vllm_engines import PROMPTS, engine, generated
 
     from extrope_kernels.integrations.vllm import cuda, plugin
 

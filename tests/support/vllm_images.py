@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm_engines import SIZES, VOCAB
+from support.vllm_engines import SIZES, VOCAB
 
 from extrope_kernels.integrations.transformers import extend
 

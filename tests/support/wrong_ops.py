@@ -5,7 +5,7 @@ for clean copies of the arguments. No byte is written outside of an output or a 
 that a call is given or allocates lies between pages that may not be touched (`guard_pages`), so
 that a read or a write too far ends the process.
 
-Run as a script: `python wrong_ops.py FIRST LAST` goes through these cases of one shuffled list. It
+In tests/ `python -m support.wrong_ops FIRST LAST` goes through these cases of one shuffled list. It
 prints each case's number before it runs it, and what was wrong with it.
 """
 
@@ -26,8 +26,8 @@ from typing import Any
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-from guard_pages import Guarded, bytes_between_pages, cpu_kernel, use_again
-from right_calls import APPEND, ATTENTION, CACHE, CALLS, FREQS, LINEAR, XPOS, ints, randn
+from support.guard_pages import Guarded, bytes_between_pages, cpu_kernel, use_again
+from support.right_calls import APPEND, ATTENTION, CACHE, CALLS, FREQS, LINEAR, XPOS, ints, randn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import torch
-from right_calls import FREQS
+from support.right_calls import FREQS
 
 from extrope_kernels import methods
 

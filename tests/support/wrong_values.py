@@ -6,8 +6,18 @@ import math
 from dataclasses import replace
 
 import torch
-from right_calls import ATTENTION, CACHE, DEVICE, FREQS, LSE, SECTIONS, XPOS, ints, permutations
-from wrong_tensors import (
+from support.right_calls import (
+    ATTENTION,
+    CACHE,
+    DEVICE,
+    FREQS,
+    LSE,
+    SECTIONS,
+    XPOS,
+    ints,
+    permutations,
+)
+from support.wrong_tensors import (
     NOT_A_NUMBER,
     NOT_ABOVE_0,
     not_factors,

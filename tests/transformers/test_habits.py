@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from hf_models import build, tokens
+from support.hf_models import build, tokens
 
 import extrope_kernels
 from extrope_kernels.integrations.transformers import extend

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import models_census
 import pytest
-import tiny_models
 import torch
-from hf_models import build, error, generate, gradients, logits, since, tokens, transformers
+from support import tiny_models
+from support.hf_models import build, error, generate, gradients, logits, since, tokens, transformers
 
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.integrations.transformers.batch import padded

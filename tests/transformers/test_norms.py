@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import (
+from support.hf_models import (
     CountOps,
     assert_as_exact_as,
     build,

@@ -3,9 +3,18 @@
 import copy
 
 import pytest
-import tiny_models
 import torch
-from hf_models import TRAINED, build, freqs_of, logits, rotary_dim, rotary_of, tokens, transformers
+from support import tiny_models
+from support.hf_models import (
+    TRAINED,
+    build,
+    freqs_of,
+    logits,
+    rotary_dim,
+    rotary_of,
+    tokens,
+    transformers,
+)
 
 from extrope_kernels import methods
 from extrope_kernels.integrations.transformers import extend, extend_from_saved

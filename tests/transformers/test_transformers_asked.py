@@ -8,9 +8,9 @@ import types
 import warnings
 
 import pytest
-import tiny_models
 import torch
-from hf_models import TRAINED, build, logits, tokens
+from support import tiny_models
+from support.hf_models import TRAINED, build, logits, tokens
 
 from extrope_kernels import extend, methods, restore, scores
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hf_models import SCORE_PARAMETERS, build, generate, tokens, transformers
+from support.hf_models import SCORE_PARAMETERS, build, generate, tokens, transformers
 from torch import nn
 
 from extrope_kernels.integrations.transformers import extend

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import VOCAB, build, error, generate, gradients, logits, tokens, transformers
+from support.hf_models import VOCAB, build, error, generate, gradients, logits, tokens, transformers
 from torch import nn
 
 from extrope_kernels.integrations.transformers import extend

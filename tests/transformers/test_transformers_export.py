@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import build, logits, tokens, transformers
+from support.hf_models import build, logits, tokens, transformers
 from torch import nn
 
 from extrope_kernels.integrations.transformers import extend

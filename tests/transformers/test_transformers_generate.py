@@ -6,11 +6,10 @@ import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import hf_models
 import pytest
-import tiny_models
 import torch
-from hf_models import (
+from support import hf_models, tiny_models
+from support.hf_models import (
     ATTENDING,
     CACHE,
     LAYERS,

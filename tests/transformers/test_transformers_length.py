@@ -3,9 +3,9 @@
 import warnings
 
 import pytest
-import tiny_models
 import torch
-from hf_models import TRAINED, build, logits, tokens, transformers
+from support import tiny_models
+from support.hf_models import TRAINED, build, logits, tokens, transformers
 
 from extrope_kernels.integrations.transformers import extend
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny_models
 import torch
-from hf_models import SCORE_PARAMETERS, build, error, logits, tokens, transformers
+from support import tiny_models
+from support.hf_models import SCORE_PARAMETERS, build, error, logits, tokens, transformers
 
 from extrope_kernels.integrations.transformers import extend
 

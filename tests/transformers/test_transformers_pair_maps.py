@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import CACHE, assert_same, build, generate, logits, rotary_dim, tokens
+from support.hf_models import CACHE, assert_same, build, generate, logits, rotary_dim, tokens
 
 from extrope_kernels.integrations.transformers import extend
 

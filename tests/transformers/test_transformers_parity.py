@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hf_models import (
+from support.hf_models import (
     FAMILIES,
     LAYERS,
     TRAINED,
@@ -23,7 +23,7 @@ from hf_models import (
     tokens,
     transformers,
 )
-from method_examples import example
+from support.method_examples import example
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from extrope_kernels import methods

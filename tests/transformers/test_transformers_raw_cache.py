@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import CACHE, TRAINED, build, tokens
+from support.hf_models import CACHE, TRAINED, build, tokens
 from transformers import DynamicCache
 
 from extrope_kernels.integrations.transformers import extend, extend_from_saved

@@ -7,9 +7,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import tiny_models
 import torch
-from hf_models import build, transformers
+from support import tiny_models
+from support.hf_models import build, transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -10,9 +10,9 @@ import sys
 from functools import partial
 
 import pytest
-import tiny_models
 import torch
-from hf_models import (
+from support import tiny_models
+from support.hf_models import (
     ATTENDING,
     FAMILIES,
     CountOps,

@@ -9,9 +9,9 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
-from hf_models import (
+from support import tiny_models
+from support.hf_models import (
     SCORE_PARAMETERS,
     TRAINED,
     assert_as_exact_as,

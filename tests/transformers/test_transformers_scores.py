@@ -6,11 +6,11 @@ import copy
 import sys
 from contextlib import contextmanager
 
-import attention_oracle as oracle
 import pytest
-import score_examples
 import torch
-from hf_models import (
+from support import attention_oracle as oracle
+from support import score_examples
+from support.hf_models import (
     ATTENDING,
     CACHE,
     SCORE_PARAMETERS,

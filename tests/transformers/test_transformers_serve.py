@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hf_models import VOCAB, build, tokens, transformers
+from support.hf_models import VOCAB, build, tokens, transformers
 
 from extrope_kernels.integrations.transformers import extend
 

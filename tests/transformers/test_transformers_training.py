@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import attention_oracle as oracle
 import pytest
 import torch
-from hf_models import (
+from support import attention_oracle as oracle
+from support.hf_models import (
     ATTENDING,
     FAMILIES,
     LAYERS,

@@ -72,7 +72,7 @@ def test_a_model_that_no_entry_can_serve_is_refused():
 
 
 def test_an_engine_says_what_was_chosen(llama, monkeypatch):
-    from vllm_engines import LENGTH, engine, expected, generated, tokens_of
+    from support.vllm_engines import LENGTH, engine, expected, generated, tokens_of
 
     from extrope_kernels.integrations.vllm.plugin import LOGGER
 

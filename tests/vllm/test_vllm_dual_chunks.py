@@ -6,9 +6,9 @@ import copy
 from types import SimpleNamespace
 
 import pytest
-import score_examples
 import torch
-from attention_oracle import closed_form
+from support import score_examples
+from support.attention_oracle import closed_form
 from test_vllm_settings import YARN, config
 
 from extrope_kernels import RopeFreqs, scores
@@ -86,7 +86,7 @@ def test_the_temperature_is_that_of_each_querys_position():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     pytest.importorskip("transformers")
-    from vllm_engines import build
+    from support.vllm_engines import build
 
     folder = tmp_path_factory.mktemp("qwen2")
     return build("Qwen2", folder, hidden_size=128, **{KEY: THEIRS}), folder
@@ -123,7 +123,7 @@ def difference_to(ref, got):
 @pytest.fixture(scope="module")
 def wanted(tiny):
     """The formulas, and transformers under `extend` without parameters, in float32."""
-    from vllm_engines import PROMPTS, expected
+    from support.vllm_engines import PROMPTS, expected
 
     with pytest.warns(UserWarning, match="the sparse part .* is left out"):
         want = expected(tiny[0], [DUAL])
@@ -131,7 +131,7 @@ def wanted(tiny):
 
 
 def test_extend_takes_them_from_the_configuration(tiny, wanted):
-    from vllm_engines import PROMPTS, difference, expected, logits_behind, regret, tokens_of
+    from support.vllm_engines import PROMPTS, difference, expected, logits_behind, regret, tokens_of
 
     model, (ref, want) = tiny[0], wanted
     assert difference_to(ref, want) < 1e-4  # the logits' rounding in float32
@@ -146,7 +146,7 @@ def test_extend_takes_them_from_the_configuration(tiny, wanted):
 
 @torch.no_grad()
 def test_the_temperature_counts_from_a_rows_first_token(tiny):
-    from vllm_engines import PROMPTS, expected
+    from support.vllm_engines import PROMPTS, expected
 
     from extrope_kernels.integrations.transformers import extend
 
@@ -164,7 +164,7 @@ def test_the_temperature_counts_from_a_rows_first_token(tiny):
 def test_engine(tiny, wanted):
     """No override and no parameters, against transformers and against the formulas."""
     pytest.importorskip("vllm.version")  # this folder is a "vllm", too
-    from vllm_engines import difference, engine, expected, generated, tokens_of
+    from support.vllm_engines import difference, engine, expected, generated, tokens_of
 
     (model, folder), (ref, want) = tiny, wanted
     with engine(folder, {"score": DUAL}, enable_prefix_caching=True) as llm:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import (
+from support.vllm_engines import (
     LENGTH,
     PROMPTS,
     SIZES,

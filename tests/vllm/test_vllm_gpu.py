@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import engine, expected, generated, tokens_of
+from support.vllm_engines import engine, expected, generated, tokens_of
 
 import extrope_kernels.integrations.vllm as integration
 

@@ -18,20 +18,22 @@ import torch
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 pytest.importorskip("triton")
 
+from support.vllm_engines import Written, build, difference, expected, tokens_of
 from test_vllm_engines import LEAKY, MODELS
-from vllm_engines import Written, build, difference, expected, tokens_of
 
 import extrope_kernels
 
-SCRIPT = Path(__file__).parents[1] / "support" / "vllm_gpu_runner.py"
+TESTS = Path(__file__).parents[1]
 
 
 def test_cached_prefixes_and_a_dummy_run(tmp_path):
     """Every other layer has a sliding window, left blocks of which this runner hides."""
     model = build("Gemma2", tmp_path, **MODELS["Gemma2"])
     model.set_attn_implementation("eager")
-    paths = [str(Path(extrope_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, str(SCRIPT), str(tmp_path), json.dumps({"score": LEAKY})]
+    package = Path(extrope_kernels.__file__).parents[1]
+    paths = [str(package), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "support.vllm_gpu_runner", str(tmp_path)]
+    command.append(json.dumps({"score": LEAKY}))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

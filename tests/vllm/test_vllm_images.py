@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import engine
-from vllm_images import build, prompt_logprobs
+from support.vllm_engines import engine
+from support.vllm_images import build, prompt_logprobs
 
 YARN = {"method": "yarn", "factor": 4.0}
 OPTIONS = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 1}}

@@ -108,7 +108,7 @@ OF_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 )
 def test_an_engine_equals_transformers(tmp_path, name, rope, method):
     pytest.importorskip("vllm.version")  # this folder is a "vllm", too
-    from vllm_engines import build, difference, engine, expected, generated, tokens_of
+    from support.vllm_engines import build, difference, engine, expected, generated, tokens_of
 
     given = SIZES | (OF_V3 if name == "DeepseekV3" else {})
     model = build(name, tmp_path, **given, head_dim=64, rope_parameters=rope)

@@ -8,8 +8,8 @@ pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
+from support.vllm_engines import LENGTH, TRAINED, build, save_tokenizer
 from transformers import AutoTokenizer
-from vllm_engines import LENGTH, TRAINED, build, save_tokenizer
 
 from extrope_kernels.evaluation.lm_eval.model import ExtropeLM
 

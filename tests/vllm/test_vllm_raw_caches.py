@@ -122,7 +122,7 @@ def test_refused(extrope, text, model, message):
 def tiny(tmp_path_factory):
     """One layer: what a cached prefix holds of it, keys and values, depends on no frequencies."""
     pytest.importorskip("vllm.version")  # this folder is a "vllm", too
-    from vllm_engines import build
+    from support.vllm_engines import build
 
     folder = tmp_path_factory.mktemp("llama")
     return build("Llama", folder, num_hidden_layers=1), folder
@@ -133,7 +133,7 @@ def step_by_step(model, chain, prompt):
     """Greedy tokens behind a prompt, each by a forward of its own, by frequencies of its length."""
     from contextlib import ExitStack
 
-    from vllm_engines import NEW, Written
+    from support.vllm_engines import NEW, Written
 
     from extrope_kernels.integrations.transformers import extend
 
@@ -152,7 +152,7 @@ def step_by_step(model, chain, prompt):
 @pytest.fixture(scope="module")
 def plain(tiny):
     """What vLLM makes of short requests: two that begin alike, and one of another beginning."""
-    from vllm_engines import PROMPTS, engine, generated
+    from support.vllm_engines import PROMPTS, engine, generated
 
     prefix = PROMPTS[0][:96]
     short = [prefix + PROMPTS[1][:12], prefix + PROMPTS[2][:20], PROMPTS[3]]
@@ -165,7 +165,7 @@ def plain(tiny):
 )
 def test_requests_of_different_lengths_share_a_prefix(tiny, plain, extrope):
     """Prompts in chunks, steps of all at once, every page of the prefix that of a shorter one."""
-    from vllm_engines import PROMPTS, difference, engine, generated, tokens_of
+    from support.vllm_engines import PROMPTS, difference, engine, generated, tokens_of
 
     model, folder = tiny
     short, theirs = plain

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import PROMPTS, engine, expected, generated, logits_behind, tokens_of
+from support.vllm_engines import PROMPTS, engine, expected, generated, logits_behind, tokens_of
 
 from extrope_kernels.integrations.transformers import extend
 

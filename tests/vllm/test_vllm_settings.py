@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from method_examples import example
+from support.method_examples import example
 
 from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import engine_of, make_engine

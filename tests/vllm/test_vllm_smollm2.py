@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from vllm_engines import difference, engine, expected, generated, tokens_of
+from support.vllm_engines import difference, engine, expected, generated, tokens_of
 
 from extrope_kernels.evaluation import UsageError, models, packages
 

@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
+from support.vllm_engines import SIZES, engine, expected, generated, tokens_of
+from support.vllm_images import MODELS, OF_QWEN, VISION
 from test_vllm_engines import RERO, YARN, configured
-from vllm_engines import SIZES, engine, expected, generated, tokens_of
-from vllm_images import MODELS, OF_QWEN, VISION
 
 RAW = YARN | {"cache": "raw"}
 NONE = {"image": 0, "video": 0}

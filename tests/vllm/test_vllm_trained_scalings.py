@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
+from support.vllm_engines import LENGTH, SIZES, build
 from test_vllm_engines import GEMMA, RERO, TWO_KINDS, YARN, equals_transformers
-from vllm_engines import LENGTH, SIZES, build
 
 ORIGINAL = {"original_max_position_embeddings": 32}
 PAIRS = SIZES["head_dim"] // 2

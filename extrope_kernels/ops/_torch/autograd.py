@@ -3,7 +3,7 @@
 torch.library.register_autograd does not serve (PyTorch 2.13): torch.func.grad, vjp and jacrev raise
 under it, gradients through torch.vmap come out as zeros, and tangents of forward mode are lost
 without a word. So Autograd kernels are registered by hand. No other module uses a private function
-of PyTorch, see tests/package/test_import_direction.py.
+of PyTorch, see tests/installation/test_import_direction.py.
 """
 
 from __future__ import annotations

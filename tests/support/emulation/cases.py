@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rope_oracle import BITS, exact, rope_rotation
+from support.rope_oracle import BITS, exact, rope_rotation
 from torch import Tensor
 
 from extrope_kernels.ops._math.dtypes import accumulator

@@ -1,6 +1,7 @@
 """A pytest plugin: every Triton launch is executed as PTX, for the `chip` of a test if it has one.
 
-TRITON_INTERPRET=0 EXTROPE_TRITON_CHIP=90 python -m pytest -p ptx.plugin tests/rope -k triton
+TRITON_INTERPRET=0 EXTROPE_TRITON_CHIP=90 PYTHONPATH=tests \\
+    python -m pytest -p support.ptx.plugin tests/rope -k triton
 
 A test fails where a launch raced, left its bounds or skipped a fence or a wait.
 """

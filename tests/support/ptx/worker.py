@@ -1,8 +1,8 @@
 """Run tests in a process of their own, where Triton compiles and PTX is executed.
 
 The suite's processes interpret kernels: Triton decides that once, when they are decorated. `Worker`
-is the suite's end; the other is a pytest with the plugins `ptx.plugin` and this one, which takes
-node ids from a socket and answers (outcome, text).
+is the suite's end; the other is a pytest with the plugins `support.ptx.plugin` and this one, which
+takes node ids from a socket and answers (outcome, text).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-SUPPORT = Path(__file__).resolve().parents[1]
-OPTIONS = "-p ptx.plugin -p ptx.worker -p no:xdist -p no:cacheprovider"
+TESTS = Path(__file__).resolve().parents[2]
+OPTIONS = "-p support.ptx.plugin -p support.ptx.worker -p no:xdist -p no:cacheprovider"
 
 
 class Worker:
@@ -28,9 +28,7 @@ class Worker:
         here, there = socket.socketpair()
         self.lines = here.makefile("rwb")
         here.close()
-        paths = [str(x) for x in (first, SUPPORT) if x] + os.environ.get("PYTHONPATH", "").split(
-            ":"
-        )
+        paths = [str(x) for x in (first, TESTS) if x] + os.environ.get("PYTHONPATH", "").split(":")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {
             "CUDA_VISIBLE_DEVICES": "",
             "EXTROPE_TRITON_CHIP": "90",  # until a test names its own

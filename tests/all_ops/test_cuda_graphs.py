@@ -1,0 +1,125 @@
+"""CUDA graphs: captured once and replayed on other numbers, positions and lengths.
+
+Where no GPU is, what stands for a graph runs the call again on the same tensors: the cases are
+right then, and a replay that does nothing, or keeps the lengths of the capture, is caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.graph_cases import CASES, Case
+from torch import Tensor
+
+from extrope_kernels.testing import device
+
+ON_GPU = device() == "cuda"
+# A replay must be this much nearer to the new results than the old ones are: its accuracy is for
+# other tests.
+NEARER = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+Replay = Callable[[], object]
+
+
+def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Replay]:
+    """The results of run() in their places, and what computes them anew."""
+    if not ON_GPU:
+        return rerun(run)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return results, graph.replay
+
+
+def rerun(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Replay]:
+    results = [x.detach() for x in run()]
+
+    def replay():
+        for result, new in zip(results, run()):
+            result.copy_(new.detach())
+
+    return results, replay
+
+
+def finite(x: Tensor) -> Tensor:
+    return x.detach().double().masked_fill(x == -torch.inf, 0.0)
+
+
+def expected(case: Case, number: int, dtype: torch.dtype) -> list[Tensor]:
+    tensors = case.tensors(number, dtype)
+    return [finite(x) for x in case("reference", **{n: x.clone() for n, x in tensors.items()})]
+
+
+def check(case: Case, backend: str, capture: Callable = capture) -> None:
+    dtype = torch.bfloat16 if backend == "flash_attn" else torch.float32
+    static = {name: x.clone() for name, x in case.tensors(0, dtype).items()}
+    results, replay = capture(lambda: case(backend, **static))
+    before = expected(case, 0, dtype)
+    for number in (1, 2):
+        for name, x in case.tensors(number, dtype).items():
+            static[name].copy_(x)
+        replay()
+        now = expected(case, number, dtype)
+        for i, (got, new, old) in enumerate(zip(results, now, before, strict=True)):
+            apart = (new - old).abs().max()
+            assert apart > 0.1, f"result {i} of round {number} is that of the round before"
+            error = (finite(got) - new).abs().max()
+            assert error < NEARER[dtype] * apart, f"result {i} of round {number}: {error}, {apart}"
+        before = now
+
+
+EVERYWHERE = [
+    (name, backend)
+    for name, case in CASES.items()
+    for backend in case.backends
+    if ON_GPU or backend != "triton"  # which a CPU interprets
+]
+
+
+@pytest.mark.parametrize(("name", "implementation"), EVERYWHERE)
+def test_replay_computes_on_what_is_there(name, implementation):
+    check(CASES[name], implementation)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_replay_of_the_best_backend(name):
+    check(CASES[name], None)
+
+
+# -------------------------------------------------------------------------------------------------
+# The check can fail
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_replay_that_does_nothing_is_caught(name):
+    def idle(run):
+        return rerun(run)[0], lambda: None
+
+    with pytest.raises(AssertionError, match="result 0 of round 1: "):
+        check(CASES[name], CASES[name].backends[0], idle)
+
+
+# The reference is what the others are compared with: its lengths are not frozen.
+FROZEN = {name: backend for name, backend in EVERYWHERE if backend != "reference"}
+
+
+@pytest.mark.parametrize("name", [name for name in FROZEN if CASES[name].lengths(0)])
+def test_lengths_of_the_capture_are_caught(name):
+    """As where the host read them, or kept a copy."""
+    case = CASES[name]
+    old = {key: x.to(device()) for key, x in case.lengths(0).items()}
+
+    def run(backend, **tensors):
+        return case.run(backend, **(tensors if backend == "reference" else tensors | old))
+
+    frozen = Case(run, case.shapes, case.lengths, case.backends, case.gradients)
+    with pytest.raises(AssertionError, match="of round 1: "):
+        check(frozen, FROZEN[name], rerun)

@@ -1,0 +1,97 @@
+"""NaN and infinite inputs: what depends on them shows it, as in PyTorch, and no more does.
+
+Of linear attention see test_nonfinite_permuteformer.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from support.operations import OPERATIONS, SCORES, everywhere
+from torch import Tensor
+
+ROW, HEAD, LANE = 100, 1, 5  # of the second batch entry
+VALUES = (math.nan, math.inf, -math.inf)
+CASES = [(n, i) for n, i in everywhere() if n in (*SCORES, "cache") and i != "reference"]
+GRADIENTS = [(n, i) for n, i in everywhere() if n == "rerope, backward" and i != "reference"]
+
+
+def poisoned(tensors: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor]:
+    changed = {key: x.clone() for key, x in tensors.items()}
+    x = changed[name]
+    x[1, min(ROW, x.shape[1] - 1), HEAD, LANE] = value
+    return changed
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    both = found.isfinite() & expected.isfinite()
+    return (found.double() - expected.double()).abs()[both].max().item()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_attention(name, implementation, dtype):
+    """Exactly the rows and dims that PyTorch's formula spoils are spoilt.
+
+    Values are the exception, and PyTorch's kernels make it too: times a weight of zero they spoil
+    the rows that do not see them where those share a tile with rows that do, or do not.
+    """
+    operation = OPERATIONS[name]
+    tensors = operation.inputs(dtype)
+    query, key, values = tensors
+    clean = [operation.run(i, **tensors)[0] for i in (implementation, "reference")]
+    allowed = 2 * worst(*clean)
+    seen = ~operation.run("reference", **poisoned(tensors, key, math.nan))[1].isfinite()
+    for which in (query, key, values):
+        for value in VALUES:
+            given = poisoned(tensors, which, value)
+            out, lse = operation.run(implementation, **given)
+            expected, expected_lse = operation.run("reference", **given)
+            assert torch.equal(lse.isfinite(), expected_lse.isfinite())
+            if which == values:
+                spoilt = ~out[..., LANE].isfinite().transpose(1, 2)
+                assert spoilt[seen].all() and lse.isfinite().all()
+                rest = torch.arange(out.shape[-1], device=out.device) != LANE
+                assert out[..., rest].isfinite().all()
+            else:
+                assert torch.equal(out.isfinite(), expected.isfinite())
+            assert worst(out, expected) <= allowed
+
+
+@pytest.mark.parametrize(("name", "implementation"), GRADIENTS)
+def test_gradients(name, implementation):
+    """A query that is NaN spoils its own gradient and those of all keys and values that it sees."""
+    operation = OPERATIONS[name]
+    given = poisoned(operation.inputs(torch.float32), "q", math.nan)
+    *_, dq, dk, dv = operation.run(implementation, **given)
+    assert dq[1, ROW, HEAD].isnan().all()
+    assert dk[1, : ROW + 1, 0].isnan().all() and dv[1, : ROW + 1, 0].isnan().all()
+    for grad, spoilt in (
+        (dq, (1, ROW, HEAD)),
+        (dk, (1, slice(None), 0)),
+        (dv, (1, slice(None), 0)),
+    ):
+        grad[spoilt] = 0.0
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("implementation", OPERATIONS["permute"].backends)
+@pytest.mark.parametrize("name", ("q", "k"))
+def test_permute(name, implementation, dtype):
+    """One dim goes in and one comes out, in the same row of the same head; gradients likewise."""
+    operation = OPERATIONS["permute"]
+    shapes = {key: (shape[0], ROW + 1, *shape[2:]) for key, shape in operation.shapes.items()}
+    tensors = replace(operation, shapes=shapes).inputs(dtype)
+    for value in VALUES:
+        given = poisoned(tensors, name, value)
+        leaves = {key: x.clone().requires_grad_() for key, x in tensors.items()}
+        outs = operation.run(implementation, **leaves)
+        grads = torch.autograd.grad(outs, list(leaves.values()), list(given.values()))
+        for found in (operation.run(implementation, **given), grads):
+            for key, x in zip(given, found):
+                where = (~x.isfinite()).nonzero()[:, :3].tolist()
+                assert where == ([[1, ROW, HEAD]] if key == name else [])
