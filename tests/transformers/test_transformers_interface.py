@@ -115,22 +115,88 @@ def test_gradients_are_those_of_torch():
         torch.testing.assert_close(got, want[name])
 
 
+HOLE = MASK.clone()
+HOLE[1, 9] = 0
+PACKED = torch.cat((torch.arange(12), torch.arange(17)))[None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["left", "right", "packed"])
+def test_rows_with_padding_and_packed_rows_are_one_call(kind, family):
+    """Each sequence as if it came alone, by one call a layer of the op for packed sequences."""
+    model, twin, inputs = build(family), build(family).double(), {"attention_mask": MASK}
+    places = [(0, slice(5, None)), (1, slice(None))]
+    if kind == "right":
+        inputs, places[0] = {"attention_mask": MASK.flip(1)}, (0, slice(0, -5))
+    elif kind == "packed":
+        inputs = {"position_ids": PACKED}
+        places = [(row, part) for row in (0, 1) for part in (slice(0, 12), slice(12, None))]
+    alone = [PROMPT[row : row + 1, part] for row, part in places]
+    theirs = torch.cat([logits(model, each) for each in alone], 1)
+    want = torch.cat([logits(twin, each) for each in alone], 1)
+    model.set_attn_implementation("extrope")
+    with CountOps() as count:
+        got = logits(model, PROMPT, **inputs)
+    assert count.of(*OURS) == 2 and count.of(*THEIRS) == 0
+    got = torch.cat([got[row : row + 1, part] for row, part in places], 1)
+    assert_as_exact_as(got, theirs, want)
+
+
+@pytest.mark.parametrize("kind", ["left", "packed"])
+def test_gradients_of_rows_with_padding_and_packed_rows(kind):
+    inputs = {"attention_mask": MASK} if kind == "left" else {"position_ids": PACKED}
+    model = build("llama").double()
+    found = []
+    for name in ("sdpa", "extrope"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        out = model(PROMPT, use_cache=False, **inputs).logits
+        out[MASK.bool()].log_softmax(-1)[:, 0].sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_a_finished_mask_of_pairs_is_read():
+    model, pairs = build("llama").double(), torch.ones(29, 29, dtype=torch.bool).tril()
+    padded = pairs & MASK[:, None].bool()
+    packed = pairs & torch.block_diag(torch.ones(12, 12), torch.ones(17, 17)).bool()
+    added = torch.zeros(29, 29).masked_fill(~packed, torch.finfo(torch.float32).min)
+    for mask, inputs in (
+        (padded[:, None], {"attention_mask": MASK}),
+        (packed[None, None], {"position_ids": PACKED}),
+        (added[None, None], {"position_ids": PACKED}),
+    ):
+        inputs = {"position_ids": torch.arange(29)[None], **inputs}
+        given = {**inputs, "attention_mask": mask}
+        model.set_attn_implementation("sdpa")
+        want = logits(model, PROMPT, **inputs)
+        model.set_attn_implementation("extrope")
+        with CountOps() as count:
+            got = logits(model, PROMPT, **given)
+        assert count.of(*THEIRS) == 0
+        torch.testing.assert_close(got[0, 5:], want[0, 5:])
+        torch.testing.assert_close(got[1], want[1])
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("kind", ["packed", "padded on the right", "dropout"])
+@pytest.mark.parametrize("kind", ["hole", "sees later ones", "dropout"])
 def test_what_is_not_causal_rows_is_left_to_torch(kind, family):
     model = build(family, attention_dropout=0.1 if kind == "dropout" else 0.0).double()
     inputs = {}
-    if kind == "packed":
-        inputs["position_ids"] = torch.cat((torch.arange(12), torch.arange(17)))[None]
-    elif kind == "padded on the right":
-        inputs["attention_mask"] = MASK.flip(1)
+    if kind == "hole":
+        inputs["attention_mask"] = HOLE
+    elif kind == "sees later ones":
+        mask = torch.ones(29, 29, dtype=torch.bool).tril(1)[None, None]
+        inputs["attention_mask"] = mask
+        if family == "gemma3_text":
+            inputs["attention_mask"] = {"full_attention": mask, "sliding_attention": mask}
     want, got = [], []
     for name, found in (("sdpa", want), ("extrope", got)):
         model.set_attn_implementation(name)
         torch.manual_seed(0)
         model.train(kind == "dropout")
         with CountOps() as count:
-            found.append(logits(model, PROMPT, **inputs))
+            found.append(logits(model, PROMPT, **inputs)[HOLE.bool()])  # of the tokens
     assert not count.of(*OURS)
     torch.testing.assert_close(got, want)
 
@@ -139,13 +205,12 @@ def test_sinks_and_caps_are_never_dropped():
     model = build("gemma2")
     model.set_attn_implementation("extrope")
     with pytest.raises(ValueError, match="extrope: a layer with sinks or a soft"):
-        logits(model, PROMPT, attention_mask=MASK.flip(1))
+        logits(model, PROMPT, attention_mask=HOLE)
 
 
 def test_a_compiled_step_asserts_what_it_cannot_look_at():
     torch._dynamo.reset()
-    model, hole = build("llama", num_hidden_layers=1), MASK.clone()
-    hole[1, 9] = 0
+    model, hole = build("llama", num_hidden_layers=1), HOLE
     want = [run(model, mask).argmax(-1) for mask in (MASK, hole)]
     model.set_attn_implementation("extrope")
     config = transformers.CompileConfig(backend="eager", fullgraph=True, mode=None)

@@ -19,8 +19,8 @@ context_parallel: an extension over a mesh. guards: against trainers with a plai
 """
 
 from .._shared.parameters import PARAMETERS
+from .attention import register_interface
 from .extension import Extension, extend, extend_from_saved, restore
-from .interface import register_interface
 
 __all__ = [
     "PARAMETERS",

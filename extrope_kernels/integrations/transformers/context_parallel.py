@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..._usage import shortened
 from .._shared.parameters import is_bounded
+from .attention import softmax_options
 from .batch import Batch
 from .batch.padded import full_mask, no_mask
 from .model import cache_of, reprefix_error, tokens_of, unsupported
@@ -24,7 +25,6 @@ from .probe.attention import (
     check_options,
     no_freqs,
     refuse_options,
-    softmax_options,
 )
 from .probe.layers import (
     LayerProbe,

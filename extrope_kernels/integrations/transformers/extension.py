@@ -16,7 +16,7 @@ from torch import nn
 from ... import RopeFreqs
 from ..._usage import shortened
 from ...scores import SCORES, Score
-from .interface import register_interface
+from .attention import register_interface
 from .model import Override, generation_config_owner
 from .patch.frequencies import frequency_patches
 from .patch.generate import Reach, forget_pages

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .... import rope_attention
+from ..attention import BOUNDARIES
 from . import Batch
 
-BOUNDARIES = "cu_seq_lens_q"
 _OF_KEYS = "cu_seq_lens_k"
 
 

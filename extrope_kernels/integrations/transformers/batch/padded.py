@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .... import rope_attention, rope_attention_with_kvcache
+from ..attention import records
 from . import Batch
 from .packed import PackedBatch, packed_by_positions
 
@@ -95,11 +96,6 @@ def _attend_in_chunks(
         outs.append(rope_attention(*run, q_start=here, k_start=begin, keys_stored=True, **call))
         here = stop
     return torch.cat(outs, 1)
-
-
-def records(*tensors: Tensor) -> bool:
-    """Return True if autograd records operations on the tensors."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def read_batch(

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import INTERFACE
 from ..batch.paged import PagedBatch
 from ..model import Override, cache_of, generation_config_owner, tokens_of
 from ..probe.rotary import argument_names, by_name
 from .hooks import ON_OWNER, Applied, Patches
 from .state import Request, in_progress
-
-INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
 
 
 def _replaced(model: nn.Module, name: str, function: Callable[..., Any], *bound: Any) -> list:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from .... import RopeFreqs, apply_rope, scores
 from ....scores import UNROTATED, Score
+from ..attention import BOUNDARIES, softmax_options
 from ..batch import Batch
-from ..batch.packed import BOUNDARIES, PackedBatch, packed_by_boundaries
+from ..batch.packed import PackedBatch, packed_by_boundaries
 from ..batch.padded import PaddedBatch, no_mask, read_batch, static_batch
 from ..batch.paged import paged_batch
 from ..model import cache_of, caches_in, exports_to_onnx, tokens_of
@@ -30,7 +31,6 @@ from ..probe.attention import (
     ARGUMENT,
     refuse_options,
     register_attention,
-    softmax_options,
 )
 from ..probe.layers import Heads, LayerProbe
 from ..probe.rotary import RotaryModule, argument_names, by_name

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .... import RopeFreqs, rope_attention
 from ...._usage import shortened
-from ..batch.packed import BOUNDARIES
+from ..attention import BOUNDARIES, KNOWN, softmax_options
 from ..model import (
     Override,
     reprefix_error,
@@ -32,12 +32,6 @@ TOKENS = 4  # of a probe
 ATTENTION = "extrope_score"  # in the config of a layer that attends by a score method
 # The object in the mask's place is passed by this name too, as accelerate removes masks.
 ARGUMENT = "extrope_attention"
-# Options that layers pass to their attention: also options of the ops, or without effect here.
-KNOWN = {
-    *("scaling", "dropout", "is_causal", "softcap", "s_aux", "sliding_window", "position_ids"),
-    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    "output_router_logits",
-}
 _METHOD = ["self", "query", "key", "value", "attention_mask"]
 _sdpa = nn.functional.scaled_dot_product_attention
 
@@ -195,22 +189,6 @@ def dropout_of(layer: nn.Module) -> float:
     """Return a layer's dropout probability; 0 outside training."""
     dropout = getattr(layer, "attention_dropout", 0.0)
     return dropout.p if isinstance(dropout, nn.Dropout) else dropout
-
-
-def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a layer's attention options as options of the ops."""
-    found = {"softmax_scale": options.get("scaling")}
-    if found["softmax_scale"] is None:
-        found["softmax_scale"] = getattr(module, "scaling", None)
-    if options.get("softcap") is not None:
-        found["softcap"] = float(options["softcap"])
-    if options.get("s_aux") is not None:
-        sinks = options["s_aux"]
-        found["sinks"] = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
-    # Qwen2 MoE's layers have their window only in the mask.
-    if window := options.get("sliding_window", getattr(module, "sliding_window", None)):
-        found["sliding_window"] = window
-    return found
 
 
 def no_freqs(x: Tensor) -> RopeFreqs:

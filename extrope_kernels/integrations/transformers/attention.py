@@ -1,0 +1,350 @@
+"""Our attention for any model, and its masks: `model.set_attn_implementation("extrope")`.
+
+A layer rotates queries and keys, caches keys, and calls a registered function, as transformers
+says. The mask is None if a row is one sequence whose queries are its last tokens. Otherwise it is
+(batch, 1, 1, keys) int32, the number of the sequence that a key belongs to: 0 for padding, from 1
+on for sequences, -1 for a slot not in use. So padded, packed and chunked rows and static caches
+have one form, linear in the number of keys. `read_rows` reads it once per forward.
+
+Rows whose tokens see later ones, masks with holes, and dropout are left to `sdpa`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import RopeFreqs, rope_attention, rope_attention_with_kvcache
+
+INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
+BOUNDARIES = "cu_seq_lens_q"  # of packed sequences, as transformers' flash attention takes them
+# Options that layers pass to their attention: also options of the ops, or without effect here.
+KNOWN = {
+    *("scaling", "dropout", "is_causal", "softcap", "s_aux", "sliding_window", "position_ids"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("output_router_logits", "cache", "past_key_values", "cache_position", "logits_to_keep"),
+    *(BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k"),
+}
+_ON_MASK = "_extrope_rows"
+
+
+def register_interface() -> None:
+    """Register "extrope" with transformers, for `attn_implementation` and its setter.
+
+    `extend` does it too; call it for models that are not extended.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(INTERFACE, attention)
+    AttentionMaskInterface.register(INTERFACE, make_mask)
+
+
+def make_mask(**given: Any) -> Tensor | None:
+    """Make the mask: transformers' mask function, with the arguments of its `sdpa_mask`.
+
+    Of the function that says which keys a query sees, only neighbours are asked: each key for the
+    one before it and the one after it.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    function, padding = given.get("mask_function", causal_mask_function), given["attention_mask"]
+    chunk = getattr(given.get("config"), "attention_chunk_size", None)
+    windowed = given.get("local_size") not in (None, chunk)
+    if given.get("use_vmap") or (windowed and not _layers_tell_windows(type(given["config"]))):
+        return sdpa_mask(**given)
+    # Before transformers 5.4 positions give the number of queries.
+    at = given.get("cache_position")
+    new, past = (given["q_length"], given.get("q_offset", 0)) if at is None else (len(at), at[0])
+    keys, first = given["kv_length"], given.get("kv_offset", 0)
+    asked = not (windowed and given.get("allow_is_causal_skip")) and (
+        function is not causal_mask_function
+    )
+    whole = not isinstance(past, Tensor) and first + keys == past + new
+    if whole and padding is None and not asked:
+        return None
+    compiling = torch.compiler.is_compiling()
+    if asked and compiling and new > 1:
+        return sdpa_mask(**given)  # whether the rows are packed cannot be looked at
+    device = given["device"]
+    slots = torch.arange(keys, device=device) + first
+    numbers = torch.ones(given["batch_size"], keys, dtype=torch.int32, device=device)
+    if asked:
+        rows = torch.arange(given["batch_size"], device=device)[:, None]
+        head = torch.zeros((), dtype=torch.int64, device=device)
+        later, before = slots[None, 1:], slots[None, :-1]
+        if not compiling and function(rows, head, before, later).any():
+            return sdpa_mask(**given)
+        begins = ~function(rows, head, later, before)
+        numbers[:, 1:] += begins.cumsum(-1, dtype=torch.int32)
+    if padding is not None:
+        padding = nn.functional.pad(padding, (0, max(first + keys - padding.shape[1], 0)))
+        numbers = numbers * padding[:, first : first + keys]
+    if not whole:
+        numbers = numbers.masked_fill(slots >= past + new, -1)
+    if not compiling and (numbers == 1).all():
+        return None
+    return numbers[:, None, None]
+
+
+@cache
+def _layers_tell_windows(config: type) -> bool:
+    """Return True if the layers of a config's model tell their attention of a sliding window.
+
+    Phimoe's leave it to the mask.
+    """
+    modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    modules = [
+        each
+        for each in vars(modeling or nn).values()
+        if isinstance(each, type) and issubclass(each, nn.Module)
+    ]
+    names = [{*_names_in(each.forward), *_names_in(each.__init__)} for each in modules]
+    return any({"ALL_ATTENTION_FUNCTIONS", "sliding_window"} <= each for each in names)
+
+
+def _names_in(function: Callable[..., Any]) -> Iterator[str]:
+    """Yield the attributes, globals and arguments that a function names."""
+    if inspect.isfunction(function := inspect.unwrap(function)):
+        yield from function.__code__.co_names
+        for each in function.__code__.co_consts:
+            yield from map(str, each) if isinstance(each, tuple) else (str(each),)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend: the attention function of transformers' interface.
+
+    query, key, value: (batch, heads, seqlen, head_dim). attention_mask: of `make_mask` or, as for
+    `sdpa`, (batch or 1, 1, seqlen_q, seqlen_k), True or 0 where a query sees a key.
+    Returns (batch, seqlen_q, heads, head_dim) and None, since there are no weights.
+    Raises ValueError for sinks or a cap of the logits if rows are not causal.
+    """
+    call = softmax_options(module, options)
+    given = {name for name, value in options.items() if value is not None}
+    if _causal(module, options) and not options.get("dropout") and given <= KNOWN:
+        rows = read_rows(attention_mask, query, key, options)
+        if rows is not None:
+            q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
+            freqs = RopeFreqs(torch.zeros(1, dtype=torch.float32, device=q.device))
+            return attend_rows(q, k, v, rows, call | {"freqs": freqs}), None
+    if options.get("s_aux") is not None or options.get("softcap") is not None:
+        raise ValueError(
+            f"{INTERFACE}: a layer with sinks or a soft cap must have a causal attention_mask, "
+            f"each row's tokens in one piece and no dropout, got others in {type(module).__name__}"
+        )
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    window = call.get("sliding_window") if _causal(module, options) else None
+    mask = seen_by_queries(attention_mask, query, key, window)
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def _causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    causal = options.get("is_causal")
+    return getattr(module, "is_causal", True) if causal is None else causal
+
+
+def softmax_options(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a layer's attention options as options of the ops."""
+    found = {"softmax_scale": options.get("scaling")}
+    if found["softmax_scale"] is None:
+        found["softmax_scale"] = getattr(module, "scaling", None)
+    if options.get("softcap") is not None:
+        found["softcap"] = float(options["softcap"])
+    if options.get("s_aux") is not None:
+        sinks = options["s_aux"]
+        found["sinks"] = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
+    # Qwen2 MoE's layers have their window only in the mask.
+    if window := options.get("sliding_window", getattr(module, "sliding_window", None)):
+        found["sliding_window"] = window
+    return found
+
+
+def seen_by_queries(
+    mask: Tensor | None, query: Tensor, key: Tensor, window: int | None = None
+) -> Tensor | None:
+    """Return the mask of pairs for `sdpa`, bool; None if it needs none.
+
+    window: of a layer, which is in no mask of `make_mask`.
+    """
+    new, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        if new == keys and window and window < keys:
+            mask = torch.ones(1, 1, 1, keys, dtype=torch.int32, device=query.device)
+        else:
+            return None
+    if not is_rows(mask):
+        return mask
+    numbers = mask[:, 0, 0]
+    used = (numbers >= 0).sum(-1, keepdim=True)
+    at = (used - new + torch.arange(new, device=mask.device)).clamp(min=0)[..., None]
+    slots = torch.arange(keys, device=mask.device)
+    seen = (numbers[:, None] == numbers[..., None].gather(1, at)) & (slots <= at)
+    return (seen & (slots > at - window) if window else seen)[:, None]
+
+
+def is_rows(mask: Tensor) -> bool:
+    """Return True for a mask of `make_mask`, in whatever way a model has sliced it."""
+    return mask.dtype == torch.int32
+
+
+class Rows(NamedTuple):
+    """The rows of a batch.
+
+    keys: slots in use, of all rows; None: all. cu_seqlens: the boundaries of all rows' sequences,
+    one after another, if all tokens are new. ends, pads: (batch,) int32, the ends and beginnings of
+    each row's keys, if there are others. Without either a row is one sequence.
+    """
+
+    keys: int | None = None
+    cu_seqlens: Tensor | None = None
+    ends: Tensor | None = None
+    pads: Tensor | None = None
+
+
+def read_rows(
+    mask: Tensor | None, query: Tensor, key: Tensor, options: Mapping[str, Any]
+) -> Rows | None:
+    """Return the rows that a mask tells; None if they are not causal, or not in one piece.
+
+    query, key: only sizes count. Values are read on the host, once per forward. A graph cannot read
+    them: it assumes, and asserts, that a row's tokens are one sequence.
+    """
+    batch, new = query.shape[0], query.shape[2]
+    boundaries = options.get(BOUNDARIES)
+    if isinstance(boundaries, Tensor) and boundaries.dim() == 1 and new == key.shape[2]:
+        # Padding is a sequence too: then nothing else sees it.
+        return Rows(cu_seqlens=nn.functional.pad(boundaries.int(), (0, 1), value=batch * new))
+    if mask is None:
+        return Rows()
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    if torch.compiler.is_compiling():
+        return _rows_of_graph(mask[:, 0, 0], new) if is_rows(mask) else None
+    # Those of a user may be written to, and inference tensors do not tell.
+    version = 0 if is_rows(mask) or mask.is_inference() else mask._version
+    known = getattr(mask, _ON_MASK, {})
+    if (new, version) not in known or (mask.is_inference() and not is_rows(mask)):
+        numbers = mask[:, 0, 0] if is_rows(mask) else _numbers_of_pairs(mask)
+        rows = None if numbers is None else _rows_of_numbers(numbers.expand(batch, -1), new)
+        known = {(new, version): rows}
+        setattr(mask, _ON_MASK, known)
+    return known[new, version]
+
+
+def _rows_of_numbers(numbers: Tensor, new: int) -> Rows | None:
+    """Return the rows by their keys' numbers, (batch, keys)."""
+    used = int((numbers >= 0).sum(-1).amax())
+    if used < new:
+        return None
+    numbers = numbers[:, :used]
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers.diff() != 0
+    again = begins[:, 1:] & (numbers[:, 1:] > 0) & (numbers[:, 1:] <= numbers.cummax(-1)[0][:, :-1])
+    # With a past all queries must belong to the last sequence.
+    tail = (numbers == numbers[:, -1:]).flip(-1).cumprod(-1).sum(-1)
+    pads = used - tail
+    slots = torch.arange(used, device=numbers.device)
+    early = (slots >= used - new) & (slots < pads[:, None]) & (numbers > 0)
+    broken, early, whole = torch.stack(
+        (again.any(), early.any(), ~begins[:, 1:].any())
+    ).tolist()  # one reading on the host
+    if broken or (early and new < used):
+        return None
+    if whole:
+        return Rows(used)
+    if new == used:
+        firsts = begins.flatten().nonzero()[:, 0].int()
+        return Rows(used, nn.functional.pad(firsts, (0, 1), value=numbers.numel()))
+    return Rows(used, None, torch.full_like(pads, used, dtype=torch.int32), pads.int())
+
+
+def _rows_of_graph(numbers: Tensor, new: int) -> Rows:
+    """Return the rows by tensors of a graph: each is padding, one sequence, padding."""
+    batch, keys = numbers.shape
+    slots, real = torch.arange(keys, device=numbers.device), numbers == 1
+    pads = torch.where(real, slots, keys).amin(-1)
+    ends = torch.where(real, slots + 1, 0).amax(-1)
+    used = (numbers >= 0).sum(-1)
+    pads = torch.where(ends > 0, pads, 0)
+    right = (real == (slots >= pads[:, None]) & (slots < ends[:, None])) & (numbers <= 1)
+    if new == keys:
+        firsts = torch.arange(batch, device=numbers.device) * keys
+        pieces = torch.stack((firsts, firsts + pads, firsts + ends), -1).flatten().int()
+        rows = Rows(cu_seqlens=nn.functional.pad(pieces, (0, 1), value=batch * keys))
+    else:
+        right &= ((ends == used) | (ends == 0))[:, None]
+        rows = Rows(ends=used.int(), pads=pads.int())
+    torch._assert_async(right.all(), f"{INTERFACE}: a row's keys must lie in one piece")
+    return rows
+
+
+def _numbers_of_pairs(mask: Tensor) -> Tensor | None:
+    """Return the numbers of keys by a mask of pairs, (batch, 1, new, keys); None for other masks.
+
+    A padding token sees nothing or, where a softmax over nothing would be NaN, everything.
+    """
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    batch, new, keys = seen.shape
+    slots = torch.arange(keys, device=mask.device)
+    used = int(torch.where(seen[:, -1], slots + 1, 0).amax())
+    if used < new:
+        return None
+    at = torch.arange(used - new, used, device=mask.device)
+    everything = seen.all(-1) & (at < keys - 1)
+    diagonal = seen.gather(-1, at.expand(batch, new)[..., None])[..., 0]
+    real = diagonal & ~everything
+    seen = seen & ~everything[..., None]
+    before = seen.gather(-1, (at - 1).clamp(min=0).expand(batch, new)[..., None])[..., 0]
+    numbers = torch.full((batch, keys), -1, dtype=torch.int32, device=mask.device)
+    numbers[:, : used - new] = seen[..., : used - new].any(1)
+    # With a past all are its sequence: only then a token may see none right before it.
+    begins = (~before).int().cumsum(-1) if used == new else torch.ones_like(at)
+    numbers[:, used - new : used] = (begins * real).int()
+    want = (numbers[:, None] == numbers[:, used - new : used, None]) & (slots <= at[:, None])
+    wrong = (want != seen) & real[..., None]
+    return None if wrong.any() else numbers
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows, call: dict[str, Any]) -> Tensor:
+    """Attend from rotated queries to rotated keys: (batch, new, heads, head_dim).
+
+    q, k, v: (batch, seqlen, heads, head_dim). call: frequencies and options of the ops.
+    """
+    if rows.keys is not None:
+        k, v = k[:, : rows.keys], v[:, : rows.keys]
+    if rows.cu_seqlens is not None:
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out = rope_attention(*flat, cu_seqlens=rows.cu_seqlens, keys_stored=True, **call)
+        return out.unflatten(0, q.shape[:2])
+    if not records(q, k, v) and (q.shape[1] == 1 or rows.ends is not None):
+        ends = k.shape[1] if rows.ends is None else rows.ends
+        cached = {"cache_seqlens": ends, "cache_leftpad": rows.pads}
+        return rope_attention_with_kvcache(q, k, v, **cached, **call)
+    if rows.pads is None:
+        return rope_attention(q, k, v, keys_stored=True, **call)
+    outs = []  # with a past and gradients
+    for row, pad in enumerate(rows.pads.tolist()):
+        one = slice(row, row + 1)
+        skip = max(pad - (k.shape[1] - q.shape[1]), 0)
+        run = (q[one, skip:], k[one, pad:], v[one, pad:])
+        out = rope_attention(*run, keys_stored=True, **call)
+        outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)))
+    return torch.cat(outs)
+
+
+def records(*tensors: Tensor) -> bool:
+    """Return True if autograd records operations on the tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
