@@ -32,6 +32,7 @@ class Launch:
     warps: int
     shared: int
     tensor_memory: int
+    types: dict[str, str]  # "i32", "*bf16", ... by an argument's name
 
     def __getitem__(self, name: str) -> Any:
         """Return an argument by its name."""
@@ -77,6 +78,7 @@ class NullDriver:
                     metadata.name, source.fn.fn.__module__, args[:3],
                     dict(zip(names, args[-len(names) :])), binary, metadata.num_warps,
                     metadata.shared, getattr(metadata, "tmem_size", 0) or 0,
+                    dict(zip(names, source.signature.values())),
                 ))  # fmt: skip
 
         return launch

@@ -2,8 +2,9 @@
 
 Oracles are those of tests/support: the closed form in float64, and plain PyTorch in the tensors'
 dtype. Each check runs twice: the first launch of a layout goes Triton's way, later ones run the
-kernel that it kept. The profiler tells each check's launches: a kernel that its check did not
-launch fails the step.
+kernel that it kept. Kernels that take a number from each call, a rotation's first position, run
+with a small one and a large one. The profiler tells each check's launches: a kernel that its check
+did not launch fails the step.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ CACHED = ("plain", "rerope", "leaky_rerope")
 # Compared with the reference. That of attention multiplies in float32, while kernels round to 16
 # bits: it is no measure. Of the append the cache is compared, not the attention after it.
 BY_REFERENCE = ("rope", "norm and rope", "rope and append", "merge")
+# Options of an operation: numbers that differ from call to call, small ones first.
+NUMBERS: dict[str, tuple[dict[str, float], ...]] = {
+    name: ({}, {"position": 2**33 + 1, "slower": 2.0**-24})
+    for rotation in ("rope", "norm and rope")
+    for name in (rotation, f"{rotation}, backward")
+}
 APPEND = "cache, appended to"
 # The kernels that a check must launch, by its operation and backend.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -75,14 +82,16 @@ def check_by_reference(name: str, backend: str, dtype: torch.dtype) -> None:
     operation = operations.OPERATIONS[name]
     inputs = operation.inputs(dtype)
 
-    def run(by: str, to: torch.dtype = dtype) -> list[Tensor]:
+    def run(by: str, numbers: dict[str, float], to: torch.dtype = dtype) -> list[Tensor]:
         copies = {key: x.to(to, copy=True) for key, x in inputs.items()}  # it may write into them
-        return operation.run(by, **copies)[: 2 if name == APPEND else None]
+        return operation.run(by, **copies, **numbers)[: 2 if name == APPEND else None]
 
-    found, low, exact = run(backend), run("reference"), run("reference", torch.float64)
-    noises = noise_of_norm(exact, inputs["q"]) if "q_weight" in inputs else [0.0] * len(exact)
-    for index, (*results, noise) in enumerate(zip(found, low, exact, noises, strict=True)):
-        assert_within_budget(f"result {index}", *results, noise=noise)
+    for numbers in NUMBERS.get(name, ({},)):
+        found, low = run(backend, numbers), run("reference", numbers)
+        exact = run("reference", numbers, torch.float64)
+        noises = noise_of_norm(exact, inputs["q"]) if "q_weight" in inputs else [0.0] * len(exact)
+        for index, (*results, noise) in enumerate(zip(found, low, exact, noises, strict=True)):
+            assert_within_budget(f"result {index}", *results, noise=noise)
 
 
 def noise_of_norm(exact: list[Tensor], q: Tensor) -> list[float]:

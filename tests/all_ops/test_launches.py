@@ -266,6 +266,27 @@ def the_second_launch_is_the_first_ones():
                 assert described(one[name]) == described(other[name]), (one.name, name)
 
 
+def a_number_of_a_call_is_never_cut():
+    """A kept kernel takes the largest offset, whatever the first one was."""
+    q, k = (random(1, 40, n, 64, requires_grad=True) for n in (2, 1))
+    weight = random(64, requires_grad=True)
+    for norm in ({}, {"q_norm_weight": weight, "k_norm_weight": weight}):
+        layouts.forget()
+        DRIVER[0].kept, DRIVER[0].keep = [], True
+        try:
+            for offset in (7, 2**40):
+                out = ek.apply_rope_qk(q, k, FREQS, positions=offset, **norm, backend="triton")
+                torch.autograd.grad(out, q, [torch.ones_like(x) for x in out])
+        finally:
+            DRIVER[0].keep = False
+        assert [x["offset"] for x in DRIVER[0].kept] == [7, 7, 2**40, 2**40]
+        for launch in DRIVER[0].kept:
+            for name, x in launch.args.items():
+                if type(x) is int and launch.types[name] != "constexpr":
+                    most = 2 ** (int(launch.types[name][1:]) - 1)
+                    assert -most <= x < most, (launch.name, name, x, launch.types[name])
+
+
 def an_unaligned_tensor_compiles_a_kernel_of_its_own():
     """Once. The kept kernel loads 16 bytes at a time: it must not run on such a tensor."""
     q, k, v = (random(1, 8, heads, 64) for heads in (2, 1, 1))
@@ -333,6 +354,7 @@ CASES = (
     requests_of_a_batch_are_two_launches,
     a_merge_is_one_launch,
     the_second_launch_is_the_first_ones,
+    a_number_of_a_call_is_never_cut,
     an_unaligned_tensor_compiles_a_kernel_of_its_own,
     a_kept_kernel_belongs_to_one_gpu,
 )

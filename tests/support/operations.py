@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,9 +42,13 @@ class Operation:
         }
 
 
-def rotate(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
+def rotate(
+    backend: str, q: Tensor, k: Tensor, *, position: int = 90, slower: float = 1.0, **norm: Tensor
+) -> list[Tensor]:
+    """Rotate from `position` on, by frequencies times `slower`."""
     freqs = methods.yarn(q.shape[-1], factor=4.0, original_max_position_embeddings=64)
-    return list(apply_rope_qk(q, k, freqs.to(device()), positions=90, backend=backend))
+    freqs = replace(freqs, inv_freq=freqs.inv_freq * slower).to(device())
+    return list(apply_rope_qk(q, k, freqs, positions=position, **norm, backend=backend))
 
 
 def attend(score: scores.Score, backend: str, *qkv: Tensor, cached=False, **own) -> list[Tensor]:
@@ -64,11 +68,10 @@ def permuteformer(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]
 
 
 def norm_rotate(
-    backend: str, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor
+    backend: str, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, **options
 ) -> list[Tensor]:
     norm = {"q_norm_weight": q_weight, "k_norm_weight": k_weight}
-    freqs = methods.rope(q.shape[-1]).to(device())
-    return list(apply_rope_qk(q, k, freqs, **norm, backend=backend))
+    return rotate(backend, q, k, **norm, **options)
 
 
 def step(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -80,9 +83,10 @@ def step(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 def with_gradients(run: Callable) -> Callable:
     """The same, and the gradients of every floating input."""
 
-    def both(backend: str, **tensors: Tensor) -> list[Tensor]:
+    def both(backend: str, **args) -> list[Tensor]:
+        tensors = {name: x for name, x in args.items() if isinstance(x, Tensor)}
         leaves = [x.detach().clone().requires_grad_() for x in tensors.values()]
-        outs = run(backend, **dict(zip(tensors, leaves)))
+        outs = run(backend, **{**args, **dict(zip(tensors, leaves))})
         generator = torch.Generator().manual_seed(1)
         douts = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in outs]
         return [*(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, douts)]

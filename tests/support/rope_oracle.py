@@ -12,7 +12,6 @@ from torch import Tensor
 
 from extrope_kernels.ops.rope import reference
 from extrope_kernels.ops.rope.call import Rotation
-from extrope_kernels.ops.rope.triton import device
 from extrope_kernels.ops.rope.triton import rotation as kernels
 from extrope_kernels.testing import assert_within_budget
 
@@ -53,11 +52,23 @@ def rotate(
 
     saved: what a backward derives the angles from, into angle_grad.
     """
-    tensors = [x for xs in (inputs, outputs, saved or ()) for x in (*xs, None, None)[:2]]
+    by_role = {"": inputs, "_out": outputs, "_saved": saved or ()}
+    tensors = {
+        f"{side}{role}_ptr": x
+        for role, xs in by_role.items()
+        for side, x in zip("qk", (*xs, None, None))
+    }
     launch = kernels.build_rotation_launch(tensors, outputs[0] is inputs[0], rotation)
-    by = (rotation.inv_freq, rotation.positions, rotation.cu_seqlens, rotation.log_decay)
-    rope = device.Rope(*by, rotation.axes)
-    launch((*tensors, angle_grad, *rope), rotation.offset)
+    launch.run(
+        **tensors,
+        angle_grad_ptr=angle_grad,
+        inv_freq_ptr=rotation.inv_freq,
+        positions_ptr=rotation.positions,
+        cu_seqlens_ptr=rotation.cu_seqlens,
+        log_decay_ptr=rotation.log_decay,
+        axes_ptr=rotation.axes,
+        offset=rotation.offset,
+    )
 
 
 def sequence_and_index(rotation: Rotation, b: int, s: int) -> tuple[int, int]:

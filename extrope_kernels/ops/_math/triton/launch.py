@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ def processors_of(x: Tensor) -> int:
     return _PROCESSORS[known]
 
 
+def strides_by_name(
+    name: str, x: Tensor | None, align: int, dims: tuple[str, ...] = ("batch", "seq", "head")
+) -> dict[str, int]:
+    """Return the numbers {name}_stride_{dim} of a launch: strides of x, divided by `align`.
+
+    A packed tensor has no dim "batch": 0. So are all strides without a tensor.
+    """
+    strides = (0, 0, 0) if x is None else (0, *strides_of(x)[:-1])[-3:]
+    return {f"{name}_stride_{dim}": n // align for dim, n in zip(dims, strides, strict=True)}
+
+
 class Launch:
     """A launch without its tensors, for tensors of one layout on one device.
 
@@ -60,51 +72,117 @@ class Launch:
     16 divide the addresses? So the first launch goes Triton's way and keeps the kernel. Later ones
     run it, unless an address is not divisible. AMD's kernels depend on the size of storages too:
     they always go Triton's way, as the interpreter does, which compiles nothing.
+
+    Triton would compile again where a number becomes 1, or divisible by 16: never here. It would
+    also choose a number's type by its value: a number that differs from call to call has its type
+    in the kernel's signature, since the kept kernel would cut a larger one.
     """
 
+    # Launch on the tensors' GPU, unless the grid is empty. Takes the tensors (of the first two at
+    # most one is None) and the numbers of per_call, by their names in the kernel.
+    run: Callable[..., None]
+
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], numbers: Sequence[float], options: dict[str, Any]
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *,
+        numbers: dict[str, float],
+        constants: dict[str, Any],
+        options: dict[str, Any],
+        per_call: tuple[str, ...] = (),
     ) -> None:
-        """Describe the launch.
+        """Describe the launch, by the names of the kernel's parameters.
 
-        numbers: of the layout, the kernel's last arguments before its constexprs.
-        options: constexprs, Triton's launch options, and numbers that are not in `numbers`.
+        numbers: of the layout. constants: constexprs. options: Triton's own. per_call: the names of
+        numbers that each call gives. The kernel's other parameters are tensors: they come first,
+        then numbers of a call.
         """
-        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
+        parameters = inspect.signature(kernel.fn).parameters
+        fixed = {**numbers, **constants}
+        given = tuple(name for name in parameters if name not in fixed)
+        _check(kernel.__name__, parameters, given, numbers, constants, per_call)
+        self.grid = grid
+        self.run = _in_order(kernel.__name__, given, self._launch_on_gpu)
+        self._kernel = _unspecialized(kernel.fn, frozenset((*numbers, *per_call)))
+        self._tensors = len(given) - len(per_call)
+        self._fixed = tuple(fixed[name] for name in parameters if name in fixed)
+        self._options = options
         self._kept: Callable[..., None] | None = None
-        self._fixed: tuple[Any, ...] = ()  # the kept kernel's arguments that follow from the layout
 
-    def __call__(self, tensors: Sequence[Tensor | None], *numbers: int) -> None:
-        """Launch on the tensors' GPU, unless the grid is empty.
-
-        tensors: the kernel's first arguments; of the first two at most one is None.
-        numbers: its next, which may differ in every call; their types must be annotated.
-        """
+    def _launch_on_gpu(self, values: tuple[Any, ...]) -> None:
         if 0 in self.grid:
             return
-        x: Any = tensors[1] if tensors[0] is None else tensors[0]
+        x = values[1] if values[0] is None else values[0]
         if x.is_cuda and x.get_device() != torch.cuda.current_device():
             with torch.cuda.device_of(x):
-                self._launch(tensors, numbers)
+                self._launch(values)
         else:
-            self._launch(tensors, numbers)
+            self._launch(values)
 
-    def _launch(self, tensors: Sequence[Tensor | None], numbers: tuple[int, ...]) -> None:
-        for x in tensors:
+    def _launch(self, values: tuple[Any, ...]) -> None:
+        for x in values[: self._tensors]:
             if x is not None and x.data_ptr() % 16:
-                self._by_triton(tensors, numbers)
+                self._by_triton(values)
                 return
         if self._kept is not None:
-            self._kept(*tensors, *numbers, *self._fixed)
+            self._kept(*values, *self._fixed)
             return
-        compiled = self._by_triton(tensors, numbers)
+        compiled = self._by_triton(values)
         if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
-            options = (self.options[x] for x in self.kernel.arg_names if x in self.options)
             self._kept = compiled[(*self.grid, 1, 1)[:3]]
-            self._fixed = (*self.numbers, *options)
 
-    def _by_triton(self, tensors: Sequence[Tensor | None], numbers: tuple[int, ...]) -> Any:
-        return self.kernel[self.grid](*tensors, *numbers, *self.numbers, **self.options)
+    def _by_triton(self, values: tuple[Any, ...]) -> Any:
+        return self._kernel[self.grid](*values, *self._fixed, **self._options)
+
+
+def _check(
+    kernel: str,
+    parameters: Mapping[str, inspect.Parameter],
+    given: tuple[str, ...],
+    numbers: dict[str, float],
+    constants: dict[str, Any],
+    per_call: tuple[str, ...],
+) -> None:
+    """Raise unless names and types are those of the kernel; given: what a call gives."""
+    typed = {name: x for name, x in parameters.items() if x.annotation is not x.empty}
+    constexprs = {name for name, x in typed.items() if "constexpr" in str(x.annotation)}
+    if wrong := constexprs ^ constants.keys():
+        raise TypeError(f"{kernel}: missing, or no constants: {', '.join(sorted(wrong))}")
+    if wrong := numbers.keys() - parameters.keys():
+        raise TypeError(f"{kernel} has no numbers {', '.join(sorted(wrong))}")
+    if wrong := [name for name in per_call if name not in typed]:
+        raise TypeError(
+            f"{kernel}: {', '.join(wrong)} may differ in every call, so its type must be annotated"
+        )
+    tensors = [name for name in given if name not in per_call]
+    if wrong := [name for name in tensors if name in typed]:
+        raise TypeError(f"{kernel}: {', '.join(wrong)} has a type, so it is a number: whose?")
+    if [*tensors, *per_call] != [*parameters][: len(given)]:
+        raise TypeError(
+            f"{kernel}: tensors come first, then a call's numbers, then what the layout fixes; "
+            f"got {', '.join(tensors)} as tensors"
+        )
+
+
+def _in_order(
+    kernel: str, names: tuple[str, ...], launch: Callable[[tuple[Any, ...]], None]
+) -> Callable[..., None]:
+    """Return a function of keyword arguments that gives `launch` their values in this order.
+
+    Made of text, it has the kernel's own parameters: Python finds a name that is missing or wrong,
+    and a call takes a quarter of the time that a dict of the arguments would.
+    """
+    listed = ", ".join(names)
+    run = eval(f"lambda *, {listed}: launch(({listed},))", {"launch": launch})
+    run.__qualname__ = kernel
+    return run
+
+
+@functools.cache
+def _unspecialized(function: Callable[..., None], numbers: frozenset[str]) -> Any:
+    """Return the kernel, which no value of these numbers compiles again."""
+    return triton.jit(function, do_not_specialize=sorted(numbers))
 
 
 @functools.cache

@@ -51,25 +51,23 @@ with w rounded to x's dtype; scale_rows(x, factor) is x * factor.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._math.triton.launch import Launch
+from ..._math.triton.launch import Launch, strides_by_name
 from ..call import AttentionCall
 from . import configs
 from .device import (
     constants_of,
     log2_e,
     programs_of,
-    sequence_stride,
-    sequences_of,
+    sequence_numbers,
     softcap,
     softcap_backward,
-    strides_in_groups,
     with_contiguous_rows,
 )
 from .mask import Places, block_of_queries, block_start, find_block, keys_seen, queries_that_see
@@ -139,16 +137,7 @@ def _add_dq(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("k_stride_batch", "k_stride_seq", "k_stride_head"),
-        *("v_stride_batch", "v_stride_seq", "v_stride_head"),
-        *("out_stride_batch", "out_stride_seq", "out_stride_head"),
-        *("dout_stride_batch", "dout_stride_seq", "dout_stride_head"),
-        *("q_start_stride", "k_start_stride", "num_sequences", "search_steps", "blocks"),
-        *("seqlen_q", "seqlen_k"),
-    ]
-)
+@triton.jit
 def dq_kernel(
     q_rotated,  # (batch, seqlen_q, regions, heads_q, head_dim), contiguous
     k, v,  # (batch, seqlen_k, heads_k, dims), or (1, total, heads_k, dims) if packed
@@ -285,15 +274,7 @@ def _add_dkv(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("k_stride_batch", "k_stride_seq", "k_stride_head"),
-        *("v_stride_batch", "v_stride_seq", "v_stride_head"),
-        *("dout_stride_batch", "dout_stride_seq", "dout_stride_head"),
-        *("q_start_stride", "k_start_stride", "num_sequences", "search_steps", "blocks"),
-        *("seqlen_q", "seqlen_k"),
-    ]
-)
+@triton.jit
 def dkv_kernel(
     q_rotated,  # (batch, seqlen_q, regions, heads_q, head_dim), contiguous
     k, v,  # (batch, seqlen_k, heads_k, dims), or (1, total, heads_k, dims) if packed
@@ -411,13 +392,18 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.results_dtype(x.dtype)) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
-    places = (call.cu_seqlens, call.q_start, call.k_start)
     q_rotated, k_rotated = rotate(launches.rotate, q, k, call)
     dq_rotated, dk_rotated = gradients_of_copies(launches.rotate_back, q, k)
-    launches.by_queries((
-        q_rotated, k, v, k_rotated, out, dout, lse, dlse, delta, dq_rotated, *places,
-    ))  # fmt: skip
-    launches.by_keys((q_rotated, k, v, k_rotated, dout, lse, delta, dk_rotated, dv, *places))
+    launches.by_queries.run(
+        q_rotated=q_rotated, k=k, v=v, k_rotated=k_rotated, out=out, dout=dout, lse=lse,
+        dlse=dlse, delta=delta, dq_rotated=dq_rotated, cu_seqlens=call.cu_seqlens,
+        q_start=call.q_start, k_start=call.k_start,
+    )  # fmt: skip
+    launches.by_keys.run(
+        q_rotated=q_rotated, k=k, v=v, k_rotated=k_rotated, dout=dout, lse=lse, delta=delta,
+        dk_rotated=dk_rotated, dv=dv, cu_seqlens=call.cu_seqlens, q_start=call.q_start,
+        k_start=call.k_start,
+    )  # fmt: skip
     rotate_back(launches.rotate_back, dq, dk, dq_rotated, dk_rotated, call)
     return dq, dk, dv
 
@@ -433,24 +419,22 @@ def backward_launches(
     call: AttentionCall,
 ) -> Launches:
     """Build the launches for tensors of these layouts."""
-    call, by_queries_and_keys = with_contiguous_rows(call), []
-    start_strides = (sequence_stride(call.q_start), sequence_stride(call.k_start))
-    # The kernel, the tensor whose blocks its programs take, and those whose strides it is given.
-    for name, kernel, blocks_of, strided in (
-        ("dq", dq_kernel, q, (k, v, out, dout)),
-        ("dkv", dkv_kernel, k, (k, v, dout)),
-    ):
+    call = with_contiguous_rows(call)
+
+    def launch(name: str, kernel: Any, blocks_of: Tensor, strided: dict[str, Tensor]) -> Launch:
+        """Build a launch; its programs take blocks of a tensor, and have strides of some."""
         config = configs.config_of(name, q, v)  # sizes of blocks, warps and stages
         model, blocks = constants_of(config, q, k, v, call, dout, out)
         size = blocks.block_m if name == "dq" else blocks.block_n
         programs, blocks_of_head = programs_of(blocks_of, size, call)
-        strides = (n for x in strided for n in strides_in_groups(x, blocks.align))
-        # In the kernel's order; sequences_of: num_sequences and search_steps, 0 if not packed.
-        sizes = (
-            *strides, *start_strides, *sequences_of(call), blocks_of_head, q.shape[-3], k.shape[-3],
-        )  # fmt: skip
-        options = {"MODEL": model, "BLOCKS": blocks, **config.options}
-        by_queries_and_keys.append(Launch(kernel, (programs,), sizes, options))
+        numbers = {"blocks": blocks_of_head, **sequence_numbers(q, k, call)}
+        for each, x in strided.items():
+            numbers |= strides_by_name(each, x, blocks.align)
+        constants = {"MODEL": model, "BLOCKS": blocks}
+        return Launch(
+            kernel, (programs,), numbers=numbers, constants=constants, options=config.options
+        )
+
     # Gradients do not exist yet: contiguous tensors without memory tell their shapes and strides.
     dq, dk = (
         torch.empty(x.shape, dtype=call.results_dtype(x.dtype), device="meta") for x in (q, k)
@@ -458,6 +442,7 @@ def backward_launches(
     return Launches(
         # q for each region; k for each map of keys that it does not have already
         build_rotation(q, k, call, "both"),
-        *by_queries_and_keys,
+        launch("dq", dq_kernel, q, {"k": k, "v": v, "out": out, "dout": dout}),
+        launch("dkv", dkv_kernel, k, {"k": k, "v": v, "dout": dout}),
         build_rotation(dq, dk, call, "gradients"),  # both for each region
     )

@@ -351,11 +351,6 @@ def alignment_of(*tensors: Tensor) -> int:
     return math.gcd(VECTOR_BYTES // tensors[0].itemsize, *strides)
 
 
-def strides_in_groups(x: Tensor, align: int) -> tuple[int, ...]:
-    """Return strides by batch, seq and head, divided by `align`: see `strided_rows`."""
-    return tuple(n // align for n in (*(0,) * (4 - x.dim()), *strides_of(x)[:-1]))
-
-
 def regions_of(k: Tensor, call: AttentionCall) -> list[Region]:
     """Return the regions that may hold keys."""
     placed = call.q_start is not None or call.k_start is not None
@@ -378,10 +373,17 @@ def programs_of(x: Tensor, size: int, call: AttentionCall) -> tuple[int, int]:
     return (blocks * heads * batch if seqlen > 0 else 0), blocks
 
 
-def sequences_of(call: AttentionCall) -> tuple[int, int]:
-    """Return (number of packed sequences, or 0; steps of a search for one)."""
+def sequence_numbers(q: Tensor, k: Tensor, call: AttentionCall) -> dict[str, int]:
+    """Return the numbers of a launch that say where sequences are, in q and k; see `Places`."""
     sequences = 0 if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    return sequences, sequences.bit_length()
+    return {
+        "q_start_stride": sequence_stride(call.q_start),
+        "k_start_stride": sequence_stride(call.k_start),
+        "num_sequences": sequences,
+        "search_steps": sequences.bit_length(),
+        "seqlen_q": q.shape[-3],
+        "seqlen_k": k.shape[-3],
+    }
 
 
 def sequence_stride(x: Tensor | None, dims: int = 1) -> int:

@@ -52,7 +52,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._math.triton.launch import Launch
+from ..._math.triton.launch import Launch, strides_by_name
 from ..call import AttentionCall, lse_shape
 from . import configs
 from .device import (
@@ -61,10 +61,9 @@ from .device import (
     ln_2,
     log2_e,
     programs_of,
+    sequence_numbers,
     sequence_stride,
-    sequences_of,
     softcap,
-    strides_in_groups,
     with_contiguous_rows,
 )
 from .mask import Places, block_of_queries, block_start, keys_seen
@@ -136,15 +135,7 @@ def _attend_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("q_stride_batch", "q_stride_seq", "q_stride_head"),
-        *("k_stride_batch", "k_stride_seq", "k_stride_head"),
-        *("v_stride_batch", "v_stride_seq", "v_stride_head"),
-        *("freq_stride", "scale_stride", "q_start_stride", "k_start_stride"),
-        *("num_sequences", "search_steps", "blocks", "seqlen_q", "seqlen_k"),
-    ]
-)
+@triton.jit
 def forward_kernel(
     q, k, v,  # (batch, seqlen, heads, dims), or (1, total, heads, dims) if packed
     k_rotated,  # (batch, seqlen_k, copies, heads_k, head_dim), contiguous; None: no region needs it
@@ -271,28 +262,36 @@ def forward(
     lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     scratch = q.new_empty(q.shape) if needs_scratch else None
     _, k_rotated = rotate(rotate_keys, q, k, call)
-    attend((
-        q, k, v, k_rotated, out, lse, scratch, call.inv_freq, call.log_decay, call.pair_maps,
-        call.cu_seqlens, call.q_start, call.k_start, call.query_scale, call.sinks,
-    ))  # fmt: skip
+    attend.run(
+        q=q, k=k, v=v, k_rotated=k_rotated, out=out, lse=lse, scratch=scratch,
+        inv_freq=call.inv_freq, log_decay=call.log_decay, pair_maps=call.pair_maps,
+        cu_seqlens=call.cu_seqlens, q_start=call.q_start, k_start=call.k_start,
+        query_scale=call.query_scale, sinks=call.sinks,
+    )  # fmt: skip
     return out, lse
 
 
 def forward_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launches:
-    """Build both launches; sizes are the kernel's integers from q_stride_batch to seqlen_k."""
+    """Build both launches."""
     call = with_contiguous_rows(call)
     config = configs.config_of("forward", q, v)  # sizes of blocks, warps and stages
     model, blocks = constants_of(config, q, k, v, call)
     programs, blocks_of_head = programs_of(q, config.block_m, call)
-    strides = (n for x in (q, k, v) for n in strides_in_groups(x, blocks.align))
-    sizes = (
-        *strides, sequence_stride(call.inv_freq, dims=2),
-        sequence_stride(call.query_scale, dims=2), sequence_stride(call.q_start),
-        sequence_stride(call.k_start), *sequences_of(call), blocks_of_head, q.shape[-3],
-        k.shape[-3],
-    )  # fmt: skip
-    options = {"MODEL": model, "BLOCKS": blocks, **config.options}
-    attend = Launch(forward_kernel, (programs,), sizes, options)
+    attend = Launch(
+        forward_kernel,
+        (programs,),
+        numbers={
+            **strides_by_name("q", q, blocks.align),
+            **strides_by_name("k", k, blocks.align),
+            **strides_by_name("v", v, blocks.align),
+            "freq_stride": sequence_stride(call.inv_freq, dims=2),
+            "scale_stride": sequence_stride(call.query_scale, dims=2),
+            "blocks": blocks_of_head,
+            **sequence_numbers(q, k, call),
+        },
+        constants={"MODEL": model, "BLOCKS": blocks},
+        options=config.options,
+    )
     through_memory = len(model.starts) > 1 or not blocks.tiles_are_pairs
     out_fits = model.head_dim_v == model.head_dim and call.results_dtype(q.dtype) == q.dtype
     return Launches(build_rotation(q, k, call, "keys"), attend, through_memory and not out_fits)

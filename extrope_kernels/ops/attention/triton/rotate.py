@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....scores.base import PlainMap
-from ..._math.triton.launch import VECTOR_BYTES, Launch
+from ..._math.triton.launch import VECTOR_BYTES, Launch, strides_by_name
 from ..._math.triton.pairs import load_parts, of_pairs, rotate_parts, store_parts, widened
 from ..._math.triton.tokens import sequence_of
 from ..call import AttentionCall
@@ -47,10 +47,9 @@ from .device import (
     map_of,
     nth_map,
     regions_of,
+    sequence_numbers,
     sequence_stride,
-    sequences_of,
     stored_map,
-    strides_in_groups,
 )
 
 THREADS = 128  # each has 16 bytes of first dims and 16 of second dims
@@ -222,14 +221,7 @@ def _rotate_tokens(
                 store_parts(copy_rows + c * HEADS * HEAD_DIM, rotated, valid, TILE)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("q_stride_batch", "q_stride_seq", "q_stride_head"),
-        *("k_stride_batch", "k_stride_seq", "k_stride_head", "freq_stride", "scale_stride"),
-        *("q_start_stride", "k_start_stride", "num_sequences", "search_steps", "shift", "q_tiles"),
-        *("first_k_tile", "tiles", "seqlen_q", "seqlen_k"),
-    ]
-)
+@triton.jit
 def rotate_kernel(
     q, k,  # (batch, seqlen, heads, head_dim), or (1, total, heads, head_dim) if packed
     q_copies, k_copies,  # (batch, seqlen, copies, heads, head_dim), contiguous; None without maps
@@ -342,10 +334,12 @@ def _launch(
     k_copies: Tensor | None,
     call: AttentionCall,
 ) -> None:
-    rotation.launch((
-        q, k, q_copies, k_copies, call.inv_freq, call.log_decay, call.pair_maps, call.cu_seqlens,
-        call.k_start if call.q_start is None else call.q_start, call.k_start, call.query_scale,
-    ))  # fmt: skip
+    rotation.launch.run(
+        q=q, k=k, q_copies=q_copies, k_copies=k_copies, inv_freq=call.inv_freq,
+        log_decay=call.log_decay, pair_maps=call.pair_maps, cu_seqlens=call.cu_seqlens,
+        q_start=call.k_start if call.q_start is None else call.q_start, k_start=call.k_start,
+        query_scale=call.query_scale,
+    )  # fmt: skip
 
 
 def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
@@ -372,23 +366,29 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
     tiles = q_tiles + (triton.cdiv(seqlen_k, tile.tokens) - first_k_tile if k_maps else 0)
     heads = max(tile.heads_q if q_maps else 0, tile.heads_k if k_maps else 0)
     shares = min(heads, max(1, PROGRAMS // max(tiles * batch, 1)))
-    sizes = (
-        *strides_in_groups(q, tile.align), *strides_in_groups(k, tile.align),
-        sequence_stride(call.inv_freq, dims=2),
-        sequence_stride(call.query_scale, dims=2),
-        sequence_stride(call.k_start if call.q_start is None else call.q_start),
-        sequence_stride(call.k_start), *sequences_of(call),
-        seqlen_k - seqlen_q if call.q_start is None else 0,
-        q_tiles, first_k_tile, tiles, seqlen_q, seqlen_k,
-    )  # fmt: skip
-    options = {
-        "BACKWARD": wanted == "gradients",
-        "STORED": stored_map(call),
-        "TILE": tile,
-        "num_warps": THREADS // 32,
-        "enable_fp_fusion": True,
-    }
-    launch = Launch(rotate_kernel, (tiles * batch, shares), sizes, options)
+    # Without q_start both sides begin together, but for `shift`: queries then have k's start.
+    places = call._replace(q_start=call.k_start) if call.q_start is None else call
+    launch = Launch(
+        rotate_kernel,
+        (tiles * batch, shares),
+        numbers={
+            **strides_by_name("q", q, tile.align),
+            **strides_by_name("k", k, tile.align),
+            "freq_stride": sequence_stride(call.inv_freq, dims=2),
+            "scale_stride": sequence_stride(call.query_scale, dims=2),
+            "shift": seqlen_k - seqlen_q if call.q_start is None else 0,
+            "q_tiles": q_tiles,
+            "first_k_tile": first_k_tile,
+            "tiles": tiles,
+            **sequence_numbers(q, k, places),
+        },
+        constants={
+            "BACKWARD": wanted == "gradients",
+            "STORED": stored_map(call),
+            "TILE": tile,
+        },
+        options={"num_warps": THREADS // 32, "enable_fp_fusion": True},
+    )
     return Rotation(launch, len(q_maps), len(k_maps))
 
 

@@ -24,29 +24,20 @@ from ..._torch.autograd import empty_rows
 from ..._torch.layouts import cached_by_layout, layout_key
 from ...rope.call import Rotation, frequencies_3d
 from ...rope.triton.device import (
-    CALL_NUMBERS,
     Rows,
     build_launch,
     cos_sin_of_head,
     decayed,
-    launch_constants,
     load_head,
     load_positions,
     program_heads,
     program_tokens,
+    rotation_numbers,
     rows_of_head,
-    stride_names,
 )
 from ..call import Append, KVCache, read_append
 from ..checks import check, check_values, refuse_aliases
 from .fp8 import parts_of_codes, quantize_rows
-
-# These change from call to call too, like CALL_NUMBERS, of which this kernel takes all but two.
-CACHE_NUMBERS = (
-    *("k_cache_stride_block", "k_cache_stride_slot", "k_cache_stride_head"),
-    *("v_cache_stride_block", "v_cache_stride_slot", "v_cache_stride_head"),
-    *("block_table_stride", "num_blocks", "page_size", "capacity", "num_counters"),
-)
 
 
 class Step(NamedTuple):
@@ -105,9 +96,7 @@ def _write_heads(
         store_parts(rows_of_head(out, head, TILE), parts, written, TILE)  # rounds once
 
 
-@triton.jit(
-    do_not_specialize=(*CALL_NUMBERS, *CACHE_NUMBERS, *stride_names("q", "k", "q_out", "v"))
-)
+@triton.jit
 def rope_append_kernel(
     q_ptr, k_ptr, q_out_ptr, v_ptr,  # (batch, seqlen, heads, head_dim); q and q_out may be None
     # (blocks, slots, heads, head_dim): a block is a page of page_size slots, or without block_table
@@ -230,12 +219,9 @@ def build_append(call: Append, num_counters: int = 0) -> Launch:
             "rope_append: Triton's kernel needs a head_dim of at least 2, and of v at least 1, "
             f"got {call.k.shape[-1]} and {call.v.shape[-1]}"
         )
-    out = None if call.q is None else empty_rows(call.q)  # for its strides
-    heads, packed = (call.q, call.k, out, call.v), call.k.dim() == 3
-    q, k, out, v = (x[None] if packed and x is not None else x for x in heads)
-    rotates, positions = by.inv_freq is not None, by.positions
+    rotates, positions, head_dim_v = by.inv_freq is not None, by.positions, call.v.shape[-1]
     # Without a rotation all dims are copied, as if they were pairs.
-    inv_freq = by.inv_freq if rotates else k.new_empty(max(k.shape[3] // 2, 1))
+    inv_freq = by.inv_freq if rotates else call.k.new_empty(max(call.k.shape[-1] // 2, 1))
     if positions is not None and positions.dim() == 1:
         positions = positions[None]
     rotation = Rotation(
@@ -252,39 +238,71 @@ def build_append(call: Append, num_counters: int = 0) -> Launch:
         decay_origin=by.decay_origin,
         rotary_offset=by.rotary_offset if rotates else 0,
     )
-    constants, (_, *numbers) = launch_constants(rotation)  # without the stride of axes
-    numbers += (
-        0 if cache.block_table is None else cache.block_table.stride(0),
-        *cache.k.shape[:2],
-        cache.capacity,
-        num_counters,
-    )
+    tile, numbers = rotation_numbers(rotation)
+    del numbers["positions_stride_axis"]  # no axes here
     step = Step(
-        v.shape[3], next_power_of_2(v.shape[3]), rotates, None if by.stored == SAME else by.stored
+        head_dim_v, next_power_of_2(head_dim_v), rotates, None if by.stored == SAME else by.stored
     )
-    tensors = (q, k, out, v, cache.k, cache.v)
-    return build_launch(rope_append_kernel, tensors, constants, tuple(numbers), STEP=step)
+    return build_launch(
+        rope_append_kernel,
+        {
+            "q_ptr": call.q,
+            "k_ptr": call.k,
+            "q_out_ptr": None if call.q is None else empty_rows(call.q),  # for its strides
+            "v_ptr": call.v,
+        },
+        tile,
+        {
+            **numbers,
+            "block_table_stride": 0 if cache.block_table is None else cache.block_table.stride(0),
+            "num_blocks": cache.k.shape[0],
+            "page_size": cache.k.shape[1],
+            "capacity": cache.capacity,
+            "num_counters": num_counters,
+        },
+        caches={"k_cache_ptr": cache.k, "v_cache_ptr": cache.v},
+        constants={"STEP": step},
+    )
 
 
-def append_tensors(
-    q: Tensor | None,
-    k: Tensor,
-    q_out: Tensor | None,
-    v: Tensor,
+def launch_append(
+    launch: Launch,
     cache: KVCache,
-    rope_args: tuple[Tensor | None, ...],
+    k: Tensor,
+    v: Tensor,
+    *,
+    q: Tensor | None = None,
+    q_out: Tensor | None = None,
     counters: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Return the tensors of the launch that `build_append` made, in their order.
+    inv_freq: Tensor | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    log_decay: Tensor | None = None,
+) -> None:
+    """Launch what `build_append` made for tensors of these layouts.
 
-    rope_args: inv_freq, positions or the slots in use, cu_seqlens, log_decay.
+    positions: of tokens, or with frequencies the slots in use: cache.seqlens.
     """
-    caches = (cache.k, cache.v)
-    if cache.k.dtype == FP8:
-        caches = tuple(map(as_bits, caches))
-    slots = None if cache.slot_mapping is None else cache.slot_mapping.contiguous()
-    places = (cache.seqlens, cache.block_table, slots, cache.leftpad, *cache.scales)
-    return (q, k, q_out, v, *caches, *places, *rope_args, counters)
+    fp8 = cache.k.dtype == FP8
+    launch.run(
+        q_ptr=q,
+        k_ptr=k,
+        q_out_ptr=q_out,
+        v_ptr=v,
+        k_cache_ptr=as_bits(cache.k) if fp8 else cache.k,
+        v_cache_ptr=as_bits(cache.v) if fp8 else cache.v,
+        cache_seqlens_ptr=cache.seqlens,
+        block_table_ptr=cache.block_table,
+        slot_mapping_ptr=None if cache.slot_mapping is None else cache.slot_mapping.contiguous(),
+        leftpad_ptr=cache.leftpad,
+        k_scale_ptr=cache.scales.k,
+        v_scale_ptr=cache.scales.v,
+        inv_freq_ptr=inv_freq,
+        positions_ptr=positions,
+        cu_seqlens_ptr=cu_seqlens,
+        log_decay_ptr=log_decay,
+        counters_ptr=counters,
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -302,11 +320,11 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
         check_values("rope_append", call)
     by = call.rotation
     q_out = None if call.q is None else empty_rows(call.q)
-    rope_args = (None, None, by.cu_seqlens, None)
+    rope_args = {"cu_seqlens": by.cu_seqlens}
     if by.inv_freq is not None:
-        positions = call.cache.seqlens if by.positions is None else by.positions
-        rope_args = (by.inv_freq, positions, by.cu_seqlens, by.log_decay)
-    launch(append_tensors(call.q, call.k, q_out, call.v, call.cache, rope_args))
+        rope_args["inv_freq"], rope_args["log_decay"] = by.inv_freq, by.log_decay
+        rope_args["positions"] = call.cache.seqlens if by.positions is None else by.positions
+    launch_append(launch, call.cache, call.k, call.v, q=call.q, q_out=q_out, **rope_args)
     return call.k.new_empty(0) if q_out is None else q_out
 
 

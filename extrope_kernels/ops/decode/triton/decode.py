@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ....scores import UNROTATED
 from ..._math.dtypes import FP8, as_bits
-from ..._math.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
+from ..._math.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_by_name, strides_of
 from ..._math.triton.pairs import load_parts, of_pairs
 from ...attention.call import AttentionCall, lse_shape
 from ...attention.triton import configs
@@ -57,12 +57,11 @@ from ...attention.triton.device import (
     sequence_stride,
     softcap,
     stored_map,
-    strides_in_groups,
     with_contiguous_rows,
 )
 from ...attention.triton.mask import region_begin
 from ...cache.call import Append, KeyRotation, KVCache
-from ...cache.triton.append import append_tensors, build_append
+from ...cache.triton.append import build_append, launch_append
 from ...cache.triton.fp8 import kind_of_cache, widened_codes
 from .schedule import Lengths, grid_of, keys_of, queries_of, work_of_item
 from .splits import OutputTarget, store_results, store_split
@@ -119,14 +118,7 @@ class Blocks(NamedTuple):
 # The second launch: attend
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("q_stride_batch", "q_stride_seq", "q_stride_head", "k_stride_block", "k_stride_slot"),
-        *("k_stride_head", "v_stride_block", "v_stride_slot", "v_stride_head", "table_stride"),
-        *("freq_stride", "query_scale_stride", "page_size", "capacity", "batch", "num_tokens"),
-        *("appended", "num_items", "least_blocks", "num_counters"),
-    ]
-)
+@triton.jit
 def decode_kernel(
     q, k_cache, v_cache,  # (batch, num_tokens, heads_q, head_dim); (blocks, slots, heads_k, ...)
     out, lse,  # see OutputTarget
@@ -431,18 +423,20 @@ def decode(
     k_cache, v_cache = (as_bits(x) if x.dtype == FP8 else x for x in (cache.k, cache.v))
     scratch = q.new_empty(scratch_size, dtype=torch.float32) if scratch_size else None
     if append is not None:  # it sets the counters at the head of scratch to 0
-        # inv_freq, what positions follow, cu_seqlens, log_decay
-        rope_args = (None, None, call.cu_seqlens, None)
+        rope_args = {"cu_seqlens": call.cu_seqlens}
         if append_rotates:
-            rope_args = (call.inv_freq, cache.seqlens, call.cu_seqlens, call.log_decay)
-        append(append_tensors(None, k, None, v, cache, rope_args, scratch))  # no q, no q_out
+            rope_args["inv_freq"], rope_args["log_decay"] = call.inv_freq, call.log_decay
+            rope_args["positions"] = cache.seqlens  # which new tokens follow
+        launch_append(append, cache, k, v, counters=scratch, **rope_args)
     elif scratch is not None:  # no first launch sets the counters to 0
         scratch[:num_counters].zero_()
-    attend((
-        q, k_cache, v_cache, out, lse, scratch, call.inv_freq, call.log_decay, call.pair_maps,
-        call.query_scale, call.sinks, *cache.scales, cache.seqlens, cache.leftpad, call.cu_seqlens,
-        cache.block_table,
-    ))  # fmt: skip
+    attend.run(
+        q=q, k_cache=k_cache, v_cache=v_cache, out=out, lse=lse, scratch=scratch,
+        inv_freq=call.inv_freq, log_decay=call.log_decay, pair_maps=call.pair_maps,
+        query_scale=call.query_scale, sinks=call.sinks, k_scale=cache.scales.k,
+        v_scale=cache.scales.v, seqlens=cache.seqlens, leftpad=cache.leftpad,
+        cu_seqlens=call.cu_seqlens, block_table=cache.block_table,
+    )  # fmt: skip
     return out, lse
 
 
@@ -469,9 +463,9 @@ def decode_launches(
     # Keys that this call adds to a sequence; packed: with each of its queries, 0 or 1.
     appended = cache.appended if call.cu_seqlens is None else int(k is not None)
     numbers = {
-        **_strides("q_stride", "batch seq head", q, blocks.align),
-        **_strides("k_stride", "block slot head", cache.k, blocks.align),
-        **_strides("v_stride", "block slot head", cache.v, blocks.align),
+        **strides_by_name("q", q, blocks.align),
+        **strides_by_name("k", cache.k, blocks.align, ("block", "slot", "head")),
+        **strides_by_name("v", cache.v, blocks.align, ("block", "slot", "head")),
         "table_stride": 0 if cache.block_table is None else cache.block_table.stride(0),
         "freq_stride": sequence_stride(call.inv_freq, dims=2),
         "query_scale_stride": sequence_stride(call.query_scale, dims=2),
@@ -484,10 +478,14 @@ def decode_launches(
         "least_blocks": grid.least_blocks,
         "num_counters": num_counters,
     }
-    constants = {"STORED": stored_map(call), "MODEL": model, "BLOCKS": blocks}
-    constants |= config._replace(stages=stages).options
     programs = (grid.num_items * grid.row_blocks, heads_k)
-    attend = Launch(decode_kernel, programs if q.numel() else (0,), (), {**numbers, **constants})
+    attend = Launch(
+        decode_kernel,
+        programs if q.numel() else (0,),
+        numbers=numbers,
+        constants={"STORED": stored_map(call), "MODEL": model, "BLOCKS": blocks},
+        options=config._replace(stages=stages).options,
+    )
     append, append_rotates = None, call.stored != UNROTATED
     if k is not None:
         by = KeyRotation(cu_seqlens=call.cu_seqlens)
@@ -561,11 +559,6 @@ def constants_of(
         merge_rows=rows if splits else 0,
         merge_splits=max(1, MERGED // (rows * model.dims_v)) if splits else 0,
     )
-
-
-def _strides(name: str, dims: str, x: Tensor, align: int) -> dict[str, int]:
-    """Return the first three strides, divided by `align`, as arguments {name}_{dim}."""
-    return {f"{name}_{dim}": n for dim, n in zip(dims.split(), strides_in_groups(x, align))}
 
 
 def _power_of_two(n: int) -> int:

@@ -5,9 +5,8 @@ Shapes in comments are TILE's: TOKENS and PAIRS (`tokens` and `pairs` of a Tile)
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ..._math.triton.exp import exp
-from ..._math.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_of
+from ..._math.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_by_name, strides_of
 from ..._math.triton.pairs import load_parts
 from ..._math.triton.sincos import add_quarters, cos_sin_polynomials, cos_sin_polynomials_wide
 from ..._math.triton.tokens import sequence_of
@@ -29,16 +28,6 @@ FEW_TOKENS = 512
 # Heads are spread over programs until about this many warps run. 32 bytes per thread then keep
 # 30 KB of loads in flight on each multiprocessor of an H100; more would only repeat cosines.
 TARGET_WARPS = 4096
-# These integers change from call to call: kernels do not specialise on them, nor on strides.
-CALL_NUMBERS = (
-    *("offset", "count", "seqlen", "num_sequences", "search_steps"),
-    *("positions_stride_axis", "positions_stride_batch", "positions_stride_seq"),
-)
-
-
-def stride_names(*tensors: str) -> list[str]:
-    """Return the names of strides: q_stride_batch, q_stride_seq, q_stride_head, ..."""
-    return [f"{x}_stride_{dim}" for x in tensors for dim in ("batch", "seq", "head")]
 
 
 class Tile(NamedTuple):
@@ -231,38 +220,44 @@ def load_head(row_ptrs, valid, TILE: tl.constexpr):
 
 def build_launch(
     kernel: Any,
-    tensors: Sequence[Tensor | None],
-    constants: dict[str, Any],
-    numbers: tuple[int | float, ...],
+    tensors: Mapping[str, Tensor | None],
+    tile: dict[str, Any],
+    numbers: dict[str, float],
     *,
+    caches: Mapping[str, Tensor] | None = None,
+    constants: dict[str, Any] | None = None,
+    per_call: tuple[str, ...] = (),
     one_program: bool = False,
     small_tiles: bool = True,
     pairs_in_registers: int = 0,
     copies_rest: bool = True,
-    **options: Any,
+    maxnreg: int | None = None,
 ) -> Launch:
-    """Work out the launch on q, k and other (batch, seqlen, heads, head_dim) tensors or None.
+    """Work out the launch on q, k and others, by their names in the kernel: q_ptr, k_ptr, ...
+
+    tensors: (batch, seqlen, heads, head_dim), (total, heads, head_dim) if packed, or None.
+    caches: (blocks, slots, heads, head_dim).
 
     Tiles and grids take few different values, so little is compiled. The launch's numbers are the
-    strides of batch, seq and head of each tensor (0 for None), count = batch * seqlen, seqlen, and
-    `numbers`.
+    strides of each tensor and cache by its name, count = batch * seqlen, seqlen, and `numbers`.
 
     Strides count groups of as many elements as divide them all, Tile.align. A kernel multiplies by
     it last: that shows the compiler that rows begin at such multiples, so it loads 16 bytes at a
     time, and saves registers.
 
-    constants, numbers: as from `launch_constants`.
+    tile, numbers: from `rotation_numbers`.
+    constants, per_call: as in Launch; constants without TILE.
     one_program: a program takes all heads.
     small_tiles: a program may take few tokens.
     pairs_in_registers: the pairs of a head that the tile is sized by, if not Tile.pairs.
-    options: as in Launch.
+    maxnreg: the most registers of a thread; AMD's compiler knows no such limit.
     """
-    q, k, *_ = tensors
-    x, heads_q, heads_k = k if q is None else q, *(0 if x is None else x.shape[2] for x in (q, k))
-    batch, seqlen, _, head_dim = x.shape
+    q, k, caches = tensors["q_ptr"], tensors["k_ptr"], caches or {}
+    x, heads_q, heads_k = k if q is None else q, *(0 if x is None else x.shape[-2] for x in (q, k))
+    batch, seqlen, _, head_dim = x.shape if x.dim() == 4 else (1, *x.shape)
     count, heads = batch * seqlen, max(heads_q, heads_k)
-    chip_of(x)  # raises if something is missing
-    half = constants["half"]
+    chip = chip_of(x)  # raises if something is missing
+    half = tile["half"]
     pairs, rest = next_power_of_2(half), head_dim - 2 * half if copies_rest else 0
     if count < FEW_TOKENS and small_tiles:
         tokens, warps = max(1, 64 // pairs), 1
@@ -271,25 +266,49 @@ def build_launch(
         tokens, warps = max(1, vectors // (pairs_in_registers or pairs)), 4
     tiles = triton.cdiv(count, tokens) if heads else 0
     shares = min(1 if one_program else heads, max(1, TARGET_WARPS // max(warps * tiles, 1)))
-    per_tensor = ((0, 0, 0) if x is None else strides_of(x)[:3] for x in tensors)
-    strides = tuple(itertools.chain(*per_tensor))  # in elements
-    align = math.gcd(VECTOR_BYTES // x.itemsize, *strides)
-    sizes = (tokens, pairs, rest, next_power_of_2(max(rest, 1)), align, heads_q, heads_k)
-    options["TILE"] = Tile(*sizes, wide=x.dtype == torch.float64, **constants)
-    options |= {"num_warps": warps, "enable_fp_fusion": True}
-    groups = [stride // align for stride in strides]
-    return Launch(kernel, (tiles, shares), (*groups, count, seqlen, *numbers), options)
+    # Elements, up to 16 bytes, that divide all strides.
+    given = (y for y in (*tensors.values(), *caches.values()) if y is not None)
+    align = math.gcd(VECTOR_BYTES // x.itemsize, *(n for y in given for n in strides_of(y)[:-1]))
+    strides: dict[str, int] = {}
+    for name, y in tensors.items():
+        strides |= strides_by_name(name.removesuffix("_ptr"), y, align)
+    for name, y in caches.items():
+        strides |= strides_by_name(name.removesuffix("_ptr"), y, align, ("block", "slot", "head"))
+    sizes = Tile(
+        tokens=tokens,
+        pairs=pairs,
+        rest=rest,
+        rest_dims=next_power_of_2(max(rest, 1)),
+        align=align,
+        heads_q=heads_q,
+        heads_k=heads_k,
+        wide=x.dtype == torch.float64,
+        **tile,
+    )
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if maxnreg is not None and isinstance(chip, int):  # a chip of NVIDIA's
+        options["maxnreg"] = maxnreg
+    return Launch(
+        kernel,
+        (tiles, shares),
+        numbers={**strides, "count": count, "seqlen": seqlen, **numbers},
+        constants={**(constants or {}), "TILE": sizes},
+        options=options,
+        per_call=per_call,
+    )
 
 
-def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | float, ...]]:
-    """Return `constants` and `numbers` for `build_launch`."""
+def rotation_numbers(rotation: Rotation) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the fields of Tile that follow from a rotation, and its numbers in a launch."""
     positions, axes = rotation.positions, rotation.axes
-    strides = (0, 0, 0) if positions is None else strides_of(positions)
-    if axes is None:  # no stride of axes; offsets have only a stride of sequences
-        strides = (0, *strides, 0)[:3]
+    # (axes, batch or 1, seqlen), (batch or 1, seqlen), or offsets: (sequences,)
+    strides = () if positions is None else strides_of(positions)
+    by_axis, by_batch, by_token = (0, 0, 0, *strides)[-3:]
+    if rotation.positions_are_offsets:
+        by_batch, by_token = by_token, 0
     sequences = 0 if rotation.cu_seqlens is None else rotation.cu_seqlens.shape[0] - 1
     inv_freq_stride_sequence, inv_freq_stride_head, _ = strides_of(rotation.inv_freq)
-    constants = {
+    tile = {
         "half": rotation.inv_freq.shape[-1],
         "interleaved": rotation.interleaved,
         "conjugate": rotation.conjugate,
@@ -301,15 +320,16 @@ def launch_constants(rotation: Rotation) -> tuple[dict[str, Any], tuple[int | fl
         "decay_sign": 1.0 if rotation.log_decay is None else rotation.decay_signs[0],
         "rotary_offset": rotation.rotary_offset,
     }
-    search_steps = sequences.bit_length()
-    numbers = (*strides, sequences, search_steps, rotation.decay_origin, rotation.amplitude)
-    return constants, numbers
-
-
-def as_inputs(tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """View two tensors in the shapes of their (batch, seqlen, heads, head_dim) inputs."""
-    like = (*inputs, None)
-    return [x if x is None else x.view(y.shape) for x, y in zip(tensors, like)]
+    numbers = {
+        "positions_stride_axis": by_axis,
+        "positions_stride_batch": by_batch,
+        "positions_stride_seq": by_token,
+        "num_sequences": sequences,
+        "search_steps": sequences.bit_length(),
+        "decay_origin": rotation.decay_origin,
+        "amplitude": rotation.amplitude,
+    }
+    return tile, numbers
 
 
 def empty_outputs(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:

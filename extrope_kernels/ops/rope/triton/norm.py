@@ -30,35 +30,30 @@ exp(SIGN * distance * log_decay), (TOKENS, PAIRS), or without log_decay the ampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
 from ..._math.dtypes import accumulator
-from ..._math.triton.launch import Launch, chip_of
+from ..._math.triton.launch import Launch
 from ..._math.triton.pairs import store_parts
 from ..._torch.layouts import cached_by_layout, layout_key
 from ..call import resolve
 from ..checks import check_norm, check_saved, check_values, refuse_expanded, refuse_shared
 from .device import (
-    CALL_NUMBERS,
     Rope,
     Rows,
-    as_inputs,
     build_launch,
     cos_sin_of_head,
     decayed,
     empty_outputs,
-    launch_constants,
     load_head,
     load_positions,
     program_heads,
     program_tokens,
+    rotation_numbers,
     rows_of_head,
-    stride_names,
 )
 
 # A backward's limit: without one, ptxas spills to fit one more block.
@@ -130,7 +125,7 @@ def _norm_rotate(
         store_parts(rows_of_head(out, head, TILE), parts, valid, TILE)  # rounds once
 
 
-@triton.jit(do_not_specialize=(*CALL_NUMBERS, *stride_names("q", "k", "q_out", "k_out")))
+@triton.jit
 def norm_rotate_kernel(
     q_ptr, k_ptr,  # (batch, seqlen, heads, head_dim); k may be None
     q_out_ptr, k_out_ptr,  # like q and k, or q and k themselves
@@ -139,7 +134,7 @@ def norm_rotate_kernel(
     positions_ptr,  # (batch or 1, seqlen); (sequences,): of their first tokens; None: these are 0
     cu_seqlens_ptr, log_decay_ptr,  # (sequences + 1,) if packed; (half,): xPos; or None
     axes_ptr,  # (half,) or None: positions are (axes, batch or 1, seqlen), pair i reads axes[i]
-    offset,  # added to all positions
+    offset: tl.int64,  # added to all positions
     q_stride_batch, q_stride_seq, q_stride_head,  # all strides in groups of TILE.align elements
     k_stride_batch, k_stride_seq, k_stride_head,
     q_out_stride_batch, q_out_stride_seq, q_out_stride_head,
@@ -302,16 +297,14 @@ def _backward(
         )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=(*CALL_NUMBERS, *stride_names("dq_out", "dk_out", "dq", "dk", "q", "k"))
-)
+@triton.jit
 def norm_rotate_backward_kernel(
     dq_out_ptr, dk_out_ptr,  # gradients of the forward's outputs, (batch, seqlen, heads, head_dim)
     dq_ptr, dk_ptr,  # of its inputs: written
     q_ptr, k_ptr,  # its inputs; everything of k may be None
     q_weight_ptr, k_weight_ptr,  # see _norm_rotate
     q_dweight_ptr, k_dweight_ptr,  # see _norm_rotate_backward; None without a weight
-    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset,
+    inv_freq_ptr, positions_ptr, cu_seqlens_ptr, log_decay_ptr, axes_ptr, offset: tl.int64,
     dq_out_stride_batch, dq_out_stride_seq, dq_out_stride_head,  # in groups of TILE.align elements
     dk_out_stride_batch, dk_out_stride_seq, dk_out_stride_head,
     dq_stride_batch, dq_stride_seq, dq_stride_head,
@@ -365,13 +358,13 @@ def rope_norm_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_norm_fwd`."""
     q_out, k_out = empty_outputs(q, k)
-    _run((q, k, q_out, k_out), *others, **options)
+    _run({"q_ptr": q, "k_ptr": k, "q_out_ptr": q_out, "k_out_ptr": k_out}, *others, **options)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
 def rope_norm_inplace(q: Tensor, k: Tensor | None, *others: Tensor | None, **options) -> None:
     """Compute `torch.ops.extrope.rope_norm_inplace`."""
-    _run((q, k, q, k), *others, **options)
+    _run({"q_ptr": q, "k_ptr": k, "q_out_ptr": q, "k_out_ptr": k}, *others, **options)
 
 
 def rope_norm_bwd(
@@ -379,29 +372,52 @@ def rope_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_norm_bwd`."""
     dq, dk = empty_outputs(grad_q, grad_k)
-    (q, k, *weights), rope = others[:4], Rope(*others[4:])  # the op's order
-    tensors = (grad_q, grad_k, dq, dk, q, k)
-    launch, offset = _launch_for(tensors, weights, rope, **options)
+    q, k, q_weight, k_weight, *rope_args = others
+    weights, rope = (q_weight, k_weight), Rope(*rope_args)
+    tensors = {
+        "dq_out_ptr": grad_q, "dk_out_ptr": grad_k, "dq_ptr": dq, "dk_ptr": dk, "q_ptr": q,
+        "k_ptr": k,
+    }  # fmt: skip
+    launch, offset = _launch_for(grad_q, grad_k, tensors, weights, rope, **options)
     # Each program writes a row: no atomics, the same bits in every run.
     programs, wide = launch.grid[0], accumulator(q.dtype)
     parts = [None if w is None else q.new_empty(programs, w.shape[0], dtype=wide) for w in weights]
-    # The kernel's arguments in its order; the launch adds strides and numbers.
-    launch((*tensors, *weights, *parts, *rope), offset)
+    q_dweight, k_dweight = parts
+    launch.run(
+        **tensors, q_weight_ptr=q_weight, k_weight_ptr=k_weight, q_dweight_ptr=q_dweight,
+        k_dweight_ptr=k_dweight,
+        inv_freq_ptr=rope.inv_freq, positions_ptr=rope.positions, cu_seqlens_ptr=rope.cu_seqlens,
+        log_decay_ptr=rope.log_decay, axes_ptr=rope.axes, offset=offset,
+    )  # fmt: skip
     none = grad_q.new_empty(0, dtype=wide)
     dweights = (none.clone() if x is None else x.sum(0) for x in parts)
     return dq, grad_q.new_empty(0) if dk is None else dk, *dweights
 
 
-def _run(tensors: tuple[Tensor | None, ...], *others: Tensor | None, **options) -> None:
-    """Norm and rotate q and k of tensors, (q, k, their outputs)."""
-    weights, rope = others[:2], Rope(*others[2:])
-    launch, offset = _launch_for(tensors, weights, rope, **options)
-    launch((*tensors, *weights, *rope), offset)
+def _run(
+    tensors: dict[str, Tensor | None],
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *rope_args: Tensor | None,
+    **options,
+) -> None:
+    """Norm and rotate q_ptr and k_ptr of tensors into q_out_ptr and k_out_ptr."""
+    q, k, rope = tensors["q_ptr"], tensors["k_ptr"], Rope(*rope_args)
+    if tensors["q_out_ptr"] is q:
+        refuse_shared(q, k)
+    launch, offset = _launch_for(q, k, tensors, (q_weight, k_weight), rope, **options)
+    launch.run(
+        **tensors, q_weight_ptr=q_weight, k_weight_ptr=k_weight,
+        inv_freq_ptr=rope.inv_freq, positions_ptr=rope.positions, cu_seqlens_ptr=rope.cu_seqlens,
+        log_decay_ptr=rope.log_decay, axes_ptr=rope.axes, offset=offset,
+    )  # fmt: skip
 
 
 def _launch_for(
-    tensors: tuple[Tensor | None, ...],
-    weights: Sequence[Tensor | None],
+    x: Tensor,
+    y: Tensor | None,
+    tensors: dict[str, Tensor | None],
+    weights: tuple[Tensor | None, Tensor | None],
     rope: Rope,
     *,
     offset: int = 0,
@@ -409,53 +425,50 @@ def _launch_for(
 ) -> tuple[Launch, int]:
     """Return the launch, and the offset of all positions.
 
-    tensors: q and k, their outputs, and in a backward the forward's inputs.
+    x, y: q and k, or in a backward the gradients of their outputs. tensors: those with heads, by
+    their names in the kernel.
     """
-    q, k, out, _, *saved = tensors
-    if out is q:
-        refuse_shared(q, k)
-    key = (out is q, layout_key(q, k, *saved, *weights, *rope), *options.items())
-    launch = cached_by_layout(_build_launch, key, tensors, weights, rope, options)
-    check_values(rope.positions, rope.cu_seqlens, rope.axes, offset, len(q))
+    in_place = tensors.get("q_out_ptr") is x
+    saved = () if tensors["q_ptr"] is x else (tensors["q_ptr"], tensors["k_ptr"])
+    key = (in_place, layout_key(x, y, *saved, *weights, *rope), *options.items())
+    launch = cached_by_layout(_build_launch, key, x, y, in_place, tensors, weights, rope, options)
+    check_values(rope.positions, rope.cu_seqlens, rope.axes, offset, len(x))
     return launch, offset
 
 
 def _build_launch(
-    tensors: tuple[Tensor | None, ...],
-    weights: Sequence[Tensor | None],
+    x: Tensor,
+    y: Tensor | None,
+    in_place: bool,
+    tensors: dict[str, Tensor | None],
+    weights: tuple[Tensor | None, Tensor | None],
     rope: Rope,
     options: dict,
 ) -> Launch:
     """Check the call, then build its launch."""
-    (q, k, *others), options = tensors, dict(options)
-    eps, backward = options.pop("norm_eps", 1e-6), len(others) > 2
-    # Checks them. inputs: [q, k] as (batch, seqlen, heads, head_dim), batch 1 if packed. adjoint:
-    # R^T in place of R.
-    inputs, rotation = resolve(q, k, *rope, adjoint=backward, **options)
-    check_norm(q, k, *weights, eps)
+    options, backward = dict(options), "dq_ptr" in tensors
+    eps = options.pop("norm_eps", 1e-6)
+    # Checks them. adjoint: R^T in place of R.
+    _, rotation = resolve(x, y, *rope, adjoint=backward, **options)
+    check_norm(x, y, *weights, eps)
     if backward:
-        check_saved(q, k, *others[2:], packed=rope.cu_seqlens is not None)
-    in_place = others[0] is q
+        check_saved(x, y, tensors["q_ptr"], tensors["k_ptr"], packed=rope.cu_seqlens is not None)
     if in_place:
-        refuse_expanded(q, k)  # their elements must not share memory
-    together = [w is not None and w.shape[0] != q.shape[-1] for w in weights]
+        refuse_expanded(x, y)  # their elements must not share memory
+    q_together, k_together = (w is not None and w.shape[0] != x.shape[-1] for w in weights)
     # With as many tokens in a tile as the forward's, a backward would spill where dims pass from
     # thread to thread, that is except for float32 in halves.
-    spills = backward and (rotation.interleaved or q.itemsize == 2)
-    limited = backward and isinstance(chip_of(q), int)  # AMD's compiler knows no such limit
+    spills = backward and (rotation.interleaved or x.itemsize == 2)
     return build_launch(
         norm_rotate_backward_kernel if backward else norm_rotate_kernel,
-        # Pairs (of q, of k), seen in the shapes of `inputs`.
-        [x for i in range(0, len(tensors), 2) for x in as_inputs(tensors[i : i + 2], inputs)],
-        *launch_constants(rotation),  # fields of TILE, and numbers: how positions are read
+        tensors,
+        *rotation_numbers(rotation),
+        constants={"Q_TOGETHER": q_together, "K_TOGETHER": k_together, "EPS": float(eps)},
+        per_call=("offset",),
         # The mean square of all heads is read before any of them is overwritten: by one program.
-        one_program=backward or (in_place and any(together)),
+        one_program=backward or (in_place and (q_together or k_together)),
         small_tiles=not backward,
-        copies_rest=True,  # kernels count head_dim by the rest
         # Sizes the tile as if a head had so many pairs.
-        pairs_in_registers=next_power_of_2(q.shape[-1]) // 2 if spills else 0,
-        Q_TOGETHER=together[0],
-        K_TOGETHER=together[1],
-        EPS=float(eps),
-        **({"maxnreg": ALL_REGISTERS} if limited else {}),
+        pairs_in_registers=next_power_of_2(x.shape[-1]) // 2 if spills else 0,
+        maxnreg=ALL_REGISTERS if backward else None,
     )

@@ -25,33 +25,30 @@ distance * log_decay), (TOKENS, PAIRS), or without log_decay the amplitude, (1, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..._math.dtypes import accumulator
-from ..._math.triton.launch import Launch, chip_of
+from ..._math.triton.launch import Launch
 from ..._math.triton.pairs import load_parts, store_parts
 from ..._torch.layouts import cached_by_layout, layout_key
 from ..call import Rotation, resolve
 from ..checks import check_saved, check_values, refuse_expanded, refuse_shared
 from .device import (
-    CALL_NUMBERS,
     Rope,
     Rows,
-    as_inputs,
     build_launch,
     cos_sin_of_head,
     decayed,
     empty_outputs,
-    launch_constants,
     load_positions,
     program_heads,
     program_tokens,
+    rotation_numbers,
     rows_of_head,
-    stride_names,
 )
 
 # If every head has its own frequencies, a limit that no kernel reaches: without one, ptxas spills
@@ -83,12 +80,7 @@ def _rotate_head(x, out, saved, head, valid, cos, sin, angle_grad, TILE: tl.cons
     return angle_grad
 
 
-@triton.jit(
-    do_not_specialize=(
-        *CALL_NUMBERS,
-        *stride_names("q", "k", "q_out", "k_out", "q_saved", "k_saved"),
-    )
-)
+@triton.jit
 def rotate_kernel(
     q_ptr, k_ptr,  # (batch, seqlen, heads, head_dim); k may be None
     q_out_ptr, k_out_ptr,  # like q and k, or q and k themselves
@@ -191,25 +183,23 @@ def rotate_kernel(
 
 
 def build_rotation_launch(
-    tensors: Sequence[Tensor | None], in_place: bool, rotation: Rotation
+    tensors: Mapping[str, Tensor | None], in_place: bool, rotation: Rotation
 ) -> Launch:
-    """Work out the launch on q, k, their outputs and saved inputs.
+    """Work out the launch; tensors: the kernel's, from q_ptr to k_saved_ptr.
 
     With saved inputs it writes the gradient of the angles too.
     """
     # Sums over the heads stay in one program: no atomics, the same bits in every run.
-    *_, q_saved, _ = tensors
-    sums_heads = q_saved is not None and not rotation.per_head
-    # An int is a chip of NVIDIA's: AMD's compiler knows no such limit.
-    limited = rotation.per_head and isinstance(chip_of(tensors[0]), int)
+    sums_heads = tensors["q_saved_ptr"] is not None and not rotation.per_head
     return build_launch(
         rotate_kernel,
         tensors,
-        *launch_constants(rotation),
+        *rotation_numbers(rotation),
+        per_call=("offset",),
         one_program=sums_heads,  # all heads in one
         small_tiles=not sums_heads,  # few tokens in one, if the call has few
         copies_rest=not in_place,
-        **({"maxnreg": MOST_REGISTERS} if limited else {}),
+        maxnreg=MOST_REGISTERS if rotation.per_head else None,
     )
 
 
@@ -222,45 +212,63 @@ def rope_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_fwd`; rope_args: a Rope's tensors, options: of `resolve`."""
     q_out, k_out = empty_outputs(q, k)
-    _run(False, (q, k, q_out, k_out, None, None), Rope(*rope_args), **options)
+    _run(q, k, q_out, k_out, Rope(*rope_args), **options)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
 def rope_inplace(q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options) -> None:
     """Compute `torch.ops.extrope.rope_inplace`."""
-    _run(False, (q, k, q, k, None, None), Rope(*rope_args), **options)
+    _run(q, k, q, k, Rope(*rope_args), **options)
 
 
 def rope_bwd(
     grad_q: Tensor, grad_k: Tensor | None, *others: Tensor | None, **options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_bwd`."""
+    q_saved, k_saved, *rope_args = others
     dq, dk = empty_outputs(grad_q, grad_k)
-    tensors = (grad_q, grad_k, dq, dk, *others[:2])
-    angle_grad = _run(True, tensors, Rope(*others[2:]), **options)
+    angle_grad = _run(
+        grad_q, grad_k, dq, dk, Rope(*rope_args), q_saved, k_saved, adjoint=True, **options
+    )
     if angle_grad is None:
         angle_grad = grad_q.new_empty(0, dtype=accumulator(grad_q.dtype))
     return dq, grad_q.new_empty(0) if dk is None else dk, angle_grad
 
 
 def _run(
-    adjoint: bool, tensors: tuple[Tensor | None, ...], rope: Rope, *, offset: int = 0, **options
+    q: Tensor,
+    k: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor | None,
+    rope: Rope,
+    q_saved: Tensor | None = None,
+    k_saved: Tensor | None = None,
+    *,
+    adjoint: bool = False,
+    offset: int = 0,
+    **options,
 ) -> Tensor | None:
-    """Rotate q and k of tensors, (q, k, their outputs, their saved inputs).
+    """Rotate q and k, from which q_saved and k_saved follow if they are gradients.
 
     adjoint: q and k are gradients, and rotate by minus the angle.
     Returns the gradient of the angles if inputs were saved.
     """
-    q, k, out, _, *saved = tensors
-    if out is q:
+    in_place = q_out is q
+    if in_place:
         refuse_shared(q, k)
-    key = (adjoint, out is q, layout_key(q, k, *saved, *rope), *options.items())
+    key = (adjoint, in_place, layout_key(q, k, q_saved, k_saved, *rope), *options.items())
+    tensors = (q, k, q_out, k_out, q_saved, k_saved)
     launch, shape = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
     check_values(rope.positions, rope.cu_seqlens, rope.axes, offset, len(q))
-    angle_grad = None if saved[0] is None else q.new_empty(shape, dtype=accumulator(q.dtype))
+    angle_grad = None if q_saved is None else q.new_empty(shape, dtype=accumulator(q.dtype))
     if angle_grad is not None and q.numel() == 0:  # tokens without heads
         angle_grad.zero_()
-    launch((*tensors, angle_grad, *rope), offset)
+    launch.run(
+        q_ptr=q, k_ptr=k, q_out_ptr=q_out, k_out_ptr=k_out, q_saved_ptr=q_saved,
+        k_saved_ptr=k_saved, angle_grad_ptr=angle_grad,
+        inv_freq_ptr=rope.inv_freq, positions_ptr=rope.positions, cu_seqlens_ptr=rope.cu_seqlens,
+        log_decay_ptr=rope.log_decay, axes_ptr=rope.axes, offset=offset,
+    )  # fmt: skip
     return angle_grad
 
 
@@ -268,16 +276,17 @@ def _build_launch(
     adjoint: bool, tensors: tuple[Tensor | None, ...], rope: Rope, options: dict
 ) -> tuple[Launch, tuple[int, ...]]:
     """Check the call, then build its launch; return also the shape of its angles' gradient."""
-    q, k, *others = tensors
+    q, k, q_out, k_out, q_saved, k_saved = tensors
     inputs, rotation = resolve(q, k, *rope, adjoint=adjoint, **options)  # inputs: q, k in 4 dims
-    in_place = others[0] is q
+    in_place = q_out is q
     if in_place:
         refuse_expanded(q, k)
-    if others[2] is not None:
-        check_saved(q, k, *others[2:], packed=rope.cu_seqlens is not None)
-    by_role = ((q, k), others[:2], others[2:])  # inputs, outputs, saved inputs
-    launch = build_rotation_launch(
-        [x for xs in by_role for x in as_inputs(xs, inputs)], in_place, rotation
-    )
+    if q_saved is not None:
+        check_saved(q, k, q_saved, k_saved, packed=rope.cu_seqlens is not None)
+    by_name = {
+        "q_ptr": q, "k_ptr": k, "q_out_ptr": q_out, "k_out_ptr": k_out, "q_saved_ptr": q_saved,
+        "k_saved_ptr": k_saved,
+    }  # fmt: skip
+    launch = build_rotation_launch(by_name, in_place, rotation)
     batch, seqlen, heads, _ = inputs[0].shape
     return launch, (batch, seqlen, heads if rotation.per_head else 1, rotation.rotary_dim // 2)
