@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import stat
 import threading
 import warnings
@@ -239,9 +240,30 @@ def _intact(library: Path) -> bool:
 def _dlopen(library: Path) -> str | None:
     """Load a library; it registers its ops if its kernels can run here."""
     try:
-        register = ctypes.CDLL(str(library)).extrope_register
+        loaded = ctypes.CDLL(str(library))
     except OSError as error:
         return f"{library.name} did not load: {' '.join(str(error).split())[:300]}"
-    register.restype = ctypes.c_char_p
-    why = register(int(torch.cuda.is_available()))
+    loaded.extrope_signatures.restype = loaded.extrope_register.restype = ctypes.c_char_p
+    for signature in loaded.extrope_signatures().decode().splitlines():
+        if why := _other_arguments(signature):
+            return f"{library.name} is of another version: {why}"
+    why = loaded.extrope_register(int(torch.cuda.is_available()))
     return None if why is None else f"{library.name} cannot run here: {why.decode()}"
+
+
+def _other_arguments(signature: str) -> str | None:
+    """Return how the arguments of a C++ function differ from its op's schema, or None.
+
+    signature: the op's name and the function's parameters, which have the schema's names in its
+        order. Only cu_seqlens has the name that other ops have in C++.
+    """
+    name, _, parameters = signature.partition(" ")
+    taken = re.findall(r"(\w+) *(?:,|$)", re.sub(r"<[^>]*>", "", parameters))
+    arguments = getattr(torch.ops.extrope, name).default._schema.arguments
+    wanted = [x.name.replace("cu_seqlens_q", "cu_seqlens") for x in arguments]
+    if taken == wanted:
+        return None
+    return (
+        f"{name} takes {', '.join(taken)}, and its schema in Python has {', '.join(wanted)}; lists "
+        "of arguments are in csrc/common/attention_args.h and rope_args.h"
+    )

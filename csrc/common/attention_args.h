@@ -6,37 +6,56 @@
 #include <vector>
 
 #include "common/map_args.h"
+#include "common/ops.h"
 #include "common/softmax_params.h"
 
 namespace extrope {
 
-// The parameters that every op's function ends with, in the order of OPTIONS in
-// extrope_kernels/ops/attention/call.py, and the call that reads them.
-#define EXTROPE_OPTIONS                                                                            \
-  std::optional<double> softmax_scale, double attention_factor, bool interleaved,                  \
-      std::optional<int64_t> rotary_offset, double softcap, std::optional<int64_t> sliding_window, \
-      bool float32_results, int64_t granularity, const std::vector<int64_t>&region_starts,         \
-      const std::vector<int64_t>&map_kinds, const Column<int64_t>&map_moduli,                      \
-      const Column<double>&map_divisors, const Column<bool>&map_floors,                            \
-      const Column<double>&map_offsets, const Column<double>&map_caps,                             \
-      const Column<int64_t>&map_rows
-#define EXTROPE_READ_OPTIONS(op)                                                                \
-  AttentionOptions {                                                                            \
-    softmax_scale, attention_factor, interleaved, rotary_offset.value_or(0), softcap,           \
-        float32_results,                                                                        \
-        regions_of(                                                                             \
-            op, granularity, sliding_window, region_starts,                                     \
-            {map_kinds, map_moduli, map_divisors, map_floors, map_offsets, map_caps, map_rows}) \
+// The arguments that all ops have, as `AttentionCall` of extrope_kernels/ops/attention/call.py has
+// them: tensors, numbers of the model, and a score.
+#define EXTROPE_CALL_TENSORS(X)         \
+  X(const Tensor&, inv_freq)            \
+  X(const OptionalTensor&, cu_seqlens)  \
+  X(const OptionalTensor&, log_decay)   \
+  X(const OptionalTensor&, sinks)       \
+  X(const OptionalTensor&, query_scale) \
+  X(const OptionalTensor&, pair_maps)
+#define EXTROPE_CALL_NUMBERS(X)             \
+  X(std::optional<double>, softmax_scale)   \
+  X(double, attention_factor)               \
+  X(bool, interleaved)                      \
+  X(std::optional<int64_t>, rotary_offset)  \
+  X(double, softcap)                        \
+  X(std::optional<int64_t>, sliding_window) \
+  X(bool, float32_results)
+#define EXTROPE_SCORE(X)                        \
+  X(int64_t, granularity)                       \
+  X(const std::vector<int64_t>&, region_starts) \
+  X(const std::vector<int64_t>&, map_kinds)     \
+  X(const Column<int64_t>&, map_moduli)         \
+  X(const Column<double>&, map_divisors)        \
+  X(const Column<bool>&, map_floors)            \
+  X(const Column<double>&, map_offsets)         \
+  X(const Column<double>&, map_caps)            \
+  X(const Column<int64_t>&, map_rows)
+// The parameters for numbers and score, and the call that reads them.
+#define EXTROPE_OPTIONS EXTROPE_CALL_NUMBERS(EXTROPE_PARAMETER) EXTROPE_SCORE(EXTROPE_PARAMETER)
+#define EXTROPE_READ_OPTIONS(op)                                                                   \
+  AttentionOptions {                                                                               \
+    EXTROPE_CALL_NUMBERS(EXTROPE_VALUE)                                                            \
+    regions_of(op, granularity, sliding_window, region_starts,                                     \
+               {map_kinds, map_moduli, map_divisors, map_floors, map_offsets, map_caps, map_rows}) \
   }
 
+struct CallTensors {
+  EXTROPE_CALL_TENSORS(EXTROPE_MEMBER)
+};
+
 struct AttentionOptions {
-  std::optional<double> softmax_scale;
-  double attention_factor;
-  bool interleaved;
-  int64_t rotary_offset;
-  double softcap;  // 0: none
-  bool float32_results;
+  EXTROPE_CALL_NUMBERS(EXTROPE_MEMBER)
   Regions regions;
+
+  int64_t first_dim() const { return rotary_offset.value_or(0); }
 };
 
 // Reads regions, far keys first. The maps are the q_map and the k_map of each region in turn, and
@@ -73,7 +92,7 @@ inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
 }
 
 inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequences, int64_t heads_k,
-                              const TensorView& inv_freq, const OptionalView& log_decay,
+                              const Tensor& inv_freq, const OptionalTensor& log_decay,
                               int64_t rotary_offset) {
   const int64_t dim = inv_freq.dim(), half = dim >= 1 ? inv_freq.size(dim - 1) : 0;
   const ScalarType type = inv_freq.scalar_type();
@@ -100,24 +119,26 @@ inline void check_frequencies(const char* op, int64_t head_dim, int64_t sequence
              shape_of(*log_decay));
 }
 
-inline double softmax_scale_of(const char* op, std::optional<double> given, int64_t head_dim) {
-  const double scale = given.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
-  require_of(op, scale > 0 && std::isfinite(scale),
-             "softmax_scale must be None or a number > 0, got ", scale);
-  // Kernels take a float.
-  require_of(op, scale <= 1e30, "softmax_scale must be at most 1e30, got ", scale);
-  return scale;
+// Checks a number as `Range` of extrope_kernels/ops/_tables/fields.py does, with its limits.
+inline void check_range(const char* op, const char* name, double value, double least, double most,
+                        bool or_zero = false) {
+  const bool fits = (least > 0 ? value >= least : value > 0) && value <= most;
+  require_of(op, fits || (or_zero && value == 0), name, " must be ", or_zero ? "0 (none) or " : "",
+             least > 0 ? "from " : "> ", least, least > 0 ? " to " : " and at most ", most,
+             ", got ", value);
 }
 
-inline void check_attention_factor(const char* op, double attention_factor) {
-  require_of(op, attention_factor > 0 && std::isfinite(attention_factor),
-             "attention_factor must be > 0, got ", attention_factor);
-  // Kernels multiply floats by its square.
-  require_of(op, attention_factor <= 1e15, "attention_factor must be at most 1e15, got ",
-             attention_factor);
+inline void check_numbers(const char* op, const AttentionOptions& x) {
+  check_range(op, "softmax_scale", x.softmax_scale.value_or(1), 0, 1e30);
+  check_range(op, "attention_factor", x.attention_factor, 0, 1e15);
+  check_range(op, "softcap", x.softcap, 1e-30, 1e30, /*or_zero=*/true);
 }
 
-inline Sinks sinks_of(const char* op, const OptionalView& sinks, int64_t heads_q) {
+inline double softmax_scale_of(const AttentionOptions& x, int64_t head_dim) {
+  return x.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+}
+
+inline Sinks sinks_of(const char* op, const OptionalTensor& sinks, int64_t heads_q) {
   if (!sinks.has_value()) return {};
   require_of(op,
              sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 &&
@@ -126,17 +147,8 @@ inline Sinks sinks_of(const char* op, const OptionalView& sinks, int64_t heads_q
   return {static_cast<const float*>(sinks->data_ptr()), sinks->stride(0)};
 }
 
-inline float softcap_of(const char* op, double softcap) {
-  require_of(op, softcap >= 0 && std::isfinite(softcap), "softcap must be >= 0 (0: none), got ",
-             softcap);
-  // Kernels divide float logits by it.
-  require_of(op, softcap == 0 || (1e-30 <= softcap && softcap <= 1e30),
-             "softcap must be 0 (none) or from 1e-30 to 1e30, got ", softcap);
-  return static_cast<float>(softcap);
-}
-
 // Checks and reads (seqlen_q,) or (batch, seqlen_q), for packed queries (total,).
-inline QueryScale query_scale_of(const char* op, const OptionalView& scale, int64_t batch,
+inline QueryScale query_scale_of(const char* op, const OptionalTensor& scale, int64_t batch,
                                  int64_t seqlen_q, bool packed) {
   if (!scale.has_value()) return {};
   const int64_t dim = scale->dim();

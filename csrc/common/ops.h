@@ -4,41 +4,42 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
-#include <sstream>
-#include <stdexcept>
+#include <string>
+#include <tuple>
 #include <vector>
 
 namespace extrope {
 
-template <typename Result, typename... Arguments>
-constexpr uint64_t count_arguments(Result (*)(Arguments...)) {
-  return sizeof...(Arguments);
-}
+// A list of an op's arguments has X(type, name) for each: LIST(X). These make of it parameters
+// after a function's first, members of a struct, and the values of those.
+#define EXTROPE_PARAMETER(type, name) , type name
+#define EXTROPE_MEMBER(type, name) type name;
+#define EXTROPE_VALUE(type, name) name,
 
-// Throws if an argument was added to an op's schema or taken from it, and not here.
-inline void check_count(uint64_t in_schema, uint64_t taken, const char* function,
-                        const char* file) {
-  if (in_schema == taken) return;
-  std::ostringstream text;
-  text
-      << function << " in " << file << " takes " << taken
-      << " arguments, the op's schema in Python has " << in_schema
-      << "; options of attention are in csrc/common/attention_args.h, of a rotation in rope_args.h";
-  throw std::runtime_error(text.str());
-}
+#define EXTROPE_TEXT(...) #__VA_ARGS__
 
-// TORCH_BOX of a function, which says what to change if the op's schema does not fit it.
-#define EXTROPE_BOX(function)                                                  \
-  [](StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {           \
-    check_count(num_args, count_arguments(function), #function + 1, __FILE__); \
-    TORCH_BOX(function)(stack, num_args, num_outputs);                         \
-  }
+// Begins the function of an op, EXTROPE_FUNCTION(Result, name, parameters...) { ... }. As it loads
+// the library, Python compares the names of the parameters with the op's schema.
+#define EXTROPE_FUNCTION(Result, name, ...)                                   \
+  static constexpr const char* name##_parameters = EXTROPE_TEXT(__VA_ARGS__); \
+  static Result name(__VA_ARGS__)
+
+// The entry of an op, by the function that EXTROPE_FUNCTION has begun.
+#define EXTROPE_OP(op, function) {op, TORCH_BOX(&function), function##_parameters}
+
+using TwoTensors = std::tuple<torch::stable::Tensor, torch::stable::Tensor>;
+using ThreeTensors =
+    std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>;
+using FourTensors = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+                               torch::stable::Tensor>;
 
 struct Op {
   const char* name;
-  void (*run)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);  // from EXTROPE_BOX
+  void (*run)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);
+  const char* parameters;
   const char* key = nullptr;  // dispatch key; nullptr: that of the library's device
 };
 
@@ -52,6 +53,16 @@ struct Ops {
     all_ops().insert(all_ops().end(), these.begin(), these.end());
   }
 };
+
+// Returns a line for each op, its name and its function's parameters.
+inline const char* signatures() {
+  static const std::string text = [] {
+    std::string lines;
+    for (const Op& op : all_ops()) lines += std::string(op.name) + " " + op.parameters + "\n";
+    return lines;
+  }();
+  return text.c_str();
+}
 
 // Handles are never deleted: that would unregister their ops.
 inline void register_ops(const char* device) {

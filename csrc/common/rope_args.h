@@ -5,6 +5,7 @@
 #include <cmath>
 #include <optional>
 
+#include "common/ops.h"
 #include "common/rope_params.h"
 #include "common/tensor_args.h"
 
@@ -15,28 +16,27 @@ void require(bool condition, const Message&... message) {
   require_of("rope", condition, message...);
 }
 
-// What every op's function is given for the rotation, in the order of
-// extrope_kernels/ops/rope/op.py: tensors, and at its end options; and the call that reads these.
-#define EXTROPE_ROPE_TENSORS                                                                 \
-  const Tensor &inv_freq, const OptionalTensor &positions, const OptionalTensor &cu_seqlens, \
-      const OptionalTensor &log_decay, const OptionalTensor &axes
-#define EXTROPE_ROPE_OPTIONS                                                \
-  double attention_factor, std::optional<int64_t> offset, bool interleaved, \
-      std::optional<int64_t> rotary_offset, bool inverse, double decay_origin
-#define EXTROPE_READ_ROPE_OPTIONS                                                               \
-  RopeOptions {                                                                                 \
-    cu_seqlens, log_decay, axes, attention_factor, offset, interleaved, rotary_offset, inverse, \
-        decay_origin                                                                            \
-  }
+// What every op's function is given for the rotation, as in extrope_kernels/ops/rope/op.py:
+// inv_freq and positions, then these, and at its end numbers.
+#define EXTROPE_ROPE_TENSORS(X)        \
+  X(const OptionalTensor&, cu_seqlens) \
+  X(const OptionalTensor&, log_decay)  \
+  X(const OptionalTensor&, axes)
+#define EXTROPE_ROPE_NUMBERS(X)            \
+  X(double, attention_factor)              \
+  X(std::optional<int64_t>, offset)        \
+  X(bool, interleaved)                     \
+  X(std::optional<int64_t>, rotary_offset) \
+  X(bool, inverse)                         \
+  X(double, decay_origin)
+#define EXTROPE_ROPE_PARAMETERS \
+  , const Tensor &inv_freq, const OptionalTensor &positions EXTROPE_ROPE_TENSORS(EXTROPE_PARAMETER)
+#define EXTROPE_ROPE_OPTIONS \
+  RopeOptions { EXTROPE_ROPE_TENSORS(EXTROPE_VALUE) EXTROPE_ROPE_NUMBERS(EXTROPE_VALUE) }
 
 struct RopeOptions {
-  OptionalTensor cu_seqlens, log_decay, axes;
-  double attention_factor;
-  std::optional<int64_t> offset;
-  bool interleaved;
-  std::optional<int64_t> rotary_offset;
-  bool inverse;
-  double decay_origin;
+  EXTROPE_ROPE_TENSORS(EXTROPE_MEMBER)
+  EXTROPE_ROPE_NUMBERS(EXTROPE_MEMBER)
   bool packed = false;  // (total, heads, head_dim) without cu_seqlens too
 };
 

@@ -47,21 +47,23 @@ inline void set_outputs_in_place(RopeParams& p, const Tensor& q, const OptionalT
 // The three ops of a device; `launch` starts its kernel.
 template <void (*launch)(const RopeParams&, int device_index)>
 struct RopeOps {
-  static std::tuple<Tensor, Tensor> fwd(const Tensor& q, const OptionalTensor& k,
-                                        EXTROPE_ROPE_TENSORS, EXTROPE_ROPE_OPTIONS) {
+  EXTROPE_FUNCTION(TwoTensors, fwd, const Tensor& q,
+                   const OptionalTensor& k EXTROPE_ROPE_PARAMETERS
+                       EXTROPE_ROPE_NUMBERS(EXTROPE_PARAMETER)) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(q, k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
+    RopeParams p = make_params(q, k, inv_freq, positions, EXTROPE_ROPE_OPTIONS,
                                /*adjoint=*/false);
     const std::tuple<Tensor, Tensor> outs = make_outputs("rope", p, q, k, packed);
     launch(p, q.get_device());
     return outs;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_q, const OptionalTensor& grad_k,
-                                                const OptionalTensor& q, const OptionalTensor& k,
-                                                EXTROPE_ROPE_TENSORS, EXTROPE_ROPE_OPTIONS) {
+  EXTROPE_FUNCTION(ThreeTensors, bwd, const Tensor& grad_q, const OptionalTensor& grad_k,
+                   const OptionalTensor& q,
+                   const OptionalTensor& k EXTROPE_ROPE_PARAMETERS
+                       EXTROPE_ROPE_NUMBERS(EXTROPE_PARAMETER)) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(grad_q, grad_k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
+    RopeParams p = make_params(grad_q, grad_k, inv_freq, positions, EXTROPE_ROPE_OPTIONS,
                                /*adjoint=*/true);
     const auto [dq, dk] = make_outputs("rope", p, grad_q, grad_k, packed);
     const ScalarType wide = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
@@ -76,10 +78,11 @@ struct RopeOps {
     return {dq, dk, angle_grad};
   }
 
-  static void inplace(const Tensor& q, const OptionalTensor& k, EXTROPE_ROPE_TENSORS,
-                      EXTROPE_ROPE_OPTIONS) {
+  EXTROPE_FUNCTION(void, inplace, const Tensor& q,
+                   const OptionalTensor& k EXTROPE_ROPE_PARAMETERS
+                       EXTROPE_ROPE_NUMBERS(EXTROPE_PARAMETER)) {
     const bool packed = cu_seqlens.has_value();
-    RopeParams p = make_params(q, k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
+    RopeParams p = make_params(q, k, inv_freq, positions, EXTROPE_ROPE_OPTIONS,
                                /*adjoint=*/false);
     set_outputs_in_place(p, q, k, packed);
     launch(p, q.get_device());

@@ -74,6 +74,8 @@ extern "C" __attribute__((visibility("default")))
 const char* extrope_register(int has_gpu) {{
   return has_gpu ? {answer} : nullptr;
 }}
+extern "C" __attribute__((visibility("default")))
+const char* extrope_signatures() {{ return ""; }}
 """
 # A packaged library in each of some folders, in a torch with CUDA, each in a fork of its own.
 LOAD = """
@@ -139,7 +141,7 @@ def test_a_library_that_can_run_serves(loaded):
     text = "".join(binding.read_text() for binding in bindings)
     for library, (reason, fallbacks, path, without) in loaded[1:]:
         assert reason == "None" and fallbacks == "True False" and path == str(library)
-        assert without.split() == sorted(re.findall(r'\{"(\w+)", EXTROPE_BOX', text))
+        assert without.split() == sorted(re.findall(r'EXTROPE_OP\("(\w+)"', text))
 
 
 def test_a_binding_leaves_the_device_to_torch():

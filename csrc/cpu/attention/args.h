@@ -14,16 +14,21 @@
 namespace extrope::attention {
 
 constexpr int64_t kMaxSeqlen = INT32_MAX - 1024;
+constexpr int64_t kMaxStart = 1 << 29;
 
 template <typename... Message>
 void require(bool condition, const Message&... message) {
   require_of("attention", condition, message...);
 }
 
+#define EXTROPE_STARTS(X)           \
+  X(const OptionalTensor&, q_start) \
+  X(const OptionalTensor&, k_start)
+
 // The arguments of an op after q, k and v.
 struct Args {
-  TensorView inv_freq;
-  OptionalView cu_seqlens, log_decay, sinks, query_scale, pair_maps, q_start, k_start;
+  EXTROPE_CALL_TENSORS(EXTROPE_MEMBER)
+  EXTROPE_STARTS(EXTROPE_MEMBER)
   AttentionOptions options;
 
   bool packed() const { return cu_seqlens.has_value(); }
@@ -40,15 +45,15 @@ struct Args {
 };
 
 // Views a tensor (batch, seqlen, heads, head_dim) or (total, heads, head_dim); errors have `name`.
-inline AttentionTensor view(const TensorView& x, bool packed, const char* name) {
+inline AttentionTensor view(const Tensor& x, bool packed, const char* name) {
   check_rows("attention", x, packed, name);
   const int64_t d = x.dim();
   return {x.data_ptr(), packed ? 0 : x.stride(0), x.stride(d - 3), x.stride(d - 2), x.size(d - 1)};
 }
 
 // Checks that x is like `like`, except for the last dimension, which is v's head_dim.
-inline void check_like(const TensorView& x, const TensorView& like, int64_t head_dim_v,
-                       const char* name, const char* of) {
+inline void check_like(const Tensor& x, const Tensor& like, int64_t head_dim_v, const char* name,
+                       const char* of) {
   require(x.scalar_type() == like.scalar_type(), name, " must have ", of, "'s dtype");
   const int64_t last = like.dim() - 1;
   bool same = x.dim() == like.dim() && x.is_cpu() && x.size(last) == head_dim_v;
@@ -57,7 +62,7 @@ inline void check_like(const TensorView& x, const TensorView& like, int64_t head
           " but for the last dimension, got ", shape_of(x));
 }
 
-inline void set_sizes(AttentionParams& p, const TensorView& q, const TensorView& k, bool packed) {
+inline void set_sizes(AttentionParams& p, const Tensor& q, const Tensor& k, bool packed) {
   const int64_t d = q.dim();
   p.batch = packed ? 1 : q.size(0);
   p.seqlen_q = p.lse_head = q.size(d - 3), p.seqlen_k = k.size(d - 3);
@@ -74,7 +79,7 @@ inline void set_sizes(AttentionParams& p, const TensorView& q, const TensorView&
           kMaxSeqlen, ", got ", p.seqlen_q, " and ", p.seqlen_k);
 }
 
-inline Starts starts_of(const char* name, const OptionalView& start, int64_t sequences) {
+inline Starts starts_of(const char* name, const OptionalTensor& start, int64_t sequences) {
   if (!start.has_value()) return {};
   require(start->scalar_type() == ScalarType::Int && start->is_cpu() && start->dim() == 1 &&
               (start->size(0) == 1 || start->size(0) == sequences),
@@ -82,7 +87,8 @@ inline Starts starts_of(const char* name, const OptionalView& start, int64_t seq
   const Starts starts{static_cast<const int32_t*>(start->data_ptr()),
                       start->size(0) > 1 ? start->stride(0) : 0, 0};
   for (int64_t i = 0; i < sequences; ++i) {
-    require(starts.of(i) >= 0, name, " must be between 0 and 2**31, got ", starts.of(i));
+    require(0 <= starts.of(i) && starts.of(i) < kMaxStart, name,
+            " must be between 0 and 2**29, got ", starts.of(i));
   }
   return starts;
 }
@@ -108,7 +114,7 @@ inline int64_t end_of_queries(const AttentionParams& p) {
   return end;
 }
 
-inline AttentionParams make_params(const TensorView& q, const TensorView& k, const TensorView& v,
+inline AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Args& args) {
   AttentionParams p{};
   const bool packed = args.packed();
@@ -127,22 +133,21 @@ inline AttentionParams make_params(const TensorView& q, const TensorView& k, con
   }
   set_starts(p, args);
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, p.heads_k,
-                    args.inv_freq, args.log_decay, args.options.rotary_offset);
+                    args.inv_freq, args.log_decay, args.options.first_dim());
   const AttentionOptions& options = args.options;
-  check_attention_factor("attention", options.attention_factor);
-  p.softmax_scale =
-      static_cast<float>(softmax_scale_of("attention", options.softmax_scale, p.head_dim));
+  check_numbers("attention", options);
+  p.softmax_scale = static_cast<float>(softmax_scale_of(options, p.head_dim));
   p.regions = options.regions;
   p.regions.trim(end_of_queries(p));
   p.sinks = sinks_of("attention", args.sinks, p.heads_q);
-  p.softcap = softcap_of("attention", options.softcap);
+  p.softcap = static_cast<float>(options.softcap);
   p.row_scale = query_scale_of("attention", args.query_scale, p.batch, p.seqlen_q, packed);
-  p.rotation = {p.head_dim, args.inv_freq.size(args.inv_freq.dim() - 1), options.rotary_offset,
+  p.rotation = {p.head_dim, args.inv_freq.size(args.inv_freq.dim() - 1), options.first_dim(),
                 options.interleaved};
   return p;
 }
 
-inline float* check_lse(const AttentionParams& p, const TensorView& lse, const char* name) {
+inline float* check_lse(const AttentionParams& p, const Tensor& lse, const char* name) {
   const bool packed = p.cu_seqlens != nullptr;
   const int64_t d = lse.dim();
   require(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.is_cpu() &&

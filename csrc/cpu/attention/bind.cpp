@@ -17,6 +17,13 @@ namespace attention {
 namespace {
 
 constexpr const char* kOp = "attention";
+#define EXTROPE_CALL \
+  EXTROPE_CALL_TENSORS(EXTROPE_PARAMETER) EXTROPE_STARTS(EXTROPE_PARAMETER) EXTROPE_OPTIONS
+#define EXTROPE_ARGS                                        \
+  Args {                                                    \
+    EXTROPE_CALL_TENSORS(EXTROPE_VALUE)                     \
+    EXTROPE_STARTS(EXTROPE_VALUE) EXTROPE_READ_OPTIONS(kOp) \
+  }
 constexpr int64_t kZeroGrain = 1 << 18;  // floats
 
 Tensor zeros_of(const std::vector<int64_t>& shape) {
@@ -40,15 +47,9 @@ std::vector<int64_t> lse_shape(const AttentionParams& p, bool packed) {
   return {p.batch, p.heads_q, p.seqlen_q};
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Tensor& inv_freq, const OptionalTensor& cu_seqlens,
-                                   const OptionalTensor& log_decay, const OptionalTensor& sinks,
-                                   const OptionalTensor& query_scale,
-                                   const OptionalTensor& pair_maps, const OptionalTensor& q_start,
-                                   const OptionalTensor& k_start, EXTROPE_OPTIONS) {
-  const Args args{inv_freq, cu_seqlens,  log_decay,
-                  sinks,    query_scale, pair_maps,
-                  q_start,  k_start,     EXTROPE_READ_OPTIONS(kOp)};
+EXTROPE_FUNCTION(TwoTensors, forward, const Tensor& q, const Tensor& k,
+                 const Tensor& v EXTROPE_CALL) {
+  const Args args = EXTROPE_ARGS;
   AttentionParams p = make_params(q, k, v, args);
   const std::vector<double> maps_of_p = args.pair_maps_of(p);
   const Rotation rotation(p, args.rotation(), rotates_ahead(p.dtype));
@@ -62,15 +63,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& inv_freq,
-    const OptionalTensor& cu_seqlens, const OptionalTensor& log_decay, const OptionalTensor& sinks,
-    const OptionalTensor& query_scale, const OptionalTensor& pair_maps,
-    const OptionalTensor& q_start, const OptionalTensor& k_start, EXTROPE_OPTIONS) {
-  const Args args{inv_freq, cu_seqlens,  log_decay,
-                  sinks,    query_scale, pair_maps,
-                  q_start,  k_start,     EXTROPE_READ_OPTIONS(kOp)};
+EXTROPE_FUNCTION(ThreeTensors, backward, const Tensor& dout, const OptionalTensor& dlse,
+                 const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                 const Tensor& lse EXTROPE_CALL) {
+  const Args args = EXTROPE_ARGS;
   AttentionParams p = make_params(q, k, v, args);
   const std::vector<double> maps_of_p = args.pair_maps_of(p);
   const bool packed = args.packed();
@@ -96,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }  // namespace attention
 
 const Ops ops{
-    {"attention_fwd", EXTROPE_BOX(&attention::forward)},
-    {"attention_bwd", EXTROPE_BOX(&attention::backward)},
+    EXTROPE_OP("attention_fwd", attention::forward),
+    EXTROPE_OP("attention_bwd", attention::backward),
 };
 
 }  // namespace extrope

@@ -142,17 +142,17 @@ class RopeAppend {
   Append append_;
 };
 
-Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                   const Tensor& v_cache, const OptionalTensor& inv_freq,
-                   const OptionalTensor& cache_seqlens, const OptionalTensor& block_table,
-                   const OptionalTensor& slot_mapping, const OptionalTensor& positions,
-                   const OptionalTensor& cu_seqlens, const OptionalTensor& cache_leftpad,
-                   const OptionalTensor& log_decay, const OptionalTensor& k_scale,
-                   const OptionalTensor& v_scale, const Column<int64_t>& map_kinds,
-                   const Column<int64_t>& map_moduli, const Column<double>& map_divisors,
-                   const Column<bool>& map_floors, const Column<double>& map_offsets,
-                   const Column<double>& map_caps, double attention_factor, bool interleaved,
-                   std::optional<int64_t> rotary_offset, double decay_origin) {
+EXTROPE_FUNCTION(Tensor, rope_append, const OptionalTensor& q, const Tensor& k, const Tensor& v,
+                 const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& inv_freq,
+                 const OptionalTensor& cache_seqlens, const OptionalTensor& block_table,
+                 const OptionalTensor& slot_mapping, const OptionalTensor& positions,
+                 const OptionalTensor& cu_seqlens, const OptionalTensor& cache_leftpad,
+                 const OptionalTensor& log_decay, const OptionalTensor& k_scale,
+                 const OptionalTensor& v_scale, const Column<int64_t>& map_kinds,
+                 const Column<int64_t>& map_moduli, const Column<double>& map_divisors,
+                 const Column<bool>& map_floors, const Column<double>& map_offsets,
+                 const Column<double>& map_caps, double attention_factor, bool interleaved,
+                 std::optional<int64_t> rotary_offset, double decay_origin) {
   const CacheArgs args{.op = "rope_append",
                        .name = "k",
                        .like = k,
@@ -200,7 +200,7 @@ Tensor rope_append(const OptionalTensor& q, const Tensor& k, const Tensor& v, co
 }  // namespace
 
 const Ops ops{
-    {"rope_append", EXTROPE_BOX(&rope_append)},
+    EXTROPE_OP("rope_append", rope_append),
 };
 
 }  // namespace append

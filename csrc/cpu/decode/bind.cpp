@@ -47,8 +47,7 @@ void set_queries(DecodeParams& p, const CacheArgs& a, const Tensor& q) {
             p.heads_q, " heads, got ", p.cache.heads);
 }
 
-DecodeParams make_params(const CacheArgs& a, const OptionalTensor& log_decay,
-                         const OptionalTensor& sinks, const OptionalTensor& query_scale,
+DecodeParams make_params(const CacheArgs& a, const CallTensors& call,
                          const AttentionOptions& options) {
   DecodeParams p{};
   dtype_of(a.op, a.like);  // raises for float64
@@ -58,14 +57,14 @@ DecodeParams make_params(const CacheArgs& a, const OptionalTensor& log_decay,
   set_queries(p, a, a.like);
   p.regions = options.regions;
   for (int64_t r = 0; r < p.regions.count; ++r) {
-    a.require(!log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
+    a.require(!call.log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
               "log_decay (XPOS) needs keys that are stored as every region sees them");
   }
-  p.softcap = softcap_of(a.op, options.softcap);
-  p.softmax_scale = softmax_scale_of(a.op, options.softmax_scale, p.cache.head_dim);
-  p.sinks = sinks_of(a.op, sinks, p.heads_q);
-  p.query_scale = query_scale_of(a.op, query_scale, p.cache.batch, p.seqlen_q, a.packed());
-  check_attention_factor(a.op, options.attention_factor);
+  check_numbers(a.op, options);
+  p.softcap = static_cast<float>(options.softcap);
+  p.softmax_scale = softmax_scale_of(options, p.cache.head_dim);
+  p.sinks = sinks_of(a.op, call.sinks, p.heads_q);
+  p.query_scale = query_scale_of(a.op, call.query_scale, p.cache.batch, p.seqlen_q, a.packed());
   p.amplitude = options.attention_factor * options.attention_factor;
   return p;
 }
@@ -76,10 +75,11 @@ struct FrequencyRows {
   Frequencies params;
 };
 
-FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache, const Tensor& inv_freq,
-                             const OptionalTensor& log_decay, const AttentionOptions& options) {
+FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache, const CallTensors& call,
+                             const AttentionOptions& options) {
+  const auto& [inv_freq, log_decay] = std::tie(call.inv_freq, call.log_decay);
   check_frequencies(a.op, cache.head_dim, cache.batch, cache.heads, inv_freq, log_decay,
-                    options.rotary_offset);
+                    options.first_dim());
   FrequencyRows out{padded_rows(inv_freq), {}, {}};
   if (log_decay.has_value()) out.log_decay = padded_rows(*log_decay);
   out.params = {out.inv_freq.values.data(),
@@ -88,24 +88,23 @@ FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache, const Ten
                 out.inv_freq.padded,
                 out.inv_freq.rows > 1 ? out.inv_freq.heads * out.inv_freq.padded : 0,
                 options.interleaved,
-                options.rotary_offset,
+                options.first_dim(),
                 out.inv_freq.heads};
   return out;
 }
 
-std::tuple<Tensor, Tensor> decode(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
-    const OptionalTensor& v, const Tensor& inv_freq, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& log_decay, const OptionalTensor& sinks, const OptionalTensor& query_scale,
-    const OptionalTensor& pair_maps, const Tensor& cache_seqlens, const OptionalTensor& block_table,
-    const OptionalTensor& cache_leftpad, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, EXTROPE_OPTIONS) {
+EXTROPE_FUNCTION(TwoTensors, decode, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                 const OptionalTensor& k,
+                 const OptionalTensor& v EXTROPE_CALL_TENSORS(EXTROPE_PARAMETER),
+                 const Tensor& cache_seqlens, const OptionalTensor& block_table,
+                 const OptionalTensor& cache_leftpad, const OptionalTensor& k_scale,
+                 const OptionalTensor& v_scale EXTROPE_OPTIONS) {
   const AttentionOptions options = EXTROPE_READ_OPTIONS("decode");
   const CacheArgs args{.op = "decode",
                        .name = "q",
                        .like = q,
                        .boundaries = "cu_seqlens_q",
-                       .cu_seqlens = cu_seqlens_q,
+                       .cu_seqlens = cu_seqlens,
                        .k_cache = k_cache,
                        .v_cache = v_cache,
                        .k = k,
@@ -117,8 +116,9 @@ std::tuple<Tensor, Tensor> decode(
                        .k_scale = k_scale,
                        .v_scale = v_scale,
                        .reads = true};
-  DecodeParams p = make_params(args, log_decay, sinks, query_scale, options);
-  const FrequencyRows freqs = frequencies_of(args, p.cache, inv_freq, log_decay, options);
+  const CallTensors call{EXTROPE_CALL_TENSORS(EXTROPE_VALUE)};
+  DecodeParams p = make_params(args, call, options);
+  const FrequencyRows freqs = frequencies_of(args, p.cache, call, options);
   p.freqs = freqs.params;
   const std::vector<double> maps_of_p =
       set_pair_maps(args.op, pair_maps, p.freqs.half, log_decay.has_value(), p.regions);
@@ -139,6 +139,6 @@ std::tuple<Tensor, Tensor> decode(
 }  // namespace
 }  // namespace decode
 
-const Ops ops{{"decode", EXTROPE_BOX(&decode::decode)}};
+const Ops ops{EXTROPE_OP("decode", decode::decode)};
 
 }  // namespace extrope

@@ -130,14 +130,14 @@ void run_permuted(ScanParams& p, PermuteParams permute, int64_t offset) {
   run(p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_scan(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_scale,
-    const OptionalTensor& q_extra, const OptionalTensor& k_scale, const OptionalTensor& k_extra,
-    const OptionalTensor& gate, const OptionalTensor& decay, const OptionalTensor& cu_seqlens,
-    const OptionalTensor& first_state, const OptionalTensor& first_sum,
-    const OptionalTensor& permutations, const OptionalTensor& positions, int64_t offset,
-    int64_t heads, bool phi_scores, bool causal, bool reverse, bool normalize, bool out_is_float,
-    bool keep_state) {
+EXTROPE_FUNCTION(FourTensors, linear_scan, const Tensor& q, const Tensor& k, const Tensor& v,
+                 const OptionalTensor& q_scale, const OptionalTensor& q_extra,
+                 const OptionalTensor& k_scale, const OptionalTensor& k_extra,
+                 const OptionalTensor& gate, const OptionalTensor& decay,
+                 const OptionalTensor& cu_seqlens, const OptionalTensor& first_state,
+                 const OptionalTensor& first_sum, const OptionalTensor& permutations,
+                 const OptionalTensor& positions, int64_t offset, int64_t heads, bool phi_scores,
+                 bool causal, bool reverse, bool normalize, bool out_is_float, bool keep_state) {
   ScanParams p = make_params(q, k, v, heads, cu_seqlens);
   p.phi_scores = phi_scores, p.causal = causal, p.reverse = reverse;
   p.out_is_float = out_is_float || p.dtype == DType::f32;
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_scan(
   return {out, den, state, sum};
 }
 
-Tensor row_dots(const Tensor& q, const Tensor& k, bool packed) {
+EXTROPE_FUNCTION(Tensor, row_dots, const Tensor& q, const Tensor& k, bool packed) {
   ScanParams p{};
   p.dtype = dtype_of("linear_attn", q);
   p.q = view(q, packed, "q"), p.k = view(k, packed, "k");
@@ -202,8 +202,8 @@ Tensor row_dots(const Tensor& q, const Tensor& k, bool packed) {
 }  // namespace linear_attention
 
 const Ops ops{
-    {"linear_scan", EXTROPE_BOX(&linear_attention::linear_scan)},
-    {"row_dots", EXTROPE_BOX(&linear_attention::row_dots)},
+    EXTROPE_OP("linear_scan", linear_attention::linear_scan),
+    EXTROPE_OP("row_dots", linear_attention::row_dots),
 };
 
 }  // namespace extrope

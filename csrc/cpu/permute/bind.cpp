@@ -16,9 +16,9 @@ namespace {
 
 #define EXTROPE_KERNEL(isa) permute_tokens_##isa
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
-                                   const Tensor& permutations, const OptionalTensor& positions,
-                                   const OptionalTensor& cu_seqlens, int64_t offset, bool inverse) {
+EXTROPE_FUNCTION(TwoTensors, forward, const Tensor& q, const OptionalTensor& k,
+                 const Tensor& permutations, const OptionalTensor& positions,
+                 const OptionalTensor& cu_seqlens, int64_t offset, bool inverse) {
   PermuteParams p = make_params(q, k, permutations, positions, cu_seqlens);
   p.offset = offset, p.inverse = inverse;
   const std::tuple<Tensor, Tensor> outs = make_outputs("permute", p, q, k, cu_seqlens.has_value());
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const OptionalTensor& k,
 }  // namespace
 
 const Ops ops{
-    {"permute_fwd", EXTROPE_BOX(&forward)},
+    EXTROPE_OP("permute_fwd", forward),
 };
 
 }  // namespace extrope::permute

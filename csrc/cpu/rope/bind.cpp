@@ -46,11 +46,11 @@ void launch_norm(const RopeNormParams& p) {
             [&](int64_t begin, int64_t end) { norms(p, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> norm_fwd(const Tensor& q, const OptionalTensor& k,
-                                    const OptionalTensor& q_norm_weight,
-                                    const OptionalTensor& k_norm_weight, EXTROPE_ROPE_TENSORS,
-                                    double norm_eps, EXTROPE_ROPE_OPTIONS) {
-  const RopeParams rope = make_params(q, k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
+EXTROPE_FUNCTION(TwoTensors, norm_fwd, const Tensor& q, const OptionalTensor& k,
+                 const OptionalTensor& q_norm_weight,
+                 const OptionalTensor& k_norm_weight EXTROPE_ROPE_PARAMETERS,
+                 double norm_eps EXTROPE_ROPE_NUMBERS(EXTROPE_PARAMETER)) {
+  const RopeParams rope = make_params(q, k, inv_freq, positions, EXTROPE_ROPE_OPTIONS,
                                       /*adjoint=*/false);
   RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
   const auto outs = make_outputs("rope", p, q, k, cu_seqlens.has_value());
@@ -58,10 +58,11 @@ std::tuple<Tensor, Tensor> norm_fwd(const Tensor& q, const OptionalTensor& k,
   return outs;
 }
 
-void norm_inplace(const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_norm_weight,
-                  const OptionalTensor& k_norm_weight, EXTROPE_ROPE_TENSORS, double norm_eps,
-                  EXTROPE_ROPE_OPTIONS) {
-  const RopeParams rope = make_params(q, k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
+EXTROPE_FUNCTION(void, norm_inplace, const Tensor& q, const OptionalTensor& k,
+                 const OptionalTensor& q_norm_weight,
+                 const OptionalTensor& k_norm_weight EXTROPE_ROPE_PARAMETERS,
+                 double norm_eps EXTROPE_ROPE_NUMBERS(EXTROPE_PARAMETER)) {
+  const RopeParams rope = make_params(q, k, inv_freq, positions, EXTROPE_ROPE_OPTIONS,
                                       /*adjoint=*/false);
   RopeNormParams p = make_norm_params(rope, q, k, q_norm_weight, k_norm_weight, norm_eps);
   set_outputs_in_place(p, q, k, cu_seqlens.has_value());
@@ -101,14 +102,13 @@ void run_norm_backward(RopeNormParams& p, const Tensor (&weight_grads)[2]) {
 }
 
 // Gradients of the weights are float, or double with tensors in double; empty without weights.
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
-    const Tensor& grad_q, const OptionalTensor& grad_k, const Tensor& q, const OptionalTensor& k,
-    const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight, EXTROPE_ROPE_TENSORS,
-    double norm_eps, EXTROPE_ROPE_OPTIONS) {
+EXTROPE_FUNCTION(FourTensors, norm_bwd, const Tensor& grad_q, const OptionalTensor& grad_k,
+                 const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_norm_weight,
+                 const OptionalTensor& k_norm_weight EXTROPE_ROPE_PARAMETERS,
+                 double norm_eps EXTROPE_ROPE_NUMBERS(EXTROPE_PARAMETER)) {
   const bool packed = cu_seqlens.has_value();
-  const RopeParams rope =
-      make_params(grad_q, grad_k, inv_freq, positions, EXTROPE_READ_ROPE_OPTIONS,
-                  /*adjoint=*/true);
+  const RopeParams rope = make_params(grad_q, grad_k, inv_freq, positions, EXTROPE_ROPE_OPTIONS,
+                                      /*adjoint=*/true);
   RopeNormParams p = make_norm_params(rope, grad_q, grad_k, q_norm_weight, k_norm_weight, norm_eps);
   save_inputs(p, grad_q, grad_k, q, k, packed);
   const auto [dq, dk] = make_outputs("rope", p, grad_q, grad_k, packed);
@@ -123,12 +123,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
 }  // namespace
 
 const Ops ops{
-    {"rope_fwd", EXTROPE_BOX(&Rope::fwd)},
-    {"rope_bwd", EXTROPE_BOX(&Rope::bwd)},
-    {"rope_inplace", EXTROPE_BOX(&Rope::inplace)},
-    {"rope_norm_fwd", EXTROPE_BOX(&norm_fwd)},
-    {"rope_norm_bwd", EXTROPE_BOX(&norm_bwd)},
-    {"rope_norm_inplace", EXTROPE_BOX(&norm_inplace)},
+    EXTROPE_OP("rope_fwd", Rope::fwd),         EXTROPE_OP("rope_bwd", Rope::bwd),
+    EXTROPE_OP("rope_inplace", Rope::inplace), EXTROPE_OP("rope_norm_fwd", norm_fwd),
+    EXTROPE_OP("rope_norm_bwd", norm_bwd),     EXTROPE_OP("rope_norm_inplace", norm_inplace),
 };
 
 }  // namespace extrope

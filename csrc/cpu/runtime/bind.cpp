@@ -12,11 +12,15 @@ namespace {
 int64_t cpu_capability() { return capability(); }
 
 const Ops ops{
-    {"cpu_capability", EXTROPE_BOX(&cpu_capability), "CompositeExplicitAutograd"},
+    {"cpu_capability", TORCH_BOX(&cpu_capability), "", "CompositeExplicitAutograd"},
 };
 
 }  // namespace
 }  // namespace extrope
+
+extern "C" __attribute__((visibility("default"))) const char* extrope_signatures() {
+  return extrope::signatures();
+}
 
 // Registers the ops, or returns why not in one line.
 extern "C" __attribute__((visibility("default"))) const char* extrope_register(int /*has_gpu*/) {

@@ -44,9 +44,9 @@ void launch(const RopeParams& p, int device_index) {
 }
 
 const Ops ops{
-    {"rope_fwd", EXTROPE_BOX(&RopeOps<launch>::fwd)},
-    {"rope_bwd", EXTROPE_BOX(&RopeOps<launch>::bwd)},
-    {"rope_inplace", EXTROPE_BOX(&RopeOps<launch>::inplace)},
+    EXTROPE_OP("rope_fwd", RopeOps<launch>::fwd),
+    EXTROPE_OP("rope_bwd", RopeOps<launch>::bwd),
+    EXTROPE_OP("rope_inplace", RopeOps<launch>::inplace),
 };
 
 }  // namespace

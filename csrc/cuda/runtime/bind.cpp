@@ -6,6 +6,10 @@
 #include "common/ops.h"
 #include "cuda/runtime/why_not.h"
 
+extern "C" __attribute__((visibility("default"))) const char* extrope_signatures() {
+  return extrope::signatures();
+}
+
 // Registers the ops if their kernels can run; else returns why not in one line. Without a GPU the
 // driver is not called.
 extern "C" __attribute__((visibility("default"))) const char* extrope_register(int has_gpu) {

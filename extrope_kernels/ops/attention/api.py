@@ -10,12 +10,13 @@ from torch import Tensor
 from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
 from ...scores import Score
-from .._tables.checks import REFUSALS, has_values, narrowed, raise_as_value_error, refuse_flags
+from .._tables.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
 from .._torch import backends as _backends
 from .._torch.autograd import constant_when_compiled
 from . import flash_attn, op
 from .call import make_call
 from .checks import (
+    START_END,
     check_attention,
     check_method,
     check_numbers,
@@ -157,12 +158,7 @@ def backends() -> dict[str, str]:
 
 def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:
     """Return a start as a tensor for the ops."""
-    most = 2**29  # Triton's kernels add starts and windows in int32
     if isinstance(start, Tensor):
-        dense = start.layout == torch.strided and start.numel() > 0
-        whole = dense and start.dtype == torch.int32
-        if whole and has_values(start) and start.max() >= most:
-            raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start.tolist()}")
         return start
     if start is None:
         return None
@@ -170,6 +166,6 @@ def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor 
         raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(start).__name__}")
     if not isinstance(q, Tensor):
         raise TypeError(f"{op}: q must be a Tensor, got {type(q).__name__}")
-    if not 0 <= start < most:
+    if not 0 <= start < START_END:
         raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start}")
     return torch.full((1,), start, dtype=torch.int32, device=q.device)

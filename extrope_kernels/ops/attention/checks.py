@@ -21,6 +21,7 @@ from .._tables.fields import check_number
 from .._tables.specs import ANY, ROWS, WIDE, Spec
 from .call import NUMBERS, TENSORS, AttentionCall
 
+START_END = 2**29  # Triton's kernels add starts and windows in int32
 # The call's tensors; all sizes are known after cu_seqlens.
 CALL = tuple(sorted(TENSORS, key=lambda field: field.name != "cu_seqlens"))
 Q = Spec("q", "batch seqlen_q heads_q head_dim", ROWS)
@@ -115,8 +116,10 @@ def check_values(op: str, call: AttentionCall, tokens: int) -> None:
     """Check the values of integer tensors, on a CPU, where reading them costs nothing."""
     check_boundaries(op, call.cu_seqlens, tokens)
     for name, start in (("q_start", call.q_start), ("k_start", call.k_start)):
-        if start is not None and has_values(start) and (start < 0).any():
-            raise ValueError(f"{op}: {name} must be between 0 and 2**31, got {start.tolist()}")
+        if start is None or not has_values(start):
+            continue
+        if ((start < 0) | (start >= START_END)).any():
+            raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start.tolist()}")
 
 
 def check_head_dim(op: str, x: Tensor, rotary_offset: int = 0) -> None:
