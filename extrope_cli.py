@@ -11,6 +11,7 @@ import difflib
 import errno
 import gc
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -42,10 +43,17 @@ _AFTER = {
     "eval": "Ctrl-C keeps the finished rows; the same call goes on with the others.",
 }
 _MULTIPLES = {"": 1, "k": 1 << 10, "m": 1 << 20}
+PACKAGED = ("smollm2", "gemma3-270m")  # models that pip brings: evaluation.packages has them
+BUILT_IN_TEXT = "pydocs"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says in one line what is wrong."""
+    """An argument parser that says in one line what is wrong.
+
+    commands: the parser of each command.
+    """
+
+    commands: dict[str, Parser]
 
     def error(self, message: str) -> NoReturn:
         if given := re.match(r"argument COMMAND: invalid choice: '(\w+)'", message):
@@ -78,17 +86,22 @@ def run() -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; show the help if none is named."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = parser.commands.get(args.command, parser)
+        options = re.findall(r"--[\w-]+", command.format_help())
+        meant = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1)
+        hint = "".join(f"; did you mean {each}?" for each in meant)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if args.version:
-        print(f"extrope_kernels {importlib.import_module('extrope_kernels').__version__}")
+        print(f"extrope_kernels {version()}")
         return 0
     if args.command is None:
         parser.print_help()
         return 0
     del args.version
-    if args.command == "check" and _is_missing(args.model):
-        missing = "no such folder, .gguf file or config.json, and not in the hub's local cache"
-        print(f"check: {args.model}: {missing}", file=sys.stderr)
+    if wrong := _wrong(args):
+        print(f"{args.command}: {wrong}", file=sys.stderr)
         return 2
     try:
         if args.command == "check":  # looking for garbage, of which it makes little, takes long
@@ -101,15 +114,48 @@ def main(argv: list[str] | None = None) -> int:
         gc.enable()
 
 
-def _is_missing(model: str) -> bool:
-    """Return True for a path that is none: answered before torch is imported, in seconds.
+def version() -> str:
+    """Return the package's version, without an import of it."""
+    spec = importlib.util.find_spec("extrope_kernels")
+    source = Path(spec.origin).read_text() if spec and spec.origin else ""
+    return re.findall(r'^__version__ = "(.*)"', source, re.MULTILINE)[0]
 
-    A name without a slash or an ending may be that of a package.
-    """
-    path, home = Path(model), Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+
+def _wrong(args: argparse.Namespace) -> str | None:
+    """Return what is wrong with a command's options, of all that needs no torch to be told."""
+    if args.command == "check" and not _exists(args.model):
+        return f"{args.model}: {not_found(args.model)}"
+    if args.command == "eval":
+        if not Path(args.model).exists() and args.model not in PACKAGED:
+            return f"model {args.model}: no such folder or .gguf file{_meant(args.model)}"
+        for text in args.text or ():
+            if text != BUILT_IN_TEXT and not Path(text).is_file():
+                return f"text {text}: no such file"
+        for method, name, _ in args.param:
+            if method not in args.methods:
+                return f"--param {method}.{name}: {method} is not among --methods"
+    return None
+
+
+def _exists(model: str) -> bool:
+    """Return True for a path, a model that pip brings, and a name in the hub's cache."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    named = "/" not in model and path.suffix not in (".json", ".gguf")
-    return not (named or path.exists() or (cache / f"models--{model.replace('/', '--')}").exists())
+    in_cache = (cache / f"models--{model.replace('/', '--')}").exists()
+    return model in PACKAGED or Path(model).exists() or in_cache
+
+
+def not_found(model: str) -> str:
+    """Return that a model to check is nowhere, and where it may be had."""
+    missing = "no such folder, .gguf file or config.json, and not in the hub's local cache"
+    in_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.gguf)", model)
+    fetch = f"; to fetch it: hf download {model} config.json" if in_hub else ""
+    return missing + (_meant(model) or fetch)
+
+
+def _meant(model: str) -> str:
+    """Return which of the models that pip brings may have been meant."""
+    return "".join(f"; did you mean {x}?" for x in difflib.get_close_matches(model, PACKAGED, 1))
 
 
 def make_parser() -> Parser:
@@ -119,6 +165,7 @@ def make_parser() -> Parser:
     parser = Parser(prog=prog, description="Let a transformer read further than it was trained to.")
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.commands = commands.choices
 
     def add(name: str, says: str) -> Parser:
         examples = "\n".join(f"  {prog} {example}" for example in _EXAMPLES[name])
@@ -162,8 +209,8 @@ def _eval(parser: Parser) -> None:
         metavar="METHOD.NAME=VALUE",
         help="a parameter of one method, such as yarn.beta_fast=16; repeatable",
     )
-    add("--bucket", type=int, default=2048, help="loss: tokens per bucket (default 2048)")
-    add("--trials", type=int, default=3, help="pieces of each text (default 3)")
+    add("--bucket", type=count, default=2048, help="loss: tokens per bucket (default 2048)")
+    add("--trials", type=count, default=3, help="pieces of each text (default 3)")
     add("--model", required=True, help="transformers folder, .gguf file, smollm2 or gemma3-270m")
     add("--out", required=True, help="folder for the JSON file and the plot")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
@@ -173,17 +220,29 @@ def _eval(parser: Parser) -> None:
 
 def tokens(text: str) -> int:
     """Return a number of tokens: 131072, 131,072 or 128k (k: 1,024; m: 1,024 k)."""
-    found = re.fullmatch(r"(-?\d+|\d{1,3}(?:,\d{3})+)([km]?)", text.strip().lower())
+    found = re.fullmatch(r"(\d+|\d{1,3}(?:,\d{3})+)([km]?)", text.strip().lower())
     if found is None:
         raise argparse.ArgumentTypeError(
             f"must be a number of tokens, as 131072, 131,072 or 128k, got {text!r}"
         )
-    return int(found[1].replace(",", "")) * _MULTIPLES[found[2]]
+    if not (number := int(found[1].replace(",", "")) * _MULTIPLES[found[2]]):
+        raise argparse.ArgumentTypeError(f"must be at least 1 token, got {text!r}")
+    return number
 
 
 def lengths(text: str) -> list[int]:
     """Return the numbers of tokens that a text lists, each with no comma of its own."""
-    return [tokens(part) for part in names(text)]
+    listed = [tokens(part) for part in names(text)]
+    if 1 in listed:
+        raise argparse.ArgumentTypeError("must be at least 2 tokens each, got 1")
+    return listed
+
+
+def count(text: str) -> int:
+    """Return a whole number from 1 on."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
 
 
 def names(text: str) -> list[str]:

@@ -47,8 +47,6 @@ def _kept(out: str) -> str:
 def _eval(methods: list[str], param: list[tuple[str, str, Any]], **given: Any) -> None:
     params: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for method, name, value in param:
-        if method not in params:
-            raise UsageError(f"--param {method}.{name}: {method} is not among --methods")
         params[method][name] = value
     given["text"] = given["text"] or "pydocs"
     evaluate(methods=params, table=sys.stdout, **given)

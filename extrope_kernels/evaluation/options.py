@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._names import meant
+from .._names import meant, not_among
 from .._usage import UsageError
 from ..integrations._shared.parameters import PARAMETERS, plain
 from ..integrations.transformers import extend
@@ -117,17 +117,16 @@ def check_methods(
         methods = [methods]
     named = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
     if not named:
-        raise UsageError("--methods must list at least one")
-    if unknown := [name for name in named if name not in (*PARAMETERS, AUTO)]:
-        names, hint = (*PARAMETERS, AUTO), meant(unknown[0], (*PARAMETERS, AUTO))
-        listed = f"{', '.join(unknown)}{hint}; choose from {', '.join(names)}"
-        raise UsageError(f"--methods: unknown {listed}")
+        raise UsageError("methods must list at least one")
+    for name in named:
+        if name not in (*PARAMETERS, AUTO):
+            raise UsageError(not_among("method", name, (*PARAMETERS, AUTO)))
     for method, given in named.items():
         known = [key for key in PARAMETERS.get(method, ()) if key != "dim"]
         if wrong := [name for name in given if name not in known]:
             listed = ", ".join(known) or "none"
             hint = meant(wrong[0], known)
-            raise UsageError(f"--param: {method} has no {wrong[0]}{hint}; it has {listed}")
+            raise UsageError(f"{method} has no {wrong[0]}{hint}; it has {listed}")
     return {
         method: {name: plain(value) for name, value in given.items()}
         for method, given in named.items()
@@ -138,7 +137,7 @@ def check_lengths(lengths: int | Iterable[int]) -> list[int]:
     """Return the lengths, rising; raises UsageError for one that is none."""
     wanted = {lengths} if isinstance(lengths, int) else set(lengths)
     if wrong := [n for n in wanted or {None} if type(n) is not int or n < 2]:
-        raise UsageError(f"--lengths must be whole numbers of tokens >= 2, got {wrong[0]}")
+        raise UsageError(f"lengths must be whole numbers of tokens >= 2, got {wrong[0]}")
     return sorted(wanted)
 
 
@@ -146,13 +145,13 @@ def check_numbers(**given: int) -> None:
     """Raise UsageError for a count that is no whole number from 1 on."""
     for name, value in given.items():
         if type(value) is not int or value < 1:
-            raise UsageError(f"--{name} must be >= 1, got {value!r}")
+            raise UsageError(f"{name} must be >= 1, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise UsageError if an option has none of its choices."""
     if value not in choices:
-        raise UsageError(f"--{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_out(path: Path) -> Path:
@@ -162,5 +161,5 @@ def check_out(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UsageError(f"--out {path}: cannot write there: {error.strerror}") from error
+        raise UsageError(f"out {path}: cannot write there: {error.strerror}") from error
     return path

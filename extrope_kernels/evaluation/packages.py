@@ -53,8 +53,13 @@ def only_gguf(folder: Path) -> Path:
     return found[0]
 
 
-def find_gguf(name: str) -> Path:
-    """Return the GGUF file of one of PACKAGES, joined if it comes in parts; raises UsageError."""
+def find_gguf(name: str, *readers: str) -> Path:
+    """Return the GGUF file of one of PACKAGES, joined if it comes in parts.
+
+    readers: packages that the caller needs to read it.
+
+    Raises UsageError that names all that is missing.
+    """
     package = PACKAGES[name]
     spec = importlib.util.find_spec(package.module)
     if spec is not None and package.in_parts:
@@ -67,9 +72,10 @@ def find_gguf(name: str) -> Path:
         # Without an import of the package, which would start llama.cpp.
         if (path := Path(folder) / package.file).is_file():
             return path
-    raise UsageError(
-        f"--model {name}: the package that holds it is missing; run: {package.install}"
-    )
+    missing = [each for each in readers if importlib.util.find_spec(each) is None]
+    install = [package.install, *([f"pip install {' '.join(missing)}"] if missing else [])]
+    listed = ", ".join([package.module, *missing])
+    raise UsageError(f"model {name}: {listed} not installed; run: {' && '.join(install)}")
 
 
 def keep_in_cache(name: str, target: Path, make: Callable[[Path], None]) -> Path:
@@ -83,5 +89,5 @@ def keep_in_cache(name: str, target: Path, make: Callable[[Path], None]) -> Path
     except Exception as error:  # packages and full disks have errors of their own
         if not target.exists():  # made by another process meanwhile
             told = f"{target} cannot be made: {shortened(error)}"
-            raise UsageError(f"--model {name}: {told}") from error
+            raise UsageError(f"model {name}: {told}") from error
     return target

@@ -43,7 +43,7 @@ def distances(longest: int) -> tuple[list[int], int]:
     count = _AT_EACH * len(_PARTS)
     passage = min(_LONGEST_PASSAGE, longest // 16 // count)
     if passage < 2:
-        raise UsageError(f"--lengths {longest}: recall needs {2 * 16 * count} tokens")
+        raise UsageError(f"lengths {longest}: recall needs {2 * 16 * count} tokens")
     return [part * (longest // 16) for part in _PARTS], passage
 
 
@@ -100,7 +100,7 @@ class RecallTask:
         wanted, passage = distances(longest)
         for length in lengths:
             if not repeats(length, wanted, passage):
-                raise UsageError(f"--lengths {length}: too short for --lengths {longest}")
+                raise UsageError(f"lengths {length}: too short for lengths {longest}")
         self.more = passage * _AT_EACH * len(_PARTS)
         self.settings: dict[str, Any] = {"distances": wanted, "passage": passage}
         self.heads = [f"{distance:,}" for distance in wanted]

@@ -78,6 +78,8 @@ def evaluate(
     options.check_choice("dtype", dtype, options.DTYPES)
     path = None if out is None else options.check_out(Path(out)) / f"{task}.json"
     measured = TASKS[task](wanted, bucket)
+    named = [text] if isinstance(text, str) else text
+    texts.check_files(named)
     files = None
     if isinstance(model, str | os.PathLike):
         files, device = models.prepared(os.fspath(model), device)
@@ -86,7 +88,7 @@ def evaluate(
         model = models.with_body(model)
         if tokenizer is None:
             raise UsageError("a loaded model needs its tokenizer")
-    read = texts.read_texts(tokenizer, [text] if isinstance(text, str) else text)
+    read = texts.read_texts(tokenizer, named)
     texts.check_tokens(read, max(wanted) + measured.more)
     loaded = model if files is None else models.load_model(files, dtype, device)
     header = {
@@ -117,6 +119,12 @@ def _planned(
 ) -> list[dict[str, Any]]:
     """Return the rows to measure; raises UsageError if a method does not suit the model."""
     known = lengths_of(model)
+    if set(methods) - {"rope"} and max(lengths) <= known.trained:
+        print(
+            f"nothing is extended: {max(lengths):,} tokens are within the {known.trained:,} that "
+            "the model was trained to",
+            file=sys.stderr,
+        )
     rows = []
     for name, given in methods.items():
         for length in lengths:

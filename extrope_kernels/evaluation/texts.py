@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from extrope_cli import BUILT_IN_TEXT
+
 from .._usage import UsageError
 from .digests import tokens_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_BUILT_IN = "pydocs"
 
 
 class Text(NamedTuple):
@@ -69,8 +69,14 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list
     for name in names:
         text = read_text(tokenizer, name)
         if found.setdefault(text.digest, text) is not text:
-            raise UsageError(f"--text {name}: is given twice")
+            raise UsageError(f"text {name}: is given twice")
     return list(found.values())
+
+
+def check_files(names: Sequence[str]) -> None:
+    """Raise UsageError for a text that cannot be read, before anything slow."""
+    for name in names:
+        _read(name)
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase, name: str) -> Text:
@@ -96,13 +102,13 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _read(name: str) -> str:
-    if name == _BUILT_IN:
+    if name == BUILT_IN_TEXT:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[topic] for topic in sorted(topics))
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--text {name}: {error.strerror}") from error
+        raise UsageError(f"text {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"--text {name}: not UTF-8 at byte {error.start}") from error
+        raise UsageError(f"text {name}: not UTF-8 at byte {error.start}") from error

@@ -25,8 +25,6 @@ _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code: 2 if the model cannot be read."""
     try:
-        if args.length is not None and args.length < 1:
-            raise UsageError(f"--length must be >= 1, got {args.length}")
         stay_offline()
         quiet()
         source = read_source(args.model)

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from extrope_cli import not_found
+
 from .._usage import UsageError, require, shortened
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ def _other(name: str) -> Path:
     from ..evaluation.packages import PACKAGES, find_gguf, only_gguf  # late: seconds
 
     if name in PACKAGES:
-        return find_gguf(name)
+        return find_gguf(name, "gguf")
     return only_gguf(Path(name)) if Path(name).is_dir() else Path(name)
 
 
@@ -143,9 +145,7 @@ def _from_json(name: str, path: Path) -> Source:
     except (OSError, ValueError) as error:
         if path.exists():
             raise
-        raise UsageError(
-            f"{name}: no such folder, .gguf file or config.json, and not in the hub's local cache"
-        ) from error
+        raise UsageError(f"{name}: {not_found(name)}") from error
     kind = written.get("model_type")
     if not isinstance(kind, str):
         raise UsageError(f"{name}: must name a model_type, got {kind!r}")

@@ -148,6 +148,13 @@ def test_bench_runs_the_scripts_of_a_checkout(capfd, monkeypatch, tmp_path):
         ("fly", "invalid choice: 'fly'"),
         ("chek", "did you mean 'check'?"),
         ("info now", "unrecognized arguments: now"),
+        ("check m --lenght 8k", "unrecognized arguments: --lenght 8k; did you mean --length?"),
+        ("check m --lenght=8k", "unrecognized arguments: --lenght=8k; did you mean --length?"),
+        ("check m --length -5", "argument --length: must be a number of tokens, as 131072, 131,07"),
+        ("check m --length 0", "argument --length: must be at least 1 token, got '0'"),
+        ("eval --lengths 1,8k", "argument --lengths: must be at least 2 tokens each, got 1"),
+        ("eval --bucket 0", "argument --bucket: must be a whole number >= 1, got '0'"),
+        ("eval --trials x", "argument --trials: must be a whole number >= 1, got 'x'"),
         ("check", "required: MODEL"),
         ("eval --model smollm2", "required: --methods, --lengths, --out"),
         (
@@ -168,7 +175,7 @@ def test_a_mistake_is_one_line(arguments, told, capsys):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("131072", 131072), ("131,072", 131072), ("128k", 131072), ("1M", 2**20), ("-5", -5)],
+    [("131072", 131072), ("131,072", 131072), ("128k", 131072), ("1M", 2**20)],
 )
 def test_tokens_as_people_write_them(text, count):
     assert extrope_cli.tokens(text) == count
@@ -176,19 +183,41 @@ def test_tokens_as_people_write_them(text, count):
         assert extrope_cli.lengths(f"{text},8k") == [count, 8192]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["check", "--help"], ["check", "nope.json"], ["fly"], ["eval", "--lengths", "x"]],
-)
+EVAL = "eval --model smollm2 --methods rope --lengths 8k --out /nowhere"
+NOWHERE = "no such folder, .gguf file or config.json, and not in the hub's local cache"
+# Answered without torch, in a fraction of a second: what is told contains this.
+AT_ONCE = {
+    "": "usage: ",
+    "--version": f"extrope_kernels {extrope_kernels.__version__}\n",
+    "check --help": "usage: ",
+    "check nope.json": f"check: nope.json: {NOWHERE}\n",
+    "check smolm2": f"check: smolm2: {NOWHERE}; did you mean smollm2?\n",
+    "check no/Llama-3": f"no/Llama-3: {NOWHERE}; to fetch it: hf download no/Llama-3 config.json\n",
+    "check nowhere": f"check: nowhere: {NOWHERE}\n",
+    "fly": "argument COMMAND: invalid choice: 'fly'",
+    "eval --lengths x": "argument --lengths: must be a number of tokens",
+    f"{EVAL} --text nope.txt": "eval: text nope.txt: no such file\n",
+    f"{EVAL} --model smolm2": "model smolm2: no such folder or .gguf file; did you mean smollm2?",
+    f"{EVAL} --param yarn.factor=2": "eval: --param yarn.factor: yarn is not among --methods\n",
+}
+
+
+@pytest.mark.parametrize("arguments", AT_ONCE)
 def test_help_and_mistakes_are_answered_without_torch(arguments, run_python):
-    run_python(f"""
-        import sys, extrope_cli
-        try:
-            extrope_cli.main({arguments!r})
-        except SystemExit:
-            pass
+    told = run_python(f"""
+        import contextlib, sys, extrope_cli
+        with contextlib.redirect_stderr(sys.stdout), contextlib.suppress(SystemExit):
+            extrope_cli.main({arguments.split()!r})
         assert not {{"torch", "extrope_kernels"}} & sys.modules.keys()
     """)
+    assert AT_ONCE[arguments] in told
+
+
+def test_models_of_packages_are_named_alike():
+    pytest.importorskip("transformers")
+    from extrope_kernels.evaluation.packages import PACKAGES
+
+    assert tuple(PACKAGES) == extrope_cli.PACKAGED
 
 
 def test_the_version_is_the_package_s(capsys):

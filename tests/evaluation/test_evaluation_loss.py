@@ -108,16 +108,16 @@ def test_evaluate_as_a_function(run, folder, text, tokenizer, tmp_path, monkeypa
     for row, other in zip(found["rows"], wanted, strict=True):
         assert row["pieces"] == pytest.approx(other["pieces"], rel=1e-5)
     assert len(table.getvalue().splitlines()) == 3 and found["dtype"] == "float32"
-    with pytest.raises(UsageError, match="--dtype must be one of float32, bfloat16, got 'int8'"):
+    with pytest.raises(UsageError, match="dtype must be one of float32, bfloat16, got 'int8'"):
         evaluate(folder, "rope", 70, dtype="int8")
-    with pytest.raises(UsageError, match=r"--trials must be >= 1, got 1\.5"):
+    with pytest.raises(UsageError, match=r"trials must be >= 1, got 1\.5"):
         evaluate(folder, "rope", 70, trials=1.5)
     head = "LlamaModel has no body apart from its head"
     with pytest.raises(UsageError, match=head):
         evaluate(model.model, "rope", 70, tokenizer=tokenizer)
     for mistake, message in (
-        (([], 70), "--methods must list at least one"),
-        (("rope", [70, 1.5]), "--lengths must be whole numbers of tokens >= 2, got 1.5"),
+        (([], 70), "methods must list at least one"),
+        (("rope", [70, 1.5]), "lengths must be whole numbers of tokens >= 2, got 1.5"),
         (({"rope": {"beta_fast": 16}}, 70), "rope has no beta_fast; it has base"),
         (("rope", 70), "a loaded model needs its tokenizer"),
     ):

@@ -15,27 +15,27 @@ from extrope_kernels.evaluation import cli
     [
         (
             {"methods": "rope,yarm"},
-            "unknown yarm (did you mean 'yarn'?); choose from rope, abf, pi",
+            "eval: did you mean 'yarn'? method must be one of rope, abf, pi",
         ),
         ({"methods": ","}, "--methods: must list at least one value"),
         (
             {"lengths": "64,x"},
             "--lengths: must be a number of tokens, as 131072, 131,072",
         ),
-        ({"lengths": "1"}, "--lengths must be whole numbers of tokens >= 2, got 1"),
+        ({"lengths": "1"}, "argument --lengths: must be at least 2 tokens each, got 1"),
         ({"param": "yarn.beta_fast=16"}, "yarn is not among --methods"),
-        ({"param": "rope.beta_fast=16"}, "--param: rope has no beta_fast; it has base"),
+        ({"param": "rope.beta_fast=16"}, "eval: rope has no beta_fast; it has base"),
         ({"param": "rope.base"}, "--param: must read METHOD.NAME=VALUE, got rope.base"),
         (
             {"param": "rerope.shift=2", "methods": "rerope"},
             "rerope has no shift; it has window, factor, l",
         ),
-        ({"bucket": 0}, "--bucket must be >= 1, got 0"),
-        ({"trials": 0}, "--trials must be >= 1, got 0"),
-        ({"model": "/nowhere/model"}, "--model /nowhere/model: no such folder or .gguf file"),
-        ({"text": "/nowhere/text"}, "--text /nowhere/text: No such file or directory"),
+        ({"bucket": 0}, "argument --bucket: must be a whole number >= 1, got '0'"),
+        ({"trials": 0}, "argument --trials: must be a whole number >= 1, got '0'"),
+        ({"model": "/nowhere/model"}, "eval: model /nowhere/model: no such folder or .gguf file"),
+        ({"text": "/nowhere/text"}, "eval: text /nowhere/text: no such file"),
         ({"lengths": "9999"}, "story.txt: 240 tokens, too short for 9,999"),
-        ({"device": "nonsense"}, "--device nonsense: "),
+        ({"device": "nonsense"}, "eval: device nonsense: "),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(run, monkeypatch, capsys, given, message):
@@ -151,3 +151,10 @@ def test_an_interrupt_before_the_first_row_names_none(run, monkeypatch, capsys):
     monkeypatch.setattr(cli, "evaluate", interrupted)
     assert run() == 130
     assert capsys.readouterr().err.splitlines()[-1] == "eval: interrupted"
+
+
+def test_lengths_within_the_training_are_told(run, capsys):
+    told = "nothing is extended: 32 tokens are within the 32 that the model was trained to\n"
+    for methods, lengths, count in (("rope,yarn", "16,32", 1), ("rope", "32", 0), ("pi", "64", 0)):
+        assert run(methods=methods, lengths=lengths) == 0
+        assert capsys.readouterr().err.count(told) == count

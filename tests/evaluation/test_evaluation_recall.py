@@ -37,7 +37,7 @@ def test_gains_are_differences_of_losses():
 
 
 def test_too_short(run, capsys):
-    with pytest.raises(UsageError, match="--lengths 400: recall needs 480 tokens"):
+    with pytest.raises(UsageError, match="lengths 400: recall needs 480 tokens"):
         recall.distances(400)
     assert run(task="recall", lengths="480") == 2
     assert "240 tokens, too short for 510" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_pieces_begin_as_the_tokenizer_begins(tokenizer, text, template, opening
 def test_a_text_counts_once(tokenizer, text, tmp_path):
     copy = tmp_path / "copy.txt"
     copy.write_text(text.read_text())
-    with pytest.raises(UsageError, match=f"--text {copy}: is given twice"):
+    with pytest.raises(UsageError, match=f"text {copy}: is given twice"):
         texts.read_texts(tokenizer, [str(text), str(copy)])
 
 

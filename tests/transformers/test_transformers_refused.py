@@ -60,7 +60,7 @@ ARGUMENTS = [
     (None, {}, TypeError, "extend: method or length must be given, got neither"),
     (None, {"length": 0}, ValueError, "extend: length must be > 0, got 0"),
     (None, {"length": "16kk"}, ValueError, "extend: length must be a number of tokens, as 131072"),
-    (None, {"length": "-5"}, ValueError, "extend: length must be > 0, got -5"),
+    (None, {"length": "0"}, ValueError, "extend: length must be at least 1 token, got '0'"),
     (None, {"length": 1.5}, ValueError, "length must be a whole number of tokens, got 1.5"),
     (None, {"length": 99, "window": 8}, TypeError, "extend: window needs a method that has it"),
     (None, {"max_length": 9}, TypeError, "given, got max_length (did you mean 'length'?)"),

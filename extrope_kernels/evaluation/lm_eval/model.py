@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from ..._names import meant
+from ..._names import not_among
 from ..._usage import UsageError, shortened
 from ...integrations._shared.parameters import PARAMETERS, check_names
 from ...integrations.transformers import extend, register_interface
@@ -80,8 +80,7 @@ def _split(method: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], d
     A parameter of some other method is a mistake: transformers has no use for one.
     """
     if method is not None and method not in PARAMETERS:
-        names = f"{', '.join(PARAMETERS)}, got {method!r}{meant(method, PARAMETERS)}"
-        raise UsageError(f"method must be one of {names}")
+        raise UsageError(not_among("method", method, PARAMETERS))
     known = _OPTIONS.union(*PARAMETERS.values())
     parameters = {name: value for name, value in given.items() if name in known}
     if method is None and parameters and "length" not in parameters:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..._names import not_among
 from ...methods import METHODS
 from ...scores import SCORES, Score
 from .._shared.choice import NORMED_AFTER, SPARSE
@@ -109,7 +110,7 @@ def read_settings(additional_config: Any) -> Settings | None:
             entry = {"score": {"method": method, **parameters}}
             raise ValueError(f"{NAME}: {method} is a score method and must come as {entry}")
         if method not in _METHODS:
-            raise ValueError(f"{NAME}: method must be one of {', '.join(_METHODS)}, got {method!r}")
+            raise ValueError(f"{NAME}: {not_among('method', method, _METHODS)}")
         check_names(NAME, method, parameters, None)
     return Settings(method, parameters, *_read_score(score), cache is not None)
 
@@ -130,11 +131,16 @@ def describe(additional_config: Mapping[str, Any]) -> str:
 def _read_score(entry: Any) -> tuple[Score | None, float | None, int | None]:
     if entry is None:
         return None, None, None
-    if not isinstance(entry, Mapping) or entry.get("method") not in tuple(SCORES):
-        got = entry.get("method") if isinstance(entry, Mapping) else entry
-        raise ValueError(
-            f"{NAME}: score must have a method, one of {', '.join(SCORES)}, got {got!r}"
-        )
+    method = entry.get("method") if isinstance(entry, Mapping) else None
+    if method is None:
+        raise ValueError(f"{NAME}: score must have a method and its parameters, got {entry!r}")
+    if method not in tuple(SCORES):
+        if method in _METHODS:
+            raise ValueError(
+                f"{NAME}: {method} is a frequency method and must come as "
+                f"{{'method': {method!r}, ...}}, not under score"
+            )
+        raise ValueError(f"{NAME}: {not_among('score', method, SCORES)}")
     parameters = dict(entry)
     with reprefix_error():
         score, log_n = bind_score(NAME, parameters.pop("method"), parameters)
