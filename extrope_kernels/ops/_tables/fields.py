@@ -3,8 +3,8 @@
 The class is the one declaration of a call. An annotation gives a field's type, and by Annotated
 what a tensor must be (`Spec`), what a number must be (a check), and whether it has a gradient:
 
-    sinks: Annotated[Tensor | None, Spec("sinks", "heads_q", (WIDE,)), GRAD] = None
-    softcap: Annotated[float, Range(1e-30, 1e30, or_zero=True)] = 0.0
+    bias: Annotated[Tensor | None, Spec("bias", "heads_q", (WIDE,)), GRAD] = None
+    cap: Annotated[float, Range(1e-30, 1e30, or_zero=True)] = 0.0
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def fields_of(call: type) -> tuple[Field, ...]:
 
 def check_number(op: str, field: Field, value: Any) -> None:
     """Refuse what is no number of the field's kind, or not in its range."""
-    if value is field.default:  # mostly
+    if value is None and field.optional:
         return
     if field.kind is bool:
         refuse_flags(op, **{field.name: value})

@@ -26,7 +26,7 @@ from ...scores.base import (
 from .._math import maps
 from .._math.dtypes import accumulator
 from .._tables.checks import check_count
-from .._tables.fields import GRAD, Range, fields_of
+from .._tables.fields import GRAD, Field, Range, fields_of
 from .._tables.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, WIDE, Spec
 from .._torch.layouts import cached_by_layout
 
@@ -91,11 +91,17 @@ class AttentionCall(NamedTuple):
         What is left out costs no host time.
         """
         options = dict(_options_of_score(self.score, self.keys_stored))
-        for name, kind, _, default, _ in NUMBERS:
-            value = getattr(self, name)
-            if value != default:
-                options[name] = kind(value)
+        for field, value in self.unusual():
+            options[field.name] = field.kind(value)
         return options
+
+    def unusual(self) -> list[tuple[Field, Any]]:
+        """Return the numbers that are not their defaults, whatever they are instead."""
+        return [
+            (field, value)
+            for field, value, default in zip(NUMBERS, self[_FIRST_NUMBER:], _DEFAULTS)
+            if value is not default and not (type(value) is field.kind and value == default)
+        ]
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -172,7 +178,9 @@ class AttentionCall(NamedTuple):
 FIELDS = fields_of(AttentionCall)
 _NUM_TENSORS = AttentionCall._fields.index("score")
 TENSORS = FIELDS[:_NUM_TENSORS]
-NUMBERS = FIELDS[_NUM_TENSORS + 2 :]
+_FIRST_NUMBER = _NUM_TENSORS + 2  # after score and keys_stored
+NUMBERS = FIELDS[_FIRST_NUMBER:]
+_DEFAULTS = tuple(field.default for field in NUMBERS)
 # The arguments of every attention op besides its tensors. The maps are the q_map and the k_map of
 # each region in turn, far keys first, and then the one by which k is rotated already.
 OPTIONS = {

@@ -19,7 +19,7 @@ from .._tables.checks import (
 )
 from .._tables.fields import check_number
 from .._tables.specs import ANY, ROWS, WIDE, Spec
-from .call import NUMBERS, TENSORS, AttentionCall
+from .call import TENSORS, AttentionCall
 
 START_END = 2**29  # Triton's kernels add starts and windows in int32
 # The call's tensors; all sizes are known after cu_seqlens.
@@ -56,8 +56,8 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
 
 def check_numbers(op: str, call: AttentionCall) -> None:
     """Check that options are numbers in their ranges: an op takes them all as floats."""
-    for field in NUMBERS:
-        check_number(op, field, getattr(call, field.name))
+    for field, value in call.unusual():
+        check_number(op, field, value)
 
 
 def check_attention(

@@ -129,19 +129,25 @@ class Backend(NamedTuple):
 
     def kernel(self, folder: str, step: Step) -> Callable[..., Any]:
         """Return the function of an op that runs a step of the operation in `folder`."""
-        load = functools.cache(lambda: importlib.import_module(f"{folder}.{self.module}"))
+
+        @functools.cache
+        def load():
+            module = importlib.import_module(f"{folder}.{self.module}")
+            # A compiled Triton kernel's arguments are on a GPU, or have no values.
+            has_values = getattr(module, "INTERPRETED", True)
+            build = getattr(module, f"{step.name}_launches", None)
+            return getattr(module, step.name), build, has_values
 
         def run(*given, **options):
-            module, (args, tensors) = load(), step.read(given)
-            build = getattr(module, f"{step.name}_launches", None)
-            key = (step.name, self.module, layout_key(*given), options_key(options))
+            (compute, build, has_values), (args, tensors) = load(), step.read(given)
+            key = (compute, layout_key(*given), options_key(options))
             plan = (step, args, tensors, options, self.fused, build)
             fixed, launches = cached_by_layout(_plan, key, *plan)
             call = with_tensors(tensors, fixed)
-            # A compiled Triton kernel's arguments are on a GPU, or have no values.
-            step.check_call(args, call, self.fused, getattr(module, "INTERPRETED", True))
-            launches = () if build is None else (launches,)
-            return getattr(module, step.name)(*args, call, *launches)
+            step.check_call(args, call, self.fused, has_values)
+            if build is None:
+                return compute(*args, call)
+            return compute(*args, call, launches)
 
         return run
 
