@@ -198,7 +198,7 @@ def rope_traffic(case: Case, launch: Launch) -> Traffic:
 def attention_traffic(case: Case, launch: Launch) -> Traffic:
     """Count attention: each tile of own rows goes through all tiles of other rows that it sees."""
     name, size, tile = launch.name.removesuffix("_kernel"), case.dtype.itemsize, launch["BLOCKS"]
-    score = case.score or scores.rerope(SEQLEN, 1.0)
+    score = case.score or scores.leaky_rerope(SEQLEN, 1.0)
     starts = tuple(region.start for region in score.regions)
     q_rows, k_rows = _rows(case, HEADS_Q), _rows(case, HEADS_K)
     per_row = 4 * SEQLEN * HEADS_Q  # lse, delta
@@ -259,7 +259,7 @@ def decode_traffic(case: Case, launch: Launch) -> Traffic:
     """Count the cache once, and float32 results of programs that share a sequence."""
     tokens = CHUNK_TOKENS if "chunk" in case.variant else 1
     model, size = launch["MODEL"], launch["BLOCKS"]
-    score = case.score or scores.rerope(KEYS_WINDOW, 1.0)
+    score = case.score or scores.leaky_rerope(KEYS_WINDOW, 1.0)
     block = (KEYS - 1) // score.granularity * score.granularity
     bounds = [max(0, block + region.start) for region in score.regions] + [KEYS]
     keys = [end - begin for begin, end in pairwise(bounds)]  # seen by the last query, by region

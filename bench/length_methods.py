@@ -105,7 +105,7 @@ def blockwise(L: int) -> dict:
 
 def inverse_leaky(L: int, quarters: int = 1) -> dict:
     """Use Su's rule of thumb: a factor of 1 / (2 * expansion) and a window of L / 4."""
-    return {"score": scores.rerope(quarters * L // 4, 1 / (2 * FACTOR))}
+    return {"score": scores.leaky_rerope(quarters * L // 4, 1 / (2 * FACTOR))}
 
 
 def permuteformer(setup: Setup, length: int, draws: torch.Generator) -> Attend:

@@ -12,19 +12,18 @@ from .base import FIRST_KEY, SAME, UNROTATED, PositionMap, Region, Score, consta
 
 @explains_wrong_calls
 @made_once
-def rerope(window: int, factor: float = math.inf) -> Score:
-    """ReRoPE: distances past a window grow a factor slower, or not at all.
+def rerope(window: int) -> Score:
+    """ReRoPE: distances past a window do not grow.
 
-    With x = i - j: x where x < window, else window + (x - window) / factor.
+    With x = i - j: x where x < window, else window.
 
     window: in tokens, >= 1. Half of the training length is a good start.
-    factor: > 0; inf for ReRoPE, above 1 for Leaky, below 1 for InvLeaky, 1 for plain RoPE.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
 
     Source: https://kexue.fm/archives/9708
     """
-    return _rerope("rerope", window, factor)
+    return _rerope("rerope", window, math.inf)
 
 
 @explains_wrong_calls
@@ -32,11 +31,11 @@ def rerope(window: int, factor: float = math.inf) -> Score:
 def leaky_rerope(window: int, factor: float) -> Score:
     """Leaky ReRoPE: distances past a window grow a factor slower.
 
-    This is `rerope` with a finite factor. Below 1 it is InvLeaky
+    With x = i - j: x where x < window, else window + (x - window) / factor. Below 1 it is InvLeaky
     (https://kexue.fm/archives/9728): models train with it and then run as plain RoPE.
 
     window: in tokens, >= 1.
-    factor: > 0; 16 in the author's code.
+    factor: > 0; 16 in the author's code; 1 is plain RoPE, inf ReRoPE.
 
     Raises ValueError for a value outside these, TypeError for an argument of the wrong kind.
 

@@ -91,7 +91,7 @@ def test_a_name_of_another_library_is_answered_with_ours(call, name, told):
 def test_a_name_of_nobody():
     with pytest.raises(TypeError, match=r"^apply_rope: no argument position \(did you mean 'posit"):
         apply_rope(X, FREQS, position=3)
-    with pytest.raises(TypeError, match=r"^rerope: no argument nonsense; it has window, "):
+    with pytest.raises(TypeError, match=r"^rerope: no argument nonsense; it has window$"):
         scores.rerope(8, nonsense=3)
 
 

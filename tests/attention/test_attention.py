@@ -37,7 +37,9 @@ VECTORS = {v["id"]: v for v in DATA["vectors"]}
 INF = math.inf
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SINKS = (3.0, -1.5)  # one that takes most of the weight, and one that takes little
-of_rerope = functools.partial(example, scores.rerope, rerope)
+
+
+of_rerope = functools.partial(example, scores.leaky_rerope, rerope, factor=math.inf)
 of_self_extend = functools.partial(example, scores.self_extend, self_extend)
 of_chunks = functools.partial(example, scores.dual_chunk, dual_chunk)
 of_blocks = functools.partial(example, scores.blockwise_causal, blockwise_causal)
@@ -295,8 +297,12 @@ def test_what_is_plain_attention_to_the_bit(any_backend):
     plain, lse = attend(PLAIN, *tensors, any_backend)
     check(any_backend, PLAIN, tensors[:3])
     for made in (
-        *(scores.rerope(window, factor=1.0) for window in (1, 7, 40)),
-        *(scores.rerope(window, factor) for window in (41, 10**9) for factor in (1 / 16, INF)),
+        *(scores.leaky_rerope(window, factor=1.0) for window in (1, 7, 40)),
+        *(
+            scores.leaky_rerope(window, factor)
+            for window in (41, 10**9)
+            for factor in (1 / 16, INF)
+        ),
         scores.self_extend(7, 1),
         scores.dual_chunk(999, 0),
         scores.dual_chunk(45, 4),

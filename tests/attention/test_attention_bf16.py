@@ -5,6 +5,7 @@ has neither, the same cases check what runs there.
 """
 
 import functools
+import math
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     device() != "cpu" or "cpu" not in attention_backends(), reason="about the CPU's kernels"
 )
 BF16, F32 = torch.bfloat16, torch.float32
-of_rerope = functools.partial(example, scores.rerope, rerope)
+of_rerope = functools.partial(example, scores.leaky_rerope, rerope, factor=math.inf)
 
 
 def most_thorough(values, kept):

@@ -23,10 +23,10 @@ def attend(score, dtype, **options):
     [
         (F16, 4532, None),
         (F16, 4532, scores.rerope(2)),
-        (F32, 36_260, scores.rerope(9, 1.0)),
+        (F32, 36_260, scores.leaky_rerope(9, 1.0)),
         (F16, 4532, scores.self_extend(9, 3)),
         # Keys past a window of one are at twice their position, at most 2 * 2266.
-        (F16, 2267, scores.rerope(1, 0.5)),
+        (F16, 2267, scores.leaky_rerope(1, 0.5)),
         (F16, 4532, scores.string(3, 1)),
         (F16, 4532, scores.dual_chunk(9000, 0)),
         (F16, 4532, scores.blockwise_causal(20_000)),

@@ -123,7 +123,7 @@ CALLS = {
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(
-    "score", (scores.rerope(3, 2.0), scores.dual_chunk(5, 1)), ids=lambda score: score.name
+    "score", (scores.leaky_rerope(3, 2.0), scores.dual_chunk(5, 1)), ids=lambda score: score.name
 )
 def test_the_reference_s_own_backward(name, score, packed):
     if packed and name not in ("plain", *SOFTMAX, "sinks"):

@@ -126,7 +126,7 @@ def test_compile_takes_a_factor_that_changes():
     q, k, v = make_qkv(1, 11, None, 2, 1)
 
     def attend(q, k, v, factor):
-        return rope_attention(q, k, v, FREQS, scores.rerope(3, factor))
+        return rope_attention(q, k, v, FREQS, scores.leaky_rerope(3, factor))
 
     compiled = torch.compile(attend, fullgraph=True, backend="eager")
     for factor in (2.0, 4.0, math.inf):

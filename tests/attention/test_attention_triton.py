@@ -81,7 +81,7 @@ def of(name: str, seqlen_q: int = 21, seqlen_k: int = 21, **more) -> dict:
 MADE = {
     "no score": PLAIN,
     **EXAMPLES,
-    "inverse leaky": example_of(scores.rerope(7, 0.4)),
+    "inverse leaky": example_of(scores.leaky_rerope(7, 0.4)),
     "a window": regions(-8),
     "two of a window": regions(-18, -6),
     "three regions": regions(FIRST_KEY, -18, -7),

@@ -141,7 +141,7 @@ def test_packed_sequences_in_pages_behind_padding(each):
 
 SCORES = (
     scores.rerope(4),
-    scores.rerope(4, 2.5),
+    scores.leaky_rerope(4, 2.5),
     scores.self_extend(4, 2),
     scores.dual_chunk(9, 2),
 )

@@ -31,7 +31,7 @@ SOFTMAX = {"sinks": True, "softcap": 2.0, "sliding_window": 29, "query_scale": T
 
 
 def of_rerope(window, factor=math.inf):
-    return example(scores.rerope, rerope, window=window, factor=factor)
+    return example(scores.leaky_rerope, rerope, window=window, factor=factor)
 
 
 def of_chunks(chunk_size, local_window):

@@ -113,7 +113,7 @@ def test_append_as_into_a_wider_cache_that_is_rounded_then(score, dtype, fp8_bac
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("score", (None, scores.rerope(9), scores.rerope(9, 4.0)))
+@pytest.mark.parametrize("score", (None, scores.rerope(9), scores.leaky_rerope(9, 4.0)))
 def test_the_fused_step(score, dtype, fp8_backend):
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(7, n, 32, generator=generator).to(dtype) for n in (4, 2, 2))

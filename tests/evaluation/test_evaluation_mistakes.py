@@ -28,7 +28,7 @@ from extrope_kernels.evaluation import cli
         ({"param": "rope.base"}, "--param: must read METHOD.NAME=VALUE, got rope.base"),
         (
             {"param": "rerope.shift=2", "methods": "rerope"},
-            "rerope has no shift; it has window, factor, l",
+            "rerope has no shift; it has window, log_n",
         ),
         ({"bucket": 0}, "argument --bucket: must be a whole number >= 1, got '0'"),
         ({"trials": 0}, "argument --trials: must be a whole number >= 1, got '0'"),

@@ -195,7 +195,7 @@ APPEND = {
         "block_table and slot_mapping both say",
     ),
     "fractions": (
-        {"positions": TEN[0] + 0.5, "score": scores.rerope(4, 2.0)},
+        {"positions": TEN[0] + 0.5, "score": scores.leaky_rerope(4, 2.0)},
         "positions must be whole numbers",
     ),
     "no boundaries": (

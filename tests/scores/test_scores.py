@@ -77,7 +77,8 @@ def test_equal_pair_maps_are_equal_scores():
 
 
 def test_plain_attention_has_one_region():
-    assert len(SCORES["rerope"](4, 1.0).regions) == len(SCORES["self_extend"](4, 1).regions) == 1
+    for made in (SCORES["leaky_rerope"](4, 1.0), SCORES["self_extend"](4, 1)):
+        assert len(made.regions) == 1
 
 
 def test_position_map():
@@ -267,6 +268,8 @@ def score_of(stored):
 def test_a_score_of_numbers_is_made_once():
     """Of the same numbers of the same types; a refusal is the function's own each time."""
     assert scores.rerope(7) is scores.rerope(7) is not scores.rerope(8)
+    with pytest.raises(TypeError, match=r"^rerope: .* takes window, and got window = int, float$"):
+        scores.rerope(7, 4.0)  # Leaky ReRoPE's
     assert scores.rerope(7) is not scores.leaky_rerope(7, math.inf)
     assert scores.self_extend(8, 2) is not scores.self_extend(8, 2.0)  # shown as they were given
     for _ in range(2):

@@ -76,7 +76,7 @@ def examples(draw) -> Example:
         window = group * draw(st.integers(1, 6))
         return example(scores.self_extend, self_extend, window=window, factor=group)
     factor = draw(st.sampled_from((1 / 16, 0.5, 1.0, 1.7, 4.0, 16.0))) if kind == "leaky" else INF
-    return example(scores.rerope, rerope, window=draw(st.integers(1, 50)), factor=factor)
+    return example(scores.leaky_rerope, rerope, window=draw(st.integers(1, 50)), factor=factor)
 
 
 @st.composite

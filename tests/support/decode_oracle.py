@@ -31,8 +31,8 @@ RAW = example(scores.rerope, rerope, window=8)
 SCORES: dict[str, dict] = {
     **{name: {"example": one} for name, one in EXAMPLES.items()},
     "no score": {"example": PLAIN},
-    "far leaky": {"example": example(scores.rerope, rerope, window=3, factor=16.0)},
-    "inverse leaky": {"example": example(scores.rerope, rerope, window=9, factor=1 / 16)},
+    "far leaky": {"example": example(scores.leaky_rerope, rerope, window=3, factor=16.0)},
+    "inverse leaky": {"example": example(scores.leaky_rerope, rerope, window=9, factor=1 / 16)},
     "xpos": {
         "example": example(scores.blockwise_causal, blockwise_causal, block_size=16), "xpos": True,
     },

@@ -136,7 +136,7 @@ def cache() -> None:
     pages = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     for table, score, dtype in (
         (None, scores.rerope(5), torch.float16),
-        (pages, scores.rerope(5, 3.0), torch.float32),
+        (pages, scores.leaky_rerope(5, 3.0), torch.float32),
         (pages, scores.dual_chunk(9, 2), torch.float32),
     ):
         shape = (2, 13, 2, 40) if table is None else (4, 7, 2, 40)

@@ -20,7 +20,7 @@ from extrope_kernels.scores import SCORES
 from extrope_kernels.testing import attention_backends
 
 AMONG = f"method must be one of {', '.join((*METHODS, *SCORES))}, got "
-OF_RERO = "extend: parameters of rerope must be among window, factor, log_n, got "
+OF_RERO = "extend: parameters of rerope must be among window, log_n, got "
 # Arguments that a plain Llama is given, and what is said. A method that is no text comes as it is.
 ARGUMENTS = [
     ("yarm", {}, ValueError, f"extend: did you mean 'yarn'? {AMONG}'yarm'"),
