@@ -12,7 +12,7 @@
 namespace extrope {
 
 template <typename... Message>
-void require(bool condition, const Message&... message) {
+void require_rope(bool condition, const Message&... message) {
   require_of("rope", condition, message...);
 }
 
@@ -47,24 +47,24 @@ inline DType rotated_dtype(const Tensor& x, const char* name) {
 inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor& q,
                             int64_t sequences) {
   const ScalarType type = inv_freq.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::Double,
-          "inv_freq must be float32 or float64");
-  require(inv_freq.get_device() == q.get_device(), "inv_freq must be on q's device");
+  require_rope(type == ScalarType::Float || type == ScalarType::Double,
+               "inv_freq must be float32 or float64");
+  require_rope(inv_freq.get_device() == q.get_device(), "inv_freq must be on q's device");
   const int64_t dim = inv_freq.dim(), heads = p.tensors[0].heads;
   const int64_t rows = dim >= 2 ? inv_freq.size(0) : 1, columns = dim == 3 ? inv_freq.size(1) : 1;
-  require(dim >= 1 && dim <= 3 && (rows == 1 || rows == sequences) && columns >= 1 &&
-              (columns == 1 || columns == heads),
-          "inv_freq must be (rotary_dim/2,), (", sequences, ", rotary_dim/2) or (", sequences,
-          " or 1, ", heads, " or 1, rotary_dim/2), got ", shape_of(inv_freq));
+  require_rope(dim >= 1 && dim <= 3 && (rows == 1 || rows == sequences) && columns >= 1 &&
+                   (columns == 1 || columns == heads),
+               "inv_freq must be (rotary_dim/2,), (", sequences, ", rotary_dim/2) or (", sequences,
+               " or 1, ", heads, " or 1, rotary_dim/2), got ", shape_of(inv_freq));
   const int64_t half = inv_freq.size(dim - 1);
-  require(half >= 1 && half <= p.head_dim / 2,
-          "inv_freq must hold between 1 and head_dim/2 = ", p.head_dim / 2, " frequencies, got ",
-          half);
-  require(half == 1 || inv_freq.stride(dim - 1) == 1 || inv_freq.numel() == 0,
-          "inv_freq must be contiguous in its last dimension");
-  require(columns == 1 || p.num_tensors == 1 || p.tensors[1].heads == heads,
-          "frequencies per head need as many k heads as q heads (", heads,
-          "); rotate q and k in two calls");
+  require_rope(half >= 1 && half <= p.head_dim / 2,
+               "inv_freq must hold between 1 and head_dim/2 = ", p.head_dim / 2,
+               " frequencies, got ", half);
+  require_rope(half == 1 || inv_freq.stride(dim - 1) == 1 || inv_freq.numel() == 0,
+               "inv_freq must be contiguous in its last dimension");
+  require_rope(columns == 1 || p.num_tensors == 1 || p.tensors[1].heads == heads,
+               "frequencies per head need as many k heads as q heads (", heads,
+               "); rotate q and k in two calls");
   p.inv_freq = inv_freq.data_ptr();
   p.inv_freq_is_f64 = type == ScalarType::Double;
   p.freq_batch = rows > 1 ? inv_freq.stride(0) : 0;
@@ -74,9 +74,9 @@ inline void set_frequencies(RopeParams& p, const Tensor& inv_freq, const Tensor&
 }
 
 inline void set_rotary_offset(RopeParams& p, int64_t rotary_offset) {
-  require(0 <= rotary_offset && rotary_offset <= p.head_dim - p.rotary_dim,
-          "rotary_offset must be from 0 to head_dim - rotary_dim = ", p.head_dim - p.rotary_dim,
-          ", got ", rotary_offset);
+  require_rope(0 <= rotary_offset && rotary_offset <= p.head_dim - p.rotary_dim,
+               "rotary_offset must be from 0 to head_dim - rotary_dim = ",
+               p.head_dim - p.rotary_dim, ", got ", rotary_offset);
   p.rotary_offset = rotary_offset;
 }
 
@@ -91,32 +91,32 @@ inline PositionType position_type(const Tensor& positions) {
     case ScalarType::Double:
       return PositionType::f64;
     default:
-      require(false, "positions must be int32, int64, float32 or float64");
+      require_rope(false, "positions must be int32, int64, float32 or float64");
   }
   return PositionType::i64;
 }
 
 inline void check_axes(const RopeParams& p, const Tensor& axes, const Tensor& q) {
-  require(axes.scalar_type() == ScalarType::Int && axes.dim() == 1 &&
-              axes.size(0) == p.rotary_dim / 2 && axes.is_contiguous() &&
-              axes.get_device() == q.get_device(),
-          "axes must be contiguous int32 (", p.rotary_dim / 2, ",) on q's device, got shape ",
-          shape_of(axes));
+  require_rope(axes.scalar_type() == ScalarType::Int && axes.dim() == 1 &&
+                   axes.size(0) == p.rotary_dim / 2 && axes.is_contiguous() &&
+                   axes.get_device() == q.get_device(),
+               "axes must be contiguous int32 (", p.rotary_dim / 2, ",) on q's device, got shape ",
+               shape_of(axes));
 }
 
 // Without a table of positions per axis, all axes have the same positions.
 inline void set_positions(RopeParams& p, const Tensor& positions, const OptionalTensor& axes,
                           const Tensor& q, int64_t sequences) {
   p.position_type = position_type(positions);
-  require(positions.get_device() == q.get_device(), "positions must be on q's device");
+  require_rope(positions.get_device() == q.get_device(), "positions must be on q's device");
   if (set_positions(p, positions, sequences)) return;
   const int64_t rows = positions.dim() == 3 ? positions.size(0) : 0;
-  require(axes.has_value() && rows >= 1 &&
-              (positions.size(1) == p.batch || positions.size(1) == 1) &&
-              positions.size(2) == p.seqlen,
-          "positions must be (", p.seqlen, ",), (", p.batch, ", ", p.seqlen, "), (", sequences,
-          ",) offsets or, with axes, (axes, ", p.batch, ", ", p.seqlen, "), got shape ",
-          shape_of(positions));
+  require_rope(axes.has_value() && rows >= 1 &&
+                   (positions.size(1) == p.batch || positions.size(1) == 1) &&
+                   positions.size(2) == p.seqlen,
+               "positions must be (", p.seqlen, ",), (", p.batch, ", ", p.seqlen, "), (", sequences,
+               ",) offsets or, with axes, (axes, ", p.batch, ", ", p.seqlen, "), got shape ",
+               shape_of(positions));
   p.axes = static_cast<const int32_t*>(axes->data_ptr());
   p.num_axes = rows;
   p.position_axis = rows > 1 ? positions.stride(0) : 0;
@@ -125,11 +125,11 @@ inline void set_positions(RopeParams& p, const Tensor& positions, const Optional
 }
 
 inline void set_log_decay(RopeParams& p, const Tensor& log_decay, const Tensor& q) {
-  require(log_decay.scalar_type() == ScalarType::Float && log_decay.dim() == 1 &&
-              log_decay.size(0) == p.rotary_dim / 2 && log_decay.is_contiguous() &&
-              log_decay.get_device() == q.get_device(),
-          "log_decay must be contiguous float32 (", p.rotary_dim / 2,
-          ",) on q's device, got shape ", shape_of(log_decay));
+  require_rope(log_decay.scalar_type() == ScalarType::Float && log_decay.dim() == 1 &&
+                   log_decay.size(0) == p.rotary_dim / 2 && log_decay.is_contiguous() &&
+                   log_decay.get_device() == q.get_device(),
+               "log_decay must be contiguous float32 (", p.rotary_dim / 2,
+               ",) on q's device, got shape ", shape_of(log_decay));
   p.log_decay = static_cast<const float*>(log_decay.data_ptr());
 }
 
@@ -171,8 +171,8 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   if (options.axes.has_value()) check_axes(p, *options.axes, q);
   if (positions.has_value()) set_positions(p, *positions, options.axes, q, sequences);
   if (options.log_decay.has_value()) set_log_decay(p, *options.log_decay, q);
-  require(options.attention_factor > 0 && std::isfinite(options.attention_factor),
-          "attention_factor must be > 0 and finite, got ", options.attention_factor);
+  require_rope(options.attention_factor > 0 && std::isfinite(options.attention_factor),
+               "attention_factor must be > 0 and finite, got ", options.attention_factor);
   const double sign = options.inverse ? -1.0 : 1.0;
   p.tensors[0].decay_sign = sign;
   p.tensors[1].decay_sign = -sign;
@@ -180,8 +180,8 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   p.conjugate = adjoint != options.inverse;
   p.interleaved = options.interleaved;
   p.offset = options.offset.value_or(0);
-  require(-kFarthest <= p.offset && p.offset <= kFarthest,
-          "an offset of positions must be within 2**53, got ", p.offset);
+  require_rope(-kFarthest <= p.offset && p.offset <= kFarthest,
+               "an offset of positions must be within 2**53, got ", p.offset);
   p.decay_origin = options.decay_origin;
   return p;
 }
@@ -191,11 +191,11 @@ inline RopeNorm norm_of(const OptionalTensor& weight, const Tensor& x, const cha
   if (!weight.has_value()) return norm;
   const int64_t dim = x.size(x.dim() - 1), heads = x.size(x.dim() - 2);
   const bool one = weight->dim() == 1 && weight->size(0) == dim;
-  require(one || (weight->dim() == 1 && weight->size(0) == heads * dim), name, " must be (", dim,
-          ",) to norm each head or (", heads * dim, ",) to norm all together, got shape ",
-          shape_of(*weight));
-  require(weight->get_device() == x.get_device() && weight->is_contiguous(), name,
-          " must be contiguous on q's device");
+  require_rope(one || (weight->dim() == 1 && weight->size(0) == heads * dim), name, " must be (",
+               dim, ",) to norm each head or (", heads * dim, ",) to norm all together, got shape ",
+               shape_of(*weight));
+  require_rope(weight->get_device() == x.get_device() && weight->is_contiguous(), name,
+               " must be contiguous on q's device");
   norm.weight = weight->data_ptr();
   norm.weight_dtype = rotated_dtype(*weight, name);
   norm.all_heads = !one;
@@ -208,9 +208,9 @@ inline RopeNormParams make_norm_params(const RopeParams& rope, const Tensor& q,
   RopeNormParams p{};
   static_cast<RopeParams&>(p) = rope;
   p.norms[0] = norm_of(q_norm_weight, q, "q_norm_weight");
-  require(!k_norm_weight.has_value() || k.has_value(), "k_norm_weight needs a k");
+  require_rope(!k_norm_weight.has_value() || k.has_value(), "k_norm_weight needs a k");
   if (k.has_value()) p.norms[1] = norm_of(k_norm_weight, *k, "k_norm_weight");
-  require(norm_eps >= 0, "norm_eps must be >= 0, got ", norm_eps);
+  require_rope(norm_eps >= 0, "norm_eps must be >= 0, got ", norm_eps);
   p.norm_eps = norm_eps;
   return p;
 }
@@ -218,8 +218,8 @@ inline RopeNormParams make_norm_params(const RopeParams& rope, const Tensor& q,
 // Checks the values, for a library that can read them.
 inline void check_axes_of_pairs(const RopeParams& p) {
   for (int64_t i = 0; p.axes && i < p.rotary_dim / 2; ++i) {
-    require(0 <= p.axes[i] && p.axes[i] < p.num_axes, "axes must be from 0 to ", p.num_axes - 1,
-            " for positions of ", p.num_axes, " axes, got ", p.axes[i]);
+    require_rope(0 <= p.axes[i] && p.axes[i] < p.num_axes, "axes must be from 0 to ",
+                 p.num_axes - 1, " for positions of ", p.num_axes, " axes, got ", p.axes[i]);
   }
 }
 

@@ -15,15 +15,16 @@ namespace extrope {
 inline void check_saved(const Tensor& x, const Tensor& grad, bool packed, const char* name) {
   check_rows("rope", x, packed, name);
   check_matching("rope", x, grad, name);
-  require(x.size(x.dim() - 2) == grad.size(x.dim() - 2), name, " must have its gradient's shape ",
-          shape_of(grad), ", got ", shape_of(x));
+  require_rope(x.size(x.dim() - 2) == grad.size(x.dim() - 2), name,
+               " must have its gradient's shape ", shape_of(grad), ", got ", shape_of(x));
 }
 
 inline void save_inputs(RopeParams& p, const Tensor& grad_q, const OptionalTensor& grad_k,
                         const Tensor& q, const OptionalTensor& k, bool packed) {
   check_saved(q, grad_q, packed, "q");
   set_saved(p.tensors[0], q, packed);
-  require(k.has_value() == grad_k.has_value(), "k must be given with grad_k and q, or not at all");
+  require_rope(k.has_value() == grad_k.has_value(),
+               "k must be given with grad_k and q, or not at all");
   if (k.has_value()) {
     check_saved(*k, *grad_k, packed, "k");
     set_saved(p.tensors[1], *k, packed);
@@ -31,10 +32,11 @@ inline void save_inputs(RopeParams& p, const Tensor& grad_q, const OptionalTenso
 }
 
 inline void refuse_overlap(const Tensor& q, const OptionalTensor& k) {
-  require(!overlaps_itself(q), "q must not be expanded to be rotated in place");
-  require(!k.has_value() || !overlaps_itself(*k), "k must not be expanded to be rotated in place");
-  require(!k.has_value() || !share_memory(q, *k),
-          "inplace=True needs q and k of their own, got two that share memory");
+  require_rope(!overlaps_itself(q), "q must not be expanded to be rotated in place");
+  require_rope(!k.has_value() || !overlaps_itself(*k),
+               "k must not be expanded to be rotated in place");
+  require_rope(!k.has_value() || !share_memory(q, *k),
+               "inplace=True needs q and k of their own, got two that share memory");
 }
 
 inline void set_outputs_in_place(RopeParams& p, const Tensor& q, const OptionalTensor& k,

@@ -40,6 +40,22 @@ def test_a_capped_logit_is_that_of_the_forward(softcap):
     assert torch.equal(*torch.autograd.grad(out, v, dout), dout)
 
 
+def test_gradients_of_values_whose_heads_have_like_gradients(fast_backend):
+    """As exact as the sum of each head by itself: not one chain over tokens and heads."""
+    q, k, v = make_qkv(1, 500, None, 8, 1, 64)
+    dout = torch.randn_like(q[:, :, :1]).expand_as(q)
+
+    def of_values(dtype, backend):
+        leaf = v.to(dtype).requires_grad_()
+        out = rope_attention(q.to(dtype), k.to(dtype), leaf, frequencies(64), backend=backend)
+        return torch.autograd.grad(out, leaf, dout.to(dtype))[0]
+
+    exact = of_values(torch.float64, "reference")
+    assert_within_budget(
+        "dv", of_values(v.dtype, fast_backend), of_values(v.dtype, "reference"), exact
+    )
+
+
 def test_keys_of_no_query_heads(any_backend):
     q = torch.empty(1, 20, 0, 16, device=device(), requires_grad=True)
     k, v = torch.randn(2, 1, 20, 2, 16, device=device()).unbind()

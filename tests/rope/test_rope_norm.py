@@ -60,6 +60,23 @@ def test_many_heads_and_tokens(backend, batch, seqlen, heads_q, heads_k, togethe
     check_both(q, k, norm_weights(heads_q, heads_k, 16, together), freqs, backend)
 
 
+@pytest.mark.skipif(device() != "cpu", reason="the interpreter would take minutes")
+def test_gradients_of_weights_over_many_rows():
+    """Not one running sum over all: its error would be several times PyTorch's."""
+    q, k = make_qk(1, 256, 32, 32, head_dim=64)
+    weights, freqs = norm_weights(32, 32, 64), methods.rope(64).to(device())
+    douts = torch.randn(2, *q.shape, generator=torch.Generator().manual_seed(3))
+
+    def gradients(dtype, backend):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, *weights)]
+        rotated = call(leaves, freqs, backend)
+        return torch.stack(torch.autograd.grad(rotated, leaves[2:], [x.to(dtype) for x in douts]))
+
+    exact = gradients(torch.float64, "reference")
+    own, same = (gradients(torch.float32, at) - exact for at in ("cpu", "reference"))
+    assert own.norm() <= 2 * same.norm()
+
+
 @pytest.mark.parametrize("together", (False, True))
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("sizes", ((2, 21, 3, 2, 80), (1, 3, 8, 4, 48)))

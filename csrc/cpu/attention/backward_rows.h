@@ -70,19 +70,24 @@ void pack_wide(const TileQueries& queries, const AttentionTensor& x, const CosSi
 }
 
 // sums[key] = sum over rows of weights[key][row] * rows[row]: (key_block.padded, wide); wide is
-// head_dim rounded up to kWide.
+// head_dim rounded up to kWide. Each slice is summed by itself: in one chain of all rows, roundings
+// do not average out where the q heads of a group have like gradients.
 inline void sum_rows(const TileQueries& queries, const KeyBlock& key_block, const int32_t* seen,
                      const float* weights, const float* rows, int64_t head_dim, float* sums) {
   const int64_t wide = round_up(head_dim, kWide), padded = queries.slices * kQueryLanes;
   for (int64_t d = 0; d < wide; d += kWide) {
     for (int64_t key = 0; key < key_block.padded; key += kTallRows) {
-      Sums<kTallRows, kWideVectors> acc{};
+      float* to = sums + key * wide + d;
+      store_sums(Sums<kTallRows, kWideVectors>{}, to, wide);
       for (int64_t slice = 0; slice < queries.slices; ++slice) {
         if (key + kTallRows <= seen[2 * slice] || key >= seen[2 * slice + 1]) continue;
-        multiply_add(acc, weights + (slice * key_block.padded + key) * kQueryLanes, kQueryLanes, 1,
-                     rows + d * padded + slice * kQueryLanes * kWide, kWide, kQueryLanes);
+        Sums<kTallRows, kWideVectors> of_slice{};
+        multiply_add(of_slice, weights + (slice * key_block.padded + key) * kQueryLanes,
+                     kQueryLanes, 1, rows + d * padded + slice * kQueryLanes * kWide, kWide,
+                     kQueryLanes);
+        add_sums(of_slice, to, wide);
+        store_sums(of_slice, to, wide);
       }
-      store_sums(acc, sums + key * wide + d, wide);
     }
   }
 }

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/tensor_args.h"
 #include "cpu/attention/cos_sin.h"
 #include "cpu/runtime/capability.h"
 #include "cpu/runtime/kept_pages.h"
@@ -179,13 +180,15 @@ class Rotation {
   AttentionTensor rotated_keys(const CosSin& cos_sin, const CosSinTable& t) {
     const bool packed = p_.cu_seqlens != nullptr;
     const int64_t heads = p_.heads_k * p_.head_dim;
-    void* keys = memory_.emplace_back(p_.batch * p_.seqlen_k * heads * 2).data();  // 16-bit keys
+    require_of("attention", p_.dtype != DType::f32, "keys of 16 bits alone are rotated ahead");
+    constexpr int64_t kElement = 2;  // bytes
+    void* keys = memory_.emplace_back(p_.batch * p_.seqlen_k * heads * kElement).data();
     const AttentionTensor out{keys, packed ? 0 : p_.seqlen_k * heads, heads, p_.head_dim,
                               p_.head_dim};
 #define EXTROPE_KERNEL(isa) rotate_keys_##isa
     const RotateKeys kernel = EXTROPE_WIDEST(EXTROPE_KERNEL);
 #undef EXTROPE_KERNEL
-    each_token(t, p_.batch, heads * 2,
+    each_token(t, p_.batch, heads * kElement,
                [&](int64_t begin, int64_t end) { kernel(p_, raw_k_, cos_sin, out, begin, end); });
     return out;
   }

@@ -82,14 +82,15 @@ FrequencyRows frequencies_of(const CacheArgs& a, const KVCache& cache, const Cal
                     options.first_dim());
   FrequencyRows out{padded_rows(inv_freq), {}, {}};
   if (log_decay.has_value()) out.log_decay = padded_rows(*log_decay);
-  out.params = {out.inv_freq.values.data(),
-                log_decay.has_value() ? out.log_decay.values.data() : nullptr,
-                out.inv_freq.half,
-                out.inv_freq.padded,
-                out.inv_freq.rows > 1 ? out.inv_freq.heads * out.inv_freq.padded : 0,
-                options.interleaved,
-                options.first_dim(),
-                out.inv_freq.heads};
+  const PaddedRows& rows = out.inv_freq;
+  out.params = {.inv_freq = rows.values.data(),
+                .log_decay = log_decay.has_value() ? out.log_decay.values.data() : nullptr,
+                .half = rows.half,
+                .padded = rows.padded,
+                .batch = rows.rows > 1 ? rows.heads * rows.padded : 0,
+                .interleaved = options.interleaved,
+                .rotary_offset = options.first_dim(),
+                .heads = rows.heads};
   return out;
 }
 

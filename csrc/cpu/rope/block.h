@@ -288,8 +288,9 @@ void fill_angles_by_axis(const RopeParams& p, const Token<double>& token, Scratc
 // angles need only arithmetic: so each token's copies go between two tokens' angles, once per
 // block.
 template <typename T>
-void fill_block(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
-                int64_t count, int64_t head, Scratch<T>& scratch) {
+void fill_cos_sin_and_copy(const RopeParams& p, const RopeTensor& tensor,
+                           const Token<double>* tokens, int64_t count, int64_t head,
+                           Scratch<T>& scratch) {
   const int num_copied = &tensor == p.tensors && head == 0 ? p.num_copied : 0;
   int64_t loaded = -1;
   for (int64_t t = 0; t < count; ++t) {
@@ -323,12 +324,12 @@ void for_each_run(const RopeParams& p, const RopeTensor& tensor, const Token<dou
                   int64_t count, Scratch<T>& scratch, bool filled, const Visit& visit) {
   if (p.angle_heads > 1) {
     for (int64_t head = 0; head < tensor.heads; ++head) {
-      fill_block<T>(p, tensor, tokens, count, head, scratch);
+      fill_cos_sin_and_copy<T>(p, tensor, tokens, count, head, scratch);
       visit(Run{count, head, 1, false});
     }
     return;
   }
-  if (!filled) fill_block<T>(p, tensor, tokens, count, 0, scratch);
+  if (!filled) fill_cos_sin_and_copy<T>(p, tensor, tokens, count, 0, scratch);
   visit(Run{count, 0, tensor.heads, tensor.in_head < tensor.in_seq});
 }
 

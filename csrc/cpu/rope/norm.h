@@ -78,6 +78,38 @@ struct Norm {
   Buffer<Wide<T>> weight;
 };
 
+// The gradient of a norm's weights, summed over rows; in the order of order_dims. If all heads
+// share the weights, a few rows are added in sequence before their sum joins the rest: in a longer
+// chain roundings do not average out.
+template <typename T>
+class WeightGrad {
+ public:
+  void start(const Norm<T>& norm) {
+    few_.assign(norm.weight.size(), 0), all_.assign(norm.weight.size(), 0);
+    by_rows_ = norm.head_step == 0;
+  }
+  Wide<T>* few() { return few_.data(); }
+  void end_row() {
+    if (by_rows_ && ++rows_ % kRows == 0) join();
+  }
+  const Buffer<Wide<T>>& end() {
+    join();
+    return all_;
+  }
+
+ private:
+  static constexpr int64_t kRows = 32;
+
+  void join() {
+    const int64_t dims = all_.size();
+    for (int64_t i = 0; i < dims; ++i) all_[i] += few_[i], few_[i] = 0;
+  }
+
+  Buffer<Wide<T>> few_, all_;  // the sum of the last rows, and of all before
+  int64_t rows_ = 0;
+  bool by_rows_ = false;
+};
+
 // Two vectors of consecutive elements, in the cheapest order.
 template <typename T, typename V = WideVector<T>>
 inline std::pair<V, V> load_two(const T* from) {
@@ -452,7 +484,7 @@ struct NormBackward {
   const Token<double>* tokens;
   const Scratch<T>& scratch;
   const PrefetchDistances& ahead;
-  Wide<T>* weight_grad;
+  WeightGrad<T>& weight_grad;
 
   void add_row(int64_t t, int64_t head, Sums& sums) const {
     const T* in = input_row<T>(x, tokens[t], head);
@@ -476,7 +508,8 @@ struct NormBackward {
     T* out = output_row<T>(x, tokens[t], head);
     norm_backward_row<T, Interleaved>(p, in, saved_row<T>(x, tokens[t], head), out, {scratch, t},
                                       &norm.weight[head * norm.head_step], factors.scale,
-                                      factors.mean, weight_grad + head * norm.head_step);
+                                      factors.mean, weight_grad.few() + head * norm.head_step);
+    weight_grad.end_row();
     if (in != out) prefetch(out, ahead.out, ahead.bytes);
   }
 

@@ -75,15 +75,15 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
 
 template <typename T, bool Interleaved>
 void norm_tokens_backward(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
-                          Scratch<T>& scratch, Buffer<Wide<T>>* weight_grads) {
+                          Scratch<T>& scratch, WeightGrad<T>* weight_grads) {
   const auto block = [&](int n, const Token<double>* tokens, int64_t, const auto& each_run) {
     const RopeTensor& x = p.tensors[n];
     if (norms[n].weight.empty()) {
       each_run([&](Run run) { rotate_rows<T, Interleaved>(p, x, tokens, scratch, run); });
     } else {
       const PrefetchDistances ahead(p, x, sizeof(T));
-      Wide<T>* grads = weight_grads[n].data();
-      NormBackward<T, Interleaved>{p, x, norms[n], tokens, scratch, ahead, grads}.run(each_run);
+      NormBackward<T, Interleaved>{p, x, norms[n], tokens, scratch, ahead, weight_grads[n]}.run(
+          each_run);
     }
   };
   for_each_tensor(p, begin, end, scratch, block);
@@ -100,17 +100,18 @@ void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
   }
   Scratch<T> scratch(p, kBlock);
   const auto dims = ordered_dims<T, Interleaved>(p);
-  Buffer<Wide<T>> grads[2];
+  WeightGrad<T> weight_grads[2];
   for (int64_t part = begin; part < end; ++part) {
-    for (int n = 0; n < 2; ++n) grads[n].assign(norms[n].weight.size(), 0);
+    for (int n = 0; n < 2; ++n) weight_grads[n].start(norms[n]);
     const int64_t first = part * p.norm_part_tokens;
     const int64_t last = std::min(first + p.norm_part_tokens, p.batch * p.seqlen);
-    norm_tokens_backward<T, Interleaved>(p, first, last, norms, scratch, grads);
+    norm_tokens_backward<T, Interleaved>(p, first, last, norms, scratch, weight_grads);
     for (int n = 0; n < 2; ++n) {
       Wide<T>* to = static_cast<Wide<T>*>(p.norm_parts[n]) + part * p.norm_part_stride;
-      const int64_t weights = grads[n].size();
+      const Buffer<Wide<T>>& grad = weight_grads[n].end();
+      const int64_t weights = grad.size();
       for (int64_t row = 0; row < weights; row += p.head_dim) {
-        for (int64_t i = 0; i < p.head_dim; ++i) to[row + dims[i]] = grads[n][row + i];
+        for (int64_t i = 0; i < p.head_dim; ++i) to[row + dims[i]] = grad[row + i];
       }
     }
   }

@@ -57,6 +57,18 @@ EXTROPE_INLINE void load_sums(Sums<Rows, Vectors>& sums, const float* from, int6
   }
 }
 
+// sums += the sums at `from`.
+template <int Rows, int Vectors>
+EXTROPE_INLINE void add_sums(Sums<Rows, Vectors>& sums, const float* from, int64_t step) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) {
+      sums.at[i][j] += load<floats>(from + i * step + j * kFloats);
+    }
+  }
+}
+
 template <int Rows, int Vectors>
 EXTROPE_INLINE void store_sums(const Sums<Rows, Vectors>& sums, float* to, int64_t step) {
 #pragma GCC unroll 16

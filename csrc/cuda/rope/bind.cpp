@@ -29,10 +29,10 @@ GetStream find_get_stream() {
 
 void* current_stream(int device_index) {
   const GetStream get_stream = find_get_stream();
-  require(get_stream != nullptr, "this torch is built without CUDA");
+  require_rope(get_stream != nullptr, "this torch is built without CUDA");
   void* stream = nullptr;
-  require(get_stream(device_index, &stream) == 0, "torch has no current stream on device ",
-          device_index);
+  require_rope(get_stream(device_index, &stream) == 0, "torch has no current stream on device ",
+               device_index);
   return stream;
 }
 
@@ -40,7 +40,7 @@ void launch(const RopeParams& p, int device_index) {
   if (p.batch * p.seqlen == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   const int error = rope_launch(p, current_stream(device_index), device_index);
-  require(error == 0, "CUDA error ", error, ": ", rope_error(error));
+  require_rope(error == 0, "CUDA error ", error, ": ", rope_error(error));
 }
 
 const Ops ops{
