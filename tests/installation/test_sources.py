@@ -24,6 +24,21 @@ def test_no_fast_math():
     assert not re.search(forbidden, text)
 
 
+# One interface for two units of a processor: a file of kernels includes one of them.
+TWICE = {"ProductUnit"}
+
+
+def test_no_two_classes_have_one_name():
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            named = r"^ *(?:class|struct|enum|enum class) (?:alignas\(.*\) )?(\w+)(?: : .*)? \{"
+            for name in re.findall(named, path.read_text(), re.MULTILINE):
+                found.setdefault(name, []).append(path.name)
+    assert len(found) > 100 and found.keys() >= TWICE
+    assert not {name: at for name, at in found.items() if len(at) > 1 and name not in TWICE}
+
+
 def includes(source: Path, seen: set[Path]) -> set[str]:
     """Every header that a source names, through our own headers."""
     names = set(re.findall(r'#include\s*[<"](.*)[>"]', source.read_text()))

@@ -14,8 +14,8 @@ constexpr int64_t kTileElements = 65536;  // rows times head_dim
 constexpr int64_t kMaxBlockM = 512, kBlockN = 128;
 
 // dq += keys * gradients, for the keys from `begin` to `end` of the key block.
-void add_to_dq(const SliceView& view, int64_t begin, int64_t end) {
-  const Backward& w = view.w;
+void add_to_dq(const BackwardBf16Slice& view, int64_t begin, int64_t end) {
+  const BackwardBf16Scratch& w = view.w;
   const int64_t first = begin / kDepth, tiles = (end - begin) / kDepth;
   float* dq = w.dq + view.slice * view.dim_tiles * kDepth * kQueryLanes;
   for (int64_t d = 0; d < view.dim_tiles; ++d) {
@@ -31,7 +31,7 @@ void add_to_dq(const SliceView& view, int64_t begin, int64_t end) {
 }
 
 template <bool Capped>
-void differentiate_slice(const TileQueries& queries, const Backward& w, int64_t slice,
+void differentiate_slice(const TileQueries& queries, const BackwardBf16Scratch& w, int64_t slice,
                          int64_t region, const KeyBlock& key_block) {
   SliceParts parts =
       slice_parts(slice_keys(queries, slice, region), key_block.first, key_block.count);
@@ -39,13 +39,13 @@ void differentiate_slice(const TileQueries& queries, const Backward& w, int64_t 
   w.seen[2 * slice] = static_cast<int32_t>(parts.begin);
   w.seen[2 * slice + 1] = static_cast<int32_t>(parts.end);
   if (parts.begin == parts.end) return;
-  SliceView view{.w = w,
-                 .slice = slice,
-                 .slices = queries.slices,
-                 .dim_tiles = dim_tiles_of(queries.p.q),
-                 .value_tiles = dim_tiles_of(queries.p.v),
-                 .key_tiles = key_block.padded / kDepth,
-                 .softcap = queries.p.softcap};
+  BackwardBf16Slice view{.w = w,
+                         .slice = slice,
+                         .slices = queries.slices,
+                         .dim_tiles = dim_tiles_of(queries.p.q),
+                         .value_tiles = dim_tiles_of(queries.p.v),
+                         .key_tiles = key_block.padded / kDepth,
+                         .softcap = queries.p.softcap};
   for (int j = 0; j < kQueryVectors; ++j) {
     const int64_t at = slice * kQueryLanes + j * kFloats;
     view.lse[j] = load<floats>(w.rows.lse + at);
@@ -66,8 +66,9 @@ void differentiate_slice(const TileQueries& queries, const Backward& w, int64_t 
 }
 
 // sums[key] = sum of weights[key][row] * rows[row] over the rows that see the key: (keys, dim).
-void sum_over_rows(const TileQueries& queries, const KeyBlock& key_block, const Backward& w,
-                   const bf16* weights, const bf16* rows, int64_t dim_tiles) {
+void sum_over_rows(const TileQueries& queries, const KeyBlock& key_block,
+                   const BackwardBf16Scratch& w, const bf16* weights, const bf16* rows,
+                   int64_t dim_tiles) {
   const int64_t row_tiles = queries.slices * kRowTiles, dim = dim_tiles * kDepth;
   for (int64_t key = 0; key < key_block.padded; key += kKeyRows) {
     // Ranges of keys rise with the rows: slices that see these keys are neighbours.
@@ -91,7 +92,7 @@ void sum_over_rows(const TileQueries& queries, const KeyBlock& key_block, const 
   }
 }
 
-void write_dq(const TileQueries& queries, const Backward& w, int64_t region) {
+void write_dq(const TileQueries& queries, const BackwardBf16Scratch& w, int64_t region) {
   RowBuffer rows;
   for (int64_t first = 0; first < queries.count; first += kSide) {
     each_sum(queries, w.dq, first, queries.p.head_dim,
@@ -103,7 +104,7 @@ void write_dq(const TileQueries& queries, const Backward& w, int64_t region) {
 }
 
 // Packs the keys of a region's block, and values, as factors.
-void pack_key_block(const TileQueries& queries, const Backward& w, int64_t region,
+void pack_key_block(const TileQueries& queries, const BackwardBf16Scratch& w, int64_t region,
                     const KeyBlock& key_block) {
   const AttentionParams& p = queries.p;
   const auto rows_of_tensor = [&](const AttentionTensor& x) {
@@ -124,7 +125,7 @@ void pack_key_block(const TileQueries& queries, const Backward& w, int64_t regio
   pack([&](int64_t i) { return w.rotated + i * dim; });
 }
 
-void backward_region(const TileQueries& queries, const TilePlan& plan, const Backward& w,
+void backward_region(const TileQueries& queries, const TilePlan& plan, const BackwardBf16Scratch& w,
                      int64_t region, KeysDone* previous, KeysDone* done) {
   const AttentionParams& p = queries.p;
   const auto visit = p.softcap > 0 ? differentiate_slice<true> : differentiate_slice<false>;
@@ -165,7 +166,7 @@ TilePlan EXTROPE_EXPAND(attention_backward_plan_, EXTROPE_ISA)(const AttentionPa
   plan.tokens =
       tokens_per_tile(p, greater(smaller(rows, kMaxBlockM) / kQueryLanes, 1) * kQueryLanes);
   plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kKeyRows));
-  plan.workspace = Backward(p, plan, nullptr).space.used();
+  plan.workspace = BackwardBf16Scratch(p, plan, nullptr).space.used();
   return plan;
 }
 
@@ -175,7 +176,7 @@ void EXTROPE_EXPAND(attention_backward_tile_, EXTROPE_ISA)(const AttentionParams
                                                            KeysDone* previous, KeysDone* done) {
   const ProductUnit unit;
   const TileQueries queries{p, tile};
-  const Backward w(p, plan, workspace);
+  const BackwardBf16Scratch w(p, plan, workspace);
   load_row_values<bf16>(queries, w.rows);
   pack_query_pairs(queries, p.dout, {}, w.dout);
   pack_row_pairs(queries, p.dout, {}, w.dout_rows);

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kRowTiles = kQueryLanes / kDepth;  // of a slice
 
-struct Backward {
-  Backward(const AttentionParams& p, const TilePlan& plan, float* begin)
+struct BackwardBf16Scratch {
+  BackwardBf16Scratch(const AttentionParams& p, const TilePlan& plan, float* begin)
       : space(begin), rows(space, rows_of(p, plan)) {
     const int64_t rows = rows_of(p, plan);
     const int64_t dim = round_up(p.head_dim, kDepth), value_dim = round_up(p.v.head_dim, kDepth);
@@ -48,8 +48,8 @@ struct Backward {
 };
 
 // A slice and the block of keys that it works on.
-struct SliceView {
-  const Backward& w;
+struct BackwardBf16Slice {
+  const BackwardBf16Scratch& w;
   int64_t slice, slices, dim_tiles, value_tiles, key_tiles;
   float softcap;
   floats lse[kQueryVectors], delta[kQueryVectors];
@@ -67,8 +67,8 @@ EXTROPE_INLINE void multiply(const bf16* left, const bf16* right, int64_t depth,
 
 // Computes one key's probability in each row, and the gradient of its logit.
 template <bool Masked, bool Capped>
-EXTROPE_INLINE void differentiate(const SliceView& view, int i, const RowKeys& seen, int64_t key,
-                                  floats (&probability)[kQueryVectors],
+EXTROPE_INLINE void differentiate(const BackwardBf16Slice& view, int i, const RowKeys& seen,
+                                  int64_t key, floats (&probability)[kQueryVectors],
                                   floats (&gradient)[kQueryVectors]) {
   floats logits[kQueryVectors], slopes[kQueryVectors];
 #pragma GCC unroll 16
@@ -110,9 +110,9 @@ EXTROPE_INLINE void store_row(const floats (&x)[kQueryVectors], bf16* to) {
 
 // Works on kKeyRows keys, from key `part` of the block.
 template <bool Masked, bool Capped>
-EXTROPE_INLINE void differentiate_part(const SliceView& view, const RowKeys& seen, int64_t part,
-                                       int64_t first) {
-  const Backward& w = view.w;
+EXTROPE_INLINE void differentiate_part(const BackwardBf16Slice& view, const RowKeys& seen,
+                                       int64_t part, int64_t first) {
+  const BackwardBf16Scratch& w = view.w;
   multiply(w.keys + part * view.dim_tiles * kDepth,
            w.q + view.slice * view.dim_tiles * kDepth * kQueryLanes, view.dim_tiles, w.logits);
   multiply(w.values + part * view.value_tiles * kDepth,

@@ -22,8 +22,8 @@ constexpr int64_t kTileFloats = 36864;  // of rows times head_dim
 constexpr int64_t kMaxBlockM = 384, kBlockN = 96;
 constexpr int64_t kKeyBlock = std::lcm(kKeyRows, kTallRows);
 
-struct Backward {
-  Backward(const AttentionParams& p, const TilePlan& plan, float* begin)
+struct BackwardScratch {
+  BackwardScratch(const AttentionParams& p, const TilePlan& plan, float* begin)
       : space(begin), rows(space, rows_of(p, plan)) {
     const int64_t rows = rows_of(p, plan);
     const int64_t wide = round_up(p.head_dim, kWide), value_wide = round_up(p.v.head_dim, kWide);
@@ -54,14 +54,14 @@ struct Backward {
   float* unit_scale;               // (block,), all 1: dout is packed unscaled
 };
 
-struct SliceView {
+struct BackwardSlice {
   const float *q, *dout, *lse, *delta;
   float *dq, *probabilities, *dlogits;
   float softcap;
 };
 
-SliceView slice_view(const TileQueries& queries, const Backward& w, int64_t slice,
-                     int64_t padded_keys) {
+BackwardSlice slice_view(const TileQueries& queries, const BackwardScratch& w, int64_t slice,
+                         int64_t padded_keys) {
   const AttentionParams& p = queries.p;
   const int64_t square = slice * p.head_dim * kQueryLanes, at = slice * padded_keys * kQueryLanes;
   return {.q = w.q + square,
@@ -91,7 +91,7 @@ EXTROPE_INLINE void mask_part(Sums<kKeyRows, kQueryVectors>& sums, const RowKeys
 // P = exp2(K Q^T - lse) for a slice's keys [begin, end) of the block. With a softcap, writes its
 // slopes to the place of dlogits.
 template <bool Masked, bool Capped>
-EXTROPE_INLINE void probability_parts(const SliceView& view, const float* keys, int64_t dim,
+EXTROPE_INLINE void probability_parts(const BackwardSlice& view, const float* keys, int64_t dim,
                                       int64_t begin, int64_t end, const RowKeys& seen,
                                       int64_t first) {
   for (int64_t key = begin; key < end; key += kKeyRows) {
@@ -121,7 +121,7 @@ EXTROPE_INLINE void probability_parts(const SliceView& view, const float* keys, 
 
 // dlogits = P * (V dO^T - delta), times the slopes in its place.
 template <bool Capped>
-void gradient_parts(const SliceView& view, const float* values, int64_t dim, int64_t begin,
+void gradient_parts(const BackwardSlice& view, const float* values, int64_t dim, int64_t begin,
                     int64_t end) {
   for (int64_t key = begin; key < end; key += kKeyRows) {
     Sums<kKeyRows, kQueryVectors> sums{};
@@ -143,7 +143,7 @@ void gradient_parts(const SliceView& view, const float* values, int64_t dim, int
 }
 
 // Clears what sum_rows reads beside the slice's keys: it takes kTallRows of them at once.
-void clear_unseen(const SliceView& view, const SliceParts& parts) {
+void clear_unseen(const BackwardSlice& view, const SliceParts& parts) {
   const int64_t before = parts.begin % kTallRows, end = round_up(parts.end, kTallRows);
   for (float* x : {view.probabilities, view.dlogits}) {
     std::memset(x + (parts.begin - before) * kQueryLanes, 0, before * kQueryLanes * sizeof(float));
@@ -152,10 +152,10 @@ void clear_unseen(const SliceView& view, const SliceParts& parts) {
 }
 
 template <bool Capped>
-void differentiate_slice(const TileQueries& queries, const Backward& w, int64_t slice,
+void differentiate_slice(const TileQueries& queries, const BackwardScratch& w, int64_t slice,
                          int64_t region, const KeyBlock& key_block) {
   const int64_t dim = queries.p.head_dim;
-  const SliceView view = slice_view(queries, w, slice, key_block.padded);
+  const BackwardSlice view = slice_view(queries, w, slice, key_block.padded);
   SliceParts parts =
       slice_parts(slice_keys(queries, slice, region), key_block.first, key_block.count);
   if (parts.begin >= parts.end) parts = {0, 0, 0, 0};
@@ -180,7 +180,7 @@ void differentiate_slice(const TileQueries& queries, const Backward& w, int64_t 
   }
 }
 
-void write_dq(const TileQueries& queries, const Backward& w, int64_t region) {
+void write_dq(const TileQueries& queries, const BackwardScratch& w, int64_t region) {
   RowBuffer rows;
   for (int64_t row = 0; row < queries.count; ++row) {
     if (row % kFloats == 0) unpack_rows(w.dq, row, queries.p.head_dim, w.rows.logit_scale, rows);
@@ -189,7 +189,7 @@ void write_dq(const TileQueries& queries, const Backward& w, int64_t region) {
 }
 
 template <typename T>
-void backward_region(const TileQueries& queries, const TilePlan& plan, const Backward& w,
+void backward_region(const TileQueries& queries, const TilePlan& plan, const BackwardScratch& w,
                      int64_t region, KeysDone* previous, KeysDone* done) {
   const AttentionParams& p = queries.p;
   const auto visit = p.softcap > 0 ? differentiate_slice<true> : differentiate_slice<false>;
@@ -224,7 +224,7 @@ void backward_region(const TileQueries& queries, const TilePlan& plan, const Bac
 }
 
 template <typename T>
-void backward(const TileQueries& queries, const TilePlan& plan, const Backward& w,
+void backward(const TileQueries& queries, const TilePlan& plan, const BackwardScratch& w,
               KeysDone* previous, KeysDone* done) {
   load_row_values<T>(queries, w.rows);
   std::fill_n(w.unit_scale, queries.slices * kQueryLanes, 1.0f);
@@ -245,7 +245,7 @@ TilePlan EXTROPE_EXPAND(attention_backward_plan_, EXTROPE_ISA)(const AttentionPa
   const int64_t block_m = greater(smaller(rows, kMaxBlockM) / kQueryLanes, 1) * kQueryLanes;
   plan.tokens = tokens_per_tile(p, block_m);
   plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kKeyBlock));
-  plan.workspace = Backward(p, plan, nullptr).space.used();
+  plan.workspace = BackwardScratch(p, plan, nullptr).space.used();
   return plan;
 }
 
@@ -254,7 +254,7 @@ void EXTROPE_EXPAND(attention_backward_tile_, EXTROPE_ISA)(const AttentionParams
                                                            const TilePlan& plan, float* workspace,
                                                            KeysDone* previous, KeysDone* done) {
   const TileQueries queries{p, tile};
-  const Backward w(p, plan, workspace);
+  const BackwardScratch w(p, plan, workspace);
   switch (p.dtype) {
     case DType::bf16:
       return backward<bf16>(queries, plan, w, previous, done);

@@ -52,7 +52,7 @@ EXTROPE_FUNCTION(TwoTensors, forward, const Tensor& q, const Tensor& k,
   const Args args = EXTROPE_ARGS;
   AttentionParams p = make_params(q, k, v, args);
   const std::vector<double> maps_of_p = args.pair_maps_of(p);
-  const Rotation rotation(p, args.rotation(), rotates_ahead(p.dtype));
+  const RotationTables rotation(p, args.rotation(), rotates_ahead(p.dtype));
   p.float32_out = args.options.float32_results;
   const Tensor out =
       fresh(shape(q, p.v.head_dim), p.float32_out ? ScalarType::Float : q.scalar_type(), kOp);
@@ -76,7 +76,7 @@ EXTROPE_FUNCTION(ThreeTensors, backward, const Tensor& dout, const OptionalTenso
   p.out = view(out, packed, "out");
   p.lse = check_lse(p, lse, "lse");
   if (dlse.has_value()) p.dlse = check_lse(p, *dlse, "dlse");
-  const Rotation rotation(p, args.rotation(), /*keys_ahead=*/false);
+  const RotationTables rotation(p, args.rotation(), /*keys_ahead=*/false);
   const Tensor dq = fresh(shape(q, p.head_dim), ScalarType::Float, kOp);
   const Tensor dk = zeros_of(shape(k, p.head_dim)), dv = zeros_of(shape(v, p.v.head_dim));
   p.dq = view(dq, packed, "dq");

@@ -15,23 +15,23 @@ constexpr int64_t kBlockM = 1024, kBlockN = 256;
 constexpr float kLowest = -1e30f;
 
 template <bool Capped>
-void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratch& w, int64_t slice,
-                  const KeyBlock& key_block) {
+void attend_slice(const TileQueries& queries, const TilePlan& plan, const ForwardBf16Scratch& w,
+                  int64_t slice, const KeyBlock& key_block) {
   const RegionParts parts(queries, slice, key_block);
   if (parts.begin >= parts.end) return;
   const int64_t dim_tiles = dim_tiles_of(queries.p.q), value_tiles = dim_tiles_of(queries.p.v);
   const int64_t size = dim_tiles * kDepth * kQueryLanes;
-  SliceView view{.w = w,
-                 .q = w.q + slice * size,
-                 .out = w.out + slice * value_tiles * kDepth * kQueryLanes,
-                 .next_q = queries.slices * size,
-                 .next_keys = plan.block_n * dim_tiles * kDepth,
-                 .dim_tiles = dim_tiles,
-                 .value_tiles = value_tiles,
-                 .key_tiles = key_block.padded / kDepth,
-                 .keys = key_block.count,
-                 .softcap = queries.p.softcap * kLog2E,
-                 .is_first = !parts.sees_earlier};
+  ForwardBf16Slice view{.w = w,
+                        .q = w.q + slice * size,
+                        .out = w.out + slice * value_tiles * kDepth * kQueryLanes,
+                        .next_q = queries.slices * size,
+                        .next_keys = plan.block_n * dim_tiles * kDepth,
+                        .dim_tiles = dim_tiles,
+                        .value_tiles = value_tiles,
+                        .key_tiles = key_block.padded / kDepth,
+                        .keys = key_block.count,
+                        .softcap = queries.p.softcap * kLog2E,
+                        .is_first = !parts.sees_earlier};
   for (int j = 0; j < kQueryVectors; ++j) {
     const int64_t at = slice * kQueryLanes + j * kFloats;
     view.row_max[j] = load<floats>(w.row_max + at);
@@ -74,7 +74,7 @@ inline bool sees_keys(const TileQueries& queries, int64_t slice) {
 }
 
 // Writes lse, and out = O * out_scale.
-void finish(const TileQueries& queries, const Scratch& w) {
+void finish(const TileQueries& queries, const ForwardBf16Scratch& w) {
   const int64_t sums = round_up(queries.p.v.head_dim, kDepth) * kQueryLanes;
   for (int64_t slice = 0; slice < queries.slices; ++slice) {
     if (!sees_keys(queries, slice)) std::memset(w.out + slice * sums, 0, sums * sizeof(float));
@@ -93,7 +93,7 @@ inline float q_scale_of(const TileQueries& queries, int64_t row) {
   return softcap > 0 ? scale / softcap : scale * kLog2E;
 }
 
-void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
+void forward(const TileQueries& queries, const TilePlan& plan, const ForwardBf16Scratch& w) {
   const AttentionParams& p = queries.p;
   const auto visit = p.softcap > 0 ? attend_slice<true> : attend_slice<false>;
   const int64_t padded = queries.slices * kQueryLanes;
@@ -140,14 +140,14 @@ TilePlan EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA)(const AttentionParams& p) 
   const int64_t longest_q = greater(p.seqlen_q, 1), longest_k = greater(p.seqlen_k, 1);
   plan.tokens = smaller(greater(kBlockM / (p.heads_q / p.heads_k), 1), longest_q);
   plan.block_n = smaller(kBlockN, round_up(longest_k, kKeyRows));
-  plan.workspace = Scratch(p, plan, nullptr).space.used();
+  plan.workspace = ForwardBf16Scratch(p, plan, nullptr).space.used();
   return plan;
 }
 
 void EXTROPE_EXPAND(attention_tile_, EXTROPE_ISA)(const AttentionParams& p, const QueryTile& tile,
                                                   const TilePlan& plan, float* workspace) {
   const ProductUnit unit;
-  forward({p, tile}, plan, Scratch(p, plan, workspace));
+  forward({p, tile}, plan, ForwardBf16Scratch(p, plan, workspace));
 }
 
 }  // namespace extrope

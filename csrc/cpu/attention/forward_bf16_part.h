@@ -14,8 +14,8 @@ namespace {
 constexpr float kHeadroom = 4096.0f;
 static_assert(kHeadroom > kKeyRows);
 
-struct Scratch {
-  Scratch(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
+struct ForwardBf16Scratch {
+  ForwardBf16Scratch(const AttentionParams& p, const TilePlan& plan, float* begin) : space(begin) {
     const int64_t rows = rows_of(p, plan);
     const int64_t dim = round_up(p.head_dim, kDepth), value_dim = round_up(p.v.head_dim, kDepth);
     q = take_values(space, p.regions.count * rows * dim);
@@ -42,8 +42,8 @@ struct Scratch {
 };
 
 // A slice and the block of keys that it works on.
-struct SliceView {
-  const Scratch& w;
+struct ForwardBf16Slice {
+  const ForwardBf16Scratch& w;
   const bf16* q;
   float* out;
   int64_t next_q, next_keys;       // strides of regions
@@ -56,11 +56,12 @@ struct SliceView {
 };
 
 // Returns how many keys of the block from `key` on are no padding, rounded up to pairs.
-EXTROPE_INLINE int64_t rows_from(const SliceView& view, int64_t key) {
+EXTROPE_INLINE int64_t rows_from(const ForwardBf16Slice& view, int64_t key) {
   return kSpares ? smaller(round_up(view.keys - key, 2), kKeyRows) : kKeyRows;
 }
 
-EXTROPE_INLINE void multiply_region(const SliceView& view, int64_t region, int64_t key, float* to) {
+EXTROPE_INLINE void multiply_region(const ForwardBf16Slice& view, int64_t region, int64_t key,
+                                    float* to) {
   const bf16 *keys = view.w.keys + region * view.next_keys + key * view.dim_tiles * kDepth,
              *q = view.q + region * view.next_q;
   for (int64_t tile = 0; tile < kQueryTiles; tile += 2) {
@@ -77,7 +78,7 @@ EXTROPE_INLINE void multiply_region(const SliceView& view, int64_t region, int64
 
 // Caps logits and converts them to base 2. Those of hidden keys are filled in later, and need no
 // cap.
-inline void cap_logits(const SliceView& view, float* at) {
+inline void cap_logits(const ForwardBf16Slice& view, float* at) {
   const float softcap = view.softcap;  // a local, which no store can change
   floats q_scale[kQueryVectors];
   for (int j = 0; j < kQueryVectors; ++j) q_scale[j] = view.q_scale[j];
@@ -95,14 +96,15 @@ inline void cap_logits(const SliceView& view, float* at) {
 
 // Returns the logits at `at` to base 2; capped ones are so already.
 template <bool Capped>
-EXTROPE_INLINE floats scaled_logit(const SliceView& view, const float* at, int j) {
+EXTROPE_INLINE floats scaled_logit(const ForwardBf16Slice& view, const float* at, int j) {
   return Capped ? load<floats>(at) : load<floats>(at) * view.q_scale[j];
 }
 
 // S = K Q^T for the part from the block's key `key` on, which is key `first` of the sequence.
 template <bool Capped>
-EXTROPE_INLINE void multiply_part(const SliceView& view, const RegionParts& parts, int64_t regions,
-                                  const RowKeys* seen, int64_t key, int64_t first) {
+EXTROPE_INLINE void multiply_part(const ForwardBf16Slice& view, const RegionParts& parts,
+                                  int64_t regions, const RowKeys* seen, int64_t key,
+                                  int64_t first) {
   bool written = false;
   for (int64_t r = 0; r < regions; ++r) {
     const SliceParts& in_region = parts.of[r];
@@ -120,7 +122,7 @@ EXTROPE_INLINE void multiply_part(const SliceView& view, const RegionParts& part
 }
 
 // out += values * weights, for the keys from `begin` to `end` of the key block.
-void add_values(SliceView& view, int64_t begin, int64_t end) {
+void add_values(ForwardBf16Slice& view, int64_t begin, int64_t end) {
   if (begin == end) return;
   const int64_t first = begin / kDepth, tiles = (end - begin) / kDepth;
   const int64_t last_keys = smaller(view.keys, end) - (end - kDepth);
@@ -146,7 +148,7 @@ void add_values(SliceView& view, int64_t begin, int64_t end) {
 // far below them. Raised: after raise_row_max, logits are rounded as there, and none is above the
 // row_max. Else an fma rounds once, which at logits from 2**28 on may differ by all of kHeadroom.
 template <bool Capped, bool Raised>
-EXTROPE_INLINE bool softmax_block(SliceView& view, int64_t rows, bf16* weights) {
+EXTROPE_INLINE bool softmax_block(ForwardBf16Slice& view, int64_t rows, bf16* weights) {
   const auto weight = [&](const float* at, int j) __attribute__((always_inline)) {
     const floats logit = scaled_logit<Capped>(view, at, j);
     return exp2_reduced((Raised ? load_once(logit) : logit) - view.row_max[j]);
@@ -174,7 +176,7 @@ EXTROPE_INLINE bool softmax_block(SliceView& view, int64_t rows, bf16* weights) 
 
 // Raises the row_max to the block's largest logit, and rescales earlier sums.
 template <bool Capped>
-void raise_row_max(SliceView& view, int64_t rows) {
+void raise_row_max(ForwardBf16Slice& view, int64_t rows) {
   for (int j = 0; j < kQueryVectors; ++j) {
     floats row_max = view.row_max[j];
     for (int i = 0; i < rows; ++i) {

@@ -57,10 +57,10 @@ using SliceSums = Sums<kKeyRows, kQueryVectors>;
 
 // The tile's scratch memory: arrays of floats, cut from one piece. `rows` are the tile's, with the
 // padding of its last slice.
-struct Scratch {
+struct ForwardScratch {
   // take() returns the next piece, aligned to 64 bytes. From nullptr it only counts: space.used()
   // is the number of floats.
-  Scratch(const AttentionParams& p, const TilePlan& plan, float* memory) : space(memory) {
+  ForwardScratch(const AttentionParams& p, const TilePlan& plan, float* memory) : space(memory) {
     // plan.tokens in each q head of the group, padded. A sequence's last tile may have fewer.
     const int64_t rows = rows_of(p, plan);
     q = space.take(p.regions.count * rows * p.head_dim);
@@ -116,7 +116,7 @@ EXTROPE_INLINE void merge_region(SliceSums& sums, const RowKeys& bounds, int64_t
 // S = K Q^T for the block's keys [begin, end), all in merged parts or all in full ones; raises
 // new_max. Earlier regions have written the keys before `written`. Full parts do not read `bounds`.
 template <bool Merged, bool Capped>
-EXTROPE_INLINE void multiply_parts(const Scratch& w, const RegionView& view, int64_t begin,
+EXTROPE_INLINE void multiply_parts(const ForwardScratch& w, const RegionView& view, int64_t begin,
                                    int64_t end, const RowKeys& bounds, int64_t written,
                                    floats (&new_max)[kQueryVectors]) {
   for (int64_t key = begin; key < end; key += kKeyRows) {
@@ -143,7 +143,7 @@ EXTROPE_INLINE void multiply_parts(const Scratch& w, const RegionView& view, int
 
 // S = K Q^T for all of a slice's parts in one region.
 template <bool Capped>
-void multiply_region(const TileQueries& queries, const Scratch& w, const RegionView& view,
+void multiply_region(const TileQueries& queries, const ForwardScratch& w, const RegionView& view,
                      int64_t slice, int64_t region, const SliceParts& parts, int64_t written,
                      floats (&new_max)[kQueryVectors]) {
   RowKeys bounds;  // not set if no part is merged: then nothing reads it
@@ -160,8 +160,8 @@ void multiply_region(const TileQueries& queries, const Scratch& w, const RegionV
 // returns the rescale factors of its earlier sums. Capped logits are to base e, so that a row at
 // its cap has an lse of it, which a change of base would round.
 template <bool Capped>
-EXTROPE_INLINE void softmax_slice(const Scratch& w, int64_t slice, int64_t begin, int64_t end,
-                                  const floats (&new_max)[kQueryVectors],
+EXTROPE_INLINE void softmax_slice(const ForwardScratch& w, int64_t slice, int64_t begin,
+                                  int64_t end, const floats (&new_max)[kQueryVectors],
                                   floats (&rescale)[kQueryVectors]) {
   constexpr float kUnit = Capped ? kLog2E : 1.0f;
   floats sum[kQueryVectors];
@@ -188,8 +188,8 @@ EXTROPE_INLINE void softmax_slice(const Scratch& w, int64_t slice, int64_t begin
 
 // Attends from one slice to one block of keys.
 template <bool Capped>
-void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratch& w, int64_t slice,
-                  const KeyBlock& key_block) {
+void attend_slice(const TileQueries& queries, const TilePlan& plan, const ForwardScratch& w,
+                  int64_t slice, const KeyBlock& key_block) {
   const RegionParts block_parts(queries, slice, key_block);  // of each region, and of all
   if (block_parts.begin >= block_parts.end) return;          // no row sees a key of the block
   const AttentionParams& p = queries.p;
@@ -235,7 +235,7 @@ void attend_slice(const TileQueries& queries, const TilePlan& plan, const Scratc
 
 // Ends the softmax, where sinks join: writes lse, and out = O * out_scale, of type Out.
 template <typename Out>
-void finish(const TileQueries& queries, const Scratch& w) {
+void finish(const TileQueries& queries, const ForwardScratch& w) {
   // Sets p.lse, to base e, and w.out_scale.
   finish_softmax(queries, w.row_max, w.row_sum, queries.p.softcap > 0 ? 1.0 : kLn2, w.out_scale);
   const AttentionTensor& out = queries.p.out;
@@ -257,7 +257,7 @@ void finish(const TileQueries& queries, const Scratch& w) {
 // zero. A row that pack_rows rotates is rounded to T, like a rotated tensor; one of e4m3 stays in
 // float.
 template <typename T>
-void pack_block(const TileQueries& queries, const TilePlan& plan, const Scratch& w,
+void pack_block(const TileQueries& queries, const TilePlan& plan, const ForwardScratch& w,
                 const TileKeys& seen, const KeyBlock& key_block) {
   const AttentionParams& p = queries.p;
   // The type is T, or e4m3 in a quantized cache: k_scale is in q_scale, v_scale in out_scale.
@@ -280,7 +280,7 @@ void pack_block(const TileQueries& queries, const TilePlan& plan, const Scratch&
 }
 
 template <typename T, bool Capped>
-void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
+void forward(const TileQueries& queries, const TilePlan& plan, const ForwardScratch& w) {
   const AttentionParams& p = queries.p;
   const int64_t padded_rows = queries.slices * kQueryLanes;  // queries.count rows, then padding
   std::memset(w.out, 0, padded_rows * p.v.head_dim * sizeof(float));
@@ -313,7 +313,7 @@ void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w)
 }
 
 template <typename T>
-void forward(const TileQueries& queries, const TilePlan& plan, const Scratch& w) {
+void forward(const TileQueries& queries, const TilePlan& plan, const ForwardScratch& w) {
   if (queries.p.softcap > 0) return forward<T, true>(queries, plan, w);
   forward<T, false>(queries, plan, w);
 }
@@ -325,7 +325,7 @@ TilePlan EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA)(const AttentionParams& p) 
   // At least 1. Fewer than fit in kBlockM rows if there would be too few tiles for the threads.
   plan.tokens = tokens_per_tile(p, kBlockM);
   plan.block_n = smaller(kBlockN, round_up(greater(p.seqlen_k, 1), kKeyRows));
-  plan.workspace = Scratch(p, plan, nullptr).space.used();  // floats
+  plan.workspace = ForwardScratch(p, plan, nullptr).space.used();  // floats
   return plan;
 }
 
@@ -333,7 +333,7 @@ void EXTROPE_EXPAND(attention_tile_, EXTROPE_ISA)(const AttentionParams& p, cons
                                                   const TilePlan& plan, float* workspace) {
   // The tile is tile.tokens tokens of one sequence, in the q heads of one head of k, tile.head.
   const TileQueries queries{p, tile};
-  const Scratch w(p, plan, workspace);
+  const ForwardScratch w(p, plan, workspace);
   switch (p.dtype) {
     case DType::bf16:
       return forward<bf16>(queries, plan, w);

@@ -22,11 +22,11 @@ struct RotationArgs {
 };
 
 // Owns the memory that AttentionParams points to.
-class Rotation {
+class RotationTables {
  public:
   // keys_ahead: rotate the keys of each region now. Otherwise every block of queries rotates blocks
   // of keys as it reads them: cheap if products are slow.
-  Rotation(AttentionParams& p, RotationArgs args, bool keys_ahead)
+  RotationTables(AttentionParams& p, RotationArgs args, bool keys_ahead)
       : p_(p),
         amplitude_(args.amplitude),
         inv_freq_(std::move(args.inv_freq)),
@@ -51,7 +51,7 @@ class Rotation {
       p.k_cos_sin[r] = {};
     }
   }
-  Rotation(const Rotation&) = delete;
+  RotationTables(const RotationTables&) = delete;
 
  private:
   struct Tokens {

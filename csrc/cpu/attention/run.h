@@ -12,20 +12,20 @@
 
 namespace extrope::attention {
 
-struct Kernels {
+struct AttentionKernels {
   PlanTiles plan, backward_plan;
   ForwardTile tile;
   BackwardTile backward_tile;
 };
 
 #define EXTROPE_KERNELS(isa)                                                   \
-  Kernels {                                                                    \
+  AttentionKernels {                                                           \
     attention_plan_##isa, attention_backward_plan_##isa, attention_tile_##isa, \
         attention_backward_tile_##isa                                          \
   }
 
 // Returns the fastest kernels for this processor.
-inline Kernels kernels(DType dtype) {
+inline AttentionKernels kernels(DType dtype) {
 #if defined(EXTROPE_HAS_BF16)
   if (dtype == DType::bf16 && capability() >= kAvx512Bf16) {
     return EXTROPE_WIDEST_BF16(EXTROPE_KERNELS);
@@ -76,7 +76,7 @@ inline std::vector<QueryTile> forward_tiles(const AttentionParams& p, const Tile
   return tiles;
 }
 
-inline void run_forward(const AttentionParams& p, const Kernels& kernel) {
+inline void run_forward(const AttentionParams& p, const AttentionKernels& kernel) {
   const TilePlan plan = kernel.plan(p);
   const std::vector<QueryTile> tiles = forward_tiles(p, plan);
   if (tiles.empty()) return;
@@ -104,7 +104,7 @@ inline std::vector<int64_t> by_heads(const std::vector<QueryTile>& tiles) {
   return order;
 }
 
-inline void run_backward(const AttentionParams& p, const Kernels& kernel) {
+inline void run_backward(const AttentionParams& p, const AttentionKernels& kernel) {
   const TilePlan plan = kernel.backward_plan(p);
   const std::vector<QueryTile> tiles = cut(p, plan.tokens);
   if (tiles.empty()) return;

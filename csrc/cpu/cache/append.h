@@ -96,7 +96,7 @@ class Append {
   // would read what others have written.
   void refuse_overlap(const char* op, const char* name, const Plane& from, int64_t heads,
                       int64_t head_dim) const {
-    const Rows source{from, heads, head_dim, element_bytes(cache_.dtype)};
+    const PlaneRows source{from, heads, head_dim, element_bytes(cache_.dtype)};
     const int64_t cached = cache_.is_e4m3() ? 1 : element_bytes(cache_.dtype);
     const auto refuse = [&](const char* in, const Plane& plane, int64_t dim,
                             const std::vector<int64_t>& rows) {
@@ -134,7 +134,7 @@ class Append {
 
  private:
   // All heads of some rows, and the bytes of an element.
-  struct Rows {
+  struct PlaneRows {
     Plane plane;
     int64_t heads, head_dim, element;
 
@@ -154,7 +154,8 @@ class Append {
     x.out = cache.data, x.out_head = cache.head, x.out_rows = rows.data();
   }
 
-  bool overlaps(const Rows& source, const Rows& cache, const std::vector<int64_t>& rows) const {
+  bool overlaps(const PlaneRows& source, const PlaneRows& cache,
+                const std::vector<int64_t>& rows) const {
     int64_t least = INT64_MAX, most = -1;
     for (const int64_t row : rows) {
       if (row >= 0) least = std::min(least, row), most = std::max(most, row);

@@ -20,7 +20,7 @@ namespace {
 const OptionalTensor kNone;
 
 // How q and k rotate.
-struct Rotation {
+struct AppendRotation {
   OptionalTensor inv_freq, positions;  // no inv_freq: not at all
   RopeOptions options;
   std::optional<PositionMap> stored;  // by which a score method stores keys
@@ -59,7 +59,7 @@ CacheRows rows_of(const CacheArgs& a, const KVCache& cache) {
 // A call: it rotates q and k, and writes k and v.
 class RopeAppend {
  public:
-  RopeAppend(const CacheArgs& a, const OptionalTensor& q, const Rotation& r)
+  RopeAppend(const CacheArgs& a, const OptionalTensor& q, const AppendRotation& r)
       : a_(a),
         q_(q),
         r_(r),
@@ -137,7 +137,7 @@ class RopeAppend {
 
   const CacheArgs& a_;
   const OptionalTensor& q_;
-  const Rotation& r_;
+  const AppendRotation& r_;
   const KVCache cache_;
   Append append_;
 };
@@ -169,19 +169,19 @@ EXTROPE_FUNCTION(Tensor, rope_append, const OptionalTensor& q, const Tensor& k, 
                        .k_scale = k_scale,
                        .v_scale = v_scale,
                        .reads = false};
-  Rotation rotation{.inv_freq = inv_freq,
-                    .positions = positions,
-                    .options = {.cu_seqlens = cu_seqlens,
-                                .log_decay = log_decay,
-                                .axes = {},
-                                .attention_factor = attention_factor,
-                                .offset = 0,
-                                .interleaved = interleaved,
-                                .rotary_offset = rotary_offset,
-                                .inverse = false,
-                                .decay_origin = decay_origin,
-                                .packed = args.packed()},
-                    .stored = {}};
+  AppendRotation rotation{.inv_freq = inv_freq,
+                          .positions = positions,
+                          .options = {.cu_seqlens = cu_seqlens,
+                                      .log_decay = log_decay,
+                                      .axes = {},
+                                      .attention_factor = attention_factor,
+                                      .offset = 0,
+                                      .interleaved = interleaved,
+                                      .rotary_offset = rotary_offset,
+                                      .inverse = false,
+                                      .decay_origin = decay_origin,
+                                      .packed = args.packed()},
+                          .stored = {}};
   if (map_kinds) {
     const Column<int64_t> no_rows;
     const MapColumns columns{*map_kinds,  map_moduli, map_divisors, map_floors,

@@ -18,10 +18,10 @@ namespace decode {
 namespace {
 
 #define EXTROPE_KERNELS(isa) \
-  Kernels { decode_splits_##isa, merge_splits_##isa }
+  DecodeKernels { decode_splits_##isa, merge_splits_##isa }
 
 // Selects kernels: a head_dim is a multiple of 8, and kernels read rows in whole vectors.
-Kernels kernels(const KVCache& cache) {
+DecodeKernels kernels(const KVCache& cache) {
 #if defined(__x86_64__)
   const bool halves = cache.head_dim % 16 != 0 || cache.head_dim_v % 16 != 0;
   if (capability() >= kAvx512 && halves) return EXTROPE_KERNELS(avx2);

@@ -26,15 +26,15 @@ struct ChunkTokens {
   int64_t sequence, batch, begin, end;
 };
 
-class Chunk {
+class QueryChunk {
  public:
-  Chunk(const DecodeParams& p, const ChunkTokens& tokens)
+  QueryChunk(const DecodeParams& p, const ChunkTokens& tokens)
       : p_(params_of(p, tokens)),
         rotation_(p_, rotation_of(p, tokens.sequence), attention::rotates_ahead(p_.dtype)),
         kernels_(attention::kernels(p_.dtype)),
         plan_(kernels_.plan(p_)),
         tiles_(attention::forward_tiles(p_, plan_)) {}
-  Chunk(const Chunk&) = delete;
+  QueryChunk(const QueryChunk&) = delete;
 
   int64_t tiles() const { return tiles_.size(); }
   int64_t workspace() const { return plan_.workspace; }
@@ -113,8 +113,8 @@ class Chunk {
 
   std::vector<int64_t> k_rows_, v_rows_;
   AttentionParams p_;
-  const attention::Rotation rotation_;
-  const attention::Kernels kernels_;
+  const attention::RotationTables rotation_;
+  const attention::AttentionKernels kernels_;
   const TilePlan plan_;
   const std::vector<QueryTile> tiles_;
 };

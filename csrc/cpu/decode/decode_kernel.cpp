@@ -193,9 +193,9 @@ void add_values(const float* probabilities, RowPointers<Cached> values, int64_t 
 
 // Attends from a block of queries to one split of their keys at a time; one for each thread.
 template <typename T, typename Cached>
-class Worker {
+class SplitWorker {
  public:
-  explicit Worker(const DecodeParams& p)
+  explicit SplitWorker(const DecodeParams& p)
       : p_(p),
         head_dim_(p.cache.head_dim),
         head_dim_v_(p.cache.head_dim_v),
@@ -240,7 +240,7 @@ class Worker {
   };
 
   // A block of keys and values of one head.
-  struct KeyBlock {
+  struct HeadBlock {
     RowPointers<Cached> keys, values;
     Prefetch<Cached> prefetch;          // of later rows
     const RowPointers<float>* rotated;  // (regions,): keys of regions that rotate them on
@@ -296,13 +296,13 @@ class Worker {
       KeyRotation* rotation = queries_.key_rotation(r);  // nullptr: r takes keys as they lie
       if (rotation) rotated[r] = rotation->rotate(keys, head_);  // kBlockN rows: the last repeats
     }
-    const KeyBlock block{.keys = keys,
-                         .values = rows_.values(head_),
-                         .prefetch = rows_.prefetch(head_),
-                         .rotated = rotated,
-                         .first_key = first_key,
-                         .count = count,
-                         .padded = round_up(count, kKeysAtOnce<BlockM>)};
+    const HeadBlock block{.keys = keys,
+                          .values = rows_.values(head_),
+                          .prefetch = rows_.prefetch(head_),
+                          .rotated = rotated,
+                          .first_key = first_key,
+                          .count = count,
+                          .padded = round_up(count, kKeysAtOnce<BlockM>)};
     for (int64_t row = 0; row < queries_.padded_rows(); row += BlockM) {
       // If one row of four is left, the next one, padding, is computed as well.
       if (const int64_t left = queries_.rows() - row; left <= 2) {
@@ -318,7 +318,7 @@ class Worker {
   // Attends from BlockM rows, from `row` of the head on, and computes the first Valid: all queries,
   // and padding if only one is left of four.
   template <int BlockM, int Valid>
-  void attend_rows(const KeyBlock& block, int64_t row, const Seen& seen) {
+  void attend_rows(const HeadBlock& block, int64_t row, const Seen& seen) {
     const int64_t all_row = head_ * queries_.padded_rows() + row;  // counted through all heads
     const int64_t q_stride = queries_.stride(), size = block.padded * BlockM;  // size: of logits
     // The head's first rows prefetch, beside the products of their first region and their values.
@@ -361,7 +361,7 @@ class Worker {
   // Replaces earlier regions' logits by region r's, from each row's start of that region on. The
   // positions of padding run past the last token; nothing reads its logits.
   template <int BlockM>
-  void take_region(int64_t r, int64_t row, const KeyBlock& block) {
+  void take_region(int64_t r, int64_t row, const HeadBlock& block) {
     for (int64_t i = 0; i < BlockM; ++i) {
       const int64_t start = p_.regions.start(r, queries_.position_of(row + i)) - block.first_key;
       for (int64_t n = std::max<int64_t>(start, 0); n < block.count; ++n) {
@@ -372,7 +372,7 @@ class Worker {
 
   // Hides the keys before a row's first one and those after its position.
   template <int BlockM>
-  void mask(int64_t row, const KeyBlock& block) {
+  void mask(int64_t row, const HeadBlock& block) {
     for (int64_t i = 0; i < BlockM; ++i) {
       const int64_t position = queries_.position_of(row + i);
       const int64_t first = p_.regions.start(0, position);
@@ -488,7 +488,7 @@ void with_types(const KVCache& cache, Run run) {
 void EXTROPE_EXPAND(decode_splits_, EXTROPE_ISA)(const DecodeParams& p, const Split* splits,
                                                  int64_t count) {
   with_types(p.cache, [&](auto type, auto cached) {
-    Worker<decltype(type), decltype(cached)> worker(p);
+    SplitWorker<decltype(type), decltype(cached)> worker(p);
     for (int64_t n = 0; n < count; ++n) worker.run(splits[n]);
   });
 }

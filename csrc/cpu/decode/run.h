@@ -23,7 +23,7 @@ constexpr int64_t kReading = 6, kRotation = 8;
 // Parts of a thread's share if splits differ, so that no thread waits long for another.
 constexpr int64_t kParts = 8;
 
-struct Kernels {
+struct DecodeKernels {
   void (*decode)(const DecodeParams&, const Split*, int64_t);
   void (*merge)(const DecodeParams&, const QueryBlock*, int64_t);
 };
@@ -50,7 +50,7 @@ inline void cut_sequence(const DecodeParams& p, const ChunkTokens& queries, int6
 // Chunks, and the blocks of all other queries. Both depend only on the lengths, not on the threads;
 // so does the result.
 struct Work {
-  std::vector<std::unique_ptr<Chunk>> chunks;
+  std::vector<std::unique_ptr<QueryChunk>> chunks;
   std::vector<QueryBlock> blocks;
   int64_t partials = 0;  // rows of partial results
 };
@@ -62,7 +62,7 @@ inline Work cut(const DecodeParams& p) {
     const ChunkTokens queries =
         cu ? ChunkTokens{b, 0, cu[b], cu[b + 1]} : ChunkTokens{b, b, 0, p.seqlen_q};
     if (is_chunk(p, queries.end - queries.begin)) {
-      all.chunks.push_back(std::make_unique<Chunk>(p, queries));
+      all.chunks.push_back(std::make_unique<QueryChunk>(p, queries));
     } else {
       cut_sequence(p, queries, all.partials, all.blocks);
     }
@@ -116,10 +116,10 @@ inline void fill_padding(const DecodeParams& p) {
 
 // Calls run(first, last) for the splits of each part, after all tiles of chunks: the longest work
 // starts first.
-inline void run_parts(const DecodeParams& p, const Kernels& run, const Work& work,
+inline void run_parts(const DecodeParams& p, const DecodeKernels& run, const Work& work,
                       const Splits& splits) {
   struct Tile {
-    const Chunk* chunk;
+    const QueryChunk* chunk;
     int64_t index;
   };
   std::vector<Tile> tiles;
@@ -144,7 +144,7 @@ inline void run_parts(const DecodeParams& p, const Kernels& run, const Work& wor
   });
 }
 
-inline void run_decode(DecodeParams& p, const Kernels& run) {
+inline void run_decode(DecodeParams& p, const DecodeKernels& run) {
   const Work work = cut(p);
   const Splits splits = splits_of(p, work.blocks);
   const std::unique_ptr<float[]> partial(new float[work.partials * (p.cache.head_dim_v + 2)]);

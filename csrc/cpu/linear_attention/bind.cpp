@@ -106,7 +106,7 @@ constexpr int64_t kDotGrain = 256;  // tokens
 #define EXTROPE_KERNELS(isa) \
   ScanKernels { scan_plan_##isa, scan_chunk_##isa, scan_convert_##isa, scan_dots_##isa }
 
-void run(const ScanParams& p) { Run(p, EXTROPE_WIDEST(EXTROPE_KERNELS))(); }
+void run(const ScanParams& p) { ScanRun(p, EXTROPE_WIDEST(EXTROPE_KERNELS))(); }
 
 Tensor empty_rows(const ScanParams& p, const Tensor& like, int64_t heads, int64_t dim, bool wide) {
   std::vector<int64_t> sizes{p.batch, p.seqlen, heads, dim};

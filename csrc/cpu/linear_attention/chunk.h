@@ -41,8 +41,8 @@ struct Sizes {
   int64_t key_stride, value_stride;  // strides of rows of those
 };
 
-struct Scratch {
-  Scratch(const ScanParams& p, const Sizes& n, float* begin) : space(begin) {
+struct ScanScratch {
+  ScanScratch(const ScanParams& p, const Sizes& n, float* begin) : space(begin) {
     const int64_t permuted_dim = p.permute ? p.score_dim : 0;
     den = space.take(kChunk);
     masked_powers = space.take(2 * kChunk);
@@ -72,7 +72,7 @@ struct Scratch {
 };
 
 template <typename T>
-struct Rows {
+struct ChunkRows {
   T* operator[](int64_t i) const { return begin + i * stride; }
   T* begin;
   int64_t stride;
@@ -111,7 +111,7 @@ struct Chunk {
   }
   // Returns the chunk's rows of x; `head` counts the heads that share the state.
   template <typename T>
-  Rows<T> rows_of(const ScanTensor& x, int64_t head) const {
+  ChunkRows<T> rows_of(const ScanTensor& x, int64_t head) const {
     return {static_cast<T*>(x.data) + part.batch * x.stride_batch + token(0) * x.stride_seq +
                 (first_head(x.heads) + head) * x.stride_head,
             p.reverse ? -x.stride_seq : x.stride_seq};
@@ -124,7 +124,7 @@ struct Chunk {
   const ScanParams& p;
   const ScanPart& part;
   Sizes n;
-  Scratch s;
+  ScanScratch s;
   float* state;    // (state_rows, value_stride)
   float* key_sum;  // (key_dim,)
   int64_t count;
@@ -170,7 +170,7 @@ void find_sources(const Chunk& c) {
 template <bool Phi, typename T>
 void pack_rows(const Chunk& c, const ScanTensor& x, int64_t head, int64_t dim, int64_t stride,
                int64_t padded, float* to) {
-  const Rows<const T> rows = c.rows_of<const T>(x, head);
+  const ChunkRows<const T> rows = c.rows_of<const T>(x, head);
   for (int64_t i = 0; i < c.count; ++i) pack_row<Phi>(rows[i], dim, stride, to + i * stride);
   std::memset(to + c.count * stride, 0, (padded - c.count) * stride * sizeof(float));
 }
@@ -180,7 +180,7 @@ template <typename T>
 void pack_permuted(const Chunk& c, const ScanTensor& x, int64_t head, int64_t padded, float* to) {
   using Word = WordOf<T>;
   const int64_t dim = c.p.score_dim, stride = c.n.key_stride;
-  const Rows<const T> rows = c.rows_of<const T>(x, head);
+  const ChunkRows<const T> rows = c.rows_of<const T>(x, head);
   const Word* sources = static_cast<const Word*>(c.s.sources);
   Word* permuted = static_cast<Word*>(c.s.permuted);
   const Gather<Word> gather = choose_gather<Word>(dim);

@@ -52,9 +52,9 @@ inline std::vector<ScanPart> cut(const ScanParams& p, int64_t chunk) {
   return parts;
 }
 
-class Run {
+class ScanRun {
  public:
-  Run(const ScanParams& p, const ScanKernels& kernel)
+  ScanRun(const ScanParams& p, const ScanKernels& kernel)
       : p_(p), kernel_(kernel), plan_(kernel_.plan(p)), parts_(cut(p, plan_.chunk)) {
     const int64_t work = p.batch * p.seqlen * std::max(p.q.heads, p.heads) * p.score_dim *
                          (p.value_dim + plan_.chunk);

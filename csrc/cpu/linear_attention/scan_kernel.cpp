@@ -90,7 +90,7 @@ EXTROPE_INLINE void multiply_dims(Sums<Rows, Vectors>& sums, const float* a, int
 // scores[i][j] = decay^(i - j) <q_i, k_j> for kTallRows rows from i and the columns from j.
 template <int Vectors>
 EXTROPE_INLINE void make_block_of_scores(const Chunk& c, int64_t i, int64_t j) {
-  const Scratch& s = c.s;
+  const ScanScratch& s = c.s;
   Sums<kTallRows, Vectors> sums;
   float* scores = s.scores + i * kChunk + j;
   multiply_dims(sums, s.q + i * c.n.key_stride, c.n.key_stride, s.k_columns + j, kChunk, c.n.depth,
@@ -116,7 +116,7 @@ void make_scores(const Chunk& c) {
 
 // Computes the sum of each row's scores, including those in the state.
 void sum_scores(const Chunk& c) {
-  const Scratch& s = c.s;
+  const ScanScratch& s = c.s;
   for (int64_t i = 0; i < c.count; ++i) {
     floats sums{};
     for (int64_t d = 0; d < c.n.key_dim; d += kFloats) {
@@ -140,7 +140,7 @@ void sum_scores(const Chunk& c) {
 template <int Rows>
 EXTROPE_INLINE bool make_block_of_rows(const Chunk& c, int64_t i, int64_t f, int64_t seen,
                                        bool fresh) {
-  const Scratch& s = c.s;
+  const ScanScratch& s = c.s;
   const Sizes& n = c.n;
   float* out = s.out + i * n.value_stride + f;
   Sums<Rows, kWideVectors> sums;
@@ -174,7 +174,7 @@ void make_rows(const Chunk& c, bool fresh) {
 
 // k = decayed k; key_sum = factor * key_sum + the sum of decayed k over all tokens.
 void add_to_key_sum(const Chunk& c, floats factor) {
-  const Scratch& s = c.s;
+  const ScanScratch& s = c.s;
   for (int64_t d = 0; d < c.n.key_dim; d += kFloats) {
     floats sum{};
     for (int64_t j = 0; j < c.count;) {
@@ -238,7 +238,7 @@ void store_row(const float* row, int64_t count, float factor, bool streaming, Ou
 template <typename T, typename Out>
 void finish(const Chunk& c, int64_t head) {
   const ScanParams& p = c.p;
-  const Rows<Out> out = c.rows_of<Out>(p.out, head);
+  const ChunkRows<Out> out = c.rows_of<Out>(p.out, head);
   const bool streaming = streams_output(p);
   for (int64_t i = 0; i < c.count; ++i) {
     float* row = c.s.out + i * c.n.value_stride;
@@ -317,7 +317,8 @@ void dots(const ScanParams& p, int64_t begin, int64_t end, float* out) {
 
 ScanPlan EXTROPE_EXPAND(scan_plan_, EXTROPE_ISA)(const ScanParams& p) {
   const Sizes n(p);
-  return {kChunk, n.state_rows * n.value_stride + n.key_dim, Scratch(p, n, nullptr).space.used()};
+  return {kChunk, n.state_rows * n.value_stride + n.key_dim,
+          ScanScratch(p, n, nullptr).space.used()};
 }
 
 void EXTROPE_EXPAND(scan_chunk_, EXTROPE_ISA)(const ScanParams& p, const ScanPart& part, bool rows,

@@ -182,8 +182,8 @@ constexpr int64_t kBlock = 16;  // tokens
 // positions by axis (mRoPE) each pair has its own position: then frequencies and decays are
 // multiplied by positions first, into `angles` and `exponents`.
 template <typename T>
-struct Scratch {
-  Scratch(const RopeParams& p, int64_t tokens)
+struct AngleScratch {
+  AngleScratch(const RopeParams& p, int64_t tokens)
       : half(p.rotary_dim / 2),
         stride((half + kFloats - 1) / kFloats * kFloats),
         in_words(std::is_same_v<T, bf16> && !p.interleaved) {  // rows are read so: see pairs.h
@@ -245,15 +245,15 @@ auto with_row_form(const RopeParams& p, const RopeTensor& x, const Visit& visit)
 
 // Points to the cosines and sines of one token of the block.
 template <typename T>
-struct CosSin {
-  CosSin(const Scratch<T>& scratch, int64_t token)
+struct TokenCosSin {
+  TokenCosSin(const AngleScratch<T>& scratch, int64_t token)
       : cos(scratch.cos.data() + token * scratch.stride),
         sin(scratch.sin.data() + token * scratch.stride) {}
   const Wide<T>*cos, *sin;
 };
 
 template <typename T>
-void load_freq(const RopeParams& p, int64_t row, Scratch<T>& scratch) {
+void load_freq(const RopeParams& p, int64_t row, AngleScratch<T>& scratch) {
   if (p.inv_freq_is_f64) {
     std::copy_n(static_cast<const double*>(p.inv_freq) + row, scratch.half, scratch.freq.begin());
   } else {
@@ -271,7 +271,8 @@ inline double position_on(const RopeParams& p, const Token<double>& token, int64
 // Computes the angles of one token, and the exponents of its decay, by the position on each pair's
 // axis.
 template <typename T>
-void fill_angles_by_axis(const RopeParams& p, const Token<double>& token, Scratch<T>& scratch) {
+void fill_angles_by_axis(const RopeParams& p, const Token<double>& token,
+                         AngleScratch<T>& scratch) {
   for (int64_t axis = 0; axis < p.num_axes; ++axis) {
     scratch.positions[axis] = position_on(p, token, axis);
   }
@@ -290,7 +291,7 @@ void fill_angles_by_axis(const RopeParams& p, const Token<double>& token, Scratc
 template <typename T>
 void fill_cos_sin_and_copy(const RopeParams& p, const RopeTensor& tensor,
                            const Token<double>* tokens, int64_t count, int64_t head,
-                           Scratch<T>& scratch) {
+                           AngleScratch<T>& scratch) {
   const int num_copied = &tensor == p.tensors && head == 0 ? p.num_copied : 0;
   int64_t loaded = -1;
   for (int64_t t = 0; t < count; ++t) {
@@ -321,7 +322,7 @@ void fill_cos_sin_and_copy(const RopeParams& p, const RopeTensor& tensor,
 // scratch memory. filled: those are there already, unless heads have their own.
 template <typename T, typename Visit>
 void for_each_run(const RopeParams& p, const RopeTensor& tensor, const Token<double>* tokens,
-                  int64_t count, Scratch<T>& scratch, bool filled, const Visit& visit) {
+                  int64_t count, AngleScratch<T>& scratch, bool filled, const Visit& visit) {
   if (p.angle_heads > 1) {
     for (int64_t head = 0; head < tensor.heads; ++head) {
       fill_cos_sin_and_copy<T>(p, tensor, tokens, count, head, scratch);

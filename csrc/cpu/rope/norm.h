@@ -197,7 +197,7 @@ template <typename T, int64_t Half>
 struct WeightedCosSin {
   PairProducts<T, Half> a_cos, b_sin, b_cos, a_sin;
 
-  WeightedCosSin(const Wide<T>* weight, int64_t half, const CosSin<T>& cos_sin)
+  WeightedCosSin(const Wide<T>* weight, int64_t half, const TokenCosSin<T>& cos_sin)
       : a_cos{weight, cos_sin.cos},
         b_sin{weight + half, cos_sin.sin},
         b_cos{weight + half, cos_sin.cos},
@@ -215,7 +215,7 @@ struct PerHeadNorm {
   const RopeTensor& x;
   const Wide<T>* weight;
   const Token<double>* tokens;
-  const Scratch<T>& scratch;
+  const AngleScratch<T>& scratch;
   const PrefetchDistances& ahead;
 
   EXTROPE_INLINE void rotate(const T* in, T* out, const WeightedCosSin<T, kHalf>& weighted,
@@ -297,7 +297,7 @@ struct AllHeadsNorm {
   const RopeTensor& x;
   const Norm<T>& norm;
   const Token<double>* tokens;
-  const Scratch<T>& scratch;
+  const AngleScratch<T>& scratch;
   const PrefetchDistances& ahead;
   Wide<T> scales[kBlock];  // scales of a block's tokens
 
@@ -355,7 +355,7 @@ struct AllHeadsNorm {
   EXTROPE_INLINE void norm_and_rotate_heads(int64_t t, int64_t head, int64_t count, int64_t far,
                                             const Visit& visit) const {
     const Wide<T> scale = scales[t];
-    const CosSin<T> cos_sin(scratch, t);
+    const TokenCosSin<T> cos_sin(scratch, t);
     const auto cos = scaled(cos_sin.cos, scale), sin = scaled(cos_sin.sin, scale);
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
@@ -407,8 +407,8 @@ struct AllHeadsNorm {
 
 // Returns the sum of weight * x * (gradient rotated back) over a row, per lane.
 template <typename T, bool Interleaved>
-WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, CosSin<T> cos_sin,
-                          const Wide<T>* weight) {
+WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved,
+                          TokenCosSin<T> cos_sin, const Wide<T>* weight) {
   using V = WideVector<T>;
   const int64_t half = p.rotary_dim / 2, first = p.rotary_offset;
   V products{};
@@ -438,7 +438,7 @@ WideVector<T> products_of(const RopeParams& p, const T* grad, const T* saved, Co
 // x * scale, and mean is the mean of weight * g * normal.
 template <typename T, bool Interleaved>
 void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* out,
-                       CosSin<T> cos_sin, const Wide<T>* weight, Wide<T> scale, Wide<T> mean,
+                       TokenCosSin<T> cos_sin, const Wide<T>* weight, Wide<T> scale, Wide<T> mean,
                        Wide<T>* weight_grad) {
   const int64_t half = p.rotary_dim / 2, first = p.rotary_offset;
   const auto differentiate = [&](auto& g, auto normal, int64_t i) {
@@ -470,11 +470,11 @@ void norm_backward_row(const RopeParams& p, const T* grad, const T* saved, T* ou
 // its gradients; if all heads of a token share a mean square, the whole block is read first.
 template <typename T, bool Interleaved>
 struct NormBackward {
-  struct Sums {
+  struct RowSums {
     WideVector<T> squares, products;  // per lane
   };
   // One over the root mean square, and the mean of products times it.
-  struct Factors {
+  struct RowFactors {
     Wide<T> scale, mean;
   };
 
@@ -482,11 +482,11 @@ struct NormBackward {
   const RopeTensor& x;
   const Norm<T>& norm;
   const Token<double>* tokens;
-  const Scratch<T>& scratch;
+  const AngleScratch<T>& scratch;
   const PrefetchDistances& ahead;
   WeightGrad<T>& weight_grad;
 
-  void add_row(int64_t t, int64_t head, Sums& sums) const {
+  void add_row(int64_t t, int64_t head, RowSums& sums) const {
     const T* in = input_row<T>(x, tokens[t], head);
     const T* saved = saved_row<T>(x, tokens[t], head);
     prefetch(in, ahead.in, ahead.bytes);
@@ -496,14 +496,14 @@ struct NormBackward {
                                                  &norm.weight[head * norm.head_step]);
   }
 
-  Factors factors_of(const Sums& sums) const {
+  RowFactors factors_of(const RowSums& sums) const {
     const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(norm.heads_per_mean * p.head_dim);
     const Wide<T> mean_square = sum_of(sums.squares) * share;
     const Wide<T> scale = Wide<T>{1} / root(mean_square + static_cast<Wide<T>>(p.norm_eps));
     return {scale, sum_of(sums.products) * scale * share};
   }
 
-  void write_row(int64_t t, int64_t head, Factors factors) const {
+  void write_row(int64_t t, int64_t head, RowFactors factors) const {
     const T* in = input_row<T>(x, tokens[t], head);
     T* out = output_row<T>(x, tokens[t], head);
     norm_backward_row<T, Interleaved>(p, in, saved_row<T>(x, tokens[t], head), out, {scratch, t},
@@ -516,9 +516,9 @@ struct NormBackward {
   template <typename EachRun>
   void run(const EachRun& each_run) const {
     const bool all_heads = norm.head_step > 0;
-    Factors of_tokens[kBlock];
+    RowFactors of_tokens[kBlock];
     if (all_heads) {
-      Sums sums[kBlock] = {};
+      RowSums sums[kBlock] = {};
       each_run([&](Run run) {
         run.for_each_row([&](int64_t t, int64_t head) { add_row(t, head, sums[t]); });
       });
@@ -526,7 +526,7 @@ struct NormBackward {
     }
     each_run([&](Run run) {
       run.for_each_row([&](int64_t t, int64_t head) {
-        Sums sums{};
+        RowSums sums{};
         if (!all_heads) add_row(t, head, sums);
         write_row(t, head, all_heads ? of_tokens[t] : factors_of(sums));
       });

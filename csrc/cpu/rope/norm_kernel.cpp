@@ -13,7 +13,7 @@ namespace {
 
 // Rotates a row without weights, and copies its other dims.
 template <typename T, bool Interleaved>
-void rotate_only(const RopeParams& p, const T* in, T* out, CosSin<T> cos_sin) {
+void rotate_only(const RopeParams& p, const T* in, T* out, TokenCosSin<T> cos_sin) {
   if (!out) return;
   rotate_row<T, Interleaved, false>({in + p.rotary_offset, out + p.rotary_offset, nullptr},
                                     p.rotary_dim / 2, cos_sin.cos, cos_sin.sin, nullptr);
@@ -23,7 +23,7 @@ void rotate_only(const RopeParams& p, const T* in, T* out, CosSin<T> cos_sin) {
 // Calls block(n, tokens, count, each_run) for each tensor of each block of tokens; each_run(visit)
 // calls visit(Run) for its rows.
 template <typename T, typename Block>
-void for_each_tensor(const RopeParams& p, int64_t begin, int64_t end, Scratch<T>& scratch,
+void for_each_tensor(const RopeParams& p, int64_t begin, int64_t end, AngleScratch<T>& scratch,
                      const Block& block) {
   for_each_block(p, begin, end, [&](const Token<double>* tokens, int64_t count) {
     for (int n = 0; n < p.num_tensors; ++n) {
@@ -38,7 +38,7 @@ void for_each_tensor(const RopeParams& p, int64_t begin, int64_t end, Scratch<T>
 
 template <typename T, bool Interleaved>
 void rotate_rows(const RopeParams& p, const RopeTensor& x, const Token<double>* tokens,
-                 const Scratch<T>& scratch, Run run) {
+                 const AngleScratch<T>& scratch, Run run) {
   run.for_each_row([&](int64_t t, int64_t head) {
     rotate_only<T, Interleaved>(p, input_row<T>(x, tokens[t], head),
                                 output_row<T>(x, tokens[t], head), {scratch, t});
@@ -47,7 +47,7 @@ void rotate_rows(const RopeParams& p, const RopeTensor& x, const Token<double>* 
 
 template <typename T, bool Interleaved>
 void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
-                 Scratch<T>& scratch) {
+                 AngleScratch<T>& scratch) {
   const auto block = [&](int n, const Token<double>* tokens, int64_t count, const auto& each_run) {
     const RopeTensor& x = p.tensors[n];
     const Norm<T>& norm = norms[n];
@@ -75,7 +75,7 @@ void norm_tokens(const RopeNormParams& p, int64_t begin, int64_t end, const Norm
 
 template <typename T, bool Interleaved>
 void norm_tokens_backward(const RopeNormParams& p, int64_t begin, int64_t end, const Norm<T>* norms,
-                          Scratch<T>& scratch, WeightGrad<T>* weight_grads) {
+                          AngleScratch<T>& scratch, WeightGrad<T>* weight_grads) {
   const auto block = [&](int n, const Token<double>* tokens, int64_t, const auto& each_run) {
     const RopeTensor& x = p.tensors[n];
     if (norms[n].weight.empty()) {
@@ -95,10 +95,10 @@ void run_layout(const RopeNormParams& p, int64_t begin, int64_t end) {
   const Norm<T> norms[2] = {{p.norms[0], p.tensors[0], p.head_dim, order},
                             {p.norms[1], p.tensors[1], p.head_dim, order}};
   if (p.norm_part_tokens == 0) {
-    Scratch<T> scratch(p, end - begin);
+    AngleScratch<T> scratch(p, end - begin);
     return norm_tokens<T, Interleaved>(p, begin, end, norms, scratch);
   }
-  Scratch<T> scratch(p, kBlock);
+  AngleScratch<T> scratch(p, kBlock);
   const auto dims = ordered_dims<T, Interleaved>(p);
   WeightGrad<T> weight_grads[2];
   for (int64_t part = begin; part < end; ++part) {

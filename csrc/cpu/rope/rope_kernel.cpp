@@ -9,8 +9,9 @@
 //   Token              its batch, seq and position, which is a double
 //   Row                pointers to dim 0 of one token and head: in, out, saved
 //   Wide<T>            float, or double if T is double
-//   Scratch            the cosines and sines of a block; CosSin points to those of its token t
-//   RowForm            kHalf pairs if they are all dims, in registers as PairValues; 0: any number
+//   AngleScratch            the cosines and sines of a block; TokenCosSin points to those of its
+//   token t RowForm            kHalf pairs if they are all dims, in registers as PairValues; 0: any
+//   number
 //                      of pairs, in memory. kStreams: out is written past the caches
 //   PrefetchDistances  elements from a row to the one to prefetch
 //   Run                tokens of a block and heads that share its cosines and sines; of_heads: in
@@ -27,7 +28,8 @@ namespace {
 // cosines are set up once for all: that would be a third of a single row's time.
 template <typename T, bool Interleaved, bool Grad, typename Form>
 void rotate_heads(const RopeParams& p, const RopeTensor& tensor, const Token<double>& token,
-                  int64_t head, int64_t count, CosSin<T> cos_sin, const PrefetchDistances& ahead) {
+                  int64_t head, int64_t count, TokenCosSin<T> cos_sin,
+                  const PrefetchDistances& ahead) {
   Row<T> row{input_row<T>(tensor, token, head), output_row<T>(tensor, token, head), nullptr};
   if (!row.out) return;  // out is a cache without a slot for this token
   constexpr int64_t kHalf = Form::kHalf;
@@ -67,7 +69,7 @@ auto heads_of(const RopeParams& p, const RopeTensor& tensor) {
 
 template <typename T, bool Interleaved>
 void rotate_tokens(const RopeParams& p, int64_t begin, int64_t end) {
-  Scratch<T> scratch(p, end - begin);
+  AngleScratch<T> scratch(p, end - begin);
   if (p.angle_grad) {
     const int64_t row = p.angle_heads * p.rotary_dim / 2;
     std::fill_n(static_cast<Wide<T>*>(p.angle_grad) + begin * row, (end - begin) * row, Wide<T>{0});

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(BLOCK, GRAD ? 3 : 4)
     rope_kernel(const __grid_constant__ RopeParams p, const HeadGroups groups, const int slots) {
   const unsigned index = blockIdx.x * blockDim.y + threadIdx.y;
   if (index >= static_cast<unsigned>(p.batch * p.seqlen)) return;
-  const Token token = find_token(p, static_cast<int>(index));
+  const DeviceToken token = find_token(p, static_cast<int>(index));
   const Worker<T, VEC, INTERLEAVED, GRAD, AXES> worker{p, token, groups};
   const int rotated = static_cast<int>(p.rotary_dim / (2 * VEC));
   for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) {

@@ -13,7 +13,7 @@ namespace extrope {
 // -------------------------------------------------------------------------------------------------
 // Tokens: the places of their dims, their sequences, their positions
 
-struct Token {
+struct DeviceToken {
   int batch, seq;   // indices of its dims
   int sequence;     // the packed sequence, else the batch index
   double position;  // on the first axis
@@ -49,8 +49,8 @@ __device__ inline int find_sequence(const TokenParams& p, int token) {
 
 // Returns token `index` of batch * seqlen tokens, which the launcher keeps within an int: a 64-bit
 // division would cost a call.
-__device__ inline Token find_token(const TokenParams& p, int index) {
-  Token token;
+__device__ inline DeviceToken find_token(const TokenParams& p, int index) {
+  DeviceToken token;
   token.batch = p.batch == 1 ? 0 : index / static_cast<int>(p.seqlen);
   token.seq = index - token.batch * static_cast<int>(p.seqlen);
   token.sequence = token.batch;
@@ -156,7 +156,7 @@ __device__ inline double exponential(double x, float) {
 __device__ inline double exponential(double x, double) { return exp(x); }
 
 // Returns the position on the axis of pair `pair`; an existing axis for any contents of axes.
-__device__ inline double position_on_axis(const RopeParams& p, const Token& token, int pair) {
+__device__ inline double position_on_axis(const RopeParams& p, const DeviceToken& token, int pair) {
   const int last = static_cast<int>(p.num_axes) - 1, asked = p.axes[pair];
   const int axis = asked < 0 ? 0 : asked > last ? last : asked;
   const int64_t at =
@@ -166,8 +166,8 @@ __device__ inline double position_on_axis(const RopeParams& p, const Token& toke
 
 // Computes cosine and sine of pair `pair`, times the amplitude; `conjugate` negates the sine.
 template <bool AXES, typename Acc>
-__device__ inline void pair_rotation(const RopeParams& p, const Token& token, int head, int pair,
-                                     double decay_sign, Acc* cosine, Acc* sine) {
+__device__ inline void pair_rotation(const RopeParams& p, const DeviceToken& token, int head,
+                                     int pair, double decay_sign, Acc* cosine, Acc* sine) {
   const int64_t at = token.sequence * p.freq_batch + head * p.freq_head + pair;
   const double frequency = p.inv_freq_is_f64
                                ? static_cast<const double*>(p.inv_freq)[at]

@@ -148,7 +148,7 @@ struct Worker {
   static constexpr int SUMMED = 8;             // heads per partial sum of an angle gradient
 
   const RopeParams& p;
-  const Token& token;
+  const DeviceToken& token;
   HeadGroups groups;
 
   // Calls visit(tensor, begin, end) with this block's heads of q, then of k.

@@ -9,10 +9,11 @@ namespace {
 
 constexpr int64_t kPad = 16;  // frequencies, of whole vectors
 constexpr double kAmplitude = 1.0625;
-constexpr attention::Kernels kKernels{EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA),
-                                      EXTROPE_EXPAND(attention_backward_plan_, EXTROPE_ISA),
-                                      EXTROPE_EXPAND(attention_tile_, EXTROPE_ISA),
-                                      EXTROPE_EXPAND(attention_backward_tile_, EXTROPE_ISA)};
+constexpr attention::AttentionKernels kKernels{
+    EXTROPE_EXPAND(attention_plan_, EXTROPE_ISA),
+    EXTROPE_EXPAND(attention_backward_plan_, EXTROPE_ISA),
+    EXTROPE_EXPAND(attention_tile_, EXTROPE_ISA),
+    EXTROPE_EXPAND(attention_backward_tile_, EXTROPE_ISA)};
 
 struct Case {
   const char* name;

@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t kPad = 16;  // frequencies, of whole vectors
 constexpr int64_t kBatch = 2, kHeadsQ = 6, kHeadsK = 2, kCapacity = 640, kPage = 16;
 constexpr int32_t kSeqlens[kBatch] = {601, 37}, kLeftpad[kBatch] = {3, 0};
-constexpr decode::Kernels kKernels{EXTROPE_EXPAND(decode_splits_, EXTROPE_ISA),
-                                   EXTROPE_EXPAND(merge_splits_, EXTROPE_ISA)};
+constexpr decode::DecodeKernels kKernels{EXTROPE_EXPAND(decode_splits_, EXTROPE_ISA),
+                                         EXTROPE_EXPAND(merge_splits_, EXTROPE_ISA)};
 
 struct Case {
   const char* name;

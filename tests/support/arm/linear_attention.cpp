@@ -77,7 +77,7 @@ void run(const Case& c, const std::string& name) {
   permute.head_dim = kScoreDim, permute.rows = kHeads;
   if (c.permuted) p.permute = &permute, p.cycles = &cycles;
 
-  linear_attention::Run(p, kKernels)();
+  linear_attention::ScanRun(p, kKernels)();
   kKernels.dots(p, 0, batch * kSeqlen, dots.data());
   write(name + "/out", out);
   write(name + "/dots", dots);
