@@ -9,7 +9,8 @@ from support.attention_oracle import frequencies, make_qkv
 
 from extrope_kernels import rope_attention, rope_attention_with_kvcache, scores
 from extrope_kernels.methods import RopeFreqs
-from extrope_kernels.ops.attention import make_call
+from extrope_kernels.ops.attention import make_call, op
+from extrope_kernels.scores.base import MapKind
 from extrope_kernels.testing import attention_backends, device
 
 Q, K, V = make_qkv(2, 6, None, 4, 2)
@@ -157,3 +158,55 @@ def test_heads_before_tokens_are_warned_of_where_the_call_stands():
     with pytest.warns(UserWarning, match="the first 6 of q's 8 tokens see no key") as told:
         rope_attention(q, k, k, FREQS)
     assert told[0].filename == __file__
+
+
+# -------------------------------------------------------------------------------------------------
+# Ops called bare: every backend gives the same answer
+
+BARE = ("", "_reference", "_triton")
+
+
+def bare(name, suffix, *tensors, **options):
+    if suffix == "_reference":
+        return getattr(op, f"_{name.removeprefix('attention_')}_reference")(*tensors, **options)
+    if suffix == "_triton" and "triton" not in attention_backends():
+        pytest.skip("needs Triton")
+    return getattr(torch.ops.extrope, name + suffix)(*tensors, **options)
+
+
+@pytest.mark.parametrize("suffix", BARE)
+@pytest.mark.parametrize("name", ("q_start", "k_start"))
+def test_the_last_start_is_the_same_everywhere(name, suffix):
+    if device() != "cpu":
+        pytest.skip("a GPU's values are not read")
+    call = make_call(FREQS, None)
+    for wrong in (-1, 2**29, 2**31 - 1):
+        start = torch.tensor([0, wrong], dtype=torch.int32)
+        tensors = call._replace(**{name: start}).tensors
+        words = f"^attention: {name} must be between 0 and 2\\*\\*29, got"
+        with pytest.raises((ValueError, RuntimeError), match=words):
+            bare("attention_fwd", suffix, Q, K, V, *tensors, **call.options)
+    last = call._replace(**{name: torch.tensor([2**29 - 1], dtype=torch.int32)})
+    _, lse = bare("attention_fwd", suffix, Q, K, V, *last.tensors, **last.options)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("suffix", BARE)
+@pytest.mark.parametrize("row", (-(2**20), -1, 2))
+def test_a_map_of_pairs_names_a_row_that_exists(row, suffix):
+    at = {"device": device()}
+    q, k, v = (x.to(device()) for x in (Q, K, V))
+    call = make_call(FREQS.to(device()), scores.dpe(2, [2] * 16), keys_stored=True)
+    options = call.options
+    options["map_rows"] = [row if x == "PER_PAIR" else 0 for x in named_kinds(options)]
+    words = f"maps name row {row} of 2 in pair_maps"
+    with pytest.raises((ValueError, RuntimeError), match=f"^attention: {words}"):
+        bare("attention_fwd", suffix, q, k, v, *call.tensors, **options)
+    cached = torch.tensor([6, 6], dtype=torch.int32, **at)
+    tensors = op.DecodeTensors(q, k, v, None, None, *call.tensors[:6], cached, *[None] * 4)
+    with pytest.raises((ValueError, RuntimeError), match=f"^decode: {words}"):
+        bare("decode", suffix, *tensors, **options)
+
+
+def named_kinds(options):
+    return [MapKind(kind).name for kind in options["map_kinds"]]

@@ -40,6 +40,7 @@ _TABLE = (
 _MOST_HEADS = 256  # no model has more
 
 
+
 def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
     """Check the types of frequencies, of one axis, and of a score method or None."""
     check_freqs(op, freqs)
@@ -156,8 +157,9 @@ def _check_pair_maps(op: str, call: AttentionCall) -> None:
                 f"{op}: pair_maps must be given for a score with maps of pairs, got None"
             )
         return
-    if max(rows, default=-1) >= len(table):
-        raise ValueError(f"{op}: maps name row {max(rows)} of {len(table)} in pair_maps")
+    for row in rows:
+        if not 0 <= row < len(table):
+            raise ValueError(f"{op}: maps name row {row} of {len(table)} in pair_maps")
     if call.log_decay is not None:
         raise ValueError(
             f"{op}: log_decay (XPOS) needs maps of one divisor for all pairs, got maps of pairs"

@@ -19,12 +19,13 @@ from ..._math.triton.exp import exp
 from ..._math.triton.launch import VECTOR_BYTES, strides_of
 from ..._math.triton.sincos import cos_sin, fixed_angle
 from ..call import AttentionCall
+from ..checks import START_END
 from .configs import MOST_ROWS, Config
 
 LEAST_DIMS = 16  # least dims of a product
 # Starts, windows and blocks of granularity reach no farther, so that int32 never overflows: not
-# three times this. It is past all positions, of up to 2**27 tokens from a start below 2**29 on.
-FARTHEST = 2**29 + 2**27
+# three times this. It is past all positions, of up to 2**27 tokens from a start on.
+FARTHEST = START_END + 2**27
 _LARGEST = 2**31 - 1  # largest int32 position
 
 
