@@ -13,6 +13,15 @@ import torch
 from support.operations import OPERATIONS, SCORES, everywhere
 from torch import Tensor
 
+from extrope_kernels import (
+    RopeFreqs,
+    methods,
+    rope_attention,
+    rope_attention_with_kvcache,
+    scores,
+)
+from extrope_kernels.testing import attention_backends, device
+
 ROW, HEAD, LANE = 100, 1, 5  # of the second batch entry
 VALUES = (math.nan, math.inf, -math.inf)
 CASES = [(n, i) for n, i in everywhere() if n in (*SCORES, "cache") and i != "reference"]
@@ -76,6 +85,27 @@ def test_gradients(name, implementation):
     ):
         grad[spoilt] = 0.0
         assert grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, for NaN
+@pytest.mark.parametrize("value", (math.nan, math.inf), ids=str)
+@pytest.mark.parametrize("implementation", attention_backends())
+def test_frequencies(implementation, value):
+    """A frequency that is no number spoils every row that sees a key, forward and backward."""
+    inv_freq = methods.rope(16).inv_freq
+    inv_freq[3] = value
+    freqs = RopeFreqs(inv_freq.to(device()))
+    tensors = [torch.randn(1, 20, 2, 16, device=device()) for _ in range(3)]
+    for score in (None, scores.rerope(4), scores.dpe(4, [2] * 8)):
+        options = {"return_lse": True, "backend": implementation}
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out, lse = rope_attention(*leaves, freqs, score, **options)
+        grads = torch.autograd.grad(out.sum(), leaves)
+        assert all(x.isnan().all() for x in (out, lse, *grads))
+        q, *caches = tensors
+        options["cache_seqlens"] = 20
+        found = rope_attention_with_kvcache(q[:, :3], *caches, freqs, score, **options)
+        assert all(x.isnan().all() for x in found)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -249,6 +249,14 @@ def test_decode_of_heads(chip):
     check_decode(**of_heads(64, floor=False))
 
 
+def test_a_head_whose_frequency_is_no_number(chip):
+    """A compiler must not make 0 of NaN times 0: rows of that head are NaN, others are not."""
+    given = of_heads(64, floor=False)
+    given["freqs"].inv_freq[0, 1, 5] = torch.nan
+    check_attention(n=33, heads=(4, 2), backward=False, **given)
+    check_decode(lengths=(20,), append=False, **given)
+
+
 def test_rotation(chip):
     check_rotation()
 

@@ -225,6 +225,9 @@ def cos_sin_of_map(
     if FROM is not None:
         angle -= _angle(position, freq, pair_maps, pair, FROM, HALF)
     cos, sin = cos_sin(angle)
+    not_finite = (freq * 0.0).to(tl.float32)  # NaN where freq is no number, else 0
+    cos += not_finite
+    sin += not_finite
     if decay is not None:
         moved = _mapped(position, MAP)
         if FROM is not None:
