@@ -20,11 +20,12 @@ inline void check_saved(const Tensor& x, const Tensor& grad, bool packed, const 
 }
 
 inline void save_inputs(RopeParams& p, const Tensor& grad_q, const OptionalTensor& grad_k,
-                        const Tensor& q, const OptionalTensor& k, bool packed) {
-  check_saved(q, grad_q, packed, "q");
-  set_saved(p.tensors[0], q, packed);
-  require_rope(k.has_value() == grad_k.has_value(),
+                        const OptionalTensor& q, const OptionalTensor& k, bool packed) {
+  require_rope(k.has_value() == (q.has_value() && grad_k.has_value()),
                "k must be given with grad_k and q, or not at all");
+  if (!q.has_value()) return;
+  check_saved(*q, grad_q, packed, "q");
+  set_saved(p.tensors[0], *q, packed);
   if (k.has_value()) {
     check_saved(*k, *grad_k, packed, "k");
     set_saved(p.tensors[1], *k, packed);
@@ -72,10 +73,8 @@ struct RopeOps {
     std::vector<int64_t> angles{0};
     if (q.has_value()) angles = {p.batch, p.seqlen, p.angle_heads, p.rotary_dim / 2};
     const Tensor angle_grad = fresh(grad_q, angles, wide, "rope");
-    if (q.has_value()) {
-      save_inputs(p, grad_q, grad_k, *q, k, packed);
-      p.angle_grad = angle_grad.data_ptr();
-    }
+    save_inputs(p, grad_q, grad_k, q, k, packed);
+    if (q.has_value()) p.angle_grad = angle_grad.data_ptr();
     launch(p, grad_q.get_device());
     return {dq, dk, angle_grad};
   }

@@ -325,3 +325,23 @@ def test_the_reference_skips_what_is_outside_of_the_cache(monkeypatch):
             step.q, step.k, step.v, *caches, step.freqs, **call, backend="reference"
         )
         assert all((x == FILLER).all() for x in caches)
+
+
+@pytest.mark.parametrize("position", (0, 5))
+def test_the_raw_op_scales_keys_at_one_position_too(any_backend, position):
+    step = Step()
+    op = append_module.reference
+    if any_backend != "reference":
+        op = getattr(
+            torch.ops.extrope, "rope_append" + ("_triton" if any_backend == "triton" else "")
+        )
+    caches = step.caches(torch.float32)
+    lengths, inv_freq = CONTIGUOUS["cache_seqlens"], step.freqs.inv_freq
+    stored = {"map_kinds": [4], "map_offsets": [float(position)], "attention_factor": 1.4}
+    op(None, step.k, step.v, *caches, inv_freq, lengths, **stored)
+    freqs = replace(step.freqs, attention_factor=1.4)
+    exact = apply_rope(
+        step.k.double(), freqs, positions=torch.full((5,), position, device=device())
+    )
+    at = tuple(torch.tensor(SLOTS, device=device())[:, 2:].T)
+    torch.testing.assert_close(caches[0][at].double(), exact.flatten(0, 1), rtol=1e-6, atol=1e-6)

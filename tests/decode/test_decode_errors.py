@@ -151,6 +151,17 @@ def test_the_op_refuses_before_it_writes(name, fast_backend):
     assert all(torch.equal(given[argument], x) for argument, x in before.items())
 
 
+def test_the_op_writes_to_no_cache_that_requires_grad(fast_backend):
+    given = op_call()
+    given["v_cache"].requires_grad_()
+    op = torch.ops.extrope.decode_triton if fast_backend == "triton" else torch.ops.extrope.decode
+    with pytest.raises(ValueError, match="^decode.*: must write to no tensor that requires grad"):
+        op(**given)
+    op(**given | {"k": None, "v": None})
+    with torch.no_grad():
+        op(**given)
+
+
 @pytest.mark.skipif(device() == "cuda", reason="of the CPU kernel")
 def test_cpu_kernel_rotates_no_decayed_keys_on():
     """Their amplitudes would have to change with the query."""

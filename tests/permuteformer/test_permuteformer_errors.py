@@ -71,6 +71,18 @@ def test_raw_attention_has_no_gradient_of_decay():
         torch.ops.extrope.permuteformer_fwd(Q, K, V, PERMUTATIONS, None, leaf)
 
 
+def test_the_raw_backward_needs_what_was_normalized():
+    out, den = torch.ops.extrope.permuteformer_fwd(Q, K, V, PERMUTATIONS)
+    for given in ((out, None), (None, den), (None, None)):
+        for device_of in (Q.device, "meta"):
+            args = [
+                x if x is None else x.to(device_of) for x in (out, Q, K, V, *given, PERMUTATIONS)
+            ]
+            with pytest.raises(ValueError, match="permuteformer: out and den must be given with"):
+                torch.ops.extrope.permuteformer_bwd(*args)
+    torch.ops.extrope.permuteformer_bwd(out, Q, K, V, None, None, PERMUTATIONS, normalize=False)
+
+
 def test_states():
     _, state = call_attention(permuteformer_step, {})
     for changes, error, message in (

@@ -15,6 +15,7 @@ from extrope_kernels import (
     rope_append_kvcache,
     scores,
 )
+from extrope_kernels.ops.rope import reference
 from extrope_kernels.testing import device, make_qk
 
 FREQS = methods.rope(64).to(device())
@@ -164,6 +165,16 @@ def test_raw_bwd_wants_inputs_that_fit():
             torch.ops.extrope.rope_bwd(q, k, *saved, FREQS.inv_freq)
 
 
+@pytest.mark.parametrize("saved", (make_qk(2, 5, 4, 2)[1], torch.empty(2, 5, 2, 64, device="meta")))
+@pytest.mark.parametrize("suffix", ("", "_triton", "_reference"))
+def test_raw_bwd_takes_no_saved_keys_alone(suffix, saved):
+    q, k = make_qk(2, 5, 4, 2)
+    by_reference = suffix == "_reference"
+    op = reference.rope_bwd if by_reference else getattr(torch.ops.extrope, f"rope_bwd{suffix}")
+    with pytest.raises((RuntimeError, ValueError), match="rope: k must be given with grad_k and q"):
+        op(q, k, None, saved, FREQS.inv_freq)
+
+
 @pytest.mark.parametrize("name", ["rope_inplace", "rope_norm_inplace"])
 def test_raw_inplace_and_autograd(name):
     """It refuses what a graph needs, and what autograd has saved may not be used after it."""
@@ -239,6 +250,15 @@ def test_the_raw_append_refuses_positions_that_no_kernel_makes(op, divisor):
     with pytest.raises((RuntimeError, ValueError), match=r"^rope_append: .* divisor >= 2\*\*-53"):
         getattr(torch.ops.extrope, op)(*given, map_kinds=[2], map_divisors=[divisor])
     assert (CACHE == FILLER).all() and (OTHER == FILLER).all()
+
+
+@pytest.mark.parametrize("op", ["rope_append", "rope_append_triton"])
+def test_the_raw_append_writes_to_no_cache_that_requires_grad(op):
+    cache = CACHE.clone().requires_grad_()
+    given = (None, STEP.k, STEP.v, cache, OTHER, STEP.freqs.inv_freq, CONTIGUOUS["cache_seqlens"])
+    with pytest.raises(ValueError, match=f"^{op}: must write to no tensor that requires grad"):
+        getattr(torch.ops.extrope, op)(*given)
+    assert (cache == FILLER).all() and (OTHER == FILLER).all()
 
 
 def test_append_has_no_gradient(backend):

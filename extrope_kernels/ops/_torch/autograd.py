@@ -144,7 +144,8 @@ def refuse_backward(
 ) -> None:
     """Let a gradient that flows into `op` fail with the message instead of vanishing.
 
-    written: the arguments that the op overwrites; autograd is told.
+    written: the arguments that the op overwrites; autograd is told, and they may require no
+    gradient.
     """
 
     def save_nothing(ctx, args, options, outputs):
@@ -156,8 +157,12 @@ def refuse_backward(
     recorded = autograd_of(op, save_nothing, refuse)
 
     def kernel(keyset, *args, **options):
+        targets = written(args) if written else ()
+        if wants_grad(targets):
+            name = op.name().partition("::")[2]
+            raise ValueError(f"{name}: must write to no tensor that requires grad, got one")
         out = recorded(keyset, *args, **options)
-        note_writes(*(written(args) if written else ()))
+        note_writes(*targets)
         return out
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)

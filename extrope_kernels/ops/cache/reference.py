@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...scores.base import UNROTATED
 from .._math.dtypes import quantize
 from ..rope.reference import rope_fwd
 from .call import Append, read_append
@@ -33,7 +32,7 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
 def _rotated(call: Append) -> tuple[Tensor | None, Tensor]:
     """Rotate k, and q if it is given."""
     q, k, by = call.q, call.k, call.rotation
-    if by.inv_freq is None or by.stored == UNROTATED:
+    if by.inv_freq is None:
         return None, k
     positions = call.token_positions()
     if by.stored is not None:

@@ -107,6 +107,8 @@ def _powers(permutations, positions, cu_seqlens, offset: int | None) -> Powers:
 def _call(q, k, v, powers: Powers, decay, causal=True, normalize=True, results=()) -> Call:
     check(_NAME, q, k, v, decay, powers.cu_seqlens, causal, results)
     check_powers(_NAME, q, k, *powers[:3])
+    if normalize and any(x is None for x in results):
+        raise ValueError(f"{_NAME}: out and den must be given with normalize=True, got None")
     heads = k.shape[-2] if decay is None else decay.shape[0]
     return Call(heads, decay, powers.cu_seqlens, causal, normalize)
 

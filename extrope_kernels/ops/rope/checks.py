@@ -110,10 +110,10 @@ def _table(packed: bool, axes: bool) -> tuple[Spec, ...]:
 
 
 def check_saved(
-    grad_q: Tensor, grad_k: Tensor | None, q: Tensor, k: Tensor | None, *, packed: bool
+    grad_q: Tensor, grad_k: Tensor | None, q: Tensor | None, k: Tensor | None, *, packed: bool
 ) -> None:
-    """Check a forward's inputs, which a backward is given, after `check` of their gradients."""
-    if (k is None) != (grad_k is None):
+    """Check a forward's inputs, if a backward is given any, after `check` of their gradients."""
+    if (k is None) != (q is None or grad_k is None):
         raise ValueError("rope: k must be given with grad_k and q, or not at all")
     dims = "total heads head_dim" if packed else "batch seqlen heads head_dim"
     for name, x, grad in (("q", q, grad_q), ("k", k, grad_k)):

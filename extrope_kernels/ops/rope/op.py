@@ -85,8 +85,7 @@ def _fwd_fake(q, k, *rope_args, **options):
 
 def _bwd_fake(grad_q, grad_k, q, k, *rope_args, **options):
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
-    if q is not None:
-        check_saved(grad_q, grad_k, q, k, packed=rotation.cu_seqlens is not None)
+    check_saved(grad_q, grad_k, q, k, packed=rotation.cu_seqlens is not None)
     return like(grad_q, grad_q), like(grad_k, grad_q), _new_angle_grad(q, tensors, rotation)
 
 

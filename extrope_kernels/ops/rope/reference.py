@@ -31,11 +31,11 @@ def rope_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_bwd`."""
     tensors, rotation = resolve(grad_q, grad_k, *rope_args, adjoint=True, **options)
+    check_saved(grad_q, grad_k, q, k, packed=rotation.cu_seqlens is not None)
     grads = rotate(tensors, rotation)
     wide = accumulator(grad_q.dtype)
     angle_grad = grad_q.new_empty(0, dtype=wide)
     if q is not None:
-        check_saved(grad_q, grad_k, q, k, packed=rotation.cu_seqlens is not None)
         saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
         unrounded = rotate([grad.to(wide) for grad in tensors], rotation)
         layout = (*rotation.layout, rotation.per_head)

@@ -281,8 +281,7 @@ def _build_launch(
     in_place = q_out is q
     if in_place:
         refuse_expanded(q, k)
-    if q_saved is not None:
-        check_saved(q, k, q_saved, k_saved, packed=rope.cu_seqlens is not None)
+    check_saved(q, k, q_saved, k_saved, packed=rope.cu_seqlens is not None)
     by_name = {
         "q_ptr": q, "k_ptr": k, "q_out_ptr": q_out, "k_out_ptr": k_out, "q_saved_ptr": q_saved,
         "k_saved_ptr": k_saved,
