@@ -155,7 +155,7 @@ def test_the_op_writes_to_no_cache_that_requires_grad(fast_backend):
     given = op_call()
     given["v_cache"].requires_grad_()
     op = torch.ops.extrope.decode_triton if fast_backend == "triton" else torch.ops.extrope.decode
-    with pytest.raises(ValueError, match="^decode.*: must write to no tensor that requires grad"):
+    with pytest.raises(ValueError, match=r"^decode.*: must write to no tensor that requires grad"):
         op(**given)
     op(**given | {"k": None, "v": None})
     with torch.no_grad():

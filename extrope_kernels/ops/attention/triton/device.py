@@ -209,6 +209,15 @@ def _angle(position, freq, pair_maps, pair, MAP: tl.constexpr, HALF: tl.constexp
 
 
 @triton.jit
+def not_finite(freq):
+    """Return NaN for frequencies that are no numbers, else 0: angles in fixed point have no NaN.
+
+    Added to the factors of queries, it reaches every logit.
+    """
+    return (freq * 0.0).to(tl.float32)
+
+
+@triton.jit
 def cos_sin_of_map(
     position, freq, decay, pair_maps, pair, MAP: tl.constexpr, FROM: tl.constexpr,
     HALF: tl.constexpr,
@@ -225,9 +234,6 @@ def cos_sin_of_map(
     if FROM is not None:
         angle -= _angle(position, freq, pair_maps, pair, FROM, HALF)
     cos, sin = cos_sin(angle)
-    not_finite = (freq * 0.0).to(tl.float32)  # NaN where freq is no number, else 0
-    cos += not_finite
-    sin += not_finite
     if decay is not None:
         moved = _mapped(position, MAP)
         if FROM is not None:

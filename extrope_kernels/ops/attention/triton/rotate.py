@@ -45,6 +45,7 @@ from .device import (
     freq_heads_of,
     key_maps,
     map_of,
+    not_finite,
     nth_map,
     regions_of,
     sequence_numbers,
@@ -131,6 +132,7 @@ def _cos_sin_of_copies(
         freq = tl.load(freq_ptr, mask=mask, other=0.0)  # (T, P)
     else:
         freq = of_pairs(inv_freq + freq_offset, TILE)  # (1, P)
+    factor += not_finite(freq)
     cos_sin = ()
     for c in tl.static_range(len(MAPS)):
         cos, sin = cos_sin_of_map(

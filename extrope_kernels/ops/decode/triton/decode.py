@@ -53,6 +53,7 @@ from ...attention.triton.device import (
     freq_heads_of,
     log2_e,
     map_of,
+    not_finite,
     nth_map,
     sequence_stride,
     softcap,
@@ -248,7 +249,7 @@ def decode_kernel(
         cos, sin = cos_sin_of_map(
             position, freq, q_decay, pair_maps, pair, nth_map(MODEL.q_maps, r), None, MODEL.half
         )
-        factor = MODEL.attention_factor_sq * scale
+        factor = (MODEL.attention_factor_sq + not_finite(freq)) * scale
         cos *= factor
         sin *= factor
         q0, q1, q_rest = load_parts(q_row, valid, MODEL)  # (M, P), (M, P), (M, R)
