@@ -9,7 +9,9 @@ from support.attention_oracle import frequencies, make_qkv
 
 from extrope_kernels import rope_attention, rope_attention_with_kvcache, scores
 from extrope_kernels.methods import RopeFreqs
-from extrope_kernels.ops.attention import make_call, op
+from extrope_kernels.ops.attention import make_call
+from extrope_kernels.ops.attention import op as attention_op
+from extrope_kernels.ops.decode import op as decode_op
 from extrope_kernels.scores.base import MapKind
 from extrope_kernels.testing import attention_backends, device
 
@@ -164,11 +166,14 @@ def test_heads_before_tokens_are_warned_of_where_the_call_stands():
 # Ops called bare: every backend gives the same answer
 
 BARE = ("", "_reference", "_triton")
+REFERENCES = {"decode": decode_op.KERNELS["reference"]} | {
+    name: kernels["reference"] for name, kernels in attention_op.KERNELS.items()
+}
 
 
 def bare(name, suffix, *tensors, **options):
     if suffix == "_reference":
-        return getattr(op, f"_{name.removeprefix('attention_')}_reference")(*tensors, **options)
+        return REFERENCES[name](*tensors, **options)
     if suffix == "_triton" and "triton" not in attention_backends():
         pytest.skip("needs Triton")
     return getattr(torch.ops.extrope, name + suffix)(*tensors, **options)
@@ -203,7 +208,7 @@ def test_a_map_of_pairs_names_a_row_that_exists(row, suffix):
     with pytest.raises((ValueError, RuntimeError), match=f"^attention: {words}"):
         bare("attention_fwd", suffix, q, k, v, *call.tensors, **options)
     cached = torch.tensor([6, 6], dtype=torch.int32, **at)
-    tensors = op.DecodeTensors(q, k, v, None, None, *call.tensors[:6], cached, *[None] * 4)
+    tensors = (q, k, v, None, None, *call.tensors[:6], cached, *[None] * 4)
     with pytest.raises((ValueError, RuntimeError), match=f"^decode: {words}"):
         bare("decode", suffix, *tensors, **options)
 

@@ -330,7 +330,7 @@ def test_the_reference_skips_what_is_outside_of_the_cache(monkeypatch):
 @pytest.mark.parametrize("position", (0, 5))
 def test_the_raw_op_scales_keys_at_one_position_too(any_backend, position):
     step = Step()
-    op = append_module.reference
+    op = append_reference.rope_append
     if any_backend != "reference":
         op = getattr(
             torch.ops.extrope, "rope_append" + ("_triton" if any_backend == "triton" else "")
