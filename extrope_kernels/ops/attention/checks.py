@@ -40,7 +40,6 @@ _TABLE = (
 _MOST_HEADS = 256  # no model has more
 
 
-
 def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
     """Check the types of frequencies, of one axis, and of a score method or None."""
     check_freqs(op, freqs)
