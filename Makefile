@@ -14,8 +14,8 @@ LINTERS = $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' .pre-commit-confi
 .PHONY: help demo demo-plan test test-all tritons arm bench gpu release docs lint sanitize mutants clean
 
 help:
-	@echo "make demo   a real model past its training length: a needle in two minutes, curves in ten"
-	@echo "make test   the test suite, five to seven minutes on two cores"
+	@echo "make demo   a real model past its training length: a needle in two minutes on two idle cores, curves in ten"
+	@echo "make test   the test suite, five to ten minutes on two idle cores"
 	@echo "make test-all  all tests, 35 minutes: generated cases by the thousand and every class of transformers too"
 	@echo "make tritons  the GPU kernels by every Triton that is claimed"
 	@echo "make arm    the CPU kernels for ARM, under qemu"

@@ -53,6 +53,7 @@ def figures(results: Path) -> dict[str, Callable[[str], str]]:
         made[name] = lambda _, name=name: tables.real(results, name)
     needles = results / "ruler" / "smollm2.csv"
     return made | {
+        "helps": lambda _: tables.helps(results),
         "smollm2-64k": lambda _: tables.by_position(results, "smollm2-64k"),
         "smollm2-tuned": lambda _: tables.tuned(results),
         "gpu_audit": lambda _: tables.audit(results / "gpu_audit.csv"),

@@ -160,6 +160,42 @@ def by_position(results: Path, name: str) -> str:
     return table(["method", "parameters", *head, "loss", "over YaRN"], lines)
 
 
+# README's columns: their methods, and the parameters at 65,536 tokens and at 16,384.
+HELPS = {
+    "unmodified": ("rope", "", ""),
+    "YaRN": ("yarn", "factor=8", "factor=2"),
+    "ReRoPE": ("rerope", "window=4096", "window=4096"),
+    "Leaky ReRoPE": ("leaky_rerope", "window=4096, factor=16", "window=4096, factor=16"),
+}
+
+
+def helps(results: Path) -> str:
+    """Make README's table: the loss at the end of long texts, and needles found."""
+    read = {(row["method"], named(row["params"])): fmean(row["positions"][-1])
+            for row in evaluations.read("smollm2-64k", results)["rows"]}  # fmt: skip
+    losses = [read[method, far] for method, far, _ in HELPS.values()]
+    needles = [needles_at(results, method, near) for method, _, near in HELPS.values()]
+    least, most = min(losses), max(map(fmean, needles))
+    rows = [
+        ["loss on the last 8,192 of 65,536 tokens, in nats a token (less is better)",
+         *(bold(f"{loss:.2f}", loss == least) for loss in losses)],
+        ["needles found in texts of 16,384 tokens (a number asked for at the end)",
+         *(bold(f"{sum(x):.0f} of {len(x)}", fmean(x) == most) for x in needles)],
+    ]  # fmt: skip
+    return table(["SmolLM2-135M-Instruct, trained to 8,192 tokens", *HELPS], rows)
+
+
+def needles_at(results: Path, method: str, parameters: str, length: int = 16384) -> tuple:
+    """Return the scores of SmolLM2's answers to RULER's easiest task."""
+    wanted = ruler.TASKS[0], length, (method, parameters)
+    found = ruler.read(results / "ruler" / "smollm2.csv")
+    return next(x.scores for x in found if (x.task, x.length, x.key[3:]) == wanted)
+
+
+def bold(text: str, best: bool) -> str:
+    return f"**{text}**" if best else text
+
+
 def recall(found: dict) -> str:
     """Make a line per method: the gain of a passage by distance, with its standard error."""
     head = ["method", *(f"{distance:,}" for distance in found["distances"])]

@@ -66,59 +66,68 @@ def sign_test(ours, theirs):
     return only, 2 * 0.5**only
 
 
-def test_pages_tell_speeds_and_numbers_of_models_as_measured():
-    """Captions are of their pictures' files: needles, curves, speed; then recall by YaRN's factor,
-    generate, and the classes of docs/models.md."""
+def test_pages_tell_needles_losses_and_recall_as_measured():
+    """What README says beside its table, and the p-values of docs/guide/measured.md."""
+    text, measured = (
+        (ROOT / page).read_text() for page in ("README.md", "docs/guide/measured.md")
+    )
+    yarn_2, yarn_4, rerope = (
+        tables.needles_at(harness.RESULTS, *each)
+        for each in (("yarn", "factor=2"), ("yarn", "factor=4"), ("rerope", "window=4096"))
+    )
+    assert len(yarn_2) == len(yarn_4) == len(rerope) == 50
+    assert f"Factor 4 finds more needles, {sum(yarn_4):.0f} of 50, at a higher loss" in text
+    (_, by_chance), (_, over_4) = sign_test(rerope, yarn_2), sign_test(rerope, yarn_4)
+    assert f"YaRN with 2 misses (sign test: p = {by_chance:.3f})" in measured
+    assert f"YaRN with 4 misses (p = {over_4:.2f})" in measured
+    first = {row["method"]: fmean(row["positions"][0])
+             for row in evaluations.read("smollm2-64k")["rows"]
+             if row["params"].get("factor") != 16 or row["method"] != "yarn"}  # fmt: skip
+    assert f"at factor 8 it adds {first['yarn'] - first['rope']:.2f}" in text
+    short: dict[str, list[float]] = {}
+    rows = evaluations.read("short")["rows"]
+    plain = {row["length"]: row["loss"] for row in rows if row["method"] == "rope"}
+    for row in rows:
+        name = f"{row['method']} {row['params'].get('factor', '')}"
+        short.setdefault(name, []).append(row["loss"] - plain[row["length"]])
+    told = "at factor 2 adds {:.2f} to {:.2f} nats a token within the trained length"
+    assert told.format(min(short["yarn 2.0"]), max(short["yarn 2.0"])) in text
+    kin = max(max(x) for name, x in short.items() if not name.startswith("yarn"))
+    assert f"as they were, to {kin:.3f} nats" in text
+    yarns = {row.parameters["factor"]: row for row in evaluations.measured()["yarn"]}
+    told = "rises from {:.2f} to {:.2f} nats a token"
+    assert told.format(yarns[2].recall[0], yarns[3].recall[0]) in text
+
+
+def test_pages_tell_speeds_and_classes_as_measured():
+    """Captions are of their pictures' files; generate by processor; docs/models.md's classes."""
     pages = ("README.md", "docs/guide/transformers.md", "docs/models.md")
     text, guide, models = ((ROOT / page).read_text() for page in pages)
     for index in (0, 2, -1):
         times, _ = plots.against_the_best(plots.SHOWN[index])
-        assert f"{times:.1f} times" in text, plots.SHOWN[index].label
-    cells = ruler.read(harness.RESULTS / "ruler/smollm2.csv")
-    needles = {cell.key[3:]: cell.scores for cell in cells
-               if (cell.task, cell.length) == (ruler.TASKS[0], 16384)}  # fmt: skip
-    plain, yarn_2, yarn_4, rerope = (
-        needles[name]
-        for name in (
-            ("rope", ""),
-            ("yarn", "factor=2"),
-            ("yarn", "factor=4"),
-            ("rerope", "window=4096"),
-        )
-    )
-    assert len(yarn_2) == len(yarn_4) == len(rerope) == 50 and sum(plain) == 0
-    told = "it finds none in {} texts as it is. In {} texts, the same for all, it finds {:.0f} with"
-    assert told.format(len(plain), len(rerope), sum(yarn_2)) in text
-    assert f"{sum(yarn_4):.0f} at factor 4, and **{sum(rerope):.0f} with ReRoPE**" in text
-    only, by_chance = sign_test(rerope, yarn_2)
-    told = f"all {only} that factor 2 misses among them (sign test: p = {by_chance:.3f})"
-    assert told in text
-    assert f"its lead over factor 4 may be chance (p = {sign_test(rerope, yarn_4)[1]:.2f})" in text
-    ends = {(row["method"], row["params"].get("factor")): row["positions"][-1]
-            for row in evaluations.read("smollm2-64k")["rows"]}  # fmt: skip
-    shown = [ends[each] for each in
-             (("rope", None), ("yarn", 8.0), ("rerope", None), ("leaky_rerope", 16.0))]  # fmt: skip
-    assert all(list(each) == sorted(each, reverse=True) for each in zip(*shown, strict=True))
-    told = "{:.2f} nats as it is, {:.2f} with YaRN at factor 8, {:.2f} with ReRoPE and **{:.2f}"
-    assert told.format(*map(fmean, shown)) in text
-    kept = {name: evaluations.read(name)["rows"] for name in ("demo", "recall")}
-    last = {row["method"]: row["losses"][-1] for row in kept["demo"]}
-    told = "the model as it is {rope:.2f} nats, with YaRN {yarn:.2f}, with ReRoPE {rerope:.2f}"
-    assert told.format(**last) in text
-    farthest = {row["method"]: row["gains"][-1][0] for row in kept["recall"]}
-    told = "saves {yarn:.2f} nats a token with YaRN, {rerope:.2f} with ReRoPE"
-    assert told.format(**farthest) in text
-    yarns = {row.parameters["factor"]: row for row in evaluations.measured()["yarn"]}
-    told = "recall rises from {:.2f} to {:.2f} nats a token"
-    assert told.format(yarns[2].recall[0], yarns[3].recall[0]) in text
-    assert f"and [{len(METHODS) - 5} more](#methods)" in text
-    rows = json.loads((harness.RESULTS / "avx512" / "generate.json").read_text())["rows"]
-    row = next(row for row in rows if (row["name"], row["tokens"]) == ("rerope", 8000))
-    told = "reads 8,000 tokens in {:.2f} of the plain model's time, and takes {:.2f} of it"
-    assert told.format(row["prompt_of_plain"], row["steps_of_plain"]) in guide
+        assert f"{times:.1f} times as fast" in text, plots.SHOWN[index].label
+    steps = []
+    for processor in ("amx", "avx512"):
+        rows = json.loads((harness.RESULTS / processor / "generate.json").read_text())["rows"]
+        found = {row["tokens"]: row for row in rows if row["name"] == "rerope"}
+        steps += [1 / found[tokens]["steps_of_plain"] for tokens in (2000, 8000)]
+    told = "is {:.2f} times as fast at 2,000 tokens and {:.2f} at 8,000; on an Intel without AMX "
+    assert (told + "{:.2f} and {:.2f}").format(*steps) in text
+    read = 1 / found[8000]["prompt_of_plain"]
+    told = "reads 8,000 tokens {:.2f} times as fast as unmodified, and writes each new one {:.2f}"
+    assert told.format(read, steps[-1]) in guide
     frequency, score = re.findall(r"^- By a \w+ method: (\d+) of the", models, re.MULTILINE)
-    assert f"All {frequency} rotary model classes of transformers take methods that change" in text
-    assert f"{score} also take score methods" in text and f"on {score} by score methods" in guide
+    classes = re.search(r"(\d+) classes with rotary", models)[1]
+    assert f"work on {frequency} of the {classes} model classes of transformers" in text
+    assert f"score methods on {score}" in text and f"{score} by score methods" in guide
+
+
+def test_the_first_screen_of_readme_is_one():
+    """Five lines of Python by line 20; what it does, whether it helps and how to try it by 40."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 95
+    assert lines.index("```python") < 20
+    assert next(n for n, line in enumerate(lines) if line.startswith("make test")) < 40
 
 
 def test_losses_are_kept_by_piece_and_never_beside_those_of_other_texts(tmp_path):
