@@ -13,7 +13,6 @@ import harness
 import plots
 import pytest
 import readme
-import ruler
 import tables
 from PIL import Image
 
@@ -68,9 +67,7 @@ def sign_test(ours, theirs):
 
 def test_pages_tell_needles_losses_and_recall_as_measured():
     """What README says beside its table, and the p-values of docs/guide/measured.md."""
-    text, measured = (
-        (ROOT / page).read_text() for page in ("README.md", "docs/guide/measured.md")
-    )
+    text, measured = ((ROOT / page).read_text() for page in ("README.md", "docs/guide/measured.md"))
     yarn_2, yarn_4, rerope = (
         tables.needles_at(harness.RESULTS, *each)
         for each in (("yarn", "factor=2"), ("yarn", "factor=4"), ("rerope", "window=4096"))
