@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from zlib import crc32
 
 # A thread that waits for the next of many small loops is not to spin: two processes of two threads
 # on two cores spent three quarters of their time so. OpenMP reads it as torch is imported.
@@ -182,32 +183,37 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: order.get(item.path.parent.name, len(FIRST)))
 
 
-def leave_out_triton_cases(config, items):
-    """Interpret an eleventh of a file's Triton cases of the rotation, a 23rd of each test's of
-    attention, and a third of each test's in files about Triton alone.
+# Of interpreted Triton cases one in so many runs, by the parameter that names the backend: those of
+# the rotation, of attention, and of files about Triton alone, which have none.
+ONE_IN = {"backend": 11, "any_backend": 23, "fast_backend": 23, None: 3}
 
-    Each takes seconds, and a GPU runs them all in a few. Eleven and 23 have no factor in common
-    with the sizes of the grids, so every dtype, layout and shape stays in the sample.
-    EXTROPE_ALL_CASES=1 keeps all.
+
+def leave_out_triton_cases(config, items):
+    """Interpret a sample of the Triton cases: each takes seconds, and a GPU runs them all in a few.
+
+    A case is in it by a hash of its own id, so that no other case decides; one that alone shows
+    something is marked `always`. Of a test with none, or of a file about the rotation, the case
+    with the lowest hash runs. A command with -k, or with a file, and EXTROPE_ALL_CASES=1 keep all.
     """
-    if torch.cuda.is_available() or os.environ.get("EXTROPE_ALL_CASES") == "1":
+    named = any(".py" in argument for argument in config.args)
+    all_cases = os.environ.get("EXTROPE_ALL_CASES") == "1"
+    if torch.cuda.is_available() or all_cases or named or config.option.keyword:
         return
-    steps = {"backend": 11, "any_backend": 23, "fast_backend": 23}
-    seen: dict[object, int] = {}
-    kept, dropped = [], []
+    groups = defaultdict(list)
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        step = next((steps[name] for name in steps if params.get(name) == "triton"), None)
-        if step is None and params and item.path.stem.endswith("_triton"):
-            step = 3
-        count = 0
-        if step is not None:
-            of = item.path if params.get("backend") == "triton" else item.originalname
-            count = seen.get(of, 0) % step
-            seen[of] = count + 1
-        (kept if count == 0 else dropped).append(item)
+        by = next((name for name in ONE_IN if params.get(name) == "triton"), None)
+        if by is not None or (params and item.path.stem.endswith("_triton")):
+            test = "" if by == "backend" else item.originalname
+            groups[by, item.path, test].append((crc32(item.nodeid.encode()), item))
+    dropped = set()
+    for (by, *_), cases in groups.items():
+        lowest = min(cases, key=lambda case: case[0])[1]
+        of = ONE_IN[by]
+        chosen = {x for number, x in cases if number % of == 0 or x.get_closest_marker("always")}
+        dropped.update({x for _, x in cases} - (chosen or {lowest}))
     config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
+    items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture

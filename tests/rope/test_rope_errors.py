@@ -223,7 +223,7 @@ APPEND = {
     ),
     "queries of another size": (
         {"freqs": None, "q": STEP.q[..., :8]},
-        "k must have q's shape",
+        r"q must be \(batch 2, seqlen 5, heads_q, head_dim 32\) to go with k",
     ),
     "origin": (
         {"freqs": replace(methods.xpos(32).to(device()), decay_origin=math.nan)},

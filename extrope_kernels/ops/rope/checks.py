@@ -58,6 +58,8 @@ def check(
         raise ValueError(
             f"rope: positions must have an axis at least, got {tuple(positions.shape)}"
         )
+    if inv_freq.dim() == 3 and inv_freq.shape[1] == 0:
+        raise ValueError(f"rope: inv_freq must be of a head at least, got {tuple(inv_freq.shape)}")
     if inv_freq.dim() == 3 and inv_freq.shape[1] > 1 and sizes.get("heads_k", heads) != heads:
         raise ValueError(
             f"rope: frequencies per head need as many k heads as q heads ({heads}), "
