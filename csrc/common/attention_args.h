@@ -59,14 +59,14 @@ struct AttentionOptions {
 };
 
 // Reads regions, far keys first. The maps are the q_map and the k_map of each region in turn, and
-// then the one by which keys come rotated.
+// then those by which queries and keys come rotated.
 inline Regions regions_of(const char* op, int64_t granularity,
                           std::optional<int64_t> sliding_window, const std::vector<int64_t>& starts,
                           const MapColumns& maps) {
   const size_t count = starts.size();
   require_of(op, 1 <= count && count <= kMaxRegions, "region_starts must be of 1 to ", kMaxRegions,
              " regions, got ", count);
-  check_columns(op, maps, 2 * count + 1);
+  check_columns(op, maps, 2 * count + 2);
   require_of(op, std::is_sorted(starts.begin(), starts.end()),
              "a score must have regions with rising starts");
   // Sums of a position and a start must not overflow.
@@ -80,7 +80,12 @@ inline Regions regions_of(const char* op, int64_t granularity,
   for (size_t r = 0; r < count; ++r) {
     regions.at[r] = {starts[r], map_at(op, maps, 2 * r), map_at(op, maps, 2 * r + 1)};
   }
-  regions.stored = map_at(op, maps, 2 * count);
+  regions.q_stored = map_at(op, maps, 2 * count);
+  regions.stored = map_at(op, maps, 2 * count + 1);
+  require_of(op,
+             regions.q_stored == PositionMap::constant(0) ||
+                 (regions.q_stored == PositionMap{} && regions.stored == PositionMap{}),
+             "q must come raw, or at its own positions as k does");
   regions.sliding_window = sliding_window.value_or(kNoWindow);
   return regions;
 }

@@ -80,7 +80,7 @@ struct Region {
 struct Regions {
   int64_t count, granularity;
   Region at[kMaxRegions];
-  PositionMap stored;                  // the rotation that keys already have
+  PositionMap q_stored, stored;        // the rotations that queries and keys already have
   int64_t sliding_window = kNoWindow;  // most keys that a query sees, its own included
   PairMaps pair_maps = {};
 

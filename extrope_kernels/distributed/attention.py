@@ -42,8 +42,8 @@ def rope_attention(
     interleaved: bool = False,
     rotary_offset: int = 0,
     return_lse: bool = False,
+    rotated: attention.Rotated = None,
     backend: str | None = None,
-    keys_stored: bool = False,
 ) -> Tensor | Any:
     """Attend over a sequence whose tokens are spread over ranks, as `rope_attention` does.
 
@@ -66,7 +66,7 @@ def rope_attention(
     return_lse: return the log-sum-exp of this rank's queries too; differentiable.
     freqs, score, softmax_scale, log_n, softcap, sliding_window, interleaved, rotary_offset: as on
         one device.
-    backend, keys_stored: as on one device. There are no q_start and k_start.
+    rotated, backend: as on one device. There are no q_start and k_start.
 
     Returns: out (batch, seqlen / P, heads_q, head_dim), and lse (batch, heads_q, seqlen / P).
         Differentiable once, in q, k, v and sinks.
@@ -78,13 +78,14 @@ def rope_attention(
     if strategy not in STRATEGIES:
         raise ValueError(f"{op}: strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
     check_balance(op, balance)
-    refuse_flags(op, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
+    refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
     attention.check_method(op, freqs, score)
+    attention.check_rotated(op, rotated)
     cu_seqlens = narrowed(cu_seqlens)
     call = attention.make_call(
         freqs,
         score,
-        keys_stored=keys_stored,
+        rotated=rotated,
         cu_seqlens=cu_seqlens,
         sinks=sinks,
         query_scale=query_scale,

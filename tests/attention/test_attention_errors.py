@@ -201,7 +201,7 @@ def test_the_last_start_is_the_same_everywhere(name, suffix):
 def test_a_map_of_pairs_names_a_row_that_exists(row, suffix):
     at = {"device": device()}
     q, k, v = (x.to(device()) for x in (Q, K, V))
-    call = make_call(FREQS.to(device()), scores.dpe(2, [2] * 16), keys_stored=True)
+    call = make_call(FREQS.to(device()), scores.dpe(2, [2] * 16), rotated="k")
     options = call.options
     options["map_rows"] = [row if x == "PER_PAIR" else 0 for x in named_kinds(options)]
     words = f"maps name row {row} of 2 in pair_maps"

@@ -39,9 +39,10 @@ def test_both_functions_share_options():
     )
     shared = [name for name in first if name in second and name not in "qkv"]
     assert [name for name in second if name in shared] == shared
-    assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
-    alone = {"q_start", "k_start", "cu_seqlens", "keys_stored"}
-    assert {*first} - {*second} == alone and len(shared) == 12
+    defaults = [{name: each[name].default for name in shared} for each in (first, second)]
+    assert defaults[0] == defaults[1]
+    alone = {"q_start", "k_start", "cu_seqlens"}
+    assert {*first} - {*second} == alone and len(shared) == 13
     assert all(x.kind is x.KEYWORD_ONLY for n, x in first.items() if n in shared[2:])
 
 
@@ -55,7 +56,7 @@ def calls() -> dict[str, AttentionCall]:
             frequencies(16), scores.leaky_rerope(4, 4.0), rotary_offset=10, interleaved=True
         ),
         "packed": call_of(
-            scores.self_extend(4, 2), keys_stored=True, cu_seqlens=cu_seqlens, interleaved=True
+            scores.self_extend(4, 2), rotated="k", cu_seqlens=cu_seqlens, interleaved=True
         ),
         "dual_chunk": call_of(scores.dual_chunk(6, 1), softcap=2.0, sliding_window=7),
     }
@@ -199,7 +200,7 @@ def test_stored_keys_give_the_same(name, named):
     score = EXAMPLES[name].score
     kept = OPS.rope_fwd(k, None, THETA, score.stored(torch.arange(21, device=q.device)))[0]
     want = rope_attention(q, k, v, FREQS, score, backend=named)
-    got = rope_attention(q, kept, v, FREQS, score, keys_stored=True, backend=named)
+    got = rope_attention(q, kept, v, FREQS, score, rotated="k", backend=named)
     torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
 
 
@@ -265,7 +266,7 @@ def test_default_backend_takes_float64():
 
 def test_a_gradient_through_the_raw_op_fails_rather_than_vanish(fast_backend):
     inputs = make(Case((12, 3)))
-    call = make_call(inputs.freqs, inputs.example.score, keys_stored=True)
+    call = make_call(inputs.freqs, inputs.example.score, rotated="k")
     caches = inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num()
     tensors = (*call.tensors[:6], inputs.call["cache_seqlens"], *[None] * 4)
     op = OPS.decode_triton if fast_backend == "triton" else OPS.decode

@@ -202,7 +202,7 @@ def test_position_maps(position_map):
     sides = (Region(FIRST_KEY, SAME, position_map), Region(-6, position_map, SAME))
     tensors = make_qkv(1, 21, None, 1, 1, 16)
     for stored in (UNROTATED, position_map):
-        score, options = Score("test", sides, stored=stored), {"keys_stored": True}
+        score, options = Score("test", sides, stored=stored), {"rotated": "k"}
         run = functools.partial(attend, example_of(score), freqs=frequencies(16), **options)
         exact = run(*(x.double() for x in tensors), backend="reference")
         got, near = (run(*tensors, backend=backend) for backend in ("triton", "reference"))

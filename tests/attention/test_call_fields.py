@@ -28,7 +28,7 @@ FIELDS = {
     "inv_freq": ({}, FREQS.inv_freq / 2),
     "cu_seqlens": ({"cu_seqlens": ints(0, 7, TOKENS)}, ints(0, 11, TOKENS)),
     "log_decay": (
-        {"score": scores.dual_chunk(8, 2), "keys_stored": True, "log_decay": DECAY},
+        {"score": scores.dual_chunk(8, 2), "rotated": "k", "log_decay": DECAY},
         DECAY / 2,
     ),
     "sinks": ({"sinks": torch.linspace(0, 3, 4, device=device())}, None),
@@ -37,7 +37,7 @@ FIELDS = {
     "q_start": ({"q_start": ints(31), "k_start": ints(20)}, ints(32)),
     "k_start": ({"q_start": ints(31), "k_start": ints(20)}, ints(22)),
     "score": ({}, scores.rerope(6)),
-    "keys_stored": ({"score": scores.leaky_rerope(6, 2.0), "keys_stored": True}, False),
+    "rotated": ({"score": scores.leaky_rerope(6, 2.0), "rotated": "qk"}, "k"),
     "softmax_scale": ({"softmax_scale": 0.5}, None),
     "attention_factor": ({"attention_factor": 1.5}, 1.0),
     "interleaved": ({"interleaved": True}, False),

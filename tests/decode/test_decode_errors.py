@@ -90,20 +90,20 @@ NAN = float("nan")
 
 
 def grouped(kind=2, modulus=0, divisor=1.0, floor=False, offset=0.0, cap=0.0):
-    """Five maps by columns: all of rerope(4), but that the first has these numbers."""
+    """Six maps by columns: all of rerope(4), but that the first has these numbers."""
     return dict(
-        map_kinds=[kind, 0, 0, 0, 4], map_moduli=[modulus, 0, 0, 0, 0],
-        map_divisors=[divisor, 1.0, 1.0, 1.0, 1.0], map_floors=[floor, False, False, False, False],
-        map_offsets=[offset, 0.0, 0.0, 0.0, 0.0], map_caps=[cap, 0.0, 0.0, 0.0, 0.0],
+        map_kinds=[kind, 0, 0, 0, 4, 4], map_moduli=[modulus, *[0] * 5],
+        map_divisors=[divisor, *[1.0] * 5], map_floors=[floor, *[False] * 5],
+        map_offsets=[offset, *[0.0] * 5], map_caps=[cap, *[0.0] * 5],
     )  # fmt: skip
 
 
 WRONG = {
     "no regions": (dict(region_starts=[]), "region_starts must be of 1 to 3 regions, got 0"),
-    "a map alone": (dict(map_kinds=[0]), "map_kinds must be of 5 maps"),
-    "no kind": (dict(map_kinds=[9] * 5), "MapKind"),
+    "a map alone": (dict(map_kinds=[0]), "map_kinds must be of 6 maps"),
+    "no kind": (dict(map_kinds=[9] * 6), "MapKind"),
     "a kind of other numbers": (
-        dict(map_kinds=[0] * 5, map_divisors=[2.0] + [1.0] * 4),
+        dict(map_kinds=[0] * 6, map_divisors=[2.0] + [1.0] * 5),
         "map_divisors must be 1",
     ),
     "divisor 0": (grouped(divisor=0.0), "divisor >= 2"),
@@ -117,6 +117,7 @@ WRONG = {
     "softmax_scale": (dict(softmax_scale=1e39), "softmax_scale must be > 0"),
     "sliding_window": (dict(sliding_window=2**62), "sliding_window must be < 2**62"),
     "k seqlen": (dict(k=NEW[:, :1], v=NEW[:, :1]), "k must have q's batch and seqlen"),
+    "q alone rotated": (dict(map_kinds=[4, 4, 0, 0, 0, 4]), "q must come raw, or at its own"),
     "k alone": (dict(v=None), "k and v must be given together, got k alone"),
     "inv_freq": (dict(inv_freq=randn(DIM)), "inv_freq must"),
     "log_decay": (dict(log_decay=randn(3)), "log_decay "),
@@ -125,7 +126,7 @@ WRONG = {
 
 
 def op_call(score=scores.rerope(4), **changes):  # noqa: B008
-    call = make_call(methods.rope(DIM).to(device()), score, keys_stored=True)
+    call = make_call(methods.rope(DIM).to(device()), score, rotated="k")
     given = {
         "q": randn(2, 2, 4, DIM), "k_cache": randn(2, 12, 2, DIM),
         "v_cache": randn(2, 12, 2, DIM), "k": NEW, "v": NEW, "inv_freq": call.inv_freq,

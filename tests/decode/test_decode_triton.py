@@ -158,7 +158,7 @@ def test_packed_queries_are_split(many_splits):
 
 def call_of(score: scores.Score, head_dim: int = 32, **options) -> AttentionCall:
     inv_freq = methods.rope(head_dim).inv_freq.to(device())
-    return AttentionCall(inv_freq, score=score, keys_stored=True, **options)
+    return AttentionCall(inv_freq, score=score, rotated="k", **options)
 
 
 def test_lengths_past_the_cache_are_cut():

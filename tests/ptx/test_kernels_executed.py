@@ -245,6 +245,12 @@ def test_attention_of_heads(chip):
     check_attention(n=70, heads=(4, 2), backward=False, **of_heads(64, floor=True))
 
 
+def test_attention_of_rotated_rows(chip):
+    """Rows at their own positions are moved on; the near region takes them as they are."""
+    check_attention(n=70, rotated="qk")
+    check_decode(rotated="qk")
+
+
 def test_decode_of_heads(chip):
     check_decode(**of_heads(64, floor=False))
 
@@ -443,6 +449,7 @@ def test_older_tritons(chip, triton_version, dtype, dim, many_splits):
         check(dtype, dim)
     check_decode(dtype, dim, "leaky_rerope")  # its keys are stored at mapped positions
     check_decode(**of_heads(64, floor=False))
+    check_attention(dtype, dim, n=70, rotated="qk")
     if dim == 64:  # 3.7 gets the larger tiles right; the plugin fails on anything else
         kinds = {finding.split(": ")[0] for finding in launch.LOG.findings}
         assert kinds == plugin.known_findings()

@@ -143,7 +143,7 @@ def cache() -> None:
         k_cache, v_cache = (torch.randn(shape).to(dtype) for _ in range(2))
         seqlens = torch.tensor([11, 3], dtype=torch.int32)
         kv = KVCache(k_cache, v_cache, seqlens, table, appended=2)
-        call = AttentionCall(methods.rope(24).inv_freq.clone(), score=score, keys_stored=True)
+        call = AttentionCall(methods.rope(24).inv_freq.clone(), score=score, rotated="k")
         new = [torch.randn(2, 2, 2, 40).to(dtype) for _ in range(2)]
         out, _ = triton.decode(torch.randn(2, 2, 6, 40).to(dtype), *new, kv, call)
         assert out.isfinite().all()

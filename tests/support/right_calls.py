@@ -42,8 +42,8 @@ ATTENTION = {
     "interleaved": False,
     "rotary_offset": 0,
     "return_lse": False,
+    "rotated": None,
     "backend": None,
-    "keys_stored": False,
 }
 ROPE = {
     "freqs": FREQS,
@@ -59,7 +59,7 @@ CACHE = {
     **{
         name: value
         for name, value in ATTENTION.items()
-        if name not in ("cu_seqlens", "q_start", "k_start", "keys_stored", "positions")
+        if name not in ("cu_seqlens", "q_start", "k_start", "positions")
     },
     "q": randn(2, 1, 4, DIM),
     "k": randn(2, 1, 2, DIM),

@@ -51,7 +51,7 @@ MORE = {
         **ATTENTION,
         "q_start": ints(3, 5),
         "k_start": ints(0, 1),
-        "keys_stored": True,
+        "rotated": "k",
     },
     "rope_attention of XPOS": {**ATTENTION, "freqs": XPOS, "score": scores.blockwise_causal(4)},
     "rope_attention_with_kvcache of pages": {

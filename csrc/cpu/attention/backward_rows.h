@@ -116,18 +116,21 @@ inline void add_keys(const TileQueries& queries, const KeyBlock& key_block, cons
   }
 }
 
-// Rotates a row of a region's dq back and adds it to that of earlier regions.
+// Rotates a row of a region's dq back, if its queries were rotated, and adds it to that of earlier
+// regions.
 inline void write_dq_row(const TileQueries& queries, int64_t region, int64_t row,
                          const float* grad) {
   const AttentionParams& p = queries.p;
   float back[kMaxHeadDim];
   float* to = static_cast<float*>(p.dq.data) + queries.offset(p.dq, row);
   const int64_t token = queries.tile.first_q + queries.token(row);
-  unrotate_row(p, grad, cos_sin_at(queries, p.q_cos_sin[region], token), back);
+  const RowCosSin cos_sin = cos_sin_at(queries, p.q_cos_sin[region], token);
+  if (cos_sin.cos) unrotate_row(p, grad, cos_sin, back);
+  if (cos_sin.cos) grad = back;
   if (region > 0) {
-    add_row(back, p.head_dim, to);
+    add_row(grad, p.head_dim, to);
   } else {
-    std::memcpy(to, back, p.head_dim * sizeof(float));
+    std::memcpy(to, grad, p.head_dim * sizeof(float));
   }
 }
 

@@ -19,7 +19,7 @@ struct CosSinTable {
 
   PositionMap map;
   PairMaps pair_maps;
-  const PositionMap* from;    // the rotation that rows already have, or nullptr
+  PositionMap from;           // the rotation that rows already have
   Starts start;               // positions of the sequences' first tokens
   const int32_t* cu_seqlens;  // nullptr: not packed, or all positions are the same
   int64_t num_sequences;
@@ -28,7 +28,7 @@ struct CosSinTable {
   int64_t tokens;       // per batch row; 1 if all positions are the same
   int64_t first, last;  // the tokens to fill: [first, last)
 
-  bool is_of_pairs() const { return map.is_of_pairs() || (from && from->is_of_pairs()); }
+  bool is_of_pairs() const { return map.is_of_pairs() || from.is_of_pairs(); }
   int64_t stride() const { return heads * 2 * padded; }
   CosSin rows(int64_t batch) const {
     return {out, out + padded, batch > 1 ? tokens * stride() : 0, tokens > 1 ? stride() : 0,

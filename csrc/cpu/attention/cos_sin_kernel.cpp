@@ -34,16 +34,13 @@ void rotate_keys(const AttentionParams& p, const AttentionTensor& k, const CosSi
 // Fills one token's row in each head.
 inline void fill_token(const CosSinTable& t, const double* inv_freq, int64_t position, float* row) {
   const bool of_pairs = t.is_of_pairs();
-  const double at = of_pairs ? 1.0 : t.map(position) - (t.from ? (*t.from)(position) : 0.0);
+  const double at = of_pairs ? 1.0 : t.map(position) - t.from(position);
   const Angles angles{
       .position = at, .amplitude = t.amplitude, .decay = at, .log_decay = t.log_decay};
   PairAngles pairs;
   for (int64_t head = 0; head < t.heads; ++head, inv_freq += t.freq_head, row += 2 * t.padded) {
     const double* freq = inv_freq;
-    if (of_pairs) {
-      const PositionMap from = t.from ? *t.from : PositionMap::constant(0);
-      freq = pairs.fill(t.pair_maps, t.map, from, position, inv_freq);
-    }
+    if (of_pairs) freq = pairs.fill(t.pair_maps, t.map, t.from, position, inv_freq);
     fill_sincos(freq, t.half, angles, row, row + t.padded);
   }
 }

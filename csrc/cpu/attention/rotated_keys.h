@@ -33,16 +33,14 @@ class RotationTables {
         q_decay_(std::move(args.log_decay)) {
     for (double x : q_decay_) k_decay_.push_back(-x);
     std::vector<CosSinTable> tables;
-    for (int64_t r = 0; r < p.regions.count; ++r) {
-      tables.push_back(query_table(p.regions.at[r].q_map));
-    }
+    for (int64_t r = 0; r < p.regions.count; ++r) tables.push_back(query_table(r));
     int64_t key_tables[kMaxRegions];
     for (int64_t r = 0; r < p.regions.count; ++r) {
       key_tables[r] = find_key_table(r, r > 0 ? key_tables[r - 1] : -1, tables);
     }
     fill(tables);
     for (int64_t r = 0; r < p.regions.count; ++r) {
-      p.q_cos_sin[r] = tables[r].rows(batch_rows());
+      if (rotates_queries(r)) p.q_cos_sin[r] = tables[r].rows(batch_rows());
       if (key_tables[r] < 0) continue;
       p.k_cos_sin[r] = tables[key_tables[r]].rows(batch_rows());
       if (!keys_ahead) continue;
@@ -64,6 +62,11 @@ class RotationTables {
     return p_.cu_seqlens || alike ? 1 : p_.batch;
   }
 
+  // Returns false if region r takes queries as they are given.
+  bool rotates_queries(int64_t r) const {
+    return !(p_.regions.at[r].q_map == p_.regions.q_stored) || amplitude_ != 1.0;
+  }
+
   // Returns the index of the table that rotates region r's keys: -1 if they need no rotation, the
   // queries' table if both rotate alike, else a table of keys. That is the earlier region's,
   // `previous`, if its keys go to the same positions.
@@ -83,9 +86,8 @@ class RotationTables {
     const Starts &q = p_.q_start, &k = p_.k_start;
     const bool aligned = p_.seqlen_q == p_.seqlen_k && q.data == k.data && q.stride == k.stride &&
                          q.offset == k.offset;
-    return aligned && region.q_map == region.k_map && !region.q_map.is_constant() &&
-           p_.regions.stored.is_constant() && p_.regions.stored.offset == 0 && amplitude_ == 1.0 &&
-           q_decay_.empty();
+    return aligned && region.q_map == region.k_map && p_.regions.q_stored == p_.regions.stored &&
+           !is_alike(r) && amplitude_ == 1.0 && q_decay_.empty();
   }
 
   // Returns the keys that queries see in region r, from the first one of all sequences to the last,
@@ -140,11 +142,19 @@ class RotationTables {
     return t;
   }
 
-  CosSinTable query_table(const PositionMap& map) const {
-    CosSinTable t = table(map);
-    const bool alike = map.is_constant() && !(p_.cu_seqlens && inv_freq_.rows > 1);
+  // Returns true if region r rotates all queries by the same.
+  bool is_alike(int64_t r) const {
+    return p_.regions.at[r].q_map.is_constant() && p_.regions.q_stored.is_constant();
+  }
+
+  // Returns the table of queries of region r, an empty one if they do not rotate.
+  CosSinTable query_table(int64_t r) const {
+    CosSinTable t = table(p_.regions.at[r].q_map);
+    if (!rotates_queries(r)) return t;
+    const bool alike = is_alike(r) && !(p_.cu_seqlens && inv_freq_.rows > 1);
     t.log_decay = q_decay_.empty() ? nullptr : q_decay_.data();
     t.amplitude = amplitude_;
+    t.from = p_.regions.q_stored;
     t.start = p_.q_start;
     t.tokens = t.last = alike ? 1 : p_.seqlen_q;
     if (alike) t.cu_seqlens = nullptr;
@@ -155,7 +165,7 @@ class RotationTables {
     CosSinTable t = table(map);
     t.log_decay = k_decay_.empty() ? nullptr : k_decay_.data();
     t.amplitude = 1.0;
-    t.from = &p_.regions.stored;
+    t.from = p_.regions.stored;
     t.start = p_.k_start;
     t.tokens = p_.seqlen_k;
     return t;

@@ -39,9 +39,6 @@ inline RopeParams unrotated(DType dtype, const Plane& in, int64_t batch, int64_t
   return p;
 }
 
-// Returns true if keys stay at position 0 and need no rotation.
-inline bool is_raw(const PositionMap& stored) { return stored.is_constant() && stored(0) == 0; }
-
 // One append: the rotation of its tokens, or copies of them, and their rows in the cache. First
 // keys are added; run() then does everything.
 class Append {

@@ -6,7 +6,7 @@
 
 namespace extrope::decode {
 
-// Appends raw new keys, rotated as the score stores them, and values. log_decay: as in RopeParams.
+// Appends new keys, rotated as the score stores them, and values. log_decay: as in RopeParams.
 inline void run_append(const DecodeParams& p, const float* log_decay, const Plane& k,
                        const Plane& v) {
   const KVCache& cache = p.cache;
@@ -20,7 +20,7 @@ inline void run_append(const DecodeParams& p, const float* log_decay, const Plan
   append.refuse_overlap("decode", "k", k, cache.heads, cache.head_dim);
   append.refuse_overlap("decode", "v", v, cache.heads, cache.head_dim_v);
   RopeParams keys = unrotated(cache.dtype, k, batch, seqlen, cache.heads, cache.head_dim);
-  if (!is_raw(stored)) {
+  if (!(stored == p.regions.q_stored)) {  // else the cache has keys as they come, like queries
     keys.rotary_dim = 2 * freqs.half, keys.interleaved = freqs.interleaved;
     keys.rotary_offset = freqs.rotary_offset;
     keys.inv_freq = freqs.inv_freq, keys.inv_freq_is_f64 = true;

@@ -122,7 +122,7 @@ class Queries {
     return static_cast<float>(scale);
   }
 
-  // Rotates the queries of region r to q_map(i) - origin.
+  // Rotates the queries of region r to q_map(i) - origin, from where they stand.
   void rotate_to(int64_t r, double origin) {
     const int64_t heads_k = p_.freqs.heads, alike = p_.heads_q / heads_k;
     for (int64_t token = 0; token < tokens_; ++token) {
@@ -142,13 +142,15 @@ class Queries {
   void fill(int64_t r, int64_t head, int64_t position, double origin) {
     const PositionMap& map = p_.regions.at[r].q_map;
     const double* inv_freq = inv_freq_ + head * p_.freqs.head();
-    const double to = map.is_of_pairs() ? 1.0 : map(position) - origin;
+    // From where the query stands, and further back by `origin`.
+    const double from = p_.regions.q_stored(position) + origin;
+    const double to = map.is_of_pairs() ? 1.0 : map(position) - from;
     const Angles angles{
         .position = to, .amplitude = p_.amplitude, .decay = to, .log_decay = p_.freqs.log_decay};
     PairAngles pairs;
     if (map.is_of_pairs()) {
-      const PositionMap from = PositionMap::constant(origin);
-      inv_freq = pairs.fill(p_.regions.pair_maps, map, from, position, inv_freq);
+      const PositionMap all_from = PositionMap::constant(from);
+      inv_freq = pairs.fill(p_.regions.pair_maps, map, all_from, position, inv_freq);
     }
     fill_sincos(inv_freq, p_.freqs.half, angles, cos_.data(), sin_.data());
   }

@@ -327,20 +327,20 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows, call: dict[str, Any
         k, v = k[:, : rows.keys], v[:, : rows.keys]
     if rows.cu_seqlens is not None:
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = rope_attention(*flat, cu_seqlens=rows.cu_seqlens, keys_stored=True, **call)
+        out = rope_attention(*flat, cu_seqlens=rows.cu_seqlens, rotated="k", **call)
         return out.unflatten(0, q.shape[:2])
     if not records(q, k, v) and (q.shape[1] == 1 or rows.ends is not None):
         ends = k.shape[1] if rows.ends is None else rows.ends
         cached = {"cache_seqlens": ends, "cache_leftpad": rows.pads}
         return rope_attention_with_kvcache(q, k, v, **cached, **call)
     if rows.pads is None:
-        return rope_attention(q, k, v, keys_stored=True, **call)
+        return rope_attention(q, k, v, rotated="k", **call)
     outs = []  # with a past and gradients
     for row, pad in enumerate(rows.pads.tolist()):
         one = slice(row, row + 1)
         skip = max(pad - (k.shape[1] - q.shape[1]), 0)
         run = (q[one, skip:], k[one, pad:], v[one, pad:])
-        out = rope_attention(*run, keys_stored=True, **call)
+        out = rope_attention(*run, rotated="k", **call)
         outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)))
     return torch.cat(outs)
 

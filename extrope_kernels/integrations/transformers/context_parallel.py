@@ -98,7 +98,7 @@ class Shared:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
         """Attend from this rank's queries to the keys of all ranks; tensors in the ops' layout."""
         mesh = {"mesh": self.mesh, "strategy": self.strategy, "balance": self.balance}
-        return self.distributed.rope_attention(q, k, v, keys_stored=True, **mesh, **call)
+        return self.distributed.rope_attention(q, k, v, rotated="k", **mesh, **call)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 from . import op  # noqa: F401  (defines the ops)
 from .api import BACKENDS, backends, missing, rope_attention
-from .call import AttentionCall, make_call
-from .checks import check_attention, check_log_n, check_method
+from .call import AttentionCall, Rotated, make_call
+from .checks import check_attention, check_log_n, check_method, check_rotated
 from .decay import check_decay
 from .log_n import scaled_by_log_n
 from .merge import merge_attention
@@ -13,12 +13,14 @@ from .select_backend import selection
 __all__ = [
     "BACKENDS",
     "AttentionCall",
+    "Rotated",
     "backends",
     "backward",
     "check_attention",
     "check_decay",
     "check_log_n",
     "check_method",
+    "check_rotated",
     "forward",
     "grad_of_sinks",
     "make_call",

@@ -14,12 +14,13 @@ from .._tables.checks import REFUSALS, narrowed, raise_as_value_error, refuse_fl
 from .._torch import backends as _backends
 from .._torch.autograd import constant_when_compiled
 from . import flash_attn, op
-from .call import make_call
+from .call import Rotated, make_call
 from .checks import (
     START_END,
     check_attention,
     check_method,
     check_numbers,
+    check_rotated,
     check_values,
     warn_of_unseeing_queries,
 )
@@ -49,20 +50,21 @@ def rope_attention(
     interleaved: bool = False,
     rotary_offset: int = 0,
     return_lse: bool = False,
+    rotated: Rotated = None,
     backend: str | None = None,
-    keys_stored: bool = False,
 ) -> Tensor | Any:
     """Rotate queries and keys and attend causally; a score method may change their distances.
 
-    The rotation is included: pass raw q and k. `score` maps the distance i - j of query i and key j
-    to a relative position, and one softmax runs over all keys j <= i. There is neither a mask nor a
-    switch for causal: cu_seqlens, q_start, k_start and sliding_window say which keys are seen.
+    The rotation is included: pass raw q and k, or say how they are `rotated`. `score` maps the
+    distance i - j of query i and key j to a relative position, and one softmax runs over all keys
+    j <= i. There is neither a mask nor a switch for causal: cu_seqlens, q_start, k_start and
+    sliding_window say which keys are seen.
 
-    q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64;
-        any strides with a contiguous last dimension.
-    k, v: (batch, seqlen_k, heads_k, head_dim), k not rotated; heads_k divides heads_q, and nothing
-        is expanded. v may have another head_dim (MLA: 192 and 128). If seqlen_q < seqlen_k, the
-        queries are the last of the sequence. With cu_seqlens all are (total, heads, head_dim).
+    q: (batch, seqlen_q, heads_q, head_dim), float32, bfloat16, float16 or float64; any strides with
+        a contiguous last dimension.
+    k, v: (batch, seqlen_k, heads_k, head_dim); heads_k divides heads_q, and nothing is expanded. v
+        may have another head_dim (MLA: 192 and 128). If seqlen_q < seqlen_k, the queries are the
+        last of the sequence. With cu_seqlens all are (total, heads, head_dim).
     freqs: from `extrope_kernels.methods`, on q's device; inv_freq (rotary_dim/2,), one row per
         sequence, or (1 or batch, heads_k, rotary_dim/2) as from `methods.ms_poe`: heads of q have
         those of the head of k that they share. attention_factor multiplies the rotated dims of q
@@ -88,9 +90,12 @@ def rope_attention(
     rotary_offset: the first of the 2 * len(inv_freq) dims that rotate, in their place: 128 if the
         last 64 of 192 do (latent attention). Even, unless backend="reference".
     return_lse: return the log-sum-exp of the logits too.
+    rotated: None: q and k are raw. "qk": both are rotated to their own positions, amplitudes
+        included, as `apply_rope_qk` and models do it: each region moves them on to where it has
+        them, or takes them as they are if that is there. "k": q is raw, and k rotated by
+        `score.stored`, as in a cache, without amplitudes. Gradients are those of q and k as given.
     backend: "cpu", "triton", "flash_attn", "reference"; None for the best on q's device. A named
         backend never falls back.
-    keys_stored: k is rotated by `score.stored`, as in a cache, not raw.
 
     Returns: out like q, with v's head_dim, and with return_lse the log-sum-exp of the logits and
         the sink, (batch, heads_q, seqlen_q) or (heads_q, total), float32 (float64 with float64
@@ -100,13 +105,14 @@ def rope_attention(
         NotImplementedError if the named backend cannot run here.
     """
     name = score.name if isinstance(score, Score) else "rope_attention"
-    refuse_flags(name, interleaved=interleaved, return_lse=return_lse, keys_stored=keys_stored)
+    refuse_flags(name, interleaved=interleaved, return_lse=return_lse)
     check_method(name, freqs, score)
+    check_rotated(name, rotated)
     cu_seqlens = narrowed(cu_seqlens)
     call = make_call(
         freqs,
         score,
-        keys_stored=keys_stored,
+        rotated=rotated,
         cu_seqlens=cu_seqlens,
         sinks=sinks,
         query_scale=query_scale,

@@ -8,7 +8,7 @@ same arguments in csrc/common/attention_args.h.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from .._tables.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, WIDE, S
 from .._torch.layouts import cached_by_layout
 
 PLAIN = Score("rope_attention", (Region(FIRST_KEY, SAME, SAME),), stored=SAME)
+# How q and k come. None: raw. "k": q raw, k at `score.stored`. "qk": both at their own positions.
+Rotated = Literal["k", "qk"] | None
 
 
 class AttentionCall(NamedTuple):
@@ -64,7 +66,7 @@ class AttentionCall(NamedTuple):
         Tensor | None, Spec("k_start", "1|batch", INT32, strides=ANY)
     ] = None
     score: Score = PLAIN
-    keys_stored: bool = False  # k is rotated by score.stored, else raw
+    rotated: Rotated = None
     # Kernels take float32, in which they square attention_factor and divide by softcap.
     softmax_scale: Annotated[float | None, Range(0, 1e30)] = None
     attention_factor: Annotated[float, Range(0, 1e15)] = 1.0
@@ -90,7 +92,7 @@ class AttentionCall(NamedTuple):
 
         What is left out costs no host time.
         """
-        options = dict(_options_of_score(self.score, self.keys_stored))
+        options = dict(_options_of_score(self.score, self.rotated))
         for field, value in self.unusual():
             options[field.name] = field.kind(value)
         return options
@@ -114,9 +116,14 @@ class AttentionCall(NamedTuple):
         return self.score.granularity
 
     @property
+    def q_stored(self) -> PlainMap:
+        """The map by which q is rotated already."""
+        return _stored(self.score, self.rotated)[0]
+
+    @property
     def stored(self) -> PlainMap:
         """The map by which k is rotated already."""
-        return self.score.stored if self.keys_stored else UNROTATED
+        return _stored(self.score, self.rotated)[1]
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -178,11 +185,11 @@ class AttentionCall(NamedTuple):
 FIELDS = fields_of(AttentionCall)
 _NUM_TENSORS = AttentionCall._fields.index("score")
 TENSORS = FIELDS[:_NUM_TENSORS]
-_FIRST_NUMBER = _NUM_TENSORS + 2  # after score and keys_stored
+_FIRST_NUMBER = _NUM_TENSORS + 2  # after score and rotated
 NUMBERS = FIELDS[_FIRST_NUMBER:]
 _DEFAULTS = tuple(field.default for field in NUMBERS)
 # The arguments of every attention op besides its tensors. The maps are the q_map and the k_map of
-# each region in turn, far keys first, and then the one by which k is rotated already.
+# each region in turn, far keys first, and then those by which q and k are rotated already.
 OPTIONS = {
     **{field.name: field.argument for field in NUMBERS},
     "granularity": "int granularity",
@@ -191,13 +198,17 @@ OPTIONS = {
 }
 
 
-def make_call(freqs: RopeFreqs, score: Score | None, **options) -> AttentionCall:
+def make_call(
+    freqs: RopeFreqs, score: Score | None, rotated: Rotated = None, **options
+) -> AttentionCall:
     """Build a call from arguments of the public functions; score None: plain RoPE."""
     return AttentionCall(
         _usable(freqs.inv_freq),
         log_decay=_usable(freqs.log_decay),
-        attention_factor=freqs.attention_factor,
+        # Who has rotated q and k has multiplied both.
+        attention_factor=1.0 if rotated == "qk" else freqs.attention_factor,
         score=(score or PLAIN).plain,
+        rotated=rotated,
         pair_maps=None if score is None else _usable(score.pair_maps_on(freqs.inv_freq)),
         **options,
     )
@@ -228,21 +239,28 @@ def options_key(options: Mapping[str, Any]) -> Hashable:
     return (*options, *values)
 
 
-def _options_of_score(score: Score, keys_stored: bool) -> dict[str, Any]:
+def _stored(score: Score, rotated: Rotated) -> tuple[PlainMap, PlainMap]:
+    """Return the maps by which q and k are rotated already."""
+    if rotated == "qk":
+        return SAME, SAME
+    return UNROTATED, score.stored if rotated == "k" else UNROTATED
+
+
+def _options_of_score(score: Score, rotated: Rotated) -> dict[str, Any]:
     """Return a score's part of `call.options`, made once."""
     make = _make_options_of_score
     if torch.compiler.is_compiling():  # a cache would not be traced
-        return make(score, keys_stored)
-    return cached_by_layout(make, (score, keys_stored), score, keys_stored)
+        return make(score, rotated)
+    return cached_by_layout(make, (score, rotated), score, rotated)
 
 
-def _make_options_of_score(score: Score, keys_stored: bool) -> dict[str, Any]:
+def _make_options_of_score(score: Score, rotated: Rotated) -> dict[str, Any]:
     of_regions = [x for region in score.regions for x in (region.q_map, region.k_map)]
     farthest = maps.FARTHEST
     return {
         "granularity": min(int(score.granularity), farthest),
         "region_starts": [int(max(-farthest, min(x.start, farthest))) for x in score.regions],
-        **maps.columns_of([*of_regions, score.stored if keys_stored else UNROTATED]),
+        **maps.columns_of([*of_regions, *_stored(score, rotated)]),
     }
 
 
@@ -256,11 +274,17 @@ def _read(options: Mapping[str, Any]) -> Sequence[Any]:
         raise ValueError(f"attention: region_starts must be of 1 to 3 regions, got {count}")
     if any(abs(start) > maps.FARTHEST for start in starts):
         raise ValueError(f"attention: region_starts must be within 2**62, got {list(starts)}")
-    *of_regions, stored = maps.maps_of("attention", columns, 2 * count + 1)
+    *of_regions, q_stored, stored = maps.maps_of("attention", columns, 2 * count + 2)
+    if q_stored != UNROTATED and (q_stored, stored) != (SAME, SAME):
+        raise ValueError(
+            "attention: q must come raw, or at its own positions as k does, "
+            f"got {q_stored} and {stored}"
+        )
+    rotated: Rotated = "k" if q_stored == UNROTATED else "qk"
     regions = tuple(map(Region, starts, of_regions[::2], of_regions[1::2]))
     score = Score("attention", regions, granularity, stored)
     none = [None] * _NUM_TENSORS
-    return AttentionCall(*none, score=score, keys_stored=True, **fields).fixed  # type: ignore[arg-type]
+    return AttentionCall(*none, score=score, rotated=rotated, **fields).fixed  # type: ignore[arg-type]
 
 
 def lse_shape(q: Tensor) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from .._tables.checks import (
 )
 from .._tables.fields import check_number
 from .._tables.specs import ANY, ROWS, WIDE, Spec
-from .call import TENSORS, AttentionCall
+from .call import TENSORS, AttentionCall, Rotated
 
 START_END = 2**29  # Triton's kernels add starts and windows in int32
 # The call's tensors; all sizes are known after cu_seqlens.
@@ -52,6 +52,15 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
             f"{op}: score must be None or a Score, as scores.rerope(window=1024) makes one, "
             f"got {type(score).__name__}"
         )
+
+
+def check_rotated(
+    op: str, rotated: Rotated, choices: tuple[Rotated, ...] = (None, "k", "qk")
+) -> None:
+    """Check how q and k are said to come."""
+    if rotated not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"{op}: rotated must be one of {expected}, got {rotated!r}")
 
 
 def check_numbers(op: str, call: AttentionCall) -> None:

@@ -1,4 +1,4 @@
-"""Rotate raw queries and keys to each region's places, and gradients back.
+"""Rotate queries and keys to each region's places, and gradients back.
 
 For implementations that take rotated tensors; the fused kernels rotate rows themselves.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...scores import UNROTATED
+from ...scores import Region
 from .._math.positions import sequence_of_token
 from .._torch.autograd import wants_grad
 from .._torch.library import ops
@@ -19,13 +19,14 @@ from .call import AttentionCall
 
 
 class Places(NamedTuple):
-    """The places to which a region rotates queries and keys: (seqlen,), or (batch, seqlen).
+    """How far a region rotates queries and keys: (seqlen,), or (batch, seqlen).
 
-    If every pair has its own place: (pairs, 1 or batch, seqlen).
+    That is to its own places, from where q and k stand already. If every pair has its own place:
+    (pairs, 1 or batch, seqlen).
     """
 
     q: Tensor
-    k: Tensor  # relative to the rotation that k already has
+    k: Tensor
 
 
 def positions(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -63,11 +64,11 @@ def places(q: Tensor, k: Tensor, call: AttentionCall) -> list[Places]:
     i, j = positions(q, k, call)
     if not i.numel() or not j.numel():
         return [Places(i, j) for _ in call.regions]
-    from_stored = call.mapped(call.stored, j)
+    q_from, k_from = call.mapped(call.q_stored, i), call.mapped(call.stored, j)
     return [
         Places(
-            torch.where(of_q, call.mapped(region.q_map, i), 0.0),
-            torch.where(of_k, call.mapped(region.k_map, j) - from_stored, 0.0),
+            torch.where(of_q, call.mapped(region.q_map, i) - q_from, 0.0),
+            torch.where(of_k, call.mapped(region.k_map, j) - k_from, 0.0),
         )
         for region, (of_q, of_k) in zip(call.regions, used(q, k, call))
     ]
@@ -122,27 +123,39 @@ def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], lis
 def _rotate_both(
     q: Tensor, k: Tensor, at: list[Places], call: AttentionCall
 ) -> tuple[list[Tensor], list[Tensor]]:
-    return [rotate_queries(q, place.q, call) for place in at], [
+    return [
+        q if _keeps_queries(region, call) else rotate_queries(q, place.q, call)
+        for region, place in zip(call.regions, at)
+    ], [
         k if region.k_map == call.stored else _rotate_keys(k, place.k, call)
         for region, place in zip(call.regions, at)
     ]
 
 
+def _keeps_queries(region: Region, call: AttentionCall) -> bool:
+    """Return True if the region takes queries as they are given."""
+    return region.q_map == call.q_stored and call.attention_factor == 1
+
+
 def unrotate(
     dq: list[Tensor], dk: list[Tensor], q: Tensor, k: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients of raw q and k, in the call's dtype for results, from the regions'."""
+    """Return gradients of q and k as given, in the call's dtype for results, from the regions'."""
     at = places(q, k, call)
-    raw_q = [rotate_queries(g, place.q, call, adjoint=True) for g, place in zip(dq, at)]
-    raw_k = [
+    given_q = [
+        g if _keeps_queries(region, call) else rotate_queries(g, place.q, call, adjoint=True)
+        for g, region, place in zip(dq, call.regions, at)
+    ]
+    given_k = [
         g if region.k_map == call.stored else _rotate_keys(g, place.k, call, adjoint=True)
         for g, region, place in zip(dk, call.regions, at)
     ]
-    return sum(raw_q).to(call.results_dtype(q.dtype)), sum(raw_k).to(call.results_dtype(k.dtype))
+    dtypes = call.results_dtype(q.dtype), call.results_dtype(k.dtype)
+    return sum(given_q).to(dtypes[0]), sum(given_k).to(dtypes[1])
 
 
 def rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
-    """Rotate queries to positions i.
+    """Rotate queries by i positions.
 
     Queries take the attention factor of both sides: keys that come rotated need no change.
     """
@@ -150,8 +163,10 @@ def rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = Fa
 
 
 def store_keys(x: Tensor, j: Tensor, call: AttentionCall) -> Tensor:
-    """Rotate raw keys as a cache stores them."""
-    return x if call.stored == UNROTATED else _rotate_keys(x, call.mapped(call.stored, j), call)
+    """Rotate new keys as a cache stores them."""
+    if call.stored == call.q_stored:  # raw, or at their own positions as q is
+        return x
+    return _rotate_keys(x, call.mapped(call.stored, j), call)
 
 
 def _rotate_keys(x: Tensor, j: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:

@@ -18,9 +18,9 @@ from .places import positions, rotate, unrotate
 def forward(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attend with one softmax over all regions; differentiable to any order.
 
-    q, k: raw, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k, head_dim), or
-    (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim. Returns out like q,
-    with v's head_dim, and lse (batch, heads_q, seqlen_q), or (heads_q, total).
+    q, k: as call.rotated says, (batch, seqlen_q, heads_q, head_dim) and (batch, seqlen_k, heads_k,
+    head_dim), or (total, heads, head_dim) with call.cu_seqlens; v like k, of any head_dim. Returns
+    out like q, with v's head_dim, and lse (batch, heads_q, seqlen_q), or (heads_q, total).
     """
     if call.cu_seqlens is not None:
         found = _each_sequence(forward, call, rows=(q, k, v))

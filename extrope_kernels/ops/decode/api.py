@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
-from ...scores import UNROTATED, Score
+from ...scores import Score
 from .._tables.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
 from .._tables.decay import check_new_keys
 from .._torch import backends as _backends
-from ..attention import check_method, make_call, scaled_by_log_n
+from ..attention import check_method, check_rotated, make_call, scaled_by_log_n
 from ..attention.call import AttentionCall
 from ..attention.checks import check_numbers
 from ..attention.places import positions
@@ -51,18 +50,20 @@ def rope_attention_with_kvcache(
     interleaved: bool = False,
     rotary_offset: int = 0,
     return_lse: bool = False,
+    rotated: Literal["qk"] | None = None,
     backend: str | None = None,
-    stored: str | None = None,
+    stored: Literal["raw"] | None = None,
 ) -> Tensor | Any:
     """Attend from a sequence's last tokens over a cache of keys and values, at inference.
 
     The attention is that of `rope_attention`. The cache holds each key once, rotated by
     `score.stored`, as far queries see it: raw for ReRoPE, at its own position for plain RoPE and
     STRING. Every call rotates nearer keys as it reads them; the cache does not change. Write
-    prompts by k and v too: then cache and attention agree for every score.
+    prompts by k and v too: then cache and attention agree for every score. A model's own cache has
+    keys at their own positions: see `rotated`.
 
-    q: (batch, seqlen_q, heads_q, head_dim), not rotated; float32, bfloat16, float16 or float64.
-        With cu_seqlens_q (total, heads_q, head_dim).
+    q: (batch, seqlen_q, heads_q, head_dim), float32, bfloat16, float16 or float64. With
+        cu_seqlens_q (total, heads_q, head_dim).
     k_cache, v_cache: (batch, max_len, heads_k, head_dim), any strides with a contiguous last
         dimension; with block_table (num_blocks, block_size, heads_k, head_dim). v_cache may have
         another head_dim. Both in q's dtype, or float8_e4m3fn with k_scale and v_scale.
@@ -70,7 +71,7 @@ def rope_attention_with_kvcache(
         unchanged): the slots in use. With k and v: before they are written. Else the queries' own
         tokens count.
     k, v: the keys and values of q's tokens, (batch, seqlen_q, heads_k, head_dim) or (total,
-        heads_k, head_dim), k not rotated. They are written into the cache first.
+        heads_k, head_dim). They are written into the cache first, k rotated as the cache has it.
     cu_seqlens_q: (batch + 1,) int32 or int64, the boundaries of packed queries: prefill chunks and
         single tokens of many sequences in one call. A sequence may have none. Tokens past the last
         boundary are padding: they get 0 and -inf, and are not written.
@@ -80,10 +81,13 @@ def rope_attention_with_kvcache(
         and clamp at 448 either way.
     cache_leftpad: (batch,) int32: the first slot in use, whose position is 0.
     freqs, score: as for `rope_attention`. All calls on one cache must have the same freqs and
-        score.stored, unless it is raw. XPOS's log_decay is refused except
-        for scores that store keys by blocks.
+        score.stored, unless it is raw. XPOS's log_decay is refused except for scores that store
+        keys by blocks.
     softmax_scale, log_n, query_scale, softcap, sinks, sliding_window: as for `rope_attention`.
     interleaved, rotary_offset, return_lse: as for `rope_attention`.
+    rotated: None: q and k are raw. "qk": q, k and the cached keys are rotated to their own
+        positions, amplitudes included, as models do it; k is written as it is. So a cache means the
+        same with any score, or none; far keys rotate as they are read.
     stored: "raw" keeps keys unrotated; every call rotates all of them, by its own freqs. So
         frequencies may follow the length, and a key may be read at any position. None stores keys
         by score.stored.
@@ -103,13 +107,16 @@ def rope_attention_with_kvcache(
     check_method(name, freqs, score)
     if stored not in (None, "raw"):
         raise ValueError(f"{name}: stored must be None or 'raw', got {stored!r}")
-    _check_stored_decay(name, freqs, None if stored else score)
+    check_rotated(name, rotated, (None, "qk"))
+    if rotated and stored:
+        raise ValueError(f"{name}: stored must be None with rotated='qk', got {stored!r}")
+    _check_stored_decay(name, freqs, None if stored or rotated else score)
     cu_seqlens_q = narrowed(cu_seqlens_q)
     cache_seqlens = cache_lengths(name, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
     call = make_call(
         freqs,
         score,
-        keys_stored=True,
+        rotated=rotated or (None if stored else "k"),
         cu_seqlens=cu_seqlens_q,
         sinks=sinks,
         query_scale=query_scale,
@@ -119,8 +126,6 @@ def rope_attention_with_kvcache(
         softcap=softcap,
         sliding_window=sliding_window,
     )
-    if stored is not None:
-        call = call._replace(score=replace(call.score, stored=UNROTATED))
     check_numbers(name, call)
     planes = (k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, k_scale, v_scale)
     cache = KVCache.of(*planes, new=k, cu_seqlens=cu_seqlens_q)

@@ -46,7 +46,7 @@ class PackedBatch(Batch):
                 f"{type(layer).__name__}; extend with layers='full'"
             )
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = rope_attention(*flat, keys_stored=True, cu_seqlens=self.cu_seqlens, **call)
+        out = rope_attention(*flat, rotated="k", cu_seqlens=self.cu_seqlens, **call)
         return out.unflatten(0, q.shape[:2])
 
 

@@ -69,7 +69,7 @@ class PaddedBatch(Batch):
                 call["k_start"] = forgotten + first - pad
             run = (q[start:stop, skip:], k[start:stop, first:], v[start:stop, first:])
             if size is None:
-                out = rope_attention(*run, keys_stored=True, **call)
+                out = rope_attention(*run, rotated="k", **call)
             else:
                 out = _attend_in_chunks(*run, size, **call)
             # Results in the padding are unused, but NaN there would spread.
@@ -93,7 +93,7 @@ def _attend_in_chunks(
         stop = min(begin + size, end)
         keys = slice(begin - k_start, stop - k_start)
         run = (q[:, here - q_start : stop - q_start], k[:, keys], v[:, keys])
-        outs.append(rope_attention(*run, q_start=here, k_start=begin, keys_stored=True, **call))
+        outs.append(rope_attention(*run, q_start=here, k_start=begin, rotated="k", **call))
         here = stop
     return torch.cat(outs, 1)
 

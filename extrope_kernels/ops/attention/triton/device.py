@@ -147,9 +147,15 @@ def map_of(position_map: PlainMap) -> tuple:
     )
 
 
-def stored_map(call: AttentionCall) -> MapConstants | None:
-    """Return the map by which keys already come rotated, or None: they are raw."""
-    return None if call.stored == UNROTATED else MapConstants(*map_of(call.stored))
+def stored_map(by: PlainMap) -> MapConstants | None:
+    """Return the map by which rows already come rotated, or None: they are raw."""
+    return None if by == UNROTATED else MapConstants(*map_of(by))
+
+
+@triton.constexpr_function
+def named_map(by):
+    """Return a plain tuple from `map_of` with names, or None."""
+    return None if by is None else MapConstants(*by)
 
 
 @triton.constexpr_function
@@ -263,6 +269,7 @@ class ModelConstants(NamedTuple):
     granularity: int
     window: int  # most keys that a query sees, or 0: all
     from_key_0: bool  # region 0 begins at key 0 for every query
+    q_stored: tuple | None  # the map by which queries come rotated, see `map_of`; None: raw
     q_maps: tuple[tuple, ...]  # one per region, see `map_of`
     sees_given_k: tuple[bool, ...]  # by region: its keys are k itself, not a rotated copy
     k_copy: tuple[int, ...]  # by region: the number of its rotated copy
@@ -320,6 +327,7 @@ def constants_of(
         granularity=min(call.granularity, FARTHEST),
         window=0 if window is None else min(window, FARTHEST),
         from_key_0=window is None and regions[0].start <= -FARTHEST,
+        q_stored=None if call.q_stored == UNROTATED else map_of(call.q_stored),
         q_maps=tuple(map_of(region.q_map) for region in regions),
         sees_given_k=tuple(region.k_map not in copies for region in regions),
         k_copy=tuple(copies.index(x.k_map) if x.k_map in copies else 0 for x in regions),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .device import cos_sin_of_map, not_finite, nth_map
+from .device import cos_sin_of_map, named_map, not_finite, nth_map
 from .rows import as_operand, load_rows, load_tile, row_of, store_rows
 
 
@@ -40,8 +40,8 @@ def _cos_sin(pair, q_pos, scale, rope, MAP: tl.constexpr, MODEL: tl.constexpr):
     decay = None
     if rope.log_decay is not None:
         decay = tl.load(rope.log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
-    # None: queries come rotated by no map.
-    cos, sin = cos_sin_of_map(q_pos, freq, decay, rope.pair_maps, pair, MAP, None, HALF)
+    FROM: tl.constexpr = named_map(MODEL.q_stored)
+    cos, sin = cos_sin_of_map(q_pos, freq, decay, rope.pair_maps, pair, MAP, FROM, HALF)
     # Keys are rotated without the attention factor: the query carries it for both.
     factor = tl.where(rotates, MODEL.attention_factor_sq, 1.0)[None, :] + not_finite(freq)
     factor *= scale

@@ -1,6 +1,6 @@
 """Rotate queries and keys once to the positions of their maps, and gradients back.
 
-Queries come raw, and keys raw or rotated by a map already (STORED). Keys have a copy for each map
+Rows come raw, or rotated by a map already (Q_STORED, STORED). Keys have a copy for each map
 that regions differ in, gradients one for each region.
 
 A program has a few tokens of q or of k, and a share of their heads. It computes the tokens'
@@ -239,7 +239,8 @@ def rotate_kernel(
     q_tiles, first_k_tile, tiles,  # tiles of q; first tiles of k to skip; those in the grid
     seqlen_q, seqlen_k,  # the totals if packed
     BACKWARD: tl.constexpr,  # the copies hold float32 gradients, and q and k get their sums
-    STORED: tl.constexpr,  # the map by which keys already come rotated; None: raw
+    Q_STORED: tl.constexpr,  # the map by which queries already come rotated; None: raw
+    STORED: tl.constexpr,  # that of keys
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Rotate a tile. Axis 0: tiles of tokens of q, then of k, and the batch; axis 1: heads' shares.
@@ -265,7 +266,7 @@ def rotate_kernel(
                 q_start, q_start_stride, q_decay, query_scale, scale_stride,
             )  # fmt: skip
             _rotate_tokens(
-                side, rope, tile, batch, Q_MAPS, FROM=None, FACTOR=TILE.attention_factor_sq,
+                side, rope, tile, batch, Q_MAPS, FROM=Q_STORED, FACTOR=TILE.attention_factor_sq,
                 HEADS=TILE.heads_q, BACKWARD=BACKWARD, TILE=TILE,
             )  # fmt: skip
     if len(K_MAPS) > 0:  # noqa: SIM102
@@ -386,7 +387,8 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
         },
         constants={
             "BACKWARD": wanted == "gradients",
-            "STORED": stored_map(call),
+            "Q_STORED": stored_map(call.q_stored),
+            "STORED": stored_map(call.stored),
             "TILE": tile,
         },
         options={"num_warps": THREADS // 32, "enable_fp_fusion": True},

@@ -40,7 +40,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....scores import UNROTATED
 from ..._math.dtypes import FP8, as_bits
 from ..._math.triton.launch import VECTOR_BYTES, Launch, chip_of, strides_by_name, strides_of
 from ..._math.triton.pairs import load_parts, of_pairs
@@ -140,7 +139,8 @@ def decode_kernel(
     appended,  # keys that this call wrote for each sequence; packed: for each query, 0 or 1
     num_items, least_blocks,  # of the schedule; blocks of keys that a split has at least
     num_counters,  # see store_split
-    STORED: tl.constexpr,  # the map by which keys in the cache come rotated; None: raw
+    Q_STORED: tl.constexpr,  # the map by which queries come rotated; None: raw
+    STORED: tl.constexpr,  # that of keys in the cache
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Attend. Axis 0: items of the schedule, then blocks of rows; axis 1: heads of k.
@@ -247,7 +247,7 @@ def decode_kernel(
         # q, rotated to the positions of the region's map. cos, sin: (M, P), or (1, P) if all rows
         # share one position. Keys have no attention factor: queries carry it for both.
         cos, sin = cos_sin_of_map(
-            position, freq, q_decay, pair_maps, pair, nth_map(MODEL.q_maps, r), None, MODEL.half
+            position, freq, q_decay, pair_maps, pair, nth_map(MODEL.q_maps, r), Q_STORED, MODEL.half
         )
         factor = (MODEL.attention_factor_sq + not_finite(freq)) * scale
         cos *= factor
@@ -399,7 +399,7 @@ class Launches(NamedTuple):
 
     append: Launch | None  # None: there is nothing to write
     attend: Launch
-    append_rotates: bool  # the first launch rotates keys; else the cache has them raw, UNROTATED
+    append_rotates: bool  # the first launch rotates keys; else it writes them as they come
     num_counters: int  # numbers at the head of scratch that must be 0
     scratch_size: int  # float32 numbers, with the counters; 0 if no programs share a sequence
 
@@ -484,10 +484,16 @@ def decode_launches(
         decode_kernel,
         programs if q.numel() else (0,),
         numbers=numbers,
-        constants={"STORED": stored_map(call), "MODEL": model, "BLOCKS": blocks},
+        constants={
+            "Q_STORED": stored_map(call.q_stored),
+            "STORED": stored_map(call.stored),
+            "MODEL": model,
+            "BLOCKS": blocks,
+        },
         options=config._replace(stages=stages).options,
     )
-    append, append_rotates = None, call.stored != UNROTATED
+    # Else the cache has keys as they come, like queries.
+    append, append_rotates = None, call.stored != call.q_stored
     if k is not None:
         by = KeyRotation(cu_seqlens=call.cu_seqlens)
         if append_rotates:

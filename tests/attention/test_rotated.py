@@ -1,0 +1,79 @@
+"""q and k that come rotated to their own positions, as models have them, are moved on."""
+
+import pytest
+import torch
+
+from extrope_kernels import apply_rope_qk, methods, rope_attention, rope_attention_with_kvcache
+from extrope_kernels import scores as s
+from extrope_kernels.testing import assert_within_budget, device
+
+FREQS = methods.yarn(32, factor=4.0, original_max_position_embeddings=64)
+SCORES = {
+    "plain": None,
+    "rerope": s.rerope(7),
+    "leaky_rerope": s.leaky_rerope(7, 3.0),
+    "self_extend": s.self_extend(8, 4),
+    "dual_chunk": s.dual_chunk(9, 2),
+    "string": s.string(5, 3),
+}
+
+
+def inputs(dtype, q_start=0):
+    """Raw q, k and v in float64 and the same, with q and k rotated, in a dtype."""
+    q, k = torch.randn(2, 21, 4, 40), torch.randn(2, 21, 2, 40)
+    raw = [x.double().to(device()) for x in (q, k, torch.randn(2, 21, 2, 24))]
+    freqs = FREQS.to(device())
+    by = {"positions": torch.arange(21, device=device()) + q_start}
+    rotated = [*apply_rope_qk(raw[0], raw[1], freqs, backend="reference", **by), raw[2]]
+    return freqs, raw, [x.to(dtype) for x in rotated]
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_the_reference_sees_what_it_sees_of_raw_ones(score):
+    freqs, raw, rotated = inputs(torch.float64, q_start=1000)
+    given = {"q_start": 1000, "k_start": 1000, "backend": "reference"}
+    want = rope_attention(*raw, freqs, score, **given)
+    out = rope_attention(*rotated, freqs, score, rotated="qk", **given)
+    torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_outputs_and_gradients(fast_backend, score):
+    """Gradients are those of q and k as they are given."""
+
+    def results(rows, backend):
+        rows = [x.clone().requires_grad_() for x in rows]
+        out = rope_attention(*rows, freqs, score, rotated="qk", backend=backend)
+        return out.detach(), *torch.autograd.grad(out, rows, torch.ones_like(out))
+
+    freqs, _, rotated = inputs(torch.float32)
+    got = results(rotated, fast_backend)
+    same_dtype = results(rotated, "reference")
+    exact = results([x.double() for x in rotated], "reference")
+    for name, *each in zip(("out", "dq", "dk", "dv"), got, same_dtype, exact):
+        assert_within_budget(name, *each)
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_a_models_own_cache(fast_backend, score):
+    """It holds keys at their own positions, and new ones are written as they come."""
+    freqs, _, (q, k, v) = inputs(torch.float32)
+    exact = [x.double() for x in (q, k, v)]
+    want = rope_attention(*exact, freqs, score, rotated="qk", backend="reference")[:, -3:]
+    same_dtype = rope_attention(q, k, v, freqs, score, rotated="qk", backend="reference")[:, -3:]
+    k_cache, v_cache = (x.new_zeros(2, 32, *x.shape[2:]) for x in (k, v))
+    k_cache[:, :18], v_cache[:, :18] = k[:, :18], v[:, :18]
+    out = rope_attention_with_kvcache(
+        q[:, -3:], k_cache, v_cache, freqs, score, cache_seqlens=18, k=k[:, -3:], v=v[:, -3:],
+        rotated="qk", backend=fast_backend,
+    )  # fmt: skip
+    assert_within_budget("out", out, same_dtype, want)
+    assert torch.equal(k_cache[:, :21], k)
+
+
+def test_what_it_does_not_go_with():
+    freqs, _, (q, k, v) = inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"^rope_attention: rotated must be .*, got 'q'"):
+        rope_attention(q, k, v, freqs, rotated="q")
+    with pytest.raises(ValueError, match="stored must be None with rotated='qk', got 'raw'"):
+        rope_attention_with_kvcache(q, k, v, freqs, cache_seqlens=21, rotated="qk", stored="raw")
