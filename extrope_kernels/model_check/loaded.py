@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import RopeFreqs, methods
 from .._usage import shortened
-from ..integrations._shared.parameters import SAVED
+from ..integrations._shared.saved import SAVED
 from ..integrations.transformers.model import no_model
 from ..integrations.transformers.patch.hooks import ON_OWNER
 from ..integrations.transformers.patch.rotary_forward import RotaryForward

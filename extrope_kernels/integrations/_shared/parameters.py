@@ -33,7 +33,6 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 # Parameters that a method exists to choose: the model's value is no default for them.
 _OWN_DEFAULTS = {"abf": {"base"}, "dynamic_yarn": {"max_position_embeddings"}}
-SAVED = "extrope.json"  # what `save_pretrained` of an extension writes beside a configuration
 DUAL_CHUNKS = "dual_chunk_attention_config"  # of a transformers configuration
 SPARSE = (
     f"of {DUAL_CHUNKS} the sparse part (vertical and slash lines) is left out: "

@@ -16,6 +16,7 @@ from torch import nn
 from ... import RopeFreqs
 from ..._usage import shortened
 from ...scores import SCORES, Score
+from .._shared.saved import Saved, read
 from .attention import register_interface
 from .model import Override, generation_config_owner
 from .patch.frequencies import frequency_patches
@@ -40,7 +41,7 @@ from .request import (
     why_no_region,
     with_stated,
 )
-from .saved import Saved, describe, read, save, save_beside_adapters, save_plain
+from .saved import describe, save, save_beside_adapters, save_plain
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy

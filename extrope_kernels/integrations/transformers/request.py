@@ -18,12 +18,13 @@ from ...methods import METHODS
 from ...scores import SCORES, Score
 from .._shared.choice import FARTHEST, MEASURED, Choice, choose_method, times
 from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in
+from .._shared.saved import STRETCHING
 from .model import BOUNDED
 from .patch.hooks import ON_OWNER, Applied
 from .patch.rotary_forward import RotaryForward
 from .patch.scores import why_no_images
 from .probe.rotary import RotaryModule, find_rotary_modules
-from .saved import STRETCHING, describe
+from .saved import describe
 
 _TRAINED = "original_max_position_embeddings"
 # The methods of scalings that a model may state, besides those that `rope` leaves in force.

@@ -17,7 +17,7 @@ from .probe.rotary import RotaryModule, attribute_of, find_rotary_modules
 if TYPE_CHECKING:
     from torch import nn
 
-    from .saved import Saved
+    from .._shared.saved import Saved
 
 TRAINED = "original_max_position_embeddings"
 # Methods with a type in configs, and its parameters.

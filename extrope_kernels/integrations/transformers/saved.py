@@ -10,46 +10,25 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
 import os
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ...scores import SCORES
-from .._shared.parameters import PARAMETERS, SAVED, plain, values_for
+from .._shared.parameters import PARAMETERS, plain, values_for
+from .._shared.saved import SAVED, Saved, length_of
 from .model import generation_config_owner
 from .patch.frequencies import values_of
 from .patch.hooks import ON_OWNER, Applied
 from .probe.rotary import find_rotary_modules
 from .rope_parameters import TRAINED, set_longest, with_frequencies
 
-# Methods that stretch the trained length by their factor.
-STRETCHING = (
-    *("pi", "ntk_aware", "ntk_by_parts", "ntk_mixed", "yarn", "mrrope", "llama3", "longrope"),
-    *("leaky_rerope", "self_extend"),
-)
 _CARD = "README.md"  # the model card, which PEFT writes and others show
-
-
-@dataclass(frozen=True)
-class Saved:
-    """An extension in its stored form.
-
-    parameters: for a frequency method also the model's, if all kinds of layers share them.
-    length: the number of tokens that the extended model can read; None: no limit, or not known.
-    """
-
-    method: str
-    parameters: dict[str, Any]
-    layers: str
-    length: int | None = None
-    cache: str | None = None
 
 
 def describe(model: nn.Module, applied: Applied) -> Saved:
@@ -78,29 +57,8 @@ def describe(model: nn.Module, applied: Applied) -> Saved:
     known = {**values[0].values, "max_position_embeddings": reach}
     if TRAINED in values[0].trained and not {"base", TRAINED} & set(applied.parameters):
         known[TRAINED] = values[0].trained[TRAINED]
-    length = None if applied.own else _length(method, {**known, **parameters})
+    length = None if applied.own else length_of(method, {**known, **parameters})
     return Saved(method, parameters, applied.layers, length, applied.cache)
-
-
-def _length(method: str, values: Mapping[str, Any]) -> int | None:
-    """Return the tokens that a method reaches; values: the model's and the method's parameters."""
-    factor, longest = values.get("factor"), values.get("max_position_embeddings")
-    if method in SCORES:
-        window = values.get("window")
-        if method == "rerope" and longest is not None and window >= longest:
-            return longest  # nothing lies past the window
-        if method not in STRETCHING or longest is None or factor == math.inf:
-            return None
-        # Frequencies reach `longest`; a score stretches the part past the window.
-        window = min(window, longest)
-        return window + int((longest - window) * factor)
-    trained = values.get(TRAINED)
-    if "seq_len" in values or method == "rope":
-        return values.get("seq_len", trained)
-    if method == "longrope" and factor is None:
-        return longest
-    stretches = method in STRETCHING and None not in (trained, factor)
-    return int(trained * factor) if stretches else None
 
 
 def save_plain(
@@ -243,17 +201,3 @@ from extrope_kernels.integrations.transformers import extend_from_saved
 extend_from_saved(model, "this folder")
 ```
 """
-
-
-def read(folder: str | os.PathLike) -> list[Saved]:
-    """Return the extensions stored in a folder; raise ValueError if there are none."""
-    path = Path(folder, SAVED)
-    if not path.is_file():
-        raise ValueError(f"extend_from_saved: folder must have a file {SAVED}, got {folder}")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return [Saved(**each) for each in stored["extensions"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"extend_from_saved: {path} must hold what an extension has saved, got {error!r}"
-        ) from None
