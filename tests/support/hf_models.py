@@ -211,8 +211,8 @@ class CountOps(TorchDispatchMode):
 
     @property
     def rotations(self) -> int:
-        """Calls of the rotary op, with or without a norm."""
-        return self.of("extrope.rope_fwd", "extrope.rope_norm_fwd")
+        """Calls of the rotary op."""
+        return self.of("extrope.rope_fwd")
 
     @property
     def tables(self) -> int:

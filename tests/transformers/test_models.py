@@ -10,7 +10,7 @@ from support.hf_models import build, error, generate, gradients, logits, since, 
 
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.integrations.transformers.batch import padded
-from extrope_kernels.integrations.transformers.patch import norms
+from extrope_kernels.integrations.transformers.patch import scores
 from extrope_kernels.integrations.transformers.patch.score_forward import ScoreAttention
 
 # One of each kind of architecture, and others of them.
@@ -309,7 +309,7 @@ def test_a_probe_that_fails_changes_nothing(monkeypatch):
     def fail(owner):
         raise KeyError("sliding_attention")
 
-    monkeypatch.setattr(norms, "probe_layers", fail)
+    monkeypatch.setattr(scores, "probe_layers", fail)
     with pytest.raises(ValueError, match=r"needs tables of cos and sin .'sliding_attention'"):
         extend(model, "rerope", window=6)
     monkeypatch.undo()

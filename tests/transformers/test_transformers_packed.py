@@ -21,7 +21,7 @@ SLIDING |= {"use_sliding_window": True}
 MODELS = [
     *(("llama", method, {}) for method in SCORE_PARAMETERS),
     ("gpt_neox", "string", {}),  # rotates some dims alone
-    ("qwen3", "rerope", SLIDING),  # norms, and a layer that is not extended
+    ("qwen3", "rerope", SLIDING),  # a layer that is not extended
     ("qwen3", "leaky_rerope", SLIDING | {"layers": "all"}),
 ]
 

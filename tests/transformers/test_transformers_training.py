@@ -82,7 +82,7 @@ def assert_as_exact(got, expected, want):
     ("family", "method", "parameters"),
     [
         ("llama", "dynamic_ntk", {"factor": 4.0}),
-        ("qwen3", "yarn", {"factor": 4.0}),  # which norms, too
+        ("qwen3", "yarn", {"factor": 4.0}),
         ("qwen3", "rerope", {"window": 6}),
         ("gemma2", "leaky_rerope", LEAKY),
     ],

@@ -7,9 +7,9 @@ probe: what a model does. `rotary` finds the rotary embeddings, a `RotaryModule`
     `attention` knows how layers call their attention, and runs four tokens to record those calls;
     `layers` decides by them which layers a score method can serve (`LayerProbe`).
 patch: what we change. `frequencies` and `scores` make the `Patches` of the two kinds of methods,
-    `norms` those of norms before a rotation, `generate` those of the methods that generate, `hooks`
-    what puts hooks around a forward. In a forward `state` says by which ways it is told of them;
-    `rotation` rotates, `score_forward` attends.
+    `generate` those of the methods that generate, `hooks` what puts hooks around a forward. In a
+    forward `state` says by which ways it is told of them; `rotary_forward` rotates, `score_forward`
+    attends.
 batch: the rows that a forward reads: padded, packed, in pages.
 
 interface: `attn_implementation="extrope"`, also for models that are not extended.

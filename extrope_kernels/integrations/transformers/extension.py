@@ -75,11 +75,10 @@ def extend(
     1. at position 0: what each attention gets without a rotation;
     2. at positions 0 to 3: which dims rotate, in which pairs, and if the op attends as the layer;
     3. backwards and louder: if tokens mix elsewhere, and if a norm undoes an amplitude;
-    4. with everything in place, norms of queries and keys too.
+    4. with everything in place.
 
-    A mesh alone runs two and the last; a frequency method the last one, in models with such norms.
-    It raises ValueError where that fails. The probe changes nothing; it needs the weights, and a
-    model's hooks see it.
+    A mesh alone runs two and the last; a frequency method none. It raises ValueError where that
+    fails. The probe changes nothing; it needs the weights, and a model's hooks see it.
 
     Then rotary embeddings, attentions and `generate` of this model get other functions and hooks.
     Weights, buffers and configuration do not change. `generate` alone stops by default at
@@ -89,8 +88,8 @@ def extend(
     (`methods.trained`): a linear, llama3 or longrope scaling of its configuration stays below it, a
     yarn or dynamic one is replaced. Nothing is scaled twice, nor is the softmax scale of latent
     attention (DeepSeek). If `apply_rope_qk` does what the model's layers do, every rotation goes
-    through it, with a norm right before it: frequencies stay float32 and positions integers in a
-    model of any dtype. Otherwise the model's own rotary embedding makes its tables.
+    through it: frequencies stay float32 and positions integers in a model of any dtype. Otherwise
+    the model's own rotary embedding makes its tables.
 
     A method with a `seq_len` is frozen per request, so that cached keys stay valid: in `generate`
     for the prompt and max_new_tokens together, in a forward with an empty cache for its own tokens,

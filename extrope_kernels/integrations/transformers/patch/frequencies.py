@@ -31,7 +31,6 @@ from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsuppo
 from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
 from .generate import batching_patches, request_patches
 from .hooks import Applied, Patches
-from .norms import tried_patches
 from .rotary_forward import RotaryForward, ThreadFrequencies
 from .scores import raw_key_patches
 from .state import FreqsByKind, Frozen, Request, in_progress, on_cache
@@ -75,9 +74,7 @@ def frequency_patches(
     if patches.by_length and cache is None:
         patches.overrides += request_patches(model)
     patches.overrides += batching_patches(model, method if patches.by_length else None)
-    if cache is None:
-        patches.then.append(partial(tried_patches, model, rotary_modules, False))
-    else:
+    if cache is not None:
         patches.then.append(partial(raw_key_patches, model, applied))
     return patches
 

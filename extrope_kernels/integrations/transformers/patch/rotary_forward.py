@@ -13,7 +13,7 @@ import importlib
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +27,6 @@ from .state import FreqsByKind
 _wrapped: dict[str, tuple[Callable[..., Any], Callable[..., Any], weakref.WeakSet]] = {}
 
 
-class Norm(NamedTuple):
-    """The norm before a rotation, as arguments of `apply_rope_qk`."""
-
-    q_norm_weight: Tensor
-    k_norm_weight: Tensor
-    norm_eps: float
-
-
 class Rotation:
     """Frequencies and positions of one forward.
 
@@ -43,7 +35,6 @@ class Rotation:
 
     positions: (batch or 1, seqlen); None leaves queries and keys as they are.
     keys_only: leave queries raw, for the attention of a score method.
-    norm: the layer's norm right before, if the rotation does it.
     """
 
     def __init__(
@@ -52,28 +43,18 @@ class Rotation:
         positions: Tensor | None,
         interleaved: bool,
         keys_only: bool = False,
-        norm: Norm | None = None,
     ) -> None:
         self.freqs = freqs
         self.positions = positions
         self.interleaved = interleaved
         self.keys_only = keys_only
-        self.norm = norm
-
-    def after(self, norm: Norm) -> Rotation:
-        """Return this rotation with a norm before it."""
-        return Rotation(self.freqs, self.positions, self.interleaved, self.keys_only, norm)
 
     def to(self, device: torch.device | torch.dtype | str | int, **_: Any) -> Rotation:
         """Move to `device`: accelerate's hooks call it if a model spans several devices."""
         if isinstance(device, torch.dtype):
             return self
-        positions, norm = self.positions, self.norm
-        if positions is not None:
-            positions = positions.to(device)
-        if norm is not None:
-            norm = Norm(norm.q_norm_weight.to(device), norm.k_norm_weight.to(device), norm.norm_eps)
-        return Rotation(self.freqs.to(device), positions, self.interleaved, self.keys_only, norm)
+        positions = None if self.positions is None else self.positions.to(device)
+        return Rotation(self.freqs.to(device), positions, self.interleaved, self.keys_only)
 
     def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
         """Rotate like `apply_rotary_pos_emb`; q and k have heads in dimension `unsqueeze_dim`."""
@@ -88,11 +69,8 @@ class Rotation:
 
     def _rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         options = {"positions": self.positions, "interleaved": self.interleaved}
-        norm = {} if self.norm is None else self.norm._asdict()
         if not self.keys_only:
-            return apply_rope_qk(q, k, self.freqs, **options, **norm)
-        if norm:  # by angles of 0: the attention rotates
-            q, k = apply_rope_qk(q, k, RopeFreqs(torch.zeros_like(self.freqs.inv_freq)), **norm)
+            return apply_rope_qk(q, k, self.freqs, **options)
         return q, (k if self.positions is None else apply_rope(k, self.freqs, **options))
 
 

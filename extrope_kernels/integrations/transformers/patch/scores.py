@@ -8,16 +8,16 @@ from functools import partial
 
 from torch import nn
 
+from ...._usage import shortened
 from ....ops.attention import check_log_n
 from ....scores import FIRST_KEY, UNROTATED, PositionMap, Region, Score
 from ..._shared.choice import images_refused
 from ..._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
 from ..model import generation_config_owner, unsupported
-from ..probe.layers import LayerProbe, refuse_without_weights
+from ..probe.layers import LayerProbe, first_call, probe_layers, refuse_without_weights
 from ..probe.rotary import RotaryModule, argument_names, find_rotary_modules, owners_of
 from .generate import batching_patches, mask_patches
 from .hooks import Applied, Patches, route_forward_through_hooks
-from .norms import tried_patches
 from .rotary_forward import RotaryForward, ThreadFrequencies
 from .score_forward import ScoreHooks, ScoreRequest, ScoreRotaryForward
 
@@ -97,7 +97,7 @@ def attention_patches(
     patches = Patches(
         [override for each in rotaries for override in each.overrides()],
         [(owner, hooks.before_forward, hooks.after_forward)],
-        [partial(tried_patches, model, rotary_modules, True)],
+        [partial(_try_patched, model, owner)],
         probe,
     )
     for layer in probe.far:
@@ -106,6 +106,19 @@ def attention_patches(
     patches.hooks += [(layer, hooks.before_near_layer, None) for layer in probe.near]
     patches.overrides += [*mask_patches(model), *batching_patches(model)]
     return patches
+
+
+def _try_patched(model: nn.Module, owner: nn.Module) -> Patches:
+    """Run four tokens, to find what a model does between its rotary embedding and its layers."""
+    try:
+        probe_layers(first_call(model, owner))
+    except Exception as error:  # a foreign model may raise anything
+        raise unsupported(
+            owner,
+            "its code between the rotary embedding and the layers needs tables of cos and sin "
+            f"({shortened(error)})",
+        ) from error
+    return Patches()
 
 
 def _thread_frequencies(

@@ -1,9 +1,8 @@
-"""The state of a forward: by which way it reaches hooks, rotary embeddings, layers and norms.
+"""The state of a forward: by which way it reaches hooks, rotary embeddings and layers.
 
 A forward in progress has one state, `in_progress`, which each thread has for itself:
 
     "request"           the `Request` that `generate` has begun
-    "norm"              the layer's norms (`norms.FusedNorm`) that the rotation does in its pass
     a key of our hooks  the rows (`Batch`) that the owner reads, or True once the hooks have run
 
 Those who begin something set it and take it back, after an error too. Copies of a model share the
