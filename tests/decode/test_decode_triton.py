@@ -22,7 +22,7 @@ from extrope_kernels.ops.attention.triton import configs  # noqa: E402
 from extrope_kernels.ops.cache.call import KVCache  # noqa: E402
 from extrope_kernels.ops.decode.triton.decode import constants_of  # noqa: E402
 from extrope_kernels.ops.decode.triton.schedule import (  # noqa: E402
-    Lengths,
+    CacheLengths,
     grid_of,
     work_of_item,
 )
@@ -201,7 +201,7 @@ def test_every_tile_is_a_candidate_or_has_none():
 def _packed_work(
     seqlens, cu_seqlens, found, batch, num_items, total, MODEL: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    lengths = Lengths(seqlens, seqlens, cu_seqlens, batch, total, 1, 1 << 30)
+    lengths = CacheLengths(seqlens, seqlens, cu_seqlens, batch, total, 1, 1 << 30)
     item = tl.program_id(0)
     sequence, part, splits = work_of_item(item, num_items, 2, lengths, MODEL, BLOCKS)
     tl.store(found + item * 3, sequence)

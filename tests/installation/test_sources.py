@@ -1,4 +1,4 @@
-"""What the C++ and CUDA sources and their flags must never contain."""
+"""What sources and their flags must never contain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_no_fast_math():
 TWICE = {"ProductUnit"}
 
 
-def test_no_two_classes_have_one_name():
+def test_no_two_classes_of_cpp_have_one_name():
     found: dict[str, list[str]] = {}
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in (".h", ".cpp", ".cu"):
@@ -37,6 +37,15 @@ def test_no_two_classes_have_one_name():
                 found.setdefault(name, []).append(path.name)
     assert len(found) > 100 and found.keys() >= TWICE
     assert not {name: at for name, at in found.items() if len(at) > 1 and name not in TWICE}
+
+
+def test_no_two_public_classes_of_ops_have_one_name():
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "extrope_kernels" / "ops").rglob("*.py")):
+        for name in re.findall(r"^class ([A-Za-z]\w*)", path.read_text(), re.MULTILINE):
+            found.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert len(found) > 40
+    assert not {name: at for name, at in found.items() if len(at) > 1}
 
 
 def includes(source: Path, seen: set[Path]) -> set[str]:

@@ -24,7 +24,7 @@ from .._tables.decay import reach
 from .._tables.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
 
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
-FARTHEST = 2**53  # positions are float64: past it, tokens that follow each other share one
+MOST_OFFSET = 2**53  # positions are float64: past it, tokens that follow each other share one
 INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
 
 
@@ -80,7 +80,7 @@ def check_values(
 ) -> None:
     """Check values, after `check`: those of tensors only if reading them waits for no device."""
     check_boundaries("rope", cu_seqlens, tokens)
-    if type(offset) is int and abs(offset) > FARTHEST:
+    if type(offset) is int and abs(offset) > MOST_OFFSET:
         raise ValueError(f"rope: an offset of positions must be within 2**53, got {offset}")
     if axes is None or positions is None or positions.dim() != 3 or not has_values(axes):
         return

@@ -70,8 +70,8 @@ from .device import (
     softcap_backward,
     with_contiguous_rows,
 )
-from .mask import Places, block_of_queries, block_start, find_block, keys_seen, queries_that_see
-from .rotate import Rotation, build_rotation, gradients_of_copies, rotate, rotate_back
+from .mask import Sequences, block_of_queries, block_start, find_block, keys_seen, queries_that_see
+from .rotate import RotateLaunch, build_rotation, gradients_of_copies, rotate, rotate_back
 from .rows import (
     add_dot,
     dot_rows,
@@ -178,11 +178,11 @@ def dq_kernel(
 
     # This program's `rows` queries of one head, from `token` on, and first_row, the first token of
     # their sequence in k. A program without a block has 0 rows and no keys.
-    places = Places(
+    sequences = Sequences(
         seqlen_q, seqlen_k, cu_seqlens, num_sequences, search_steps, q_start, q_start_stride,
         k_start, k_start_stride,
     )  # fmt: skip
-    queries = block_of_queries(blocks, places, MODEL, BLOCKS)
+    queries = block_of_queries(blocks, sequences, MODEL, BLOCKS)
     batch, head, head_k, token = queries.batch, queries.head, queries.head_k, queries.token
     rows, first_row = queries.rows, queries.first_row
 
@@ -317,11 +317,11 @@ def dkv_kernel(
     # This program's head of k, the first token of its sequence in q and in k (`first_row`, 0 if not
     # packed), and the `index` of its block of keys. A program without a block has a sequence of
     # length 0.
-    places = Places(
+    sequences = Sequences(
         seqlen_q, seqlen_k, cu_seqlens, num_sequences, search_steps, q_start, q_start_stride,
         k_start, k_start_stride,
     )  # fmt: skip
-    this = find_block(blocks, HEADS_K, places, BLOCK_N)
+    this = find_block(blocks, HEADS_K, sequences, BLOCK_N)
     batch, head_k, first_row = this.batch, this.head, this.first_row
     first = this.index * BLOCK_N  # within the sequence, as all keys and rows below
     last = tl.minimum(first + BLOCK_N, this.seqlen_k) - 1
@@ -360,13 +360,13 @@ def dkv_kernel(
 # The launches
 
 
-class Launches(NamedTuple):
+class BackwardLaunches(NamedTuple):
     """The four launches of a call."""
 
-    rotate: Rotation
+    rotate: RotateLaunch
     by_queries: Launch
     by_keys: Launch
-    rotate_back: Rotation
+    rotate_back: RotateLaunch
 
 
 def backward(
@@ -378,7 +378,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     call: AttentionCall,
-    launches: Launches,
+    launches: BackwardLaunches,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of raw q and k, and of v, in their dtypes or float32; four launches.
 
@@ -417,7 +417,7 @@ def backward_launches(
     out: Tensor,
     lse: Tensor,
     call: AttentionCall,
-) -> Launches:
+) -> BackwardLaunches:
     """Build the launches for tensors of these layouts."""
     call = with_contiguous_rows(call)
 
@@ -439,7 +439,7 @@ def backward_launches(
     dq, dk = (
         torch.empty(x.shape, dtype=call.results_dtype(x.dtype), device="meta") for x in (q, k)
     )
-    return Launches(
+    return BackwardLaunches(
         # q for each region; k for each map of keys that it does not have already
         build_rotation(q, k, call, "both"),
         launch("dq", dq_kernel, q, {"k": k, "v": v, "out": out, "dout": dout}),

@@ -25,7 +25,7 @@ from .configs import MOST_ROWS, Config
 LEAST_DIMS = 16  # least dims of a product
 # Starts, windows and blocks of granularity reach no farther, so that int32 never overflows: not
 # three times this. It is past all positions, of up to 2**27 tokens from a start on.
-FARTHEST = START_END + 2**27
+FARTHEST_INT32 = START_END + 2**27
 _LARGEST = 2**31 - 1  # largest int32 position
 
 
@@ -323,10 +323,10 @@ def constants_of(
         freq_heads=freq_heads_of(call),
         interleaved=call.interleaved,
         rotary_offset=call.rotary_offset,
-        starts=tuple(max(-FARTHEST, min(region.start, FARTHEST)) for region in regions),
-        granularity=min(call.granularity, FARTHEST),
-        window=0 if window is None else min(window, FARTHEST),
-        from_key_0=window is None and regions[0].start <= -FARTHEST,
+        starts=tuple(max(-FARTHEST_INT32, min(region.start, FARTHEST_INT32)) for region in regions),
+        granularity=min(call.granularity, FARTHEST_INT32),
+        window=0 if window is None else min(window, FARTHEST_INT32),
+        from_key_0=window is None and regions[0].start <= -FARTHEST_INT32,
         q_stored=None if call.q_stored == UNROTATED else map_of(call.q_stored),
         q_maps=tuple(map_of(region.q_map) for region in regions),
         sees_given_k=tuple(region.k_map not in copies for region in regions),
@@ -372,7 +372,7 @@ def alignment_of(*tensors: Tensor) -> int:
 def regions_of(k: Tensor, call: AttentionCall) -> list[Region]:
     """Return the regions that may hold keys."""
     placed = call.q_start is not None or call.k_start is not None
-    return call.trimmed(FARTHEST if placed else k.shape[-3])
+    return call.trimmed(FARTHEST_INT32 if placed else k.shape[-3])
 
 
 def key_maps(k: Tensor, call: AttentionCall) -> list[PlainMap]:
@@ -392,7 +392,7 @@ def programs_of(x: Tensor, size: int, call: AttentionCall) -> tuple[int, int]:
 
 
 def sequence_numbers(q: Tensor, k: Tensor, call: AttentionCall) -> dict[str, int]:
-    """Return the numbers of a launch that say where sequences are, in q and k; see `Places`."""
+    """Return the numbers of a launch that say where sequences are, in q and k; see `Sequences`."""
     sequences = 0 if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     return {
         "q_start_stride": sequence_stride(call.q_start),

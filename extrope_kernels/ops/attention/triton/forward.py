@@ -19,10 +19,10 @@ that exist. block() rounds down to a multiple of granularity, counted by positio
 dual_chunk chunk share starts; in ReRoPE granularity is 1. starts are at most 0, and rise. mask.py
 has these as region_begin, with a picture.
 
-block_of_queries finds a program's Queries: `rows` of one head from `token` on, first_row, the first
-token of their sequence in k, and their own keys. keys_seen returns a region's Seen: row i sees keys
-[row_begin[i], row_end[i]), any row some of [begin, end). They cut that into num_full blocks that
-all rows see, and num_masked others; block_start says where the i-th of these is.
+block_of_queries finds a program's QueryBlock: `rows` of one head from `token` on, first_row, the
+first token of their sequence in k, and their own keys. keys_seen returns a region's Seen: row i
+sees keys [row_begin[i], row_end[i]), any row some of [begin, end). They cut that into num_full
+blocks that all rows see, and num_masked others; block_start says where the i-th of these is.
 
 Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes as a tuple
 of one or two tiles, of D0 and D1 dims (D1 is 0: one), a row of v or out of DV0 and DV1: see Blocks
@@ -66,9 +66,9 @@ from .device import (
     softcap,
     with_contiguous_rows,
 )
-from .mask import Places, block_of_queries, block_start, keys_seen
+from .mask import Sequences, block_of_queries, block_start, keys_seen
 from .queries import QueryRope, rotated_queries
-from .rotate import Rotation, build_rotation, rotate
+from .rotate import RotateLaunch, build_rotation, rotate
 from .rows import (
     add_dot,
     dot_rows,
@@ -171,11 +171,11 @@ def forward_kernel(
     v = strided_rows(v, v_stride_batch, v_stride_seq, v_stride_head, HEADS_K, HEAD_DIM_V, BLOCKS)
 
     # This program's queries. A program without a block has neither rows nor keys.
-    places = Places(
+    sequences = Sequences(
         seqlen_q, seqlen_k, cu_seqlens, num_sequences, search_steps, q_start, q_start_stride,
         k_start, k_start_stride,
     )  # fmt: skip
-    queries = block_of_queries(blocks, places, MODEL, BLOCKS)
+    queries = block_of_queries(blocks, sequences, MODEL, BLOCKS)
     batch, head, head_k, token = queries.batch, queries.head, queries.head_k, queries.token
     rows, first_row = queries.rows, queries.first_row
 
@@ -235,16 +235,16 @@ def forward_kernel(
 # The launches
 
 
-class Launches(NamedTuple):
+class ForwardLaunches(NamedTuple):
     """Both launches of a call."""
 
-    rotate_keys: Rotation
+    rotate_keys: RotateLaunch
     attend: Launch
     needs_scratch: bool  # rotated queries go through memory, and rows of out cannot hold them
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, launches: Launches
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, launches: ForwardLaunches
 ) -> tuple[Tensor, Tensor]:
     """Attend by one softmax over the keys of every region, in two launches.
 
@@ -271,7 +271,7 @@ def forward(
     return out, lse
 
 
-def forward_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Launches:
+def forward_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> ForwardLaunches:
     """Build both launches."""
     call = with_contiguous_rows(call)
     config = configs.config_of("forward", q, v)  # sizes of blocks, warps and stages
@@ -294,4 +294,6 @@ def forward_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> La
     )
     through_memory = len(model.starts) > 1 or not blocks.tiles_are_pairs
     out_fits = model.head_dim_v == model.head_dim and call.results_dtype(q.dtype) == q.dtype
-    return Launches(build_rotation(q, k, call, "keys"), attend, through_memory and not out_fits)
+    return ForwardLaunches(
+        build_rotation(q, k, call, "keys"), attend, through_memory and not out_fits
+    )

@@ -110,7 +110,7 @@ def _seen(begin, every_begin, every_end, end, row_begin, row_end, SIZE: tl.const
 
 @triton.jit
 def keys_seen(queries, REGION: tl.constexpr, BLOCK_N: tl.constexpr, MODEL: tl.constexpr):
-    """Return the keys of REGION that a block of queries sees: Seen of the Queries."""
+    """Return the keys of REGION that a block of queries sees: Seen of the QueryBlock."""
     seqlen_k, key_0_pos = queries.seqlen_k, queries.key_0_pos
     # A region ends where the next one begins.
     row_begin = region_begin(queries.q_key, seqlen_k, key_0_pos, REGION, MODEL)  # (M,)
@@ -154,7 +154,7 @@ def block_start(i, seen, SIZE: tl.constexpr, MASKED: tl.constexpr):
 # The block of queries or keys of a program
 
 
-class Places(NamedTuple):
+class Sequences(NamedTuple):
     """Where the tokens of q and k are."""
 
     seqlen_q: tl.tensor  # the totals if packed
@@ -201,7 +201,7 @@ def _sequence_of(slot, cu_seqlens, num_sequences, search_steps, SIZE: tl.constex
 
 
 @triton.jit
-def find_block(blocks, heads, places, SIZE: tl.constexpr):
+def find_block(blocks, heads, sequences, SIZE: tl.constexpr):
     """Find this program's block of SIZE tokens. Axis 0: blocks, then heads, then the batch.
 
     Packed sequences may have fewer blocks than the grid: a program without one gets block 0 of a
@@ -212,13 +212,13 @@ def find_block(blocks, heads, places, SIZE: tl.constexpr):
     head = rest % heads
     batch = rest // heads
     sequence, index, num_blocks, first_row = batch, slot, blocks, 0
-    seqlen_q, seqlen_k = places.seqlen_q, places.seqlen_k
-    if places.cu_seqlens is not None:
+    seqlen_q, seqlen_k = sequences.seqlen_q, sequences.seqlen_k
+    if sequences.cu_seqlens is not None:
         sequence = _sequence_of(
-            slot, places.cu_seqlens, places.num_sequences, places.search_steps, SIZE
+            slot, sequences.cu_seqlens, sequences.num_sequences, sequences.search_steps, SIZE
         )
-        first_row = tl.load(places.cu_seqlens + sequence)
-        seqlen = tl.load(places.cu_seqlens + sequence + 1) - first_row
+        first_row = tl.load(sequences.cu_seqlens + sequence)
+        seqlen = tl.load(sequences.cu_seqlens + sequence + 1) - first_row
         index = slot - (first_row // SIZE + sequence)
         num_blocks = tl.maximum(seqlen + SIZE - 1, 0) // SIZE
         idle = index >= num_blocks
@@ -229,18 +229,18 @@ def find_block(blocks, heads, places, SIZE: tl.constexpr):
     # Keys count from the sequence's first one. key_0_pos is its absolute position: rotations, and
     # regions' blocks of granularity, depend on it.
     key_0_pos = 0
-    if places.k_start is not None:
-        key_0_pos = tl.load(places.k_start + sequence * places.k_start_stride)
+    if sequences.k_start is not None:
+        key_0_pos = tl.load(sequences.k_start + sequence * sequences.k_start_stride)
     shift = seqlen_k - seqlen_q  # both sides end together,
-    if places.q_start is not None:  # unless positions say where they begin
-        shift = tl.load(places.q_start + sequence * places.q_start_stride) - key_0_pos
+    if sequences.q_start is not None:  # unless positions say where they begin
+        shift = tl.load(sequences.q_start + sequence * sequences.q_start_stride) - key_0_pos
     return Block(
         tl.cast(batch, tl.int64), sequence, head, index, num_blocks, first_row, seqlen_q, seqlen_k,
         shift, key_0_pos,
     )  # fmt: skip
 
 
-class Queries(NamedTuple):
+class QueryBlock(NamedTuple):
     """A program's block of queries."""
 
     batch: tl.tensor  # int64; 0 for packed sequences
@@ -258,15 +258,15 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def block_of_queries(blocks, places, MODEL: tl.constexpr, BLOCKS: tl.constexpr):
-    """Find this program's block of queries: Queries. Axis 0: blocks, then heads, then the batch."""
+def block_of_queries(blocks, sequences, MODEL: tl.constexpr, BLOCKS: tl.constexpr):
+    """Find this program's QueryBlock. Axis 0: blocks of queries, then heads, then the batch."""
     BLOCK_M: tl.constexpr = BLOCKS.block_m
-    this = find_block(blocks, MODEL.heads_q, places, BLOCK_M)
+    this = find_block(blocks, MODEL.heads_q, sequences, BLOCK_M)
     # The last block of a sequence sees the most keys, so it starts first: short ones fill the gaps.
     first = (this.num_blocks - 1 - this.index) * BLOCK_M  # within the sequence
     first_q_key = first + this.shift
     last_q_key = tl.minimum(first_q_key + BLOCK_M, this.seqlen_q + this.shift) - 1
-    return Queries(
+    return QueryBlock(
         this.batch, this.sequence, this.head, this.head // (MODEL.heads_q // MODEL.heads_k),
         this.first_row, this.first_row + first, this.seqlen_q - first, this.seqlen_k,
         this.key_0_pos, first_q_key + tl.arange(0, BLOCK_M), first_q_key, last_q_key,

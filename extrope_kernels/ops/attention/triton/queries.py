@@ -127,7 +127,7 @@ def rotated_queries(
     """Load the block's queries, rotated to REGION's positions: a tuple of (M, D0) and (M, D1).
 
     q: Rows from the block's first query on. memory: Rows like them, of this program alone.
-    queries: a Queries of mask.py.
+    queries: a QueryBlock of mask.py.
     """
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     CHUNK_M: tl.constexpr = BLOCKS.chunk_m  # divides BLOCK_M

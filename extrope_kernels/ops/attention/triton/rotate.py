@@ -83,7 +83,7 @@ class RotateTile(NamedTuple):
 # The kernel
 
 
-class Rope(NamedTuple):
+class SharedRope(NamedTuple):
     """What rotates both sides, and packed sequences."""
 
     inv_freq: tl.tensor  # (sequences or 1, freq_heads, half)
@@ -257,7 +257,7 @@ def rotate_kernel(
     if log_decay is not None:
         q_decay = of_pairs(log_decay, TILE).to(tl.float64)  # (1, P)
         k_decay = -q_decay
-    rope = Rope(inv_freq, freq_stride, pair_maps, cu_seqlens, num_sequences, search_steps)
+    rope = SharedRope(inv_freq, freq_stride, pair_maps, cu_seqlens, num_sequences, search_steps)
     # Two nested conditions: only the first is known to the compiler.
     if len(Q_MAPS) > 0:  # noqa: SIM102
         if tile < q_tiles:
@@ -285,7 +285,7 @@ def rotate_kernel(
 # The launch
 
 
-class Rotation(NamedTuple):
+class RotateLaunch(NamedTuple):
     """A launch, and the numbers of copies of q and k."""
 
     launch: Launch
@@ -294,7 +294,7 @@ class Rotation(NamedTuple):
 
 
 def rotate(
-    rotation: Rotation, q: Tensor, k: Tensor, call: AttentionCall
+    rotation: RotateLaunch, q: Tensor, k: Tensor, call: AttentionCall
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return rotated copies of q and of k, None if there are none."""
     q_copies = _empty_copies(q, rotation.num_q_copies, q.dtype)
@@ -304,7 +304,7 @@ def rotate(
 
 
 def gradients_of_copies(
-    rotation: Rotation, q: Tensor, k: Tensor
+    rotation: RotateLaunch, q: Tensor, k: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Allocate what `rotate_back` reads: float32 gradients of the copies of every region."""
     return (
@@ -314,7 +314,7 @@ def gradients_of_copies(
 
 
 def rotate_back(
-    rotation: Rotation,
+    rotation: RotateLaunch,
     dq: Tensor,
     dk: Tensor,
     dq_copies: Tensor | None,
@@ -330,7 +330,7 @@ def _empty_copies(x: Tensor, copies: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def _launch(
-    rotation: Rotation,
+    rotation: RotateLaunch,
     q: Tensor,
     k: Tensor,
     q_copies: Tensor | None,
@@ -345,7 +345,7 @@ def _launch(
     )  # fmt: skip
 
 
-def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Rotation:
+def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> RotateLaunch:
     """Build the launch.
 
     wanted: "keys", one copy for each map but that of the given keys; "both", queries of every
@@ -393,7 +393,7 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
         },
         options={"num_warps": THREADS // 32, "enable_fp_fusion": True},
     )
-    return Rotation(launch, len(q_maps), len(k_maps))
+    return RotateLaunch(launch, len(q_maps), len(k_maps))
 
 
 def _tile(

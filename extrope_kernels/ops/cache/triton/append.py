@@ -24,7 +24,7 @@ from ..._torch.autograd import empty_rows
 from ..._torch.layouts import cached_by_layout, layout_key
 from ...rope.call import Rotation, frequencies_3d
 from ...rope.triton.device import (
-    Rows,
+    TileRows,
     build_launch,
     cos_sin_of_head,
     decayed,
@@ -40,7 +40,7 @@ from ..checks import check, check_values, refuse_aliases
 from .fp8 import parts_of_codes, quantize_rows
 
 
-class Step(NamedTuple):
+class AppendModel(NamedTuple):
     """Constants of the kernel, beside its Tile."""
 
     head_dim_v: int
@@ -71,7 +71,7 @@ def _write_heads(
 ):  # fmt: skip
     """Rotate this program's share of the heads of x into out.
 
-    x, out: Rows: rows_of_head(x, head, TILE) are pointers to dim 0 of the head's rows, (TOKENS,).
+    x, out: TileRows, rows_of_head(x, head, TILE): pointers to dim 0 of the head's rows, (TOKENS,).
     valid, written: (TOKENS,), the rows that exist in x, and those that out takes.
     scale_ptr: (HEADS,) if out is a cache in fp8, else None.
     sequence, position: (TOKENS,) and (TOKENS, 1) float64; amplitude: from `decayed`.
@@ -180,16 +180,16 @@ def rope_append_kernel(
     if q_ptr is not None:
         q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
         _write_heads(
-            Rows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head), valid,
-            Rows(q_out_ptr, q_out_row, q_out_stride_head), valid, None,
+            TileRows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head), valid,
+            TileRows(q_out_ptr, q_out_row, q_out_stride_head), valid, None,
             inv_freq_ptr, sequence, position,
             decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE),
             TILE.heads_q, STEP.rotates, TILE,
         )  # fmt: skip
     k_cache_row = block * k_cache_stride_block + slot * k_cache_stride_slot
     _write_heads(
-        Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head), valid,
-        Rows(k_cache_ptr, k_cache_row, k_cache_stride_head), written, k_scale_ptr,
+        TileRows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head), valid,
+        TileRows(k_cache_ptr, k_cache_row, k_cache_stride_head), written, k_scale_ptr,
         inv_freq_ptr, sequence, position,
         decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE),
         TILE.heads_k, STEP.rotates, TILE,
@@ -198,8 +198,8 @@ def rope_append_kernel(
     v_cache_row = block * v_cache_stride_block + slot * v_cache_stride_slot
     first, last = program_heads(TILE.heads_k)
     for head in range(first, last):
-        rows = rows_of_head(Rows(v_ptr, v_row, v_stride_head), head, TILE)
-        to = rows_of_head(Rows(v_cache_ptr, v_cache_row, v_cache_stride_head), head, TILE)
+        rows = rows_of_head(TileRows(v_ptr, v_row, v_stride_head), head, TILE)
+        to = rows_of_head(TileRows(v_cache_ptr, v_cache_row, v_cache_stride_head), head, TILE)
         if v_scale_ptr is not None:
             v_scale = tl.load(v_scale_ptr + head)
             quantize_rows(rows, to, v_scale, written, STEP.head_dim_v, STEP.dims_v)
@@ -240,7 +240,7 @@ def build_append(call: Append, num_counters: int = 0) -> Launch:
     )
     tile, numbers = rotation_numbers(rotation)
     del numbers["positions_stride_axis"]  # no axes here
-    step = Step(
+    step = AppendModel(
         head_dim_v, next_power_of_2(head_dim_v), rotates, None if by.stored == SAME else by.stored
     )
     return build_launch(

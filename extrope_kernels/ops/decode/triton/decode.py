@@ -46,7 +46,7 @@ from ..._math.triton.pairs import load_parts, of_pairs
 from ...attention.call import AttentionCall, lse_shape
 from ...attention.triton import configs
 from ...attention.triton.device import (
-    FARTHEST,
+    FARTHEST_INT32,
     LEAST_DIMS,
     cos_sin_of_map,
     freq_heads_of,
@@ -63,14 +63,14 @@ from ...attention.triton.mask import region_begin
 from ...cache.call import Append, KeyRotation, KVCache
 from ...cache.triton.append import build_append, launch_append
 from ...cache.triton.fp8 import kind_of_cache, widened_codes
-from .schedule import Lengths, grid_of, keys_of, queries_of, work_of_item
+from .schedule import CacheLengths, grid_of, keys_of, queries_of, work_of_item
 from .splits import OutputTarget, store_results, store_split
 
 COUNTERS = 4  # counters come in fours, so that the partial results after them are aligned
 MERGED = 4096  # numbers that a program merges at a time: 16 to 32 registers per thread
 
 
-class ModelConstants(NamedTuple):
+class DecodeModel(NamedTuple):
     """Constants of the compiled kernel: the settings of a model and its cache."""
 
     group: int  # heads of q that share one of k
@@ -102,7 +102,7 @@ class ModelConstants(NamedTuple):
     widen: bool  # widen operands to float32 for products: the interpreter has no bfloat16
 
 
-class Blocks(NamedTuple):
+class DecodeBlocks(NamedTuple):
     """Constants of the compiled kernel: sizes of blocks, and facts of the call."""
 
     block_m: int  # rows of queries
@@ -162,7 +162,7 @@ def decode_kernel(
     # the last boundary, sequence `batch`: they have rows, but see no key.
     head = tl.program_id(1)  # of k
     item, row_block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
-    lengths = Lengths(seqlens, leftpad, cu_seqlens, batch, num_tokens, appended, capacity)
+    lengths = CacheLengths(seqlens, leftpad, cu_seqlens, batch, num_tokens, appended, capacity)
     sequence, split, splits = item, 0, 1
     if BLOCKS.splits:
         sequence, split, splits = work_of_item(
@@ -394,7 +394,7 @@ def _add_region(
 # The launches
 
 
-class Launches(NamedTuple):
+class DecodeLaunches(NamedTuple):
     """Both launches, and the sizes of their shared scratch."""
 
     append: Launch | None  # None: there is nothing to write
@@ -410,7 +410,7 @@ def decode(
     v: Tensor | None,
     cache: KVCache,
     call: AttentionCall,
-    launches: Launches,
+    launches: DecodeLaunches,
 ) -> tuple[Tensor, Tensor]:
     """Append and attend; arguments and results as in `reference`; float32, bfloat16 and float16.
 
@@ -443,7 +443,7 @@ def decode(
 
 def decode_launches(
     q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
-) -> Launches:
+) -> DecodeLaunches:
     """Build both launches for tensors of these layouts."""
     call = with_contiguous_rows(call)
     if call.cu_seqlens is not None:  # as one sequence; only the device knows the boundaries
@@ -502,7 +502,7 @@ def decode_launches(
                 stored=call.stored, interleaved=call.interleaved, rotary_offset=call.rotary_offset,
             )  # fmt: skip
         append = build_append(Append(None, k, v, cache, by), num_counters)
-    return Launches(append, attend, append_rotates, num_counters, scratch_size)
+    return DecodeLaunches(append, attend, append_rotates, num_counters, scratch_size)
 
 
 def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:
@@ -518,12 +518,12 @@ def _config(q: Tensor, cache: KVCache, call: AttentionCall) -> configs.Config:
 
 def constants_of(
     q: Tensor, cache: KVCache, call: AttentionCall, config: configs.Config, splits: bool
-) -> tuple[ModelConstants, Blocks]:
+) -> tuple[DecodeModel, DecodeBlocks]:
     """Return the second launch's constants; q: (batch, seqlen_q, heads_q, head_dim)."""
     head_dim, head_dim_v, half = cache.k.shape[3], cache.v.shape[3], call.inv_freq.shape[-1]
     regions, window, group = call.regions, call.sliding_window, q.shape[2] // cache.k.shape[2]
     packed, rest = call.cu_seqlens is not None, head_dim - 2 * half
-    model = ModelConstants(
+    model = DecodeModel(
         group=group,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
@@ -535,11 +535,11 @@ def constants_of(
         rest=rest,
         rest_dims=_power_of_two(rest) if rest else 1,
         interleaved=call.interleaved,
-        # FARTHEST is past all positions; sums of three fit in int32.
-        starts=tuple(max(-FARTHEST, min(start, FARTHEST)) for start in call.starts),
-        granularity=min(call.granularity, FARTHEST),
-        window=0 if window is None else min(window, FARTHEST),
-        from_key_0=window is None and call.starts[0] <= -FARTHEST,
+        # FARTHEST_INT32 is past all positions; sums of three fit in int32.
+        starts=tuple(max(-FARTHEST_INT32, min(start, FARTHEST_INT32)) for start in call.starts),
+        granularity=min(call.granularity, FARTHEST_INT32),
+        window=0 if window is None else min(window, FARTHEST_INT32),
+        from_key_0=window is None and call.starts[0] <= -FARTHEST_INT32,
         q_maps=tuple(map_of(region.q_map) for region in regions),
         k_maps=tuple(map_of(region.k_map) for region in regions),
         rotates_keys=tuple(region.k_map != call.stored for region in regions),
@@ -557,7 +557,7 @@ def constants_of(
     rows = config.block_m if several else min(config.block_m, triton.next_power_of_2(group))
     # Elements, up to 16 bytes, that divide all strides.
     strides = (n for x in (q, cache.k, cache.v) for n in strides_of(x)[:3])  # 0 where a size is 1
-    return model, Blocks(
+    return model, DecodeBlocks(
         block_m=config.block_m,
         block_n=config.block_n,
         align=math.gcd(VECTOR_BYTES // min(q.itemsize, cache.k.itemsize), *strides),

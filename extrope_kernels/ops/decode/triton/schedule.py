@@ -94,7 +94,7 @@ def _more_items(q: Tensor, programs: int, useful: int) -> int:
 # On the device: lengths, safe for any content of the tensors
 
 
-class Lengths(NamedTuple):
+class CacheLengths(NamedTuple):
     """The lengths of all sequences."""
 
     seqlens: tl.tensor  # (batch,): slots of the cache in use before this call
@@ -203,7 +203,7 @@ def work_of_item(
 
     A split has at least least_blocks blocks of keys, and more if there would be too few items.
     Every sequence, or block of rows, gets at least one split, even if empty. Every program counts
-    through all sequences; lengths: a Lengths.
+    through all sequences; lengths: a CacheLengths.
     """
     SEQUENCES: tl.constexpr = 128  # S, at a time
     size = tl.maximum(_split_size(num_items, lengths, MODEL, BLOCKS), least_blocks)

@@ -5,7 +5,7 @@ normalised, and its log-sum-exp. Then it counts itself; the last one to do so me
 always in their order: every run gives the same bits.
 
 M is rows of a block, V the dims of v, rounded up to a power of two (MODEL.dims_v). MODEL and BLOCKS
-are ModelConstants and Blocks of decode.py. Logits have base 2: they are multiplied by log2(e).
+are DecodeModel and DecodeBlocks of decode.py. Logits have base 2: they are multiplied by log2(e).
 add_sink(row_max, row_sum, sink) adds a logit without a value to the softmax of rows; it returns
 row_max, row_sum and what to multiply acc by.
 """

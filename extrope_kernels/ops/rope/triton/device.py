@@ -53,7 +53,7 @@ class Tile(NamedTuple):
     rotary_offset: int = 0  # the first dim of the first pair
 
 
-class Rope(NamedTuple):
+class RopeTensors(NamedTuple):
     """The tensors that decide how far tokens rotate; all but the first may be None."""
 
     inv_freq: Tensor
@@ -190,7 +190,7 @@ def decayed(amplitude, distance, log_decay_ptr, SIGN: tl.constexpr, TILE: tl.con
 # Rows: the head_dim elements of a token and head
 
 
-class Rows(NamedTuple):
+class TileRows(NamedTuple):
     """The rows of a tile of tokens in a (batch, seqlen, heads, head_dim) tensor."""
 
     ptr: tl.tensor  # or None: no such tensor

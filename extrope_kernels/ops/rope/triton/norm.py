@@ -42,8 +42,8 @@ from ..._torch.layouts import cached_by_layout, layout_key
 from ..call import resolve
 from ..checks import check_norm, check_saved, check_values, refuse_expanded, refuse_shared
 from .device import (
-    Rope,
-    Rows,
+    RopeTensors,
+    TileRows,
     build_launch,
     cos_sin_of_head,
     decayed,
@@ -87,7 +87,7 @@ def _norm_rotate(
 ):  # fmt: skip
     """Norm and rotate this program's share of the heads of x into out.
 
-    x, out: Rows: rows_of_head(x, head, TILE) are pointers to dim 0 of the head's rows, (TOKENS,).
+    x, out: TileRows, rows_of_head(x, head, TILE): pointers to dim 0 of the head's rows, (TOKENS,).
     weight_ptr: (head_dim,), or (HEADS * head_dim,) if TOGETHER; None: no norm.
     sequence, position: from load_positions, (TOKENS,) and (TOKENS, 1 or PAIRS) float64; amplitude:
         from `decayed`.
@@ -158,18 +158,18 @@ def norm_rotate_kernel(
     )  # fmt: skip
     # By xPos: decay_sign is 1, or -1 in an inverse call; k has the other sign.
     distance = position - decay_origin
-    q = Rows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head)
+    q = TileRows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head)
     q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
-    q_out = Rows(q_out_ptr, q_out_row, q_out_stride_head)
+    q_out = TileRows(q_out_ptr, q_out_row, q_out_stride_head)
     q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
     _norm_rotate(
         q, valid, q_weight_ptr, q_out, inv_freq_ptr, sequence, position, q_amplitude,
         TILE.heads_q, TOGETHER=Q_TOGETHER, EPS=EPS, TILE=TILE,
     )  # fmt: skip
     if k_ptr is not None:
-        k = Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
+        k = TileRows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
         k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
-        k_out = Rows(k_out_ptr, k_out_row, k_out_stride_head)
+        k_out = TileRows(k_out_ptr, k_out_row, k_out_stride_head)
         k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
         _norm_rotate(
             k, valid, k_weight_ptr, k_out, inv_freq_ptr, sequence, position,
@@ -206,7 +206,7 @@ def _norm_rotate_backward(
 ):  # fmt: skip
     """Write the gradients of all heads of x, and this program's part of its weight's.
 
-    dy, x, dx: Rows.
+    dy, x, dx: TileRows.
     dweight_ptr: (programs, dims of the weight), to be summed over the programs.
     """
     WIDE: tl.constexpr = tl.float64 if TILE.wide else tl.float32
@@ -329,23 +329,23 @@ def norm_rotate_backward_kernel(
     )  # fmt: skip
     distance = position - decay_origin
     dq_out_row = batch * dq_out_stride_batch + seq * dq_out_stride_seq
-    dq_row = batch * dq_stride_batch + seq * dq_stride_seq
-    q_row = batch * q_stride_batch + seq * q_stride_seq
+    dq_out = TileRows(dq_out_ptr, dq_out_row, dq_out_stride_head)
+    q = TileRows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head)
+    dq = TileRows(dq_ptr, batch * dq_stride_batch + seq * dq_stride_seq, dq_stride_head)
     q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
     _backward(
-        Rows(dq_out_ptr, dq_out_row, dq_out_stride_head), Rows(q_ptr, q_row, q_stride_head),
-        q_weight_ptr, Rows(dq_ptr, dq_row, dq_stride_head), q_dweight_ptr,
-        inv_freq_ptr, sequence, position, q_amplitude, valid, TILE.heads_q, Q_TOGETHER, EPS, TILE,
+        dq_out, q, q_weight_ptr, dq, q_dweight_ptr, inv_freq_ptr, sequence, position, q_amplitude,
+        valid, TILE.heads_q, Q_TOGETHER, EPS, TILE,
     )  # fmt: skip
     if dk_out_ptr is not None:
         dk_out_row = batch * dk_out_stride_batch + seq * dk_out_stride_seq
-        dk_row = batch * dk_stride_batch + seq * dk_stride_seq
-        k_row = batch * k_stride_batch + seq * k_stride_seq
+        dk_out = TileRows(dk_out_ptr, dk_out_row, dk_out_stride_head)
+        k = TileRows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
+        dk = TileRows(dk_ptr, batch * dk_stride_batch + seq * dk_stride_seq, dk_stride_head)
         k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
         _backward(
-            Rows(dk_out_ptr, dk_out_row, dk_out_stride_head), Rows(k_ptr, k_row, k_stride_head),
-            k_weight_ptr, Rows(dk_ptr, dk_row, dk_stride_head), k_dweight_ptr, inv_freq_ptr,
-            sequence, position, k_amplitude, valid, TILE.heads_k, K_TOGETHER, EPS, TILE,
+            dk_out, k, k_weight_ptr, dk, k_dweight_ptr, inv_freq_ptr, sequence, position,
+            k_amplitude, valid, TILE.heads_k, K_TOGETHER, EPS, TILE,
         )  # fmt: skip
 
 
@@ -373,7 +373,7 @@ def rope_norm_bwd(
     """Compute `torch.ops.extrope.rope_norm_bwd`."""
     dq, dk = empty_outputs(grad_q, grad_k)
     q, k, q_weight, k_weight, *rope_args = others
-    weights, rope = (q_weight, k_weight), Rope(*rope_args)
+    weights, rope = (q_weight, k_weight), RopeTensors(*rope_args)
     tensors = {
         "dq_out_ptr": grad_q, "dk_out_ptr": grad_k, "dq_ptr": dq, "dk_ptr": dk, "q_ptr": q,
         "k_ptr": k,
@@ -402,7 +402,7 @@ def _run(
     **options,
 ) -> None:
     """Norm and rotate q_ptr and k_ptr of tensors into q_out_ptr and k_out_ptr."""
-    q, k, rope = tensors["q_ptr"], tensors["k_ptr"], Rope(*rope_args)
+    q, k, rope = tensors["q_ptr"], tensors["k_ptr"], RopeTensors(*rope_args)
     if tensors["q_out_ptr"] is q:
         refuse_shared(q, k)
     launch, offset = _launch_for(q, k, tensors, (q_weight, k_weight), rope, **options)
@@ -418,7 +418,7 @@ def _launch_for(
     y: Tensor | None,
     tensors: dict[str, Tensor | None],
     weights: tuple[Tensor | None, Tensor | None],
-    rope: Rope,
+    rope: RopeTensors,
     *,
     offset: int = 0,
     **options,
@@ -442,7 +442,7 @@ def _build_launch(
     in_place: bool,
     tensors: dict[str, Tensor | None],
     weights: tuple[Tensor | None, Tensor | None],
-    rope: Rope,
+    rope: RopeTensors,
     options: dict,
 ) -> Launch:
     """Check the call, then build its launch."""

@@ -38,8 +38,8 @@ from ..._torch.layouts import cached_by_layout, layout_key
 from ..call import Rotation, resolve
 from ..checks import check_saved, check_values, refuse_expanded, refuse_shared
 from .device import (
-    Rope,
-    Rows,
+    RopeTensors,
+    TileRows,
     build_launch,
     cos_sin_of_head,
     decayed,
@@ -60,7 +60,7 @@ MOST_REGISTERS = 128
 def _rotate_head(x, out, saved, head, valid, cos, sin, angle_grad, TILE: tl.constexpr):
     """Rotate a head of x into out; return angle_grad plus the head's share of it.
 
-    x, out, saved: Rows: rows_of_head(x, head, TILE) are pointers to dim 0 of the head's rows,
+    x, out, saved: TileRows: rows_of_head(x, head, TILE) are pointers to dim 0 of the head's rows,
         (TOKENS,). saved: of the forward's input if x is the gradient of its output; ptr None: no
         share.
     cos, sin, angle_grad: (TOKENS, PAIRS); cosines and sines times the amplitude.
@@ -122,11 +122,11 @@ def rotate_kernel(
     distance = position - decay_origin
 
     # The rows of head 0, in groups of TILE.align elements from the start: (TOKENS,) int64.
-    q = Rows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head)
+    q = TileRows(q_ptr, batch * q_stride_batch + seq * q_stride_seq, q_stride_head)
     q_out_row = batch * q_out_stride_batch + seq * q_out_stride_seq
-    q_out = Rows(q_out_ptr, q_out_row, q_out_stride_head)
+    q_out = TileRows(q_out_ptr, q_out_row, q_out_stride_head)
     q_saved_row = batch * q_saved_stride_batch + seq * q_saved_stride_seq
-    q_saved = Rows(q_saved_ptr, q_saved_row, q_saved_stride_head)
+    q_saved = TileRows(q_saved_ptr, q_saved_row, q_saved_stride_head)
 
     pair = tl.arange(0, PAIRS)
     mask = valid[:, None] & (pair < HALF)[None, :]
@@ -135,11 +135,11 @@ def rotate_kernel(
     if TILE.per_head:
         # Every head has frequencies of its own: its cosines and sines, then q's and k's head. Both
         # have the same heads, and so the same gradient of angles.
-        k = Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
+        k = TileRows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
         k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
-        k_out = Rows(k_out_ptr, k_out_row, k_out_stride_head)
+        k_out = TileRows(k_out_ptr, k_out_row, k_out_stride_head)
         k_saved_row = batch * k_saved_stride_batch + seq * k_saved_stride_seq
-        k_saved = Rows(k_saved_ptr, k_saved_row, k_saved_stride_head)
+        k_saved = TileRows(k_saved_ptr, k_saved_row, k_saved_stride_head)
         q_amplitude = decayed(amplitude, distance, log_decay_ptr, TILE.decay_sign, TILE)
         k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
         for head in range(first, last):
@@ -165,11 +165,11 @@ def rotate_kernel(
                 q, q_out, q_saved, head, valid, q_cos, q_sin, angle_grad, TILE
             )
         if k_ptr is not None:  # its rows not before: they would stay in registers so far
-            k = Rows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
+            k = TileRows(k_ptr, batch * k_stride_batch + seq * k_stride_seq, k_stride_head)
             k_out_row = batch * k_out_stride_batch + seq * k_out_stride_seq
-            k_out = Rows(k_out_ptr, k_out_row, k_out_stride_head)
+            k_out = TileRows(k_out_ptr, k_out_row, k_out_stride_head)
             k_saved_row = batch * k_saved_stride_batch + seq * k_saved_stride_seq
-            k_saved = Rows(k_saved_ptr, k_saved_row, k_saved_stride_head)
+            k_saved = TileRows(k_saved_ptr, k_saved_row, k_saved_stride_head)
             k_amplitude = decayed(amplitude, distance, log_decay_ptr, -TILE.decay_sign, TILE)
             k_cos, k_sin = cos * k_amplitude, sin * k_amplitude
             first, last = program_heads(TILE.heads_k)
@@ -210,15 +210,15 @@ def build_rotation_launch(
 def rope_fwd(
     q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options
 ) -> tuple[Tensor, Tensor]:
-    """Compute `torch.ops.extrope.rope_fwd`; rope_args: a Rope's tensors, options: of `resolve`."""
+    """Compute `torch.ops.extrope.rope_fwd`; rope_args: RopeTensors; options: of `resolve`."""
     q_out, k_out = empty_outputs(q, k)
-    _run(q, k, q_out, k_out, Rope(*rope_args), **options)
+    _run(q, k, q_out, k_out, RopeTensors(*rope_args), **options)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
 def rope_inplace(q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options) -> None:
     """Compute `torch.ops.extrope.rope_inplace`."""
-    _run(q, k, q, k, Rope(*rope_args), **options)
+    _run(q, k, q, k, RopeTensors(*rope_args), **options)
 
 
 def rope_bwd(
@@ -228,7 +228,7 @@ def rope_bwd(
     q_saved, k_saved, *rope_args = others
     dq, dk = empty_outputs(grad_q, grad_k)
     angle_grad = _run(
-        grad_q, grad_k, dq, dk, Rope(*rope_args), q_saved, k_saved, adjoint=True, **options
+        grad_q, grad_k, dq, dk, RopeTensors(*rope_args), q_saved, k_saved, adjoint=True, **options
     )
     if angle_grad is None:
         angle_grad = grad_q.new_empty(0, dtype=accumulator(grad_q.dtype))
@@ -240,7 +240,7 @@ def _run(
     k: Tensor | None,
     q_out: Tensor,
     k_out: Tensor | None,
-    rope: Rope,
+    rope: RopeTensors,
     q_saved: Tensor | None = None,
     k_saved: Tensor | None = None,
     *,
@@ -273,7 +273,7 @@ def _run(
 
 
 def _build_launch(
-    adjoint: bool, tensors: tuple[Tensor | None, ...], rope: Rope, options: dict
+    adjoint: bool, tensors: tuple[Tensor | None, ...], rope: RopeTensors, options: dict
 ) -> tuple[Launch, tuple[int, ...]]:
     """Check the call, then build its launch; return also the shape of its angles' gradient."""
     q, k, q_out, k_out, q_saved, k_saved = tensors
