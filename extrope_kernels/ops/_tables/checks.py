@@ -47,7 +47,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seq
 
 def narrowed(x: Tensor | None) -> Tensor | None:
     """Return int64 boundaries or lengths as int32, which kernels take; anything else as it is."""
-    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+    if x is None or not isinstance(x, Tensor) or x.dtype != torch.int64:
         return x
     # What does not fit stays too large, and is refused, instead of wrapping around.
     limits = torch.iinfo(torch.int32)

@@ -194,7 +194,7 @@ def wants_grad(args: tuple[Any, ...]) -> bool:
     if not torch.is_grad_enabled():
         return False
     for x in args:  # noqa: SIM110 (a generator takes twice as long)
-        if isinstance(x, Tensor) and x.requires_grad:
+        if x is not None and isinstance(x, Tensor) and x.requires_grad:  # None costs less so
             return True
     return False
 

@@ -164,10 +164,8 @@ def backends() -> dict[str, str]:
 
 def _start(op: str, name: str, start: Tensor | int | None, q: Tensor) -> Tensor | None:
     """Return a start as a tensor for the ops."""
-    if isinstance(start, Tensor):
+    if start is None or isinstance(start, Tensor):
         return start
-    if start is None:
-        return None
     if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int or a Tensor, got {type(start).__name__}")
     if not isinstance(q, Tensor):

@@ -92,17 +92,19 @@ class AttentionCall(NamedTuple):
 
         What is left out costs no host time.
         """
-        options = dict(_options_of_score(self.score, self.rotated))
-        for field, value in self.unusual():
-            options[field.name] = field.kind(value)
-        return options
+        if torch.compiler.is_compiling():  # a cache would not be traced
+            return _options(self.fixed)
+        return dict(cached_by_layout(_options, self.fixed, self.fixed))
 
     def unusual(self) -> list[tuple[Field, Any]]:
         """Return the numbers that are not their defaults, whatever they are instead."""
+        values = self[_FIRST_NUMBER:]
+        if [*map(type, values)] == _KINDS and values == _DEFAULTS:
+            return []  # most calls: they pay for no loop
         return [
             (field, value)
-            for field, value, default in zip(NUMBERS, self[_FIRST_NUMBER:], _DEFAULTS)
-            if value is not default and not (type(value) is field.kind and value == default)
+            for field, value, kind, default in zip(NUMBERS, values, _KINDS, _DEFAULTS)
+            if type(value) is not kind or value != default
         ]
 
     @property
@@ -188,6 +190,7 @@ TENSORS = FIELDS[:_NUM_TENSORS]
 _FIRST_NUMBER = _NUM_TENSORS + 2  # after score and rotated
 NUMBERS = FIELDS[_FIRST_NUMBER:]
 _DEFAULTS = tuple(field.default for field in NUMBERS)
+_KINDS = [type(default) for default in _DEFAULTS]
 # The arguments of every attention op besides its tensors. The maps are the q_map and the k_map of
 # each region in turn, far keys first, and then those by which q and k are rotated already.
 OPTIONS = {
@@ -246,21 +249,16 @@ def _stored(score: Score, rotated: Rotated) -> tuple[PlainMap, PlainMap]:
     return UNROTATED, score.stored if rotated == "k" else UNROTATED
 
 
-def _options_of_score(score: Score, rotated: Rotated) -> dict[str, Any]:
-    """Return a score's part of `call.options`, made once."""
-    make = _make_options_of_score
-    if torch.compiler.is_compiling():  # a cache would not be traced
-        return make(score, rotated)
-    return cached_by_layout(make, (score, rotated), score, rotated)
-
-
-def _make_options_of_score(score: Score, rotated: Rotated) -> dict[str, Any]:
-    of_regions = [x for region in score.regions for x in (region.q_map, region.k_map)]
+def _options(fixed: Sequence[Any]) -> dict[str, Any]:
+    """Return `call.options`."""
+    call = with_tensors((), fixed)
+    of_regions = [x for region in call.regions for x in (region.q_map, region.k_map)]
     farthest = maps.FARTHEST
     return {
-        "granularity": min(int(score.granularity), farthest),
-        "region_starts": [int(max(-farthest, min(x.start, farthest))) for x in score.regions],
-        **maps.columns_of([*of_regions, *_stored(score, rotated)]),
+        "granularity": min(int(call.granularity), farthest),
+        "region_starts": [int(max(-farthest, min(start, farthest))) for start in call.starts],
+        **maps.columns_of([*of_regions, call.q_stored, call.stored]),
+        **{field.name: field.kind(value) for field, value in call.unusual()},
     }
 
 

@@ -92,9 +92,9 @@ def warn_of_unseeing_queries(op: str, q: Tensor, k: Tensor, call: AttentionCall)
     """Warn of queries that see no key, and of what (batch, heads, seqlen, head_dim) looks like."""
     if call.cu_seqlens is not None:
         return
-    tokens, heads = q.shape[1:3]
-    if tokens > k.shape[1] and call.q_start is None and call.k_start is None:
-        told = f"the first {tokens - k.shape[1]} of q's {tokens} tokens see no key"
+    (_, tokens, heads, _), (_, keys, _, _) = q.shape, k.shape
+    if tokens > keys and call.q_start is None and call.k_start is None:
+        told = f"the first {tokens - keys} of q's {tokens} tokens see no key"
     elif heads > max(tokens, _MOST_HEADS):
         told = f"q has {heads} heads of {tokens} tokens"
     else:
