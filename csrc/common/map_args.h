@@ -42,19 +42,28 @@ inline void check_columns(const char* op, const MapColumns& x, size_t count) {
 
 inline bool is_whole(double x) { return std::isfinite(x) && std::floor(x) == x; }
 
+// Tokens of a call are below 2**31: divided by it, they are not past the farthest position.
+constexpr double kLeastDivisor = 0x1p-22;
+
+// Refuses numbers whose result may be past the farthest position.
+inline void check_result(const char* op, double divisor, double offset) {
+  require_of(op, divisor >= kLeastDivisor && std::abs(offset) <= kFarthestPosition,
+             "a map must have a divisor >= 2**-22 and an offset within 2**53, got ", divisor,
+             " and ", offset);
+}
+
 // Refuses numbers of which a kernel would make no position.
 inline void check_numbers(const char* op, const PositionMap& map) {
   require_of(op, map.modulus >= 0, "a map's modulus must be a whole number >= 0, got ",
              map.modulus);
-  require_of(op, map.divisor >= 0x1p-53 && std::isfinite(map.offset),
-             "a map must have a divisor >= 2**-53 and a finite offset, got ", map.divisor, " and ",
-             map.offset);
+  check_result(op, map.divisor, map.offset);
   const bool whole = map.floor || map.divisor == 1;
   require_of(op, !map.floor || is_whole(map.divisor),
              "a map with floor must have a whole divisor, got ", map.divisor);
   require_of(op, map.cap == INFINITY || (whole && is_whole(map.offset) && is_whole(map.cap)),
              "a map with a cap must have whole numbers only, got ", map.divisor, ", ", map.offset,
              " and ", map.cap);
+  require_of(op, map.cap >= -kFarthestPosition, "a map's cap must be >= -2**53, got ", map.cap);
 }
 
 // Returns the n-th map. A kind says which columns it reads: another number in one of the others

@@ -141,9 +141,6 @@ inline void set_saved(RopeTensor& t, const Tensor& saved, bool packed) {
   t.saved_head = saved.stride(d - 2);
 }
 
-// Positions are float64: past it, tokens that follow each other share one.
-constexpr int64_t kFarthest = int64_t{1} << 53;
-
 inline void set_tensors(RopeParams& p, const Tensor& q, const OptionalTensor& k, bool packed) {
   p.dtype = rotated_dtype(q, "q");
   check_rows("rope", q, packed, "q");
@@ -180,8 +177,10 @@ inline RopeParams make_params(const Tensor& q, const OptionalTensor& k, const Te
   p.conjugate = adjoint != options.inverse;
   p.interleaved = options.interleaved;
   p.offset = options.offset.value_or(0);
-  require_rope(-kFarthest <= p.offset && p.offset <= kFarthest,
+  require_rope(-kFarthestPosition <= p.offset && p.offset <= kFarthestPosition,
                "an offset of positions must be within 2**53, got ", p.offset);
+  require_rope(std::isfinite(options.decay_origin), "decay_origin must be finite, got ",
+               options.decay_origin);
   p.decay_origin = options.decay_origin;
   return p;
 }
@@ -223,9 +222,35 @@ inline void check_axes_of_pairs(const RopeParams& p) {
   }
 }
 
+template <typename Number>
+void check_positions(const RopeParams& p) {
+  const Number* positions = static_cast<const Number*>(p.positions);
+  const int64_t axes = p.axes ? p.num_axes : 1;
+  const int64_t rows = p.positions_are_offsets ? (p.cu_seqlens ? p.num_sequences : p.batch)
+                       : p.position_batch != 0 ? p.batch
+                                               : 1;
+  const int64_t columns = p.positions_are_offsets ? 1 : p.seqlen;
+  for (int64_t n = 0; n < axes * rows * columns; ++n) {
+    const int64_t axis = n / columns / rows, row = n / columns % rows, column = n % columns;
+    const Number position =
+        positions[axis * p.position_axis + row * p.position_batch + column * p.position_seq];
+    const bool far = position > kFarthestPosition || position < -kFarthestPosition;
+    require_rope(!far, "positions must be within 2**53, got ", position);
+  }
+}
+
+// NaN is no position too far: it makes NaN.
+inline void check_positions(const RopeParams& p) {
+  if (p.positions == nullptr) return;
+  if (p.position_type == PositionType::i64) check_positions<int64_t>(p);
+  if (p.position_type == PositionType::f32) check_positions<float>(p);
+  if (p.position_type == PositionType::f64) check_positions<double>(p);
+}
+
 inline void check_values(const RopeParams& p) {
   if (p.cu_seqlens) check_boundaries("rope", p, p.seqlen);
   check_axes_of_pairs(p);
+  check_positions(p);
 }
 
 }  // namespace extrope

@@ -5,6 +5,10 @@
 
 namespace extrope {
 
+// Of all that rotates, either way: positions are float64, and past it tokens that follow each other
+// share one.
+constexpr int64_t kFarthestPosition = int64_t{1} << 53;
+
 enum class DType : int32_t { f32, f64, bf16, f16 };
 enum class PositionType : int32_t { i32, i64, f32, f64 };
 

@@ -26,6 +26,12 @@ from torch import Tensor
 
 Given = ParamSpec("Given")
 FIRST_KEY = -(1 << 62)  # a start: from the first key on
+# Of all that rotates, either way: positions are float64, and past it tokens that follow each other
+# share one.
+FARTHEST_POSITION = 2**53
+# Tokens of a call are below 2**31: divided by it, they are not past the farthest position.
+LEAST_DIVISOR = 2**-22
+_BOUNDS = "a map must have a divisor >= 2**-22 and an offset within 2**53"
 
 
 class MapKind(IntEnum):
@@ -45,10 +51,10 @@ class PositionMap(NamedTuple):
     It is numbers, not a function, so that kernels can evaluate it.
 
     modulus: in tokens; 0 for none.
-    divisor: >= 2**-53, a whole number with floor; with inf every position becomes `offset`.
+    divisor: >= 2**-22, a whole number with floor; with inf every position becomes `offset`.
     floor: True for whole numbers.
-    offset: in tokens, added after the division.
-    cap: the largest result, in tokens; needs whole numbers: divisor 1 or floor.
+    offset: in tokens, within 2**53 either way, added after the division.
+    cap: the largest result, in tokens, from -2**53 on; needs whole numbers: divisor 1 or floor.
     """
 
     modulus: int = 0
@@ -109,8 +115,8 @@ def constant(position: int) -> PositionMap:
 class PairMap:
     """Map p, for pair i of dims, to f((p mod modulus) / divisor_i) + offset_i.
 
-    divisor, offset: (pairs,), as tensors or lists of numbers, without a gradient. Divisors are > 0,
-        and whole numbers with floor; the offset may be one number.
+    divisor, offset: (pairs,), as tensors or lists of numbers, without a gradient; bounds as for
+        PositionMap. Divisors are whole numbers with floor; the offset may be one number.
     modulus: in tokens; 0 for none.
     floor: True for whole numbers.
 
@@ -173,11 +179,17 @@ def _float64(name: str, given: Any) -> Tensor:
 
 
 def _check_values(divisor: Tensor, offset: Tensor, floor: bool) -> None:
-    if not (divisor > 0).all() or (floor and (divisor != divisor.round()).any()):
-        kind = "whole numbers > 0 with floor" if floor else "> 0"
-        raise ValueError(f"PairMap: divisor must be {kind}, got {divisor.tolist()}")
-    if not offset.isfinite().all():
-        raise ValueError(f"PairMap: offset must be finite, got {offset.tolist()}")
+    if floor and (divisor != divisor.round()).any():
+        raise ValueError(
+            f"PairMap: divisor must be whole numbers with floor, got {divisor.tolist()}"
+        )
+    check_of_pairs("PairMap", divisor, offset)
+
+
+def check_of_pairs(name: str, divisor: Tensor, offset: Tensor) -> None:
+    """Check the values of a map of pairs, whose results must be positions."""
+    if not ((divisor >= LEAST_DIVISOR) & (offset.abs() <= FARTHEST_POSITION)).all():
+        raise ValueError(f"{name}: {_BOUNDS}, got {divisor.tolist()} and {offset.tolist()}")
 
 
 def map_pairs(
@@ -315,10 +327,8 @@ def check_map(name: str, by: PlainMap | PairMap) -> None:
         raise ValueError(f"{name}: a map's modulus must be a whole number >= 0, got {by.modulus}")
     if isinstance(by, (PairMap, PairRow)):
         return
-    # Kernels make no position of a quotient that passes float32.
-    if not by.divisor >= 2**-53 or not abs(by.offset) < math.inf:
-        told = "a map must have a divisor >= 2**-53 and a finite offset"
-        raise ValueError(f"{name}: {told}, got {by}")
+    if not by.divisor >= LEAST_DIVISOR or not abs(by.offset) <= FARTHEST_POSITION:
+        raise ValueError(f"{name}: {_BOUNDS}, got {by}")
     if by.floor and not (by.divisor == math.inf or by.divisor == int(by.divisor)):
         raise ValueError(f"{name}: a map with floor must have a whole divisor, got {by}")
     if by.cap == math.inf:
@@ -326,6 +336,8 @@ def check_map(name: str, by: PlainMap | PairMap) -> None:
     whole = by.floor or by.divisor in (1, math.inf)
     if not (whole and by.offset == int(by.offset) and by.cap == int(by.cap)):
         raise ValueError(f"{name}: a map with a cap must have whole numbers only, got {by}")
+    if by.cap < -FARTHEST_POSITION:
+        raise ValueError(f"{name}: a map's cap must be >= -2**53, got {by}")
 
 
 def _plain(by: PlainMap | PairMap, rows: list[PairMap]) -> PlainMap:

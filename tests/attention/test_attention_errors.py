@@ -100,18 +100,6 @@ def test_the_raw_op_checks_too(message, changes):
         torch.ops.extrope.attention_fwd(Q, K, V, THETA, *[None] * 7, **options)
 
 
-@pytest.mark.skipif(device() == "cuda", reason="values on a GPU are not looked at")
-@pytest.mark.parametrize("row, wrong", [(0, 0.0), (0, math.nan), (1, math.nan), (1, math.inf)])
-def test_the_raw_op_checks_maps_of_pairs(row, wrong):
-    call = make_call(FREQS, scores.dpe(4, [2] * len(THETA)))
-    pair_maps = call.pair_maps.clone()
-    pair_maps[-1, row] = wrong
-    with pytest.raises(RuntimeError, match=r"^attention: .* divisor > 0 and a finite offset"):
-        torch.ops.extrope.attention_fwd(
-            Q, K, V, THETA, *[None] * 4, pair_maps, None, None, **call.options
-        )
-
-
 @pytest.mark.parametrize("named", [None, "reference"])
 def test_a_cap_may_be_past_64_bits(named):
     assert rope_attention(Q, K, V, FREQS, softcap=2**70, backend=named).isfinite().all()
@@ -211,6 +199,26 @@ def test_a_map_of_pairs_names_a_row_that_exists(row, suffix):
     tensors = (q, k, v, None, None, *call.tensors[:6], cached, *[None] * 4)
     with pytest.raises((ValueError, RuntimeError), match=f"^decode: {words}"):
         bare("decode", suffix, *tensors, **options)
+
+
+@pytest.mark.skipif(device() == "cuda", reason="values on a GPU are not looked at")
+@pytest.mark.parametrize("suffix", BARE)
+@pytest.mark.parametrize(
+    "row, wrong",
+    [(0, 0.0), (0, 1e-20), (0, math.nan), (1, math.nan), (1, math.inf), (1, 1e30), (1, -1e30)],
+)
+def test_the_raw_ops_check_maps_of_pairs(row, wrong, suffix):
+    """Small divisors and large offsets made NaN."""
+    call = make_call(FREQS, scores.dpe(2, [2] * len(THETA)), rotated="k")
+    pair_maps = call.pair_maps.clone()
+    pair_maps[-1, row] = wrong
+    call, words = call._replace(pair_maps=pair_maps), r".* divisor >= 2\*\*-22 and an offset within"
+    with pytest.raises((ValueError, RuntimeError), match=f"^attention: {words}"):
+        bare("attention_fwd", suffix, Q, K, V, *call.tensors, **call.options)
+    cached = torch.tensor([6, 6], dtype=torch.int32)
+    tensors = (Q, K, V, None, None, *call.tensors[:6], cached, *[None] * 4)
+    with pytest.raises((ValueError, RuntimeError), match=f"^decode: {words}"):
+        bare("decode", suffix, *tensors, **call.options)
 
 
 def named_kinds(options):

@@ -78,6 +78,46 @@ def test_an_offset_past_float64(backend, norm):
                 apply_rope_qk(q, k, FREQS, positions=offset, **options)
 
 
+@pytest.mark.skipif(device() == "cuda", reason="values on a GPU are not looked at")
+@pytest.mark.parametrize("dtype", (torch.int64, torch.float32, torch.float64))
+def test_positions_past_float64(backend, dtype):
+    """From 2**58 on the kernels' cosines and sines were of any size."""
+    q, _ = make_qk()
+    for shape in (q.shape[:2], (q.shape[1],), (q.shape[0], 1)):  # the last are offsets
+        for far in (-(2**53), 2**53):
+            positions = torch.zeros(shape, dtype=dtype)
+            positions[..., -1] = far
+            assert apply_rope(q, FREQS, positions=positions, backend=backend).isfinite().all()
+            positions[..., -1] = 2 * far
+            told = r"^rope: positions must be within 2\*\*53, got"
+            with pytest.raises(ValueError, match=told):
+                apply_rope(q, FREQS, positions=positions, backend=backend)
+    axes = torch.zeros(3, *q.shape[:2], dtype=dtype)
+    axes[-1, -1, -1] = 2**60
+    with pytest.raises(ValueError, match=r"^rope: positions must be within 2\*\*53, got"):
+        apply_rope(q, SECTIONS, positions=axes, backend=backend)
+
+
+BARE_FWD = [torch.ops.extrope.rope_fwd, torch.ops.extrope.rope_fwd_triton, reference.rope_fwd]
+
+
+@pytest.mark.parametrize("origin", (math.inf, -math.inf, math.nan))
+@pytest.mark.parametrize("op", BARE_FWD, ids=("cpu", "triton", "reference"))
+def test_the_raw_ops_want_a_finite_origin(op, origin):
+    q, k = make_qk()
+    options = {"log_decay": torch.ones(32, device=device()), "decay_origin": origin}
+    with pytest.raises((RuntimeError, ValueError), match=r"^rope: decay_origin must be finite"):
+        op(q, k, FREQS.inv_freq, **options)
+    if op is reference.rope_fwd:
+        return
+    append = torch.ops.extrope.rope_append
+    append = append if op is BARE_FWD[0] else torch.ops.extrope.rope_append_triton
+    given = (None, STEP.k, STEP.v, CACHE, OTHER, STEP.freqs.inv_freq, CONTIGUOUS["cache_seqlens"])
+    with pytest.raises((RuntimeError, ValueError), match=r"decay_origin must be finite"):
+        append(*given, decay_origin=origin)
+    assert (CACHE == FILLER).all()
+
+
 @pytest.mark.parametrize("name", ("positions", "log_decay"))
 def test_what_has_no_gradient_says_so(backend, name):
     q, _ = make_qk()
@@ -244,11 +284,26 @@ def test_append_refuses_what_does_not_go_together(name):
 
 
 @pytest.mark.parametrize("op", ["rope_append", "rope_append_triton"])
-@pytest.mark.parametrize("divisor", [-1.0, 0.0, 2**-54, math.nan])
+@pytest.mark.parametrize("divisor", [-1.0, 0.0, 2**-23, math.nan])
 def test_the_raw_append_refuses_positions_that_no_kernel_makes(op, divisor):
     given = (None, STEP.k, STEP.v, CACHE, OTHER, STEP.freqs.inv_freq, CONTIGUOUS["cache_seqlens"])
-    with pytest.raises((RuntimeError, ValueError), match=r"^rope_append: .* divisor >= 2\*\*-53"):
+    with pytest.raises((RuntimeError, ValueError), match=r"^rope_append: .* divisor >= 2\*\*-22"):
         getattr(torch.ops.extrope, op)(*given, map_kinds=[2], map_divisors=[divisor])
+    assert (CACHE == FILLER).all() and (OTHER == FILLER).all()
+
+
+@pytest.mark.skipif(device() == "cuda", reason="values on a GPU are not looked at")
+@pytest.mark.parametrize("op", ["rope_append", "rope_append_triton"])
+def test_the_raw_append_refuses_positions_past_float64(op):
+    given = (None, STEP.k, STEP.v, CACHE, OTHER, STEP.freqs.inv_freq, CONTIGUOUS["cache_seqlens"])
+    for far, by in ((2**54, {}), (2**40, {"map_kinds": [2], "map_divisors": [2**-22]})):
+        positions = torch.full(STEP.k.shape[:2], far)
+        with pytest.raises((RuntimeError, ValueError), match=r"positions must be within 2\*\*53"):
+            getattr(torch.ops.extrope, op)(*given, positions=positions, **by)
+    for offset in (1e30, -1e30):
+        by = {"map_kinds": [2], "map_offsets": [offset]}
+        with pytest.raises((RuntimeError, ValueError), match=r"an offset within 2\*\*53"):
+            getattr(torch.ops.extrope, op)(*given, **by)
     assert (CACHE == FILLER).all() and (OTHER == FILLER).all()
 
 

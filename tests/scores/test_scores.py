@@ -125,7 +125,7 @@ def test_parameters_that_do_not_go_together(name, parameters, refusal):
         SCORES[name](*parameters)
 
 
-NUMBERS = r"a map must have a divisor >= 2\*\*-53 and a finite offset"
+NUMBERS = r"a map must have a divisor >= 2\*\*-22 and an offset within 2\*\*53"
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,12 @@ NUMBERS = r"a map must have a divisor >= 2\*\*-53 and a finite offset"
         (PositionMap(modulus=2.5), "a map's modulus must be a whole number >= 0, got 2.5"),
         (PairMap([1.0, 2.0], modulus=-5), "a map's modulus must be a whole number >= 0, got -5"),
         (PositionMap(divisor=-1.0), NUMBERS),
-        (PositionMap(divisor=2**-54), NUMBERS),
+        (PositionMap(divisor=2**-23), NUMBERS),
         (PositionMap(divisor=0), NUMBERS),
         (PositionMap(divisor=math.nan), NUMBERS),
         (PositionMap(offset=math.inf), NUMBERS),
+        (PositionMap(offset=-(2.0**54)), NUMBERS),
+        (PositionMap(cap=-(2.0**54)), r"a map's cap must be >= -2\*\*53"),
         (PositionMap(divisor=2, cap=3), "a map with a cap must have whole numbers only"),
         (PositionMap(offset=0.5, cap=3), "a map with a cap must have whole numbers only"),
         (PositionMap(cap=3.5), "a map with a cap must have whole numbers only"),
@@ -173,9 +175,11 @@ def test_numbers_of_pairs_are_exact():
     assert made.divisor.tolist() == [1.1, 2.7] and made.offset.tolist() == [0.3, 0.3]
 
 
-def test_offsets_are_finite():
-    with pytest.raises(ValueError, match=r"^PairMap: offset must be finite, got \[0.0, nan\]"):
-        PairMap([1.0, 2.0], [0.0, math.nan])
+@pytest.mark.parametrize("offset", (math.nan, math.inf, 1e30, -1e30))
+def test_what_a_map_of_pairs_gives_is_a_position(offset):
+    for divisor, moved in (([1.0, 2.0], [0.0, offset]), ([1.0, 1e-20], 0.0)):
+        with pytest.raises(ValueError, match=f"^PairMap: {NUMBERS}"):
+            PairMap(divisor, moved)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ class RopeAppend {
       }
       append_.set_positions(p, std::move(places));
     }
+    if (r_.positions.has_value()) check_positions(p);
     append_.write_keys(keys);
     append_.add(p);
   }

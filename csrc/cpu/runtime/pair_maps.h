@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/map_args.h"
 #include "common/regions.h"
 #include "cpu/runtime/frequencies.h"
 
@@ -43,13 +44,12 @@ inline std::vector<double> set_pair_maps(const char* op, const OptionalView& tab
   const int64_t rows = table->size(0), padded = padded_pairs(half);
   std::vector<double> values(rows * 2 * padded, 1.0);  // padding: divisors must not be 0
   const double* from = static_cast<const double*>(table->data_ptr());
-  for (int64_t n = 0; n < rows * 2; ++n) {
-    const int64_t at = n / 2 * table->stride(0) + n % 2 * table->stride(1);
-    const bool divides = n % 2 == 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    double *divisors = &values[row * 2 * padded], *offsets = divisors + padded;
     for (int64_t i = 0; i < half; ++i) {
-      const double x = values[n * padded + i] = from[at + i * table->stride(2)];
-      require_of(op, divides ? x > 0 : std::isfinite(x),
-                 "a map must have a divisor > 0 and a finite offset, got ", x);
+      const double* at = from + row * table->stride(0) + i * table->stride(2);
+      divisors[i] = at[0], offsets[i] = at[table->stride(1)];
+      check_result(op, divisors[i], offsets[i]);
     }
   }
   regions.pair_maps = {values.data(), padded};

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import Score
+from ...scores.base import check_of_pairs
 from .._tables import specs
 from .._tables.checks import (
     check_boundaries,
@@ -122,13 +123,20 @@ def check_options(op: str, call: AttentionCall, pairs: int, head_dim: int) -> No
 
 
 def check_values(op: str, call: AttentionCall, tokens: int) -> None:
-    """Check the values of integer tensors, on a CPU, where reading them costs nothing."""
+    """Check the values of small tensors, on a CPU, where reading them costs nothing."""
     check_boundaries(op, call.cu_seqlens, tokens)
+    check_values_of_pairs(op, call)
     for name, start in (("q_start", call.q_start), ("k_start", call.k_start)):
         if start is None or not has_values(start):
             continue
         if ((start < 0) | (start >= START_END)).any():
             raise ValueError(f"{op}: {name} must be between 0 and 2**29, got {start.tolist()}")
+
+
+def check_values_of_pairs(op: str, call: AttentionCall) -> None:
+    """Check the divisors and offsets of pairs: those of a Score are right."""
+    if call.pair_maps is not None and has_values(call.pair_maps):
+        check_of_pairs(op, *call.pair_maps.unbind(1))
 
 
 def check_head_dim(op: str, x: Tensor, rotary_offset: int = 0) -> None:

@@ -218,6 +218,9 @@ def check(op: str, call: Append) -> None:
 def check_values(op: str, call: Append) -> None:
     """Check the values of integer tensors, on a CPU, where reading them costs nothing."""
     check_slots(op, call.cache, call.rotation.cu_seqlens, call.seqlen, "k")
+    positions, stored = call.rotation.positions, call.rotation.stored
+    if positions is not None and has_values(positions):
+        rope_checks.check_positions(op, positions if stored is None else stored(positions))
 
 
 def _check_rotation(op: str, call: Append) -> None:
@@ -235,7 +238,8 @@ def _check_rotation(op: str, call: Append) -> None:
     if call.packed and rotation.cu_seqlens is None:
         first, second = (x if x is None else x[None] for x in (first, second))
     rope_args = (rotation.inv_freq, positions, rotation.cu_seqlens, rotation.log_decay)
-    numbers = {name: getattr(rotation, name) for name in ("attention_factor", "rotary_offset")}
+    names = ("attention_factor", "rotary_offset", "decay_origin")
+    numbers = {name: getattr(rotation, name) for name in names}
     _told_as(op, lambda: rope_checks.check(first, second, *rope_args, **numbers))
     if positions is None and call.cache.seqlens is None:
         raise ValueError(f"{op}: positions or cache_seqlens must say where the tokens are")

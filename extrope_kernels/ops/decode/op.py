@@ -14,7 +14,7 @@ from .._math.dtypes import accumulator
 from .._torch.autograd import note_writes, refuse_backward
 from .._torch.library import library, load_on_first_use, ops
 from ..attention.call import OPTIONS, TENSORS, AttentionCall, lse_shape, read_call
-from ..attention.checks import check_head_dim
+from ..attention.checks import check_head_dim, check_values_of_pairs
 from ..attention.op import BACKENDS, Step, by_reference, call_op, define
 from ..cache.call import KVCache
 from ..cache.checks import check_slots, refuse_aliases
@@ -79,6 +79,7 @@ def _check_call(args, call, fused, has_values):
         refuse_aliases("decode", cache, **({"q": q, "k": k, "v": v} if fused else {}))
     if has_values:
         check_slots("decode", cache, call.cu_seqlens, len(q))
+        check_values_of_pairs("decode", call)
 
 
 def _fake(*given, **options):

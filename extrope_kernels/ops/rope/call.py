@@ -67,8 +67,9 @@ def resolve(
     the amplitude stays. `inverse` undoes the map: minus the angle, one over the amplitude.
     """
     rotary_offset = rotary_offset or 0
-    options = {"attention_factor": attention_factor, "rotary_offset": rotary_offset}
-    check(q, k, inv_freq, positions, cu_seqlens, log_decay, axes, **options)
+    numbers = {"rotary_offset": rotary_offset, "decay_origin": decay_origin}
+    rope_args = (inv_freq, positions, cu_seqlens, log_decay, axes)
+    check(q, k, *rope_args, attention_factor=attention_factor, **numbers)
     check_values(positions, cu_seqlens, axes, offset, q.shape[0])
     tensors = [q] if k is None else [q, k]
     if cu_seqlens is not None:

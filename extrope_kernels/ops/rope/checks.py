@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...methods import RopeFreqs
+from ...scores.base import FARTHEST_POSITION
 from .._math.positions import position_kind as position_kind_of_one_axis
 from .._tables import specs
 from .._tables.checks import (
@@ -24,7 +25,6 @@ from .._tables.decay import reach
 from .._tables.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
 
 POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
-MOST_OFFSET = 2**53  # positions are float64: past it, tokens that follow each other share one
 INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
 
 
@@ -44,6 +44,7 @@ def check(
     *,
     attention_factor: float,
     rotary_offset: int = 0,
+    decay_origin: float = 0.0,
 ) -> None:
     """Raise ValueError or TypeError that names the argument, for calls that kernels cannot run."""
     table = _table(cu_seqlens is not None, axes is not None)
@@ -69,6 +70,8 @@ def check(
     check_real("rope", "attention_factor", attention_factor)
     if not 0 < attention_factor < math.inf:
         raise ValueError(f"rope: attention_factor must be > 0 and finite, got {attention_factor}")
+    if not abs(decay_origin) < math.inf:
+        raise ValueError(f"rope: decay_origin must be finite, got {decay_origin}")
 
 
 def check_values(
@@ -80,8 +83,9 @@ def check_values(
 ) -> None:
     """Check values, after `check`: those of tensors only if reading them waits for no device."""
     check_boundaries("rope", cu_seqlens, tokens)
-    if type(offset) is int and abs(offset) > MOST_OFFSET:
+    if type(offset) is int and abs(offset) > FARTHEST_POSITION:
         raise ValueError(f"rope: an offset of positions must be within 2**53, got {offset}")
+    check_positions("rope", positions)
     if axes is None or positions is None or positions.dim() != 3 or not has_values(axes):
         return
     count = positions.shape[0]
@@ -91,6 +95,15 @@ def check_values(
                 f"rope: axes must be from 0 to {count - 1} for positions of {count} axes, "
                 f"got {axis}"
             )
+
+
+def check_positions(op: str, positions: Tensor | None) -> None:
+    """Check the values of positions, on a CPU, where reading them costs nothing; NaN is NaN."""
+    if positions is None or positions.dtype == torch.int32 or not has_values(positions):
+        return
+    far = (positions > FARTHEST_POSITION) | (positions < -FARTHEST_POSITION)
+    if far.any():
+        raise ValueError(f"{op}: positions must be within 2**53, got {positions[far].tolist()}")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....scores import UNROTATED, Region
-from ....scores.base import PairRow, PlainMap
+from ....scores.base import FARTHEST_POSITION, PairRow, PlainMap
 from ..._math.triton.exp import exp
 from ..._math.triton.launch import VECTOR_BYTES, strides_of
 from ..._math.triton.sincos import cos_sin, fixed_angle
@@ -131,8 +131,8 @@ def map_of(position_map: PlainMap) -> tuple:
     # Whole numbers make angles exact. Only a divisor without floor, or half a token, needs a factor
     # or a fraction.
     whole = integral and (constant or floor or divisor == 1)
-    offset = max(-(2.0**53), min(position_map.offset, 2.0**53))
-    has_cap = cap < 2.0**53
+    offset = position_map.offset
+    has_cap = cap < FARTHEST_POSITION
     return tuple(
         MapConstants(
             modulus=0 if constant else modulus,
@@ -140,7 +140,7 @@ def map_of(position_map: PlainMap) -> tuple:
             divisor=int(divisor) if floor and not constant else 1,
             offset=int(offset) if whole else 0,
             has_cap=has_cap,
-            cap=int(max(-(2.0**53), cap)) if has_cap else 0,
+            cap=int(cap) if has_cap else 0,
             factor=1.0 if whole or constant or floor else 1 / divisor,
             fraction=0.0 if whole else float(offset),
         )
