@@ -18,6 +18,7 @@ from ..._usage import shortened
 from ...scores import SCORES, Score
 from .._shared.saved import Saved, read
 from .attention import register_interface
+from .caches import cache_hooks
 from .model import Override, generation_config_owner
 from .patch.frequencies import frequency_patches
 from .patch.generate import Reach, forget_pages
@@ -203,8 +204,9 @@ def _extend(model: nn.Module, asked: Applied, ranks: Shared | None = None) -> Ex
         patches = make(model, rotary_modules, applied)
         if ranks is not None:
             ranks.share(model, owners, patches)
-        if patches.hooks:
-            route_forward_through_hooks(owners, patches)
+        if ranks is None:
+            patches.hooks += cache_hooks(rotary_modules, patches, applied)
+        route_forward_through_hooks(owners, patches)
         for each in owners:
             guard = Guard(None if ranks else why_no_region(applied), each is owners[0])
             patches.hooks.insert(0, (each, guard.before_forward, None))

@@ -31,7 +31,7 @@ from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsuppo
 from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
 from .generate import batching_patches, request_patches
 from .hooks import Applied, Patches
-from .rotary_forward import RotaryForward, ThreadFrequencies
+from .rotary_forward import RotaryForward, ThreadFrequencies, fingerprint
 from .scores import raw_key_patches
 from .state import FreqsByKind, Frozen, Request, in_progress, on_cache
 
@@ -63,7 +63,8 @@ def frequency_patches(
                     rotary_module.owner,
                     f"one table rotates its queries and keys, but {method} needs two",
                 )
-        rotary = RotaryForward(rotary_module, ThreadFrequencies(freqs), method)
+        told = {kind: fingerprint(each) for kind, each in freqs.items()}
+        rotary = RotaryForward(rotary_module, ThreadFrequencies(freqs, told), method)
         patches.overrides += rotary.overrides()
         patches.overrides += _softmax_scales(rotary_module, applied)
         if takes_length:
@@ -161,8 +162,12 @@ class LengthHooks:
         """Set the frequencies of this forward's request: forward pre-hook."""
         arguments = by_name(self.argument_names, args, kwargs)
         cache = cache_of(arguments)
+        # One graph serves requests of any length, so it does not look at texts of theirs.
+        known = torch.compiler.is_compiling() and cache is not None and self.key in on_cache(cache)
         frozen = self._frozen(arguments, cache)
         self.rotary.freqs.update(frozen.freqs)
+        if not known:
+            self.rotary.thread_freqs.fingerprints.update(frozen.fingerprints)
         if cache is not None:
             self._attach(cache, frozen)
 
@@ -170,7 +175,8 @@ class LengthHooks:
         """Mark the cache that the forward made: forward hook."""
         for cache in caches_in(output):
             if self.key not in on_cache(cache):
-                self._attach(cache, Frozen(dict(self.rotary.freqs), tokens_in(cache)))
+                told = dict(self.rotary.thread_freqs.fingerprints)
+                self._attach(cache, Frozen(dict(self.rotary.freqs), told, tokens_in(cache)))
 
     def _frozen(self, arguments: Mapping[str, Any], cache: Any) -> Frozen:
         of_cache = None if cache is None else on_cache(cache).get(self.key)
@@ -186,8 +192,12 @@ class LengthHooks:
                     self._warn_of_second(of_cache, self._rows(arguments, past, request))
             else:
                 rows = self._rows(arguments, past, request)
-                freqs = self._of_rows(rows, tokens_of(arguments).device)
-                chosen[self.key] = Frozen(freqs, max(row.longest for row in rows))
+                freqs, device = self._of_rows(rows), tokens_of(arguments).device
+                chosen[self.key] = Frozen(
+                    {kind: each.to(device) for kind, each in freqs.items()},
+                    {kind: fingerprint(each) for kind, each in freqs.items()},
+                    max(row.longest for row in rows),
+                )
         return chosen[self.key]
 
     def _warn_of_second(self, first: Frozen, rows: Sequence[Row]) -> None:
@@ -204,7 +214,7 @@ class LengthHooks:
                 stacklevel=2,
             )
 
-    def _of_rows(self, rows: Sequence[Row], device: torch.device) -> FreqsByKind:
+    def _of_rows(self, rows: Sequence[Row]) -> FreqsByKind:
         """Return the frequencies of a batch; those of each row, if they differ and the op rotates.
 
         Raises ValueError if one set of frequencies cannot serve them.
@@ -215,7 +225,7 @@ class LengthHooks:
             of_length = {length: method(seq_len=length) for length in lengths}
             first, *others = of_length.values()
             if all(each == first for each in others):
-                freqs[kind] = first.to(device)
+                freqs[kind] = first
                 continue
             of_rows = [of_length[row.longest] for row in rows]
             if (
@@ -231,7 +241,7 @@ class LengthHooks:
                     "frequencies differ; give it a seq_len, or batch equal lengths"
                 )
             stacked = torch.stack([each.inv_freq for each in of_rows])
-            freqs[kind] = replace(first, inv_freq=stacked).to(device)
+            freqs[kind] = replace(first, inv_freq=stacked)
         return freqs
 
     def _rows(self, arguments: Mapping[str, Any], past: int, request: Request | None) -> list[Row]:
@@ -268,8 +278,9 @@ class EachLengthHooks(LengthHooks):
                 f"extend: a model under {self.rotary.method} with cache='raw' cannot be compiled, "
                 "as its frequencies change from step to step"
             )
-        rows = self._rows(arguments, tokens_in(cache), None)
-        return Frozen(self._of_rows(rows, tokens_of(arguments).device), 0)
+        freqs = self._of_rows(self._rows(arguments, tokens_in(cache), None))
+        device = tokens_of(arguments).device
+        return Frozen({kind: each.to(device) for kind, each in freqs.items()}, {}, 0)
 
     def _attach(self, cache: Any, frozen: Frozen) -> None:
         """Do nothing: a cache of raw keys fits any frequencies."""

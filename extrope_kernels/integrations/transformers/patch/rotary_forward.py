@@ -9,10 +9,11 @@ function.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,13 +76,27 @@ class Rotation:
 
 
 class ThreadFrequencies(threading.local):
-    """The frequencies of forwards, which those in other threads do not change."""
+    """The frequencies of forwards, which those in other threads do not change.
 
-    def __init__(self, freqs: FreqsByKind) -> None:  # in each thread anew
-        self.freqs = dict(freqs)
+    fingerprints: texts that differ where these do, which a graph compares.
+    """
 
-    def __reduce__(self) -> tuple[type, tuple[FreqsByKind]]:
-        return type(self), (self.freqs,)
+    def __init__(self, freqs: FreqsByKind, fingerprints: Mapping[str | None, str]) -> None:
+        self.freqs = dict(freqs)  # in each thread anew
+        self.fingerprints = dict(fingerprints)
+
+    def __reduce__(self) -> tuple[type, tuple[FreqsByKind, dict[str | None, str]]]:
+        return type(self), (self.freqs, self.fingerprints)
+
+
+def fingerprint(freqs: RopeFreqs) -> str:
+    """Return a text that differs where frequencies or amplitudes do; a graph has one for all."""
+    if torch.compiler.is_compiling():
+        return "chosen in a graph"
+    told = hashlib.sha256(repr(freqs.attention_factor).encode())
+    for each in (freqs.inv_freq, freqs.log_decay):
+        told.update(b"" if each is None else each.detach().cpu().numpy().tobytes())
+    return told.hexdigest()[:16]
 
 
 class RotaryForward:

@@ -26,7 +26,7 @@ from ..batch import Batch
 from ..batch.packed import PackedBatch, packed_by_boundaries
 from ..batch.padded import PaddedBatch, no_mask, read_batch, static_batch
 from ..batch.paged import paged_batch
-from ..model import cache_of, caches_in, exports_to_onnx, tokens_of
+from ..model import cache_of, exports_to_onnx, tokens_of
 from ..probe.attention import (
     ARGUMENT,
     refuse_options,
@@ -35,7 +35,7 @@ from ..probe.attention import (
 from ..probe.layers import Heads, LayerProbe
 from ..probe.rotary import RotaryModule, argument_names, by_name
 from .rotary_forward import RotaryForward, Rotation, ThreadFrequencies
-from .state import STORED, in_progress, on_cache
+from .state import in_progress
 
 
 class ScoreRequest(NamedTuple):
@@ -122,7 +122,6 @@ class ScoreHooks:
         self.inner = {each.layer: each for each in rotaries if each.layer is not None}
         self.heads = probe.far
         self.calls = probe.calls
-        self.score = rotaries[0].request.score
         self.needs_mask = probe.needs_mask
         self.others_mix = probe.others_mix
         self.argument_names = argument_names(owner)
@@ -165,11 +164,9 @@ class ScoreHooks:
         return (), arguments
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Mark the cache that the forward made: its forward hook."""
+        """Forget the rows of the forward: its forward hook."""
         for rotary in self.rotaries:
             setattr(in_progress, rotary.key, None)
-        for cache in caches_in(output):
-            on_cache(cache)[STORED] = self.score.stored
 
     def before_far_layer(
         self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -231,28 +228,16 @@ class ScoreHooks:
         return told | ({"use_cache": False} if "use_cache" in self.argument_names else {})
 
     def _past(self, cache: Any) -> int | Tensor:
-        """Return the cache's number of tokens; mark its keys as rotated by the score method.
-
-        In a graph it may be a tensor of the cache.
-        """
+        """Return the cache's number of tokens; in a graph it may be a tensor of the cache."""
         if cache is None:
             return 0
         from transformers.cache_utils import Cache  # torch.compile of 2.11 imports nothing lazy
 
         if not isinstance(cache, Cache):
             raise ValueError(f"extend: cache must be a Cache, got {type(cache).__name__}")
-        past, mark = self._length(cache), on_cache(cache).get(STORED)
-        if isinstance(past, Tensor) and not torch.compiler.is_compiling():
-            past = int(past)
-        # A graph cannot tell if a cache without a mark is empty.
-        unmarked = mark is None if isinstance(past, Tensor) else not past
-        if not unmarked and mark != self.score.stored:
-            raise ValueError(
-                f"extend: cache must have been filled under {self.rotaries[0].method}, "
-                "got one from other forwards"
-            )
-        on_cache(cache)[STORED] = self.score.stored
-        return past
+        past = self._length(cache)
+        tells = isinstance(past, Tensor) and not torch.compiler.is_compiling()
+        return int(past) if tells else past
 
     def _length(self, cache: Any) -> int | Tensor:
         """Return the cached length of an extended layer: in hybrids other layers hold no tokens."""

@@ -18,7 +18,7 @@ from ..probe.layers import LayerProbe, first_call, probe_layers, refuse_without_
 from ..probe.rotary import RotaryModule, argument_names, find_rotary_modules, owners_of
 from .generate import batching_patches, mask_patches
 from .hooks import Applied, Patches, route_forward_through_hooks
-from .rotary_forward import RotaryForward, ThreadFrequencies
+from .rotary_forward import RotaryForward, ThreadFrequencies, fingerprint
 from .score_forward import ScoreHooks, ScoreRequest, ScoreRotaryForward
 
 
@@ -128,7 +128,7 @@ def _thread_frequencies(
     before = vars(rotary_module.module).get("forward")
     if not isinstance(before, RotaryForward):
         own = {kind: rotary_module.own_freqs(kind) for kind in rotary_module.layer_types}
-        return ThreadFrequencies(own)
+        return ThreadFrequencies(own, {kind: fingerprint(each) for kind, each in own.items()})
     # Positions that restart keep the amplitudes of the decay near 1.
     decays = any(freqs.log_decay is not None for freqs in before.freqs.values())
     if decays and not score.stored.modulus:

@@ -3,7 +3,8 @@
 A forward in progress has one state, `in_progress`, which each thread has for itself:
 
     "request"           the `Request` that `generate` has begun
-    a key of our hooks  the rows (`Batch`) that the owner reads, or True once the hooks have run
+    a key of our hooks  the rows (`Batch`) or the cache that the owner reads, or True once the
+                        hooks have run
 
 Those who begin something set it and take it back, after an error too. Copies of a model share the
 keys: they may go on with each other's caches. `rotation.ThreadFrequencies` are each thread's too.
@@ -16,8 +17,8 @@ In three places it cannot be used, and state travels with the model's own object
 - From a layer to its attention. What a layer passes on in any case is its mask, so the attention
   takes that place. A keyword argument of the name `ARGUMENT` has it where accelerate removes masks
   (a mesh), and brings the batch to layers with rotary embeddings of their own.
-- From one forward to the next. A cache keeps the frequencies and the score's stored form that its
-  keys were rotated by, in one attribute (`on_cache`): its copies have it.
+- From one forward to the next. A cache keeps the frequencies of its request (`on_cache`) and what
+  filled it (`caches.Filled`), in attributes: its copies have them.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ FreqsByKind = dict[str | None, RopeFreqs]  # by kind of layers; None if a model 
 
 in_progress = threading.local()
 
-STORED = "stored"  # the entry of `on_cache` that has the position map of stored keys
 _ON_CACHE = "_extrope"
 
 
 class Frozen(NamedTuple):
-    """The frequencies of a request, chosen for its longest row."""
+    """The frequencies of a request, chosen for its longest row, and their fingerprints."""
 
     freqs: FreqsByKind
+    fingerprints: dict[str | None, str]
     longest: int
 
 
 def on_cache(cache: Any) -> dict[str, Any]:
-    """Return what a cache tells of its keys: `Frozen` by the key of hooks, and STORED."""
+    """Return the frequencies that a cache tells: `Frozen` by the key of hooks."""
     if not hasattr(cache, _ON_CACHE):
         setattr(cache, _ON_CACHE, {})
     return getattr(cache, _ON_CACHE)
