@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import uuid
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from .probe.rotary import RotaryModule, argument_names, attribute_of, by_name, o
 
 _MARK = "_extrope_filled"
 _BY_PLAIN = "by the plain model"
+_hooks_by_key: weakref.WeakValueDictionary[str, CacheHooks] = weakref.WeakValueDictionary()
 
 
 class Filled(NamedTuple):
@@ -96,6 +98,7 @@ class CacheHooks:
         self.stored = stored
         self.by = str(applied)
         self.key = uuid.uuid4().hex
+        _hooks_by_key[self.key] = self
         self.argument_names = argument_names(owner)
         self.plain = [
             {kind: _plain_fingerprint(each.rotary_module, kind) for kind in each.freqs}
@@ -109,7 +112,7 @@ class CacheHooks:
         It comes after those that choose frequencies.
         """
         cache = _keys_of(cache_of(by_name(self.argument_names, args, kwargs)))
-        if getattr(self.first, ON_OWNER, None) is not self.applied or cache is None:
+        if not self.are_in_force() or cache is None:
             return
         setattr(in_progress, self.key, cache)
         mark = getattr(cache, _MARK, None)
@@ -123,12 +126,16 @@ class CacheHooks:
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Mark the cache that the forward made: forward hook of the owner."""
         setattr(in_progress, self.key, None)
-        if getattr(self.first, ON_OWNER, None) is self.applied:
+        if self.are_in_force():
             for each in caches_in(output):
                 cache = _keys_of(each)
                 mark = getattr(cache, _MARK, None)
                 if cache is not None and not self._is_known_to_graph(mark):
                     self._mark(cache, self._rotation(), mark)
+
+    def are_in_force(self) -> bool:
+        """Return True if the extension is the model's last one."""
+        return getattr(self.first, ON_OWNER, None) is self.applied
 
     def _is_known_to_graph(self, mark: Filled | None) -> bool:
         """Return True in a graph if this extension has marked the cache.
@@ -179,7 +186,10 @@ def _refusal(expected: str, mark: Filled | None) -> ValueError:
 
 @functools.cache
 def _look_at_updates() -> None:
-    """Let `Cache.update` refuse a marked cache outside of an extended model's forward; once."""
+    """Let `Cache.update` refuse a marked cache outside of an extended model's forward; once.
+
+    While the extension is in force, such an update is a caller's own: one that joins caches.
+    """
     from transformers.cache_utils import Cache
 
     original = Cache.update
@@ -195,6 +205,9 @@ def _look_at_updates() -> None:
     ) -> Any:
         mark = getattr(self, _MARK, None)
         if mark is not None and getattr(in_progress, mark.key, None) is not self:
+            hooks = None if torch.compiler.is_compiling() else _hooks_by_key.get(mark.key)
+            if hooks is not None and hooks.are_in_force():
+                return original(self, key_states, value_states, layer_idx, *args, **kwargs)
             past = self.get_seq_length(layer_idx)
             if (torch.compiler.is_compiling() and isinstance(past, Tensor)) or int(past) > 0:
                 raise _refusal(_BY_PLAIN, mark)
