@@ -30,6 +30,8 @@ class RopeFreqs:
         q and k share it; it must be near enough to keep the amplitudes within the dtype.
     steepest_decay: the largest |log_decay|, known on the host: an overflowing amplitude is refused
         without waiting for the device. 0 if unknown; then nothing is refused.
+
+    Raises: TypeError if inv_freq is no Tensor, as a list or a NumPy array is not.
     """
 
     inv_freq: Tensor
@@ -39,9 +41,14 @@ class RopeFreqs:
     decay_origin: float = 0.0
     steepest_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.inv_freq, Tensor):
+            raise TypeError(
+                f"RopeFreqs: inv_freq must be a Tensor, got {type(self.inv_freq).__name__}"
+            )
+
     def __repr__(self) -> str:
-        number = isinstance(self.attention_factor, float)
-        if not isinstance(self.inv_freq, Tensor) or not self.inv_freq.dim() or not number:
+        if not self.inv_freq.dim() or not isinstance(self.attention_factor, float):
             wrong = f"inv_freq={self.inv_freq!r}, attention_factor={self.attention_factor!r}"
             return f"RopeFreqs({wrong})"  # what an error may have to show
         *sets, pairs = self.inv_freq.shape
@@ -178,7 +185,7 @@ def check_freqs(function: str, freqs: RopeFreqs, name: str = "freqs") -> RopeFre
     """Check another method's frequencies before `function` changes them."""
     if not isinstance(freqs, RopeFreqs):
         raise TypeError(f"{function}: {name} must be a RopeFreqs, got {type(freqs).__name__}")
-    if not isinstance(freqs.inv_freq, Tensor) or freqs.inv_freq.dim() == 0:
+    if freqs.inv_freq.dim() == 0:
         raise TypeError(
             f"{function}: inv_freq must be a Tensor of frequencies, got {freqs.inv_freq!r}"
         )

@@ -115,15 +115,6 @@ def test_a_cache_refuses_axes():
         rope_attention_with_kvcache(q, k, v, freqs, cache_seqlens=9)
 
 
-def test_frequencies_that_are_no_tensor_are_refused():
-    q, k, v = make_qkv(2, 9, 9, 4, 2, 32)
-    call = {"freqs": RopeFreqs([1.0] * PAIRS), "score": stretched(FACTORS)}
-    with pytest.raises(TypeError, match=r"^other_frequencies: inv_freq must be a Tensor, got list"):
-        rope_attention(q, k, v, **call)
-    with pytest.raises(TypeError, match=r"^other_frequencies: inv_freq must be a Tensor, got list"):
-        rope_attention_with_kvcache(q, k, v, **call, cache_seqlens=9)
-
-
 @pytest.mark.parametrize(("changes", "message"), BAD)
 def test_refused(changes, message, any_backend):
     q, k, v = make_qkv(2, 9, 9, 4, 2, 32)

@@ -1,12 +1,15 @@
 """`axial` and what changes the frequencies of any method: Resonance, Ms-PoE."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.method_examples import DIM, EXAMPLES
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from extrope_kernels import RopeFreqs, methods, scores
+from extrope_kernels import RopeFreqs, apply_rope, methods, scores
 from extrope_kernels.methods import METHODS
 
 FREQS = methods.rope(16)
@@ -168,6 +171,31 @@ def test_frequencies_print_in_a_line():
     assert repr(yarn) == shown
     assert repr(methods.ms_poe(FREQS, heads=4)).startswith("RopeFreqs(1 x 4 x 8 pairs, wavele")
     assert repr(yarn.to("meta")) == "RopeFreqs(32 pairs, attention_factor 1.139)"
+
+
+@pytest.mark.parametrize("inv_freq", [[1.0], np.ones(1, np.float32), None, 1.0], ids=repr)
+def test_frequencies_that_are_no_tensor_are_refused_when_made(inv_freq):
+    message = f"RopeFreqs: inv_freq must be a Tensor, got {type(inv_freq).__name__}"
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        RopeFreqs(inv_freq)
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        replace(FREQS, inv_freq=inv_freq)
+
+
+def test_frequencies_are_made_of_any_tensor():
+    with FakeTensorMode():
+        assert RopeFreqs(torch.ones(8)).kwargs == FREQS.kwargs
+    made = torch.func.vmap(lambda x: RopeFreqs(x).inv_freq * 2)(torch.ones(3, 8))
+    assert torch.equal(made, torch.full((3, 8), 2.0))
+
+
+def test_frequencies_are_made_in_a_graph():
+    @torch.compile(backend="eager", fullgraph=True)
+    def rotated(x, inv_freq):
+        return apply_rope(x, RopeFreqs(inv_freq), backend="reference")
+
+    x = torch.randn(1, 5, 2, 16)
+    torch.testing.assert_close(rotated(x, FREQS.inv_freq), apply_rope(x, FREQS), rtol=0, atol=1e-6)
 
 
 def test_a_method_of_the_other_axis_is_answered_with_its_place():

@@ -103,8 +103,6 @@ def not_freqs() -> dict:
     wrong = {"None": None, "tensor": inv_freq, "text": "yarn", "function": methods.rope}
     fields = {
         "inv_freq": {
-            "None": None,
-            "list": [1.0] * 8,
             "meta": inv_freq.to("meta"),
             "half": inv_freq.half(),
             "int": inv_freq.int(),

@@ -124,7 +124,6 @@ WRONG = {
             name: value
             for name, value in not_freqs().items()
             if not isinstance(value, RopeFreqs)
-            or not isinstance(value.inv_freq, torch.Tensor)
             or value.inv_freq.dim() == 0
         }
         for wrapper in methods.WRAPPERS

@@ -44,8 +44,6 @@ _MOST_HEADS = 256  # no model has more
 def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
     """Check the types of frequencies, of one axis, and of a score method or None."""
     check_freqs(op, freqs)
-    if not isinstance(freqs.inv_freq, Tensor):
-        raise TypeError(f"{op}: inv_freq must be a Tensor, got {type(freqs.inv_freq).__name__}")
     if freqs.axes is not None:
         raise ValueError(f"{op}: freqs must have no axes (mRoPE), got some")
     if score is not None and not isinstance(score, Score):

@@ -140,8 +140,6 @@ def _rope_args(
     check_freqs(_OP, freqs)
     assert freqs is not None  # the check has refused it
     check_numbers(_OP, freqs)
-    if freqs.inv_freq is None:
-        raise TypeError(f"{_OP}: inv_freq must be a Tensor, got NoneType")
     if freqs.axes is not None:
         raise ValueError(
             f"{_OP}: freqs must have no axes (mRoPE), got some; apply_rope_qk takes them, and keys "
