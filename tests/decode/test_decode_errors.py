@@ -15,7 +15,8 @@ from support.rope_oracle import INTERPRETED
 
 from extrope_kernels import methods, rope_attention_with_kvcache, scores
 from extrope_kernels.ops.attention import make_call
-from extrope_kernels.testing import device
+from extrope_kernels.scores import PositionMap, Region, Score
+from extrope_kernels.testing import attention_backends, device
 
 DIM = 32
 
@@ -165,8 +166,49 @@ def test_the_op_writes_to_no_cache_that_requires_grad(fast_backend):
         op(**given)
 
 
-@pytest.mark.skipif(device() == "cuda", reason="of the CPU kernel")
-def test_cpu_kernel_rotates_no_decayed_keys_on():
-    """Their amplitudes would have to change with the query."""
-    with pytest.raises(RuntimeError, match=r"decode: log_decay .* needs keys that are stored"):
-        torch.ops.extrope.decode(**op_call(log_decay=randn(16), k=None, v=None))
+# -------------------------------------------------------------------------------------------------
+# XPOS: amplitudes of keys would have to change with the query
+
+
+def test_no_op_rotates_decayed_keys_on(fast_backend):
+    op = torch.ops.extrope.decode_triton if fast_backend == "triton" else torch.ops.extrope.decode
+    with pytest.raises((RuntimeError, ValueError), match=r"decode.*: log_decay .* needs keys"):
+        op(**op_call(log_decay=randn(16), k=None, v=None))
+
+
+def decayed(score, backend, slots=12):
+    """Append two tokens by XPOS at a score that stores keys by blocks; return out and the cache."""
+    torch.manual_seed(0)
+    cache = [randn(2, slots, 2, DIM) for _ in range(2)]
+    freqs = methods.xpos(DIM).to(device())
+    at = {"k": NEW, "v": NEW, "cache_seqlens": ints(3, 5), "backend": backend}
+    before = [x.clone() for x in cache]
+    try:
+        return rope_attention_with_kvcache(randn(2, 2, 4, DIM), *cache, freqs, score, **at)
+    except ValueError:
+        assert all(torch.equal(x, y) for x, y in zip(cache, before))
+        raise
+
+
+def blocks(start, far):
+    """Blockwise causal, whose far keys from `start` on are seen by another map."""
+    within, previous = PositionMap(modulus=8), PositionMap(modulus=8, offset=8)
+    regions = (Region(start, previous, far), Region(0, within, within))
+    return Score("blocks", regions, granularity=8, stored=within)
+
+
+@pytest.mark.parametrize("far", [PositionMap(), PositionMap(modulus=4)], ids=repr)
+def test_decayed_keys_are_seen_as_they_are_stored(far, any_backend):
+    message = r"^blocks: log_decay \(XPOS\) needs keys that are stored as every .*modulus=8.*, got"
+    with pytest.raises(ValueError, match=message):
+        decayed(blocks(-8, far), any_backend)
+
+
+def test_a_region_past_the_cache_decides_nothing():
+    """The C++ kernel, which does not look at the capacity, refuses it."""
+    for backend in ("reference", "triton"):
+        if backend not in attention_backends():
+            continue
+        found = decayed(blocks(-8, PositionMap()), backend, slots=8)
+        wanted = decayed(blocks(-8, PositionMap(modulus=8)), backend, slots=8)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)

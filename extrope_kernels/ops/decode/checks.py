@@ -34,3 +34,19 @@ def check_decode(
     tensors = [getattr(call, field.name) for field in CALL]
     found = specs.check(op, specs.for_rows(_CALL, packed), tensors, sizes, like)
     check_options(op, call, found["pairs"], found["head_dim"])
+    _check_decay(op, cache, call)
+
+
+def _check_decay(op: str, cache: KVCache, call: AttentionCall) -> None:
+    """Refuse XPOS if a region that this cache can have sees keys by another map than the stored.
+
+    Keys are rotated on as they are read, but keep the amplitudes with which they were written.
+    """
+    others = [x.k_map for x in call.regions if x.k_map != call.stored]
+    if call.log_decay is None or not others:
+        return  # before a graph would be bound to a capacity
+    if any(region.k_map in others for region in call.trimmed(cache.capacity)):
+        raise ValueError(
+            f"{op}: log_decay (XPOS) needs keys that are stored as every region sees them, by "
+            f"{call.stored}, got {others[0]}"
+        )
