@@ -13,11 +13,13 @@ from extrope_kernels import (
     apply_rope,
     methods,
     rope_append_kvcache,
+    rope_attention,
     rope_attention_with_kvcache,
     scores,
 )
 from extrope_kernels.methods import xpos
 from extrope_kernels.ops.cache import reference as append_reference
+from extrope_kernels.scores import FIRST_KEY, PositionMap, Region, Score
 from extrope_kernels.testing import DTYPES, assert_within_budget, available_backends, device
 
 
@@ -158,6 +160,31 @@ def test_score_methods_store_keys_in_their_frame(backend, score, given):
     expected[1][k] /= 1.1  # the attention factor is the attention's
     expected[0] = step.q.double()
     step.check(backend, expected)
+
+
+@pytest.mark.parametrize("first", (0, 2**29 - 40))
+@pytest.mark.parametrize(
+    "by",
+    (
+        PositionMap(modulus=7, offset=3),
+        PositionMap(modulus=11, divisor=2.0, floor=True, offset=3, cap=4),
+        PositionMap(divisor=3.0, floor=True, offset=-5.25),
+        PositionMap(modulus=6, divisor=0.7, offset=-2),
+    ),
+    ids=repr,
+)
+def test_attention_maps_positions_as_append_does(by, first, any_backend):
+    """Keys that append has mapped, in float64, are those that attention maps, in integers."""
+    q, k, v = torch.randn(3, 1, 21, 2, 32, device=device())
+    freqs = methods.rope(32).to(device())
+    score = Score("mapped", (Region(FIRST_KEY, PositionMap(), by),), stored=by)
+    kept, at = torch.zeros_like(k), torch.arange(21, device=device())[None] + first
+    given = {"score": score, "cache_seqlens": 0, "positions": at, "backend": any_backend}
+    rope_append_kvcache(q, k, v, kept, torch.zeros_like(v), freqs, **given)
+    given = {"q_start": first, "k_start": first, "backend": any_backend}
+    raw = rope_attention(q, k, v, freqs, score, **given)
+    stored = rope_attention(q, kept, v, freqs, score, rotated="k", **given)
+    torch.testing.assert_close(stored, raw, atol=2e-6, rtol=0)
 
 
 def test_xpos_in_blocks(backend):
