@@ -74,6 +74,9 @@ def test_pages_tell_needles_losses_and_recall_as_measured():
     )
     assert len(yarn_2) == len(yarn_4) == len(rerope) == 50
     assert f"Factor 4 finds more needles, {sum(yarn_4):.0f} of 50, at a higher loss" in text
+    leaky = tables.needles_at(harness.RESULTS, "leaky_rerope", "window=4096, factor=16")
+    assert sum(rerope[:10]) == sum(leaky[:10]) == 10, "both find all of the unmodified model's ten"
+    assert f"YaRN finds {sum(yarn_2[:10]):.0f} of these 10, the other two all" in text
     (_, by_chance), (_, over_4) = sign_test(rerope, yarn_2), sign_test(rerope, yarn_4)
     assert f"YaRN with 2 misses (sign test: p = {by_chance:.3f})" in measured
     assert f"YaRN with 4 misses (p = {over_4:.2f})" in measured
