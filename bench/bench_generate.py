@@ -40,8 +40,9 @@ class Row:
     prompt: float = column("prompt, tokens/s", ".0f")
     # A step behind it: the median of one round's, the least of all rounds.
     milliseconds: float = column("ms a step", ".1f")
-    prompt_of_plain: float = column("prompt's time over plain", ".2f", NAN)
-    steps_of_plain: float = column("steps' time over plain", ".2f", NAN)
+    # How many times as fast as plain: more is better.
+    prompt_times: float = column("prompt, times as fast", ".2f", NAN)
+    step_times: float = column("steps, times as fast", ".2f", NAN)
 
 
 def load(quick: bool) -> nn.Module:
@@ -82,8 +83,8 @@ def bench(report: Report, model: nn.Module, tokens: int, new: int, rounds: int) 
     for name, (prompt, step) in best.items():
         row = Row(name, tokens, tokens / prompt, 1e3 * step)
         if name != PLAIN:
-            row.prompt_of_plain, row.steps_of_plain = (
-                ours / plain for ours, plain in zip((prompt, step), best[PLAIN])
+            row.prompt_times, row.step_times = (
+                plain / ours for ours, plain in zip((prompt, step), best[PLAIN])
             )
         report.add(row)
 

@@ -26,6 +26,10 @@ import tables
 from harness import RESULTS
 
 ROOT = Path(__file__).parent.parent
+EVERY = (
+    "Made by `python bench/readme.py` from the files in the folder of this name. A column that is "
+    "named after another implementation says how many times as fast ours is: more is better."
+)
 REAL = ("smollm2-16k", "smollm2-32k", "gemma3-270m-48k")
 # By name a function of the content of bench/results/models/NAME.json.
 TABLES = {
@@ -85,11 +89,12 @@ def filled(page: Path, made: dict[str, Callable[[str], str]]) -> str:
     return re.sub(pattern, marked, page.read_text(), flags=re.DOTALL)
 
 
-def everything(results: Path) -> str:
-    """Make a page of all benchmarks, a section each."""
-    parts = ["# Every figure", "Made by `python bench/readme.py` from the files beside this one."]
+def everything(results: Path, processor: str) -> str:
+    """Make a page of all benchmarks of a processor, a section each."""
+    parts = [f"# Every figure: {processor}", EVERY]
     for name, path in measured(results).items():
-        parts.append(f"## {name}\n\n{tables.benchmark(path)}")
+        if name.startswith(f"{processor}/"):
+            parts.append(f"## {path.stem}\n\n{tables.benchmark(path)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,7 +102,8 @@ def stale(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
     """Return the pages that differ from the measured files, with their new text."""
     made = figures(results)
     texts = {page: filled(page, made) for page in pages(root)}
-    texts[results / "README.md"] = everything(results)
+    for processor in {path.parent.name for path in measured(results).values()}:
+        texts[results / f"{processor}.md"] = everything(results, processor)
     return {page: text for page, text in texts.items()
             if not page.exists() or page.read_text() != text}  # fmt: skip
 

@@ -54,41 +54,46 @@ def machine(results: dict) -> str:
     )
 
 
+THRESHOLDS = ("bar", "most_kernels", "verdict")  # kept in the files alone, where a test reads them
+
+
 def comparison(results: dict, only: str = "") -> str:
-    """Make a line per case with the words of `only`: our time over that of all others."""
-    left_out = ("case", "implementation", "backend", "ratio", "bar", "verdict")
-    shown = {name: about for name, about in columns(Row).items() if name not in left_out}
-    headings = [head.replace("/it", "/ours") for head, _ in shown.values()]
-    lines, absent = [], {}
+    """Make a line per case with the words of `only`, and a column per other implementation."""
     cases: dict[tuple, list[dict]] = {}
     for row in results["rows"]:
         name = row["case"], row["dtype"], row["shape"]
         if all(word in " ".join(name) for word in only.split()):
             cases.setdefault(name, []).append(row)
-    for rows in cases.values():
-        for ours in (row for row in rows if row["implementation"] == "extrope"):
-            words = [cell(ours.get(name), form) for name, (_, form) in shown.items()]
-            measured = [against(row) for row in rows if row is not ours and "ratio" in row]
-            lines.append([ours["case"], "; ".join(measured), *words])
-            absent |= {r["implementation"]: r["absent"] for r in rows if "absent" in r}
+    every = [row for rows in cases.values() for row in rows]
+    others = list(dict.fromkeys(row["implementation"] for row in every if "ratio" in row))
+    left_out = ("case", "implementation", "dtype", "shape", "backend", "ratio", *THRESHOLDS)
+    shown = {name: about for name, about in columns(Row).items() if name not in left_out}
+    lines = []
+    for (case, dtype, shape), rows in cases.items():
+        (ours,) = (row for row in rows if row["implementation"] == "extrope")
+        ratios = {row["implementation"]: row["ratio"] for row in rows if "ratio" in row}
+        words = (cell(ours.get(name), form) for name, (_, form) in shown.items())
+        heads = re.search(r" \d+/\d+ x \d+", case)  # the shape says it too
+        about = case.replace(heads[0], "") if heads and heads[0] in shape else case
+        lines.append([about, dtype, shape, *(times(ratios.get(x)) for x in others), *words])
+    headings = (head.replace("/it", "/ours") for head, _ in shown.values())
     parts = [f"{machine(results)}; medians in one run.",
-             table(["", "our time over theirs", *headings], lines)]  # fmt: skip
+             table(["", "dtype", "shape", *others, *headings], lines)]  # fmt: skip
+    absent = {row["implementation"]: row["absent"] for row in every if "absent" in row}
     if absent:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
         parts.append(f"Not measured here: {reasons}.")
     return "\n\n".join(parts)
 
 
-def against(row: dict) -> str:
-    """Name a peer, our time over its, and the bar."""
-    text = f"{row['implementation']} {row['ratio']:.{2 if row['ratio'] >= 0.1 else 3}f}"
-    if "bar" not in row:
-        return text
-    return f"{text} (bar {row['bar']:.3g}{'' if row['verdict'] == 'met' else ' missed'})"
+def times(ratio: float | None) -> str:
+    """Write how many times as fast ours is: the files keep our time over the other's."""
+    return "" if ratio is None else f"{1 / ratio:.{2 if ratio > 0.1 else 1}f}x"
 
 
 def by_columns(shown: dict, results: dict) -> str:
     """Make a line per row, with the benchmark's own columns."""
+    shown = {name: about for name, about in shown.items() if name not in THRESHOLDS}
     lines = [[cell(row.get(name), form) for name, (_, form) in shown.items()]
              for row in results["rows"]]  # fmt: skip
     return f"{machine(results)}.\n\n{table([head for head, _ in shown.values()], lines)}"
