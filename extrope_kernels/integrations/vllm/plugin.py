@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .._shared.parameters import SPARSE
+from .._shared.saved import SAVED
 from .auto import choose_entry
 from .dual_chunks import adopt_dual_chunk_config
 from .engine import engine_of, make_engine
 from .latent import adopt_scaling
 from .query_scale import adopt_query_scale
+from .saved import check_layers, take_saved
 from .settings import NAME, OURS, read_entry, read_settings
 from .warnings import summary, warnings_for
 
@@ -26,7 +29,9 @@ _BACKENDS = {
 
 
 def register() -> None:
-    """Make vLLM read `additional_config={"extrope": ...}`; other engines do not change.
+    """Make vLLM read `additional_config={"extrope": ...}`, or the extrope.json of a saved model.
+
+    Other engines do not change.
 
     vLLM calls it through the entry point `extrope` of `vllm.general_plugins`. A second call does
     nothing. If vLLM lacks something that the plugin needs, it only warns and refuses engines
@@ -41,7 +46,7 @@ def register() -> None:
 
     register_rotary_layers()
     register_backends()
-    allow_longer_models()
+    prepare_models()
     check_configurations()
     check_models()
 
@@ -56,6 +61,7 @@ def _import_all() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.envs import disable_envs_cache
     from vllm.platforms import current_platform
+    from vllm.transformers_utils.repo_utils import get_hf_file_bytes
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -66,6 +72,7 @@ def _import_all() -> None:
         ModelConfig.supports_multimodal_inputs,
         EngineArgs.create_model_config,
         disable_envs_cache,
+        get_hf_file_bytes,
         WorkerWrapperBase,
         register_backend,
         cuda,
@@ -176,13 +183,12 @@ def check_configurations() -> None:
     _around_configurations(look)
 
 
-def allow_longer_models() -> None:
-    """Let an engine with a method exceed the length in its model's configuration.
+def prepare_models() -> None:
+    """Take the entry of a saved model, and let an engine with a method exceed its model's length.
 
     That is the purpose of methods. vLLM requires an environment variable for it.
     """
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.envs import disable_envs_cache
 
     make = EngineArgs.create_model_config
     if getattr(make, "__module__", None) == __name__:
@@ -190,20 +196,47 @@ def allow_longer_models() -> None:
 
     @functools.wraps(make, assigned=("__doc__",))
     def create_model_config(self: Any) -> Any:
+        given = self.additional_config
+        content = _saved_content(self.model, self.revision)
+        if content is not None:
+            self.additional_config, said = take_saved(given, self.model, content)
+            LOGGER.info("%s: %s", NAME, said)
         if read_entry(self.additional_config) is None:
             return make(self)
-        before = os.environ.get(_LONGER)
-        disable_envs_cache()  # an earlier engine's; the next start enables it again
-        os.environ[_LONGER] = "1"
-        try:
-            return make(self)
-        finally:
-            if before is None:
-                del os.environ[_LONGER]
-            else:
-                os.environ[_LONGER] = before
+        with _longer_models():
+            made = make(self)
+        if self.additional_config is not given:
+            check_layers(self.model, content, made.hf_text_config)
+        return made
 
     EngineArgs.create_model_config = create_model_config
+
+
+def _saved_content(model: str, revision: str | None) -> bytes | None:
+    """Return the content of a model's extrope.json; None without one."""
+    from huggingface_hub.errors import HFValidationError
+    from vllm.transformers_utils.repo_utils import get_hf_file_bytes
+
+    try:
+        return get_hf_file_bytes(SAVED, model, revision)
+    except HFValidationError:  # neither a folder nor a name on the Hub: a file, a bucket
+        return None
+
+
+@contextmanager
+def _longer_models() -> Iterator[None]:
+    from vllm.envs import disable_envs_cache
+
+    before = os.environ.get(_LONGER)
+    disable_envs_cache()  # an earlier engine's; the next start enables it again
+    os.environ[_LONGER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LONGER]
+        else:
+            os.environ[_LONGER] = before
 
 
 def refuse_configurations(reason: str) -> None:
