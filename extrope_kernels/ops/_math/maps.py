@@ -59,6 +59,9 @@ def maps_of(op: str, columns: Mapping[str, Sequence[Any] | None], count: int) ->
     for name, column in (("map_kinds", kinds), *given.items()):
         if len(column) != count:
             raise ValueError(f"{op}: {name} must be of {count} maps, got {len(column)}")
+    for kind in kinds:
+        if kind not in _READ:
+            raise ValueError(f"{op}: map_kinds must be those of MapKind, got {kind}")
     for name, unread in _UNREAD.items():
         for kind, entry in zip(kinds, given[name]):
             if name not in _READ[MapKind(kind)] and entry != unread:
