@@ -11,6 +11,7 @@ import pytest
 from extrope_kernels import _build
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("*.py", "*.h", "*.cpp", "*.cu")
 
 
 def test_no_fast_math():
@@ -46,6 +47,23 @@ def test_no_two_public_classes_of_ops_have_one_name():
             found.setdefault(name, []).append(str(path.relative_to(ROOT)))
     assert len(found) > 40
     assert not {name: at for name, at in found.items() if len(at) > 1}
+
+
+def test_the_tree_of_contributing_is_whole():
+    """Every source is under a row, and every name of a row is there."""
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("## The tree")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", tree, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(.+?)`", row)}
+    ops = [path.name for path in (ROOT / "extrope_kernels/ops").glob("[a-z]*/")]
+    of_ops = {name.replace("/OP/", f"/{op}/") for name in named for op in ops if "/OP/" in name}
+    named = {name for name in named if "/OP/" not in name}
+    assert len(ops) == 5 and not [name for name in named if not (ROOT / name).exists()]
+    found = [path for path in ROOT.glob("*.py") if path.name != "noxfile.py"]
+    for folder in ("extrope_kernels", "csrc", "tests", "bench", "examples"):
+        found += [x for end in SOURCES for x in (ROOT / folder).rglob(end)]
+    found = [x for x in found if x.name not in ("__init__.py", "__main__.py", "conftest.py")]
+    names = {path.relative_to(ROOT).as_posix() for path in found}
+    assert len(names) > 400 and not sorted(x for x in names if not x.startswith((*named, *of_ops)))
 
 
 def includes(source: Path, seen: set[Path]) -> set[str]:
