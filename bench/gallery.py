@@ -273,16 +273,17 @@ the right the same by the true distance: dots for the last query, pale ones for 
 plain RoPE. Where pairs of dims see different distances, the map has their mean.
 
 """
+GRID, END = '<div class="methods" markdown="1">\n\n', "</div>\n\n"  # on the site two abreast
 
 
 def page() -> str:
     """Return docs/gallery.md."""
-    parts = [HEAD, OF_FREQUENCIES]
+    parts = [HEAD, OF_FREQUENCIES, GRID]
     parts += [entry("frequencies", methods.METHODS[x], [f"{DIM}"], FREQUENCIES[x])
               for x in methods.METHODS]  # fmt: skip
-    parts += [OF_SCORES]
+    parts += [END, OF_SCORES, GRID]
     parts += [entry("scores", scores.SCORES[x], [], SCORES[x]) for x in scores.SCORES]
-    return "".join(parts).rstrip() + "\n"
+    return "".join([*parts, END]).rstrip() + "\n"
 
 
 def entry(axis: str, method: Callable, given: list[str], named: dict[str, Any]) -> str:
@@ -292,7 +293,8 @@ def entry(axis: str, method: Callable, given: list[str], named: dict[str, Any]) 
         given = [*given, f"{key}=..." if isinstance(value, list) else f"{key}={value:g}"]
     call = f"{API.get(axis, axis)}.{name}({', '.join(given)})"
     links = f"{link(paper)}, {api_link(axis, method)}"
-    return f"### `{name}`\n\n{what} ({links}).\n\n![{call}](gallery/{name}.png)\n\n`{call}`\n\n"
+    text = f"### `{name}`\n\n{what} ({links}).\n\n![{call}](gallery/{name}.png)\n\n`{call}`"
+    return f'<div markdown="1">\n\n{text}\n\n</div>\n\n'
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def speed(path: Path, results: Path = RESULTS) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.text(1, -0.75, "1: as fast", ha="center", fontsize=10)
     longest = max(times for times, _ in found)
-    axes.set_xlim(0, 1.75 * longest)  # room for the names
+    axes.set_xlim(0, 1.9 * longest)  # room for the names
     axes.set_xticks(range(int(longest) + 1))
     axes.set_xlabel("times as fast as the fastest other", fontsize=12, loc="left")
     told = {"the same result": colours[False], f"it does less: {PLAIN}": colours[True]}
@@ -114,8 +114,7 @@ def speed(path: Path, results: Path = RESULTS) -> None:
 def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
     """Draw time and peak memory against length; dotted: one thread."""
     content = json.loads((results / MACHINE / f"scaling-{name}.json").read_text())
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    time, memory = figure.subplots(1, 2)
+    figure, (time, memory) = new_plot(6, 7.6, 2, 1)
     found = scaling.curves(content["rows"])
     most = max(threads for _, threads in found)
     names = list(dict.fromkeys(name for name, _ in found))
@@ -130,9 +129,10 @@ def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
             memory.plot(tokens, [row["megabytes"] for row in rows], label=implementation, **look)
     for axes, label in ((time, "ms"), (memory, "peak MB over the inputs")):
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        axes.grid(True, which="both", alpha=0.3)
-        axes.legend(fontsize=6)
-    figure.suptitle(content["about"], fontsize=9)
+        axes.grid(True, alpha=0.3)
+    figure.suptitle(content["about"].replace(", 2 heads", ",\n2 heads"), fontsize=11)
+    keys = time.get_legend_handles_labels()
+    figure.legend(*keys, frameon=False, fontsize=10, loc="outside lower center")
     save(figure, path)
 
 
@@ -141,7 +141,7 @@ def lengths(name: str, path: Path, results: Path = RESULTS) -> None:
 
 # Colour, marker, its size, and label of the methods of `make demo` and of README.
 LOOKS = {
-    "rope": ("#000000", "o", 6, "as it is"),
+    "rope": ("#000000", "o", 6, "unmodified"),
     "pi": ("#D55E00", "^", 6, "PI"),
     "yarn": ("#0072B2", "s", 9, "YaRN"),
     "rerope": ("#009E73", "D", 5, "ReRoPE"),
@@ -232,7 +232,7 @@ MARKERS = dict(zip(SCORES, cycle("os^Dv*PX")))  # their points lie too close for
 
 def tradeoff(path: Path, results: Path = RESULTS) -> None:
     """Draw loss against recall at twice the training length; a line joins a method's parameters."""
-    figure, axes = new_plot(8.6, 4.6)
+    figure, axes = new_plot(6, 6.4)
     labels: dict[tuple[float, float], list[tuple[str, str]]] = {}  # by place
     for name, every in evaluations.measured(results).items():
         rows = [row for row in every if row.over_yarn and row.recall and row.over_yarn[0] < WORST]
@@ -251,11 +251,12 @@ def tradeoff(path: Path, results: Path = RESULTS) -> None:
     for place, here in labels.items():
         # If several share a place, only the first has room for its parameters.
         names = [" ".join(filter(None, here[0])), *(name for name, _ in here[1:])]
-        text = {"textcoords": "offset points", "fontsize": 7, "color": "tab:blue"}
+        text = {"textcoords": "offset points", "fontsize": 9, "color": "tab:blue"}
         axes.annotate(", ".join(names), place, (5, 4), **text)
     axes.set_xlabel("loss over YaRN's behind 8,192 tokens (nats a token)")
     axes.set_ylabel("recall 15,360 tokens back (nats a token)")
-    axes.legend(frameon=False, fontsize=8, title="score methods", loc="upper right")
+    figure.legend(frameon=False, fontsize=10, title="score methods", loc="outside lower center",
+                  ncols=3)  # fmt: skip
     save(figure, path)
 
 
@@ -298,7 +299,7 @@ HIGHEST, CLOSEST = 1.5, 0.06  # nats: shown above plain RoPE at 1x; between two 
 
 def draw_lengths(found: dict, path: Path) -> None:
     """Draw the loss of the last L bytes by length, with bands of the seeds: a panel per family."""
-    figure, panels = new_plot(11, 9, 2, 2, sharey=True)
+    figure, panels = new_plot(6, 18, 4, 1)
     rows, at = found["rows"], found["lengths"]
     plain = rows[0]
     lowest = min(min(losses) for row in rows for losses in row["last"])
@@ -314,11 +315,9 @@ def draw_lengths(found: dict, path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlim(at[0] * 0.93, at[-1] * 1.08)
         axes.grid(axis="y", color="0.9")
-        _label(axes, top)
-    for axes in panels[:, 0]:
         axes.set_ylabel("nats per byte, last L bytes")
-    for axes in panels[1]:
-        axes.set_xlabel(f"bytes read (trained on L = {found['setup']['length']})")
+        _label(axes, top)
+    axes.set_xlabel(f"bytes read (trained on L = {found['setup']['length']})")
     save(figure, path)
 
 
@@ -343,7 +342,7 @@ def _label(axes: Axes, top: float) -> None:
         name = line.get_label() if y <= top else f"{line.get_label()} ({y:.1f})"
         axes.annotate(
             name, (line.get_xdata()[-1], place), xytext=(8, 0), textcoords="offset points",
-            va="center", color=line.get_color(), fontsize=8, annotation_clip=False,
+            va="center", color=line.get_color(), fontsize=9.5, annotation_clip=False,
         )  # fmt: skip
 
 

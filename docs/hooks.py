@@ -23,7 +23,7 @@ def on_config(config: MkDocsConfig) -> None:
     if shutil.which("git"):
         git = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
         remote = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config.repo_url, config.repo_name = web_address(remote), "Repository"
+        config.repo_url, config.repo_name = web_address(remote), "Repository, Apache-2.0"
 
 
 def web_address(remote: str) -> str | None:
@@ -33,11 +33,13 @@ def web_address(remote: str) -> str | None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files of OUTSIDE to the site."""
+    """Add the files of OUTSIDE to the site, and the license as a page, which the search finds."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
+    licence = f"# License\n\n```text\n{(ROOT / 'LICENSE').read_text()}\n```\n"
+    files.append(File.generated(config, "LICENSE.md", content=licence))
     return files
 
 
@@ -46,6 +48,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     name = page.file.src_uri
     outside = any(Path(name).match(pattern) for pattern in OUTSIDE) and (ROOT / name).exists()
     out = "../" * (name.count("/") + 1)
+    markdown = markdown.replace("](LICENSE)", "](LICENSE.md)")
 
     def moved(link: re.Match) -> str:
         before, target = link.groups()
