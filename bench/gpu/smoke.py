@@ -2,9 +2,9 @@
 
 Oracles are those of tests/support: the closed form in float64, and plain PyTorch in the tensors'
 dtype. Each check runs twice: the first launch of a layout goes Triton's way, later ones run the
-kernel that it kept. Kernels that take a number from each call, a rotation's first position, run
-with a small one and a large one. The profiler tells each check's launches: a kernel that its check
-did not launch fails the step.
+kernel that it kept. A rotation's first position, which each call gives, and the strides of a merge,
+which are in bytes, are small once and large once: past 32 bits. The profiler tells each check's
+launches: a kernel that its check did not launch fails the step.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ CACHED = ("plain", "rerope", "leaky_rerope")
 # Compared with the reference. That of attention multiplies in float32, while kernels round to 16
 # bits: it is no measure. Of the append the cache is compared, not the attention after it.
 BY_REFERENCE = ("rope", "norm and rope", "rope and append", "merge")
-# Options of an operation: numbers that differ from call to call, small ones first.
+# Options of an operation: numbers of its launch, small ones first.
 NUMBERS: dict[str, tuple[dict[str, float], ...]] = {
-    name: ({}, {"position": 2**33 + 1, "slower": 2.0**-24})
-    for rotation in ("rope", "norm and rope")
-    for name in (rotation, f"{rotation}, backward")
+    "merge": ({}, {"apart": 2**31 + 64}),
+    **{
+        name: ({}, {"position": 2**33 + 1, "slower": 2.0**-24})
+        for rotation in ("rope", "norm and rope")
+        for name in (rotation, f"{rotation}, backward")
+    },
 }
 APPEND = "cache, appended to"
 # The kernels that a check must launch, by its operation and backend.

@@ -29,6 +29,7 @@ from triton import JITFunction
 import extrope_kernels as ek
 from extrope_kernels import methods, scores
 from extrope_kernels.ops._torch import layouts
+from extrope_kernels.ops.attention.triton.merge import merge_fwd, merge_inplace
 
 ROOT = Path(__file__).parents[2]
 FREQS = methods.rope(64)
@@ -184,9 +185,7 @@ def requests_of_a_batch_are_two_launches():
 
 
 def a_merge_is_one_launch():
-    """Of any number of sets, in place too; no length compiles again."""
-    from extrope_kernels.ops.attention.triton.merge import merge_fwd, merge_inplace
-
+    """Of any number of sets, in place too; no length compiles again, wherever it writes."""
     found = set()
     for batch, seqlen in ((2, 40), (2, 41), (1, 16), (3, 1), (2, 1000)):
         outs = [random(batch, seqlen, 4, 64) for _ in range(3)]
@@ -194,9 +193,10 @@ def a_merge_is_one_launch():
         for sets in (1, 3):
             for _ in range(2):
                 assert launched(merge_fwd, outs[:sets], lses[:sets]) == 1
-        wide = [torch.zeros(batch, 2 * seqlen, 4, 64), torch.zeros(batch, 4, 2 * seqlen)]
-        views = wide[0][:, seqlen:], wide[1][..., seqlen:]
-        assert launched(merge_inplace, *views, outs[1:2], lses[1:2]) == 1
+        wide = torch.zeros(batch, seqlen + 8, 4, 64), torch.zeros(batch, 4, seqlen + 8)
+        for first in (4, 5):  # 16 divides lse's address, or not
+            views = [x.narrow(dim, first, seqlen) for x, dim in zip(wide, (1, 2))]
+            assert launched(merge_inplace, *views, outs[1:2], lses[1:2]) == 1
         found.add(compiled())
     assert len(found) == 1, found
 
@@ -213,6 +213,7 @@ def calls_by_kernel():
         *leaves[:2], FREQS, q_norm_weight=weight.requires_grad_(), k_norm_weight=weight, **by
     )
     again = {"retain_graph": True}
+    outs, lses = [torch.zeros(2, 40, 4, 64) for _ in range(3)], [torch.zeros(2, 4, 40)] * 3
     return (
         partial(ek.apply_rope_qk, q, k, FREQS, **by),
         partial(ek.apply_rope_qk, q, k, FREQS, positions=2**40, **by),
@@ -222,6 +223,8 @@ def calls_by_kernel():
         partial(ek.rope_attention, q, k, v, FREQS, score, **by),
         partial(torch.autograd.grad, out, leaves, dout, **again),
         partial(ek.rope_attention_with_kvcache, q, *caches, FREQS, score, **where),
+        partial(merge_fwd, outs, lses),
+        partial(merge_inplace, outs[0], lses[0].clone(), outs[1:], lses[1:]),
     )
 
 
@@ -251,7 +254,7 @@ def the_second_launch_is_the_first_ones():
     def described(x):
         if isinstance(x, torch.Tensor):  # outputs have new addresses, divisible by 16 as well
             return x.shape, x.stride(), x.dtype, x.data_ptr() % 16
-        return type(x), x
+        return type(x), [described(y) for y in x] if type(x) is tuple else x
 
     for call in calls_by_kernel():
         (by_triton, first), (again, second) = ways(call)
@@ -292,12 +295,17 @@ def an_unaligned_tensor_compiles_a_kernel_of_its_own():
     q, k, v = (random(1, 8, heads, 64) for heads in (2, 1, 1))
     odd = random(q.numel() + 1)[1:].view(q.shape)
     assert odd.data_ptr() % 16 and odd.stride() == q.stride()
-    for function, others in ((ek.apply_rope_qk, (k, FREQS)), (ek.rope_attention, (k, v, FREQS))):
+    lses = [torch.zeros(1, 2, 8)] * 2
+    for function in (
+        lambda x: ek.apply_rope_qk(x, k, FREQS, backend="triton"),
+        lambda x: ek.rope_attention(x, k, v, FREQS, backend="triton"),
+        lambda x: merge_fwd([q, x], lses),  # of a tuple of tensors
+    ):
         layouts.forget()
-        function(q, *others, backend="triton")
+        function(q)
         found = [compiled()]
         for x in (q, odd, odd, q):
-            function(x, *others, backend="triton")
+            function(x)
             found.append(compiled())
         aligned, again, *unaligned = found
         assert aligned == again < unaligned[0], found

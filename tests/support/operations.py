@@ -113,7 +113,14 @@ def rope_append(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [rope_append_kvcache(q, k, v, *caches, freqs, **call), *caches]
 
 
-def merge(backend: str, outs: Tensor, lses: Tensor) -> list[Tensor]:
+def merge(backend: str, outs: Tensor, lses: Tensor, apart: int = 0) -> list[Tensor]:
+    """Merge; a set's batches lie `apart` bytes from each other, or as they come."""
+    if apart:
+        sets, batches, *shape = outs.shape
+        inner, step = torch.Size(shape).numel(), apart // outs.itemsize
+        memory = outs.new_empty((batches - 1) * step + sets * inner)
+        strides = inner, step, *outs.stride()[2:]
+        outs = memory.as_strided(outs.shape, strides).copy_(outs)
     sets = outs.unbind(), lses.float().unbind()
     return list((reference_of_merge if backend == "reference" else merge_attention)(*sets))
 

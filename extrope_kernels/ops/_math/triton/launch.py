@@ -78,8 +78,8 @@ class Launch:
     in the kernel's signature, since the kept kernel would cut a larger one.
     """
 
-    # Launch on the tensors' GPU, unless the grid is empty. Takes the tensors (of the first two at
-    # most one is None) and the numbers of per_call, by their names in the kernel.
+    # Launch on the tensors' GPU, unless the grid is empty. Takes the tensors (the first two are no
+    # tuples, and at most one is None) and the numbers of per_call, by their names in the kernel.
     run: Callable[..., None]
 
     def __init__(
@@ -87,7 +87,7 @@ class Launch:
         kernel: Any,
         grid: tuple[int, ...],
         *,
-        numbers: dict[str, float],
+        numbers: dict[str, float | tuple[int, ...]],
         constants: dict[str, Any],
         options: dict[str, Any],
         per_call: tuple[str, ...] = (),
@@ -95,8 +95,9 @@ class Launch:
         """Describe the launch, by the names of the kernel's parameters.
 
         numbers: of the layout. constants: constexprs. options: Triton's own. per_call: the names of
-        numbers that each call gives. The kernel's other parameters are tensors: they come first,
-        then numbers of a call.
+        numbers that each call gives. The kernel's other parameters are tensors, or tuples of
+        tensors: they come first, then numbers of a call. Triton compiles again for numbers in a
+        tuple that become 1, or divisible by 16, whatever it is told.
         """
         parameters = inspect.signature(kernel.fn).parameters
         fixed = {**numbers, **constants}
@@ -122,7 +123,7 @@ class Launch:
 
     def _launch(self, values: tuple[Any, ...]) -> None:
         for x in values[: self._tensors]:
-            if x is not None and x.data_ptr() % 16:
+            if x is not None and (_unaligned(x) if type(x) is tuple else x.data_ptr() % 16):
                 self._by_triton(values)
                 return
         if self._kept is not None:
@@ -136,11 +137,15 @@ class Launch:
         return self._kernel[self.grid](*values, *self._fixed, **self._options)
 
 
+def _unaligned(tensors: tuple[Tensor, ...]) -> bool:
+    return any(x.data_ptr() % 16 for x in tensors)
+
+
 def _check(
     kernel: str,
     parameters: Mapping[str, inspect.Parameter],
     given: tuple[str, ...],
-    numbers: dict[str, float],
+    numbers: Mapping[str, Any],
     constants: dict[str, Any],
     per_call: tuple[str, ...],
 ) -> None:
