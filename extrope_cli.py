@@ -36,6 +36,7 @@ _EXAMPLES = {
         "eval --model smollm2 --methods rope,yarn,rerope --lengths 16k --out found",
         "eval --model path/to/model --task recall --methods yarn,rerope --lengths 16384,32768 "
         "--text book.txt --param yarn.beta_fast=16 --out found",
+        "eval --model path/to/longer --lengths 64k --out found",
     ),
     "bench": ("bench", "bench rope attention"),
 }
@@ -131,8 +132,10 @@ def _wrong(args: argparse.Namespace) -> str | None:
         for text in args.text or ():
             if text != BUILT_IN_TEXT and not Path(text).is_file():
                 return f"text {text}: no such file"
+        if args.methods is None and not Path(args.model, "extrope.json").is_file():
+            return "--methods must be named for a model that was not saved as extended"
         for method, name, _ in args.param:
-            if method not in args.methods:
+            if method not in (args.methods or ()):
                 return f"--param {method}.{name}: {method} is not among --methods"
     return None
 
@@ -198,7 +201,12 @@ def _check(parser: Parser) -> None:
 def _eval(parser: Parser) -> None:
     add = parser.add_argument
     add("--task", choices=("loss", "recall"), default="loss", help="default: loss")
-    add("--methods", type=names, required=True, help="comma-separated: rope,yarn,...,rerope,auto")
+    add(
+        "--methods",
+        type=names,
+        help="comma-separated: rope,yarn,...,rerope,auto; default: saved, what a folder was saved "
+        "as extended by",
+    )
     add("--lengths", type=lengths, required=True, help="numbers of tokens: 8192,16384 or 8k,16k")
     add("--text", action="append", help="UTF-8 file, or pydocs: the Python reference; repeatable")
     add(

@@ -44,11 +44,11 @@ def _kept(out: str) -> str:
     return f"; finished rows are in {out}" if any(Path(out).glob("*.json")) else ""
 
 
-def _eval(methods: list[str], param: list[tuple[str, str, Any]], **given: Any) -> None:
-    params: dict[str, dict[str, Any]] = {method: {} for method in methods}
+def _eval(methods: list[str] | None, param: list[tuple[str, str, Any]], **given: Any) -> None:
+    params: dict[str, dict[str, Any]] = {method: {} for method in methods or ()}
     for method, name, value in param:
         params[method][name] = value
     given["text"] = given["text"] or "pydocs"
-    evaluate(methods=params, table=sys.stdout, **given)
+    evaluate(methods=params or None, table=sys.stdout, **given)
     png = " and .png" if plots.available() else ""
     print(f"wrote {given['out']}/{given['task']}.json{png}", file=sys.stderr)

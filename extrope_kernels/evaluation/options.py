@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._names import meant, not_among
 from .._usage import UsageError
 from ..integrations._shared.parameters import PARAMETERS, plain
-from ..integrations.transformers import extend
+from ..integrations._shared.saved import Saved, SavedFolder, find
+from ..integrations.transformers.extension import Extension, extend, extend_by_all
 from ..methods import METHODS
 from ..scores import SCORES
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"  # the method that `extend` chooses for a length
+AS_SAVED = "saved"  # the extensions that the model's folder was saved with
 
 
 def method_params(
@@ -39,6 +43,8 @@ def method_params(
     reach, trained: as of `methods.lengths`; without a scaling they are equal.
     """
     given = dict(given or {})
+    if method == AS_SAVED:
+        return given
     if method in SCORES:
         return _score_params(method, length, reach, given) | given
     parameters = inspect.signature(METHODS[method]).parameters
@@ -89,10 +95,26 @@ def _groups(length: int, trained: int, given: dict[str, Any]) -> dict[str, Any]:
     return {"window": window // group * group if fits else window, "factor": group}
 
 
-def refusal(model: PreTrainedModel, method: str, params: Mapping[str, Any]) -> str | None:
-    """Return why a model cannot be extended by a method; None if it can."""
+def saved_folder(*models: Any) -> SavedFolder | None:
+    """Return how the first of the folders that was saved as extended was; raises UsageError."""
     try:
-        extend(model, method, **params).restore()
+        found = (find(each) for each in models if isinstance(each, str | os.PathLike))
+        return next((each for each in found if each is not None), None)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def extended(model: PreTrainedModel, method: str, params: Mapping[str, Any]) -> Extension:
+    """Extend a model by the method of a row, with the row's parameters."""
+    if method == AS_SAVED:
+        return extend_by_all(model, [Saved(**each) for each in params["extensions"]])
+    return extend(model, method, **params)
+
+
+def refusal(model: PreTrainedModel, method: str, params: Mapping[str, Any]) -> str | None:
+    """Return why a model cannot be extended by the method of a row; None if it can."""
+    try:
+        extended(model, method, params).restore()
     except (ValueError, TypeError, NotImplementedError) as error:
         return str(error)
     return None
@@ -110,27 +132,40 @@ def chosen(model: PreTrainedModel, length: int) -> tuple[str, dict[str, Any]]:
 
 
 def check_methods(
-    methods: str | Iterable[str] | Mapping[str, Mapping[str, Any]],
+    methods: str | Iterable[str] | Mapping[str, Mapping[str, Any]] | None,
+    saved: SavedFolder | None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the given parameters of each method; raises UsageError if one is unknown."""
+    """Return the given parameters of each method; raises UsageError if one is unknown.
+
+    methods: `AS_SAVED` if None. saved: how the model's folder was saved as extended.
+    """
+    if methods is None and saved is None:
+        raise UsageError("methods must be named for a model that was not saved as extended")
+    if methods is None:
+        methods = AS_SAVED
     if isinstance(methods, str):
         methods = [methods]
     named = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
     if not named:
         raise UsageError("methods must list at least one")
     for name in named:
-        if name not in (*PARAMETERS, AUTO):
-            raise UsageError(not_among("method", name, (*PARAMETERS, AUTO)))
+        if name not in (*PARAMETERS, AUTO, AS_SAVED):
+            raise UsageError(not_among("method", name, (*PARAMETERS, AUTO, AS_SAVED)))
     for method, given in named.items():
         known = [key for key in PARAMETERS.get(method, ()) if key != "dim"]
         if wrong := [name for name in given if name not in known]:
             listed = ", ".join(known) or "none"
             hint = meant(wrong[0], known)
             raise UsageError(f"{method} has no {wrong[0]}{hint}; it has {listed}")
-    return {
+    found = {
         method: {name: plain(value) for name, value in given.items()}
         for method, given in named.items()
     }
+    if AS_SAVED in found:
+        if saved is None:
+            raise UsageError(f"{AS_SAVED} needs a model's folder that was saved as extended")
+        found[AS_SAVED] = {"extensions": [asdict(each) for each in saved.extensions]}
+    return found
 
 
 def check_lengths(lengths: int | Iterable[int]) -> list[int]:

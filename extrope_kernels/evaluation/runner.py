@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from .._usage import UsageError
-from ..integrations.transformers import extend
 from ..integrations.transformers.probe.layers import without_dropout
 from . import models, options, plots, report, texts
 from .digests import model_digest
@@ -31,7 +30,7 @@ _WIDTH = len("2.471±.012")
 
 def evaluate(
     model: str | os.PathLike[str] | PreTrainedModel,
-    methods: Iterable[str] | Mapping[str, Mapping[str, Any]],
+    methods: Iterable[str] | Mapping[str, Mapping[str, Any]] | None,
     lengths: int | Iterable[int],
     *,
     task: str = "loss",
@@ -54,7 +53,7 @@ def evaluate(
         stays unchanged.
     methods: names of methods, or a dict from name to parameters. Missing parameters are chosen by
         length and training length, the same as by the command. "auto" is the method that `extend`
-        chooses for a length.
+        chooses for a length; "saved", or None, what the model's folder was saved as extended by.
     lengths: lengths of texts, in tokens.
     task: "loss": the mean next-token loss by position, in nats; or "recall": how much less a
         passage costs the second time, in nats a token, by the distance in tokens.
@@ -72,7 +71,8 @@ def evaluate(
     "buckets", or "gains" by distance; "error" is the standard error over pieces or passages.
     Raises UsageError, a ValueError of one line, before anything slow begins.
     """
-    params, wanted = options.check_methods(methods), options.check_lengths(lengths)
+    saved = options.saved_folder(model)
+    params, wanted = options.check_methods(methods, saved), options.check_lengths(lengths)
     options.check_numbers(bucket=bucket, trials=trials)
     options.check_choice("task", task, TASKS)
     options.check_choice("dtype", dtype, options.DTYPES)
@@ -108,6 +108,11 @@ def evaluate(
     with without_dropout(loaded), warnings.catch_warnings():
         # Lengths within the training are read for comparison.
         warnings.filterwarnings("ignore", ".*leaves nothing extended")
+        if saved is not None:
+            taken = (
+                "as it was saved" if options.AS_SAVED in params else "by the methods named alone"
+            )
+            print(f"{model} was saved as extended by {saved}: read {taken}", file=sys.stderr)
         planned = _planned(loaded, params, wanted)
         rows = report.Rows(path, header, ("method", "length", "params"))
         _measure(measured, loaded, read, planned, rows, table or io.StringIO())
@@ -166,7 +171,7 @@ def _measure(
         places = [(text, index) for text in read for index in range(trials)]
         pieces = [text.piece(length, index, seed, task.more) for text, index in places]
         found = []
-        with extend(model, method, **params):
+        with options.extended(model, method, params):
             for number, piece in enumerate(pieces, 1):
                 name = f"reading text {number} of {each} by {method}, {length:,} tokens"
                 display.begin(name, layers)

@@ -13,6 +13,7 @@ import torch
 
 from .. import methods
 from ..integrations._shared.choice import Choice, choose_method, images_refused
+from ..integrations._shared.saved import SAVED
 from ..scores import SCORES
 from .facts import Facts
 from .source import Source, with_one_axis
@@ -51,7 +52,14 @@ class Advice:
 
 
 def advise(model: str, source: Source, facts: Facts, length: int) -> Advice:
-    """Advise on `length` tokens, as `extend(model, length=)` chooses."""
+    """Advise on `length` tokens: as the folder was saved, or as `extend(model, length=)` does."""
+    saved = source.saved
+    if saved is not None and not saved.in_config and saved.reaches(length):
+        lines = {
+            "extend": f"extend_from_saved(model, {model!r})",
+            "vLLM, our plugin": f"vllm serve {shlex.quote(model)} --max-model-len {length}",
+        }
+        return Advice(length, str(saved), f"as the folder was saved ({SAVED})", {}, lines)
     why = None
     if length <= facts.reach:
         why = f"{length:,} tokens are within the {facts.reach:,} that the model is made for"

@@ -13,9 +13,10 @@ from dataclasses import asdict
 from typing import Any
 
 from .._usage import UsageError, quiet, stay_offline
+from ..integrations._shared.saved import SAVED, SavedFolder
 from .advice import Advice, advise
 from .facts import Facts, Rotation, gather
-from .source import read_source
+from .source import Source, read_source
 
 _WIDTH, _LABEL = 100, 17
 _QUOTED = re.compile(r"'[^']*'|\"(?:\\\\.|[^\"\\\\])*\"")
@@ -37,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
         return 2
     advice = None if args.length is None else advise(args.model, source, facts, args.length)
     if args.json:
-        print(json.dumps(as_json(args.model, facts, advice), indent=2))
+        print(json.dumps(as_json(args.model, source, facts, advice), indent=2))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print("\n".join(report(args.model, facts, advice, colour)))
+        print("\n".join(report(args.model, source, facts, advice, colour)))
     return 0
 
 
-def as_json(model: str, facts: Facts, advice: Advice | None) -> dict[str, Any]:
+def as_json(model: str, source: Source, facts: Facts, advice: Advice | None) -> dict[str, Any]:
     """Return the facts for a program."""
     length = facts.length.reach if advice is None else advice.length
     cache = asdict(facts.cache) | {
@@ -55,15 +56,18 @@ def as_json(model: str, facts: Facts, advice: Advice | None) -> dict[str, Any]:
         "model": model,
         "reach": facts.reach,
         "cache": cache,
+        "saved": source.saved and asdict(source.saved),
         "advice": advice and asdict(advice),
     }
 
 
-def report(model: str, facts: Facts, advice: Advice | None, colour: bool) -> list[str]:
+def report(
+    model: str, source: Source, facts: Facts, advice: Advice | None, colour: bool
+) -> list[str]:
     """Return the lines of one screen."""
     red, plain = (_RED, _PLAIN) if colour else ("", "")
     lines = []
-    for label, text, alarming in _paragraphs(model, facts, advice):
+    for label, text, alarming in _paragraphs(model, source, facts, advice):
         for number, line in enumerate(_wrapped(text)):
             text = f"{red}{line}{plain}" if alarming else line
             lines.append(f"{'' if number else label:<{_LABEL}}{text}")
@@ -84,7 +88,9 @@ def _wrapped(text: str) -> list[str]:
     return [*lines[:-1], lines[-1] + hash_ + comment]
 
 
-def _paragraphs(model: str, facts: Facts, advice: Advice | None) -> Iterator[tuple[str, str, bool]]:
+def _paragraphs(
+    model: str, source: Source, facts: Facts, advice: Advice | None
+) -> Iterator[tuple[str, str, bool]]:
     """Yield (label, text, alarming): the answer to --length first, lines to copy last."""
     if advice is not None:
         yield "to try first", f"{advice.first or 'nothing'}: {advice.why}", False
@@ -93,6 +99,8 @@ def _paragraphs(model: str, facts: Facts, advice: Advice | None) -> Iterator[tup
         keys = f"keys and values from a latent of {facts.latent}"
     heads = f"{facts.heads} heads of {facts.head_dim}, {keys}"
     yield "model", f"{model}: {facts.architecture}, {heads}", False
+    if (saved := source.saved) is not None:
+        yield "saved as", f"extended by {saved}: {_who_reads(saved)}", not saved.in_config
     length = facts.length
     yield "training length", f"{length.trained:,} tokens ({length.origin})", False
     if length.reach != length.trained:
@@ -106,6 +114,12 @@ def _paragraphs(model: str, facts: Facts, advice: Advice | None) -> Iterator[tup
     yield "score methods", _scores(facts), False
     if advice is not None:
         yield from _lines(advice)
+
+
+def _who_reads(saved: SavedFolder) -> str:
+    if saved.in_config:
+        return f"config.json says so too, as below; {SAVED} says all"
+    return f"in {SAVED} alone; extend_from_saved reads it, and config.json is without it, as below"
 
 
 def _lines(advice: Advice) -> Iterator[tuple[str, str, bool]]:

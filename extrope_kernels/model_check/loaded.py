@@ -8,14 +8,12 @@ probe of `extend` finds the rotary embeddings, and tells the column of each pair
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import RopeFreqs, methods
 from .._usage import shortened
-from ..integrations._shared.saved import SAVED
+from ..integrations._shared.saved import SavedFolder, find
 from ..integrations.transformers.model import no_model
 from ..integrations.transformers.patch.hooks import ON_OWNER
 from ..integrations.transformers.patch.rotary_forward import RotaryForward
@@ -140,23 +138,18 @@ def check(model: nn.Module) -> LoadedReport:
     rotations = tuple(replace(each, embeddings=count) for each, count in counted.items())
     if whole is None:
         return LoadedReport(type(model).__name__, rotations, ())
-    saved = None if any(each.extended for each in rotations) else _saved_as_extended(whole.config)
-    return LoadedReport(type(whole).__name__, rotations, tuple(_ignored(whole)), saved)
-
-
-def _saved_as_extended(config: Any) -> str | None:
-    """Return the folder of a configuration whose extension it cannot express."""
-    path = Path(getattr(config, "_name_or_path", None) or "", SAVED)
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("in_config"):
-        return None
-    return str(path.parent)
+    folder = getattr(whole.config, "_name_or_path", None)
+    saved = find(folder) if folder else None
+    told = saved is None or saved.in_config or any(each.extended for each in rotations)
+    missing = None if told else saved.path
+    return LoadedReport(type(whole).__name__, rotations, tuple(_ignored(whole, saved)), missing)
 
 
 def _text(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _ignored(whole: nn.Module) -> list[str]:
+def _ignored(whole: nn.Module, saved: SavedFolder | None) -> list[str]:
     config, text = whole.config, _text(whole.config)
 
     def given(config: Any) -> dict[str, Any]:
@@ -166,7 +159,7 @@ def _ignored(whole: nn.Module) -> list[str]:
         return {key: value for key, value in vars(config).items() if key not in own}
 
     beside = {} if text is config else given(config)
-    return Source(text, config, given(text), beside).ignored()
+    return Source(text, config, given(text), beside, saved=saved).ignored()
 
 
 def _kinds(rotary: nn.Module) -> list[str | None]:

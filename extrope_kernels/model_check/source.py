@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from extrope_cli import not_found
 
 from .._usage import UsageError, require, shortened
+from ..integrations._shared.saved import TRAINED, SavedFolder, find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,6 +46,7 @@ class Source:
     warnings: transformers' warnings about it.
     gguf: the prefix of a GGUF file's keys.
     unread: keys that transformers skips when it reads a GGUF file.
+    saved: how the folder was saved as extended, None if it was not.
     """
 
     config: PreTrainedConfig
@@ -54,6 +56,7 @@ class Source:
     warnings: tuple[str, ...] = ()
     gguf: str | None = None
     unread: tuple[str, ...] = ()
+    saved: SavedFolder | None = None
 
     @property
     def code(self) -> str:
@@ -77,6 +80,8 @@ class Source:
             # A trained length may have been moved there.
             rope = getattr(config, "rope_parameters", None) or {}
             known |= {key for key in rope if rope[key] == stated.get(key)}
+            if self.saved is not None:  # it keeps the trained length for the next extension
+                known.add(TRAINED)
             found += [
                 key
                 for key, value in stated.items()
@@ -122,7 +127,10 @@ def read_source(name: str) -> Source:
     if getattr(source.config, "is_heterogeneous", False):  # Gemma 4: sizes by layer
         source.config.allow_global_per_layer_attribute_access = True
     heard = [textwrap.shorten(each, 300) for each in warnings if _WRONG.search(each)]
-    return replace(source, warnings=tuple(dict.fromkeys(heard)))
+    try:
+        return replace(source, warnings=tuple(dict.fromkeys(heard)), saved=find(path))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _other(name: str) -> Path:

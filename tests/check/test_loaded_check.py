@@ -182,9 +182,10 @@ def test_a_model_saved_as_extended_that_is_not_is_told(tmp_path):
     )
     with ours.extend_from_saved(model, tmp_path):
         assert check(model).ok
-    with extend(llama(PLAIN), "yarn", factor=2.0) as handle:  # its configuration says all
-        handle.save_pretrained(tmp_path / "yarn")
-    assert check(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "yarn")).ok
+    for method in ("yarn", "pi"):  # whose configuration says all
+        with extend(llama(PLAIN), method, factor=2.0) as handle:
+            handle.save_pretrained(tmp_path / method)
+        assert check(transformers.LlamaForCausalLM.from_pretrained(tmp_path / method)).ok
 
 
 def test_values_that_are_not_finite_are_told():

@@ -135,6 +135,36 @@ def test_a_plain_model(check):
         assert said in text
 
 
+def test_a_folder_that_was_saved_as_extended(check, tmp_path):
+    model = tiny_models.build("LlamaForCausalLM")
+    pi = extend(model, "pi", factor=2.0)
+    with extend(model, "rerope", window=7) as handle, pytest.warns(match="without it"):
+        handle.save_pretrained(tmp_path)
+    pi.restore()
+    config = json.loads((tmp_path / "config.json").read_text())
+    facts, text = check(config, "--length", "4k")
+    assert [each["method"] for each in facts["saved"]["extensions"]] == ["pi", "rerope"]
+    said = "rerope window=7 over pi base=10000.0 factor=2.0"
+    for line in (
+        f"to try first {said}: as the folder was saved (extrope.json)",
+        f"saved as extended by {said}: in extrope.json alone; "
+        "extend_from_saved reads it, and config.json is without it, as below",
+        f"extend extend_from_saved(model, {str(tmp_path)!r})",
+        f"vllm serve {tmp_path} \\ --max-model-len 4096",
+    ):
+        assert line in text
+    with extend(model, "pi", factor=2.0) as handle:
+        handle.save_pretrained(tmp_path)
+    trained = model.config.max_position_embeddings
+    facts, text = check(config := json.loads((tmp_path / "config.json").read_text()))
+    assert facts["reach"] == 2 * trained
+    assert "pi base=10000.0 factor=2.0: config.json says so too, as below" in text
+    facts, text = check(config, "--length", str(4 * trained))  # past what it was saved for
+    assert facts["advice"]["first"].startswith("rerope")
+    (tmp_path / "extrope.json").write_text("{}")
+    assert cli.main(["check", str(tmp_path)]) == 2
+
+
 @pytest.mark.parametrize(
     ("scaling", "method", "trained", "reach"),
     [(LLAMA3, "llama3", 4096, 4096), (YARN, "yarn", 4096, 16384)],

@@ -156,7 +156,7 @@ def test_bench_runs_the_scripts_of_a_checkout(capfd, monkeypatch, tmp_path):
         ("eval --bucket 0", "argument --bucket: must be a whole number >= 1, got '0'"),
         ("eval --trials x", "argument --trials: must be a whole number >= 1, got 'x'"),
         ("check", "required: MODEL"),
-        ("eval --model smollm2", "required: --methods, --lengths, --out"),
+        ("eval --model smollm2", "required: --lengths, --out"),
         (
             "eval --lengths far",
             "argument --lengths: must be a number of tokens, as 131072, 131,072",
@@ -199,6 +199,9 @@ AT_ONCE = {
     f"{EVAL} --text nope.txt": "eval: text nope.txt: no such file\n",
     f"{EVAL} --model smolm2": "model smolm2: no such folder or .gguf file; did you mean smollm2?",
     f"{EVAL} --param yarn.factor=2": "eval: --param yarn.factor: yarn is not among --methods\n",
+    EVAL.replace("--methods rope ", ""): (
+        "eval: --methods must be named for a model that was not saved as extended\n"
+    ),
 }
 
 

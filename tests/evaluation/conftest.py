@@ -57,6 +57,7 @@ def run(folder, text, tmp_path, monkeypatch):
         words = [
             f"--{name}={value}"
             for name, values in (defaults | more | given).items()
+            if values is not None
             for value in (values if isinstance(values, list) else [values])
         ]
         try:

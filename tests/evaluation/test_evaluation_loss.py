@@ -27,7 +27,7 @@ from extrope_kernels.evaluation import UsageError, evaluate, loss, plots, report
 from extrope_kernels.evaluation.digests import tokens_digest
 from extrope_kernels.evaluation.models import after_each_layer, decoder_layers
 from extrope_kernels.evaluation.options import method_params
-from extrope_kernels.integrations.transformers import extend
+from extrope_kernels.integrations.transformers import extend, extend_from_saved
 from extrope_kernels.scores import SCORES
 
 
@@ -137,6 +137,43 @@ def test_a_model_in_training_is_measured_without_dropout(text, tokenizer, tmp_pa
         found = evaluate(wrapper, methods, 70, out=tmp_path, **given)
         assert [row["loss"] for row in found["rows"]] == wanted
     assert model.model.training and not model.training
+
+
+def test_a_folder_is_read_as_it_was_saved(run, folder, text, tokenizer, tmp_path, capsys):
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    leaky = {"window": 8, "factor": 4.0}
+    plain = pytest.warns(UserWarning, match="is the plain model's")
+    with extend(model, "pi", factor=2.0), extend(model, "leaky_rerope", **leaky), plain:
+        model.save_pretrained(tmp_path / "longer")
+    save_tokenizer(tmp_path / "longer")
+    longer = LlamaForCausalLM.from_pretrained(tmp_path / "longer")
+    ids = torch.tensor(tokenizer(text.read_text()).input_ids)[None, :70]
+    with extend_from_saved(longer, tmp_path / "longer"), torch.no_grad():
+        wanted = longer(ids, labels=ids).loss.item()
+    by = "leaky_rerope window=8 factor=4.0 over pi base=10000.0 factor=2.0"
+    said = f"was saved as extended by {by}: read"
+    for methods in ({}, {"methods": "saved"}):  # the second reads what the first has written
+        given = {"model": tmp_path / "longer", "lengths": "70", "methods": None} | methods
+        assert run(**given) == 0
+        assert f"{said} as it was saved" in capsys.readouterr().err
+        (row,) = results(tmp_path)["rows"]
+        assert row["method"] == "saved" and row["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert run(model=tmp_path / "longer", lengths="70", methods="yarn") == 0
+    assert f"{said} by the methods named alone" in capsys.readouterr().err
+    with extend(model, "yarn", factor=70 / TRAINED), torch.no_grad():
+        wanted = model(ids, labels=ids).loss.item()
+    assert results(tmp_path)["rows"][1]["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_folder_that_was_not_saved_as_extended_needs_a_method(run, folder, capsys, tmp_path):
+    assert run(methods="saved") == 2
+    assert "saved needs a model's folder that was saved as extended" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="methods must be named for a model that was not saved"):
+        evaluate(folder, None, 70)
+    (tmp_path / "config.json").touch()
+    (tmp_path / "extrope.json").write_text("{}")
+    assert run(model=tmp_path) == 2
+    assert "must hold what an extension has saved" in capsys.readouterr().err
 
 
 def test_soft_capped_logits():

@@ -4,6 +4,7 @@ import gc
 import re
 import shutil
 import sys
+import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -143,6 +144,40 @@ def test_length_alone_chooses_the_method(model_path):
     assert (saved.method, saved.parameters) == ("rerope", {"window": TRAINED // 2})
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_folder_is_read_as_it_was_saved(model_path, task, tmp_path, capsys, adapters):
+    """Of the model, or of adapters that were tuned under the extension."""
+    saved, options = tmp_path / "saved", {"device": "cpu", "batch_size": 2}
+    model = LlamaForCausalLM.from_pretrained(model_path).eval()
+    if adapters:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+        options |= {"peft": str(saved)}
+    with extend(model, "rerope", **METHODS["rerope"]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # config.json is the plain model's
+        model.save_pretrained(saved)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(saved)
+    lm = ours.ExtropeLM(model_path if adapters else str(saved), **options)
+    said = f"{saved} was saved as extended by rerope window=8: read"
+    assert f"{said} as it was saved" in capsys.readouterr().err
+    manager = TaskManager(include_defaults=False)
+    found = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0)
+    answers = [sample["resps"][0][0] for sample in found["samples"]["tiny"]]
+    assert answers == generated(model_path, "rerope")
+    lm = ours.ExtropeLM(model_path if adapters else str(saved), "yarn", factor=4.0, **options)
+    assert f"{said} by the method named alone" in capsys.readouterr().err
+    (owner,) = (each for each in lm.model.modules() if "_extrope_extensions" in vars(each))
+    assert str(vars(owner)["_extrope_extensions"]) == "yarn factor=4.0"
+
+
+def test_lengths_that_rows_do_not_tell(model_path, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(model_path)
+    with extend(model, "dynamic_yarn") as handle, pytest.warns(UserWarning, match="without it"):
+        handle.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="batch_size must be 1 for dynamic_yarn"):
+        ours.ExtropeLM(str(tmp_path), batch_size=2, device="cpu")
+
+
 def test_options_of_extend(model_path):
     model = LlamaForCausalLM.from_pretrained(model_path).eval()
     lm = ours.ExtropeLM(model, method="yarn", factor=4.0, layers="all", cache="raw")
@@ -159,7 +194,7 @@ def test_options_of_extend(model_path):
         ({"factor": 2.0}, "factor needs a method, or length"),
         ({"pretrained": "/nope"}, "/nope"),
         ({"method": "rerope", "window": 8, "layers": "some"}, "layers must be full or all"),
-        ({"method": "rerope"}, "rerope needs window, which is missing"),
+        ({"method": "rerope"}, "rerope needs window=16, half of the 32 tokens"),
         ({"method": "rerope", "window": -1}, "rerope: window must be"),
         ({"method": "rerope", "windw": 8}, "neither extend nor transformers takes windw"),
         ({"method": "yarn", "factor": 2.0, "batch_size": "auto"}, "batch_size=auto needs max_l"),
@@ -181,7 +216,8 @@ def test_command_line(model_path, task, monkeypatch, capsys, tmp_path):
 
     assert run("--model_args", f"pretrained={model_path},method=rerope") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "lm_eval: extend: rerope needs window, which is missing"
+        "lm_eval: extend: rerope needs window=16, half of the 32 tokens that the model reaches, "
+        "or length="
     )
     out = str(tmp_path / "out")
     model = f"pretrained={model_path},method=rerope,window=8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from typing import Any
 
@@ -11,7 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from ..._names import not_among
 from ..._usage import UsageError, shortened
 from ...integrations._shared.parameters import PARAMETERS, check_names
-from ...integrations.transformers import extend, register_interface
+from ...integrations.transformers import extend, extend_from_saved, register_interface
+from ..options import saved_folder
 
 NAME = "extrope"
 # lm-eval cuts the beginning off prompts that are longer. Rotations are exact as far as this.
@@ -22,8 +24,8 @@ _OPTIONS = {"length", "layers", "cache"}  # of `extend`, beside the method's par
 class ExtropeLM(HFLM):
     """lm-eval's model of transformers, extended until `restore()`.
 
-    method: a name of `PARAMETERS`; if None, the one that `extend` chooses for `length`, or the
-        model as it is without one.
+    method: a name of `PARAMETERS`; if None, the one that `extend` chooses for `length`. Without
+        both the model as its folder, or that of its adapters (`peft`), was saved: extended or not.
     max_length: as HFLM has it, but without a limit that a text would meet if None.
     given: the method's parameters, `length`, `layers` and `cache` of `extend`, and HFLM's keywords,
         in any order. What neither knows goes to transformers' `from_pretrained`, as with HFLM.
@@ -41,15 +43,24 @@ class ExtropeLM(HFLM):
         **given: Any,
     ) -> None:
         parameters, kwargs = _split(method, given)
+        named = method is not None or bool(parameters)
+        saved = saved_folder(kwargs.get("peft"), pretrained)
+        asked = [(method or "", parameters)]
+        if saved is not None:
+            taken = "by the method named alone" if named else "as it was saved"
+            print(f"{saved.path} was saved as extended by {saved}: read {taken}", file=sys.stderr)
+            if not named:
+                asked = [(each.method, each.parameters) for each in saved.extensions]
         if max_length is None and str(kwargs.get("batch_size", 1)).startswith("auto"):
             raise UsageError("batch_size=auto needs max_length, the longest prompt")
-        follows = "seq_len" in PARAMETERS.get(method or "", ()) and "seq_len" not in parameters
-        if follows and str(kwargs.get("batch_size", 1)) != "1":
-            # The harness pads without a mask: rows do not tell their lengths.
-            raise UsageError(
-                f"batch_size must be 1 for {method}, whose frequencies follow each text's length, "
-                f"or give it a seq_len, got batch_size={kwargs['batch_size']}"
-            )
+        for name, own in asked:
+            follows = "seq_len" in PARAMETERS.get(name, ()) and "seq_len" not in own
+            if follows and str(kwargs.get("batch_size", 1)) != "1":
+                # The harness pads without a mask: rows do not tell their lengths.
+                raise UsageError(
+                    f"batch_size must be 1 for {name}, whose frequencies follow each text's "
+                    f"length, or give it a seq_len, got batch_size={kwargs['batch_size']}"
+                )
         register_interface()  # so that attn_implementation=extrope can be asked for
         try:
             super().__init__(pretrained, max_length=max_length or _LONGEST, **kwargs)
@@ -60,10 +71,13 @@ class ExtropeLM(HFLM):
             raise
         except OSError as error:  # no such folder
             raise UsageError(shortened(error)) from error
-        if not parameters and method is None:
+        if not named and saved is None:
             return
         try:
-            handle = extend(self.model, method, **parameters)
+            if named:
+                handle = extend(self.model, method, **parameters)
+            else:
+                handle = extend_from_saved(self.model, saved.path)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UsageError(str(error)) from error
         self._handle = weakref.finalize(self, handle.restore)

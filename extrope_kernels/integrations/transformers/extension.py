@@ -263,10 +263,10 @@ def extend_from_saved(model: nn.Module, folder: str | os.PathLike) -> Extension:
     Returns a handle as `extend` does; its `restore()` undoes all of them.
     Raises ValueError for a folder without an extension, and as `extend`.
     """
-    return _extend_by_all(model, read(folder))
+    return extend_by_all(model, read(folder))
 
 
-def _extend_by_all(model: nn.Module, extensions: Sequence[Saved] | Sequence[Applied]) -> Extension:
+def extend_by_all(model: nn.Module, extensions: Sequence[Saved] | Sequence[Applied]) -> Extension:
     """Extend a model by one after the other; the last one's handle restores all."""
     handle: Extension | None = None
     try:
@@ -397,7 +397,7 @@ class Extension:
 
         Returns its own handle; a mesh is left out. Raises as `extend`.
         """
-        return _extend_by_all(model, self.applied.all())
+        return extend_by_all(model, self.applied.all())
 
     def warn_past(self, owner: nn.Module) -> Patches:
         """Return the patches that warn of what goes past this extension's length."""

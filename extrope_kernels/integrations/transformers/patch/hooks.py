@@ -16,6 +16,7 @@ from torch import nn
 
 from .... import RopeFreqs
 from ....scores import SCORES, Score
+from ..._shared.saved import in_words
 from ..model import Override
 from .state import in_progress
 
@@ -59,10 +60,7 @@ class Applied:
     before: Applied | None = None
 
     def __str__(self) -> str:
-        given = "".join(f" {name}={_brief(value)}" for name, value in self.parameters.items())
-        # A score method keeps the frequencies before it, which others replace.
-        where = "over" if self.is_score else "in place of"
-        return f"{self.method}{given}" + ("" if self.before is None else f" {where} {self.before}")
+        return in_words(self.all())
 
     @property
     def is_score(self) -> bool:
@@ -71,12 +69,6 @@ class Applied:
     def all(self) -> list[Applied]:
         """Return all extensions of the model up to this one, which is the last."""
         return [self] if self.before is None else [*self.before.all(), self]
-
-
-def _brief(value: Any) -> str:
-    """Return a parameter's value for a line of text: lists and frequencies may be long."""
-    text = f"{value:.6g}" if isinstance(value, float) and not value.is_integer() else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def route_forward_through_hooks(owners: Sequence[nn.Module], patches: Patches) -> None:
