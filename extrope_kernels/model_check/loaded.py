@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import RopeFreqs, methods
 from .._usage import shortened
 from ..integrations._shared.saved import SavedFolder, find
-from ..integrations.transformers.model import no_model
+from ..integrations.transformers.model import adapters_of, no_model
 from ..integrations.transformers.patch.hooks import ON_OWNER
 from ..integrations.transformers.patch.rotary_forward import RotaryForward
 from ..integrations.transformers.probe.rotary import (
@@ -31,6 +31,7 @@ from ..integrations.transformers.probe.rotary import (
     probe_numbers,
     rotary_embeddings,
 )
+from ..integrations.transformers.saved import ADAPTER_MARK
 from .source import Source, with_one_axis
 
 AS_STATED = "as stated"
@@ -82,17 +83,20 @@ class LoadedReport:
 
     ignored: keys of the configuration about positions that nothing reads.
     saved: the folder that the model comes from, if it was saved there as extended, and is not.
+    adapters: what PEFT's adapters, by name, were saved as extended by, if the model is not.
     """
 
     model: str
     rotations: tuple[RotationInForce, ...]
     ignored: tuple[str, ...]
     saved: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         """True if all layers rotate as they should, no key is ignored and no extension missing."""
-        return all(each.ok for each in self.rotations) and not self.ignored and not self.saved
+        missing = self.ignored or self.saved or self.adapters
+        return all(each.ok for each in self.rotations) and not missing
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {'ok' if self.ok else 'NOT ok'}", *map(str, self.rotations)]
@@ -100,6 +104,11 @@ class LoadedReport:
         if self.saved:
             restored = f"extend_from_saved(model, {self.saved!r}) restores it"
             lines.append(f"saved as extended, and is not; {restored}")
+        lines += [
+            f"adapter {name!r} was saved as extended by {extensions}, and the model is not; "
+            "extend_from_saved(model, folder) restores it, by the adapter's folder"
+            for name, extensions in self.adapters.items()
+        ]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -140,9 +149,16 @@ def check(model: nn.Module) -> LoadedReport:
         return LoadedReport(type(model).__name__, rotations, ())
     folder = getattr(whole.config, "_name_or_path", None)
     saved = find(folder) if folder else None
-    told = saved is None or saved.in_config or any(each.extended for each in rotations)
-    missing = None if told else saved.path
-    return LoadedReport(type(whole).__name__, rotations, tuple(_ignored(whole, saved)), missing)
+    report = LoadedReport(type(whole).__name__, rotations, tuple(_ignored(whole, saved)))
+    if any(each.extended for each in rotations):
+        return report
+    missing = None if saved is None or saved.in_config else saved.path
+    marks = {
+        name: (getattr(each, "auto_mapping", None) or {}).get(ADAPTER_MARK)
+        for name, each in adapters_of(model).items()
+    }
+    adapters = {name: mark for name, mark in marks.items() if mark is not None}
+    return replace(report, saved=missing, adapters=adapters)
 
 
 def _text(config: Any) -> Any:

@@ -52,7 +52,7 @@ def lines(model):
     """The report's lines behind the first, which says if all is well."""
     report = check(model)
     first, *others = str(report).splitlines()
-    assert first == f"{type(model).__name__}: {'ok' if report.ok else 'NOT ok'}"
+    assert first == f"{report.model}: {'ok' if report.ok else 'NOT ok'}"
     assert repr(report) == str(report)
     return others
 
@@ -186,6 +186,37 @@ def test_a_model_saved_as_extended_that_is_not_is_told(tmp_path):
         with extend(llama(PLAIN), method, factor=2.0) as handle:
             handle.save_pretrained(tmp_path / method)
         assert check(transformers.LlamaForCausalLM.from_pretrained(tmp_path / method)).ok
+
+
+@pytest.mark.parametrize("load", ["peft", "auto", "transformers"])
+def test_an_adapter_saved_as_extended_on_a_plain_model_is_told(load, tmp_path):
+    """PEFT's adapters do not tell their folder: their configuration has a mark."""
+    peft = pytest.importorskip("peft")
+    llama(PLAIN).save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, settings)
+    model.add_adapter("second", settings)
+    with extend(model, "rerope", window=512):
+        model.save_pretrained(tmp_path / "tuned")
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    folder, name = tmp_path / "tuned", "default"
+    if load == "peft":
+        folder, name = folder / "second", "second"
+        loaded = peft.PeftModel.from_pretrained(plain, folder, adapter_name=name)
+    elif load == "auto":
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+    else:
+        (loaded := plain).load_adapter(folder)
+    assert not check(loaded).ok and lines(loaded)[-1] == (
+        f"adapter {name!r} was saved as extended by rerope window=512, and the model is not; "
+        "extend_from_saved(model, folder) restores it, by the adapter's folder"
+    )
+    with ours.extend_from_saved(loaded, tmp_path / "tuned"):
+        assert check(loaded).ok
+    model.save_pretrained(tmp_path / "plain")
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert check(peft.PeftModel.from_pretrained(plain, tmp_path / "plain")).ok
 
 
 def test_values_that_are_not_finite_are_told():

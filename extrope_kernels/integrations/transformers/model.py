@@ -27,6 +27,12 @@ def generation_config_owner(model: nn.Module) -> nn.Module:
     return next((part for part in parts if hasattr(part, "generate")), model)
 
 
+def adapters_of(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's configurations of a model's adapters by name, in its wrapper or without."""
+    found = (getattr(each, "peft_config", None) for each in model.modules())
+    return next((dict(each) for each in found if isinstance(each, Mapping)), {})
+
+
 def no_model(op: str, given: object) -> TypeError:
     """Return the error for what is no model, with what to pass in its place."""
     text = f"{op}: model must be a loaded model of transformers, got {type(given).__name__}"

@@ -22,12 +22,15 @@ from torch import nn
 
 from .._shared.parameters import PARAMETERS, plain, values_for
 from .._shared.saved import SAVED, Saved, length_of
-from .model import generation_config_owner
+from .model import adapters_of, generation_config_owner
 from .patch.frequencies import values_of
 from .patch.hooks import ON_OWNER, Applied
 from .probe.rotary import find_rotary_modules
 from .rope_parameters import TRAINED, set_longest, with_frequencies
 
+# The entry of auto_mapping, PEFT's free field of an adapter's configuration, which comes along with
+# an adapter: a loaded one has no folder, and PEFT calls nobody when it loads one.
+ADAPTER_MARK = "extrope"
 _CARD = "README.md"  # the model card, which PEFT writes and others show
 
 
@@ -180,11 +183,22 @@ def _write(
     extensions = [asdict(describe(model, each)) for each in applied.all()]
     text = json.dumps({"extensions": extensions, "in_config": not card}, indent=2)
     Path(folder, SAVED).write_text(text + "\n", encoding="utf-8")
+    for name in ("", *adapters_of(model)):
+        _mark(Path(folder, name, "adapter_config.json"), str(applied))
     path = Path(folder, _CARD)
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     if card and SAVED not in before:
         path.write_text(before + _card(applied), encoding="utf-8")
     return True
+
+
+def _mark(adapter_config: Path, extensions: str) -> None:
+    """Write into an adapter's configuration, if there is one, what it was saved as extended by."""
+    if not adapter_config.is_file():
+        return
+    config = json.loads(adapter_config.read_text(encoding="utf-8"))
+    config["auto_mapping"] = {**(config.get("auto_mapping") or {}), ADAPTER_MARK: extensions}
+    adapter_config.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _card(applied: Applied) -> str:
