@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 from ._coming_from import stand_in_for, stands_for
@@ -69,6 +69,17 @@ def no_attribute(module: str, name: str, names: Iterable[str]) -> AttributeError
     return AttributeError(f"module {module!r} has no attribute {name!r}{where}")
 
 
+def no_argument(given: str, names: Collection[str]) -> str:
+    """Return that a function has no such argument: what stands for it, was meant, or is there.
+
+    names: of the arguments that it has.
+    """
+    if known := stands_for(given, names):
+        return f"no argument {given}; {known}"
+    hint = meant(given, names) or f"; it has {', '.join(names)}"
+    return f"no argument {given}{hint}"
+
+
 def explains_wrong_calls(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Let a function say what a call that does not fit its signature may have meant.
 
@@ -100,10 +111,7 @@ def _wrong_call(
     op, signature = function.__name__, inspect.signature(function)
     parameters = signature.parameters
     if unknown := [name for name in options if name not in parameters]:
-        if known := stands_for(unknown[0], parameters):
-            return f"{op}: no argument {unknown[0]}; {known}"
-        hint = meant(unknown[0], parameters) or f"; it has {', '.join(parameters)}"
-        return f"{op}: no argument {unknown[0]}{hint}"
+        return f"{op}: {no_argument(unknown[0], parameters)}"
     try:
         bound = signature.bind(*args, **options)
     except TypeError as misfit:

@@ -190,7 +190,7 @@ def test_options_of_extend(model_path):
     ("given", "message"),
     [
         ({"method": "yarm"}, "method must be one of rope, .* got 'yarm'"),
-        ({"method": "yarn", "window": 8}, "parameters of yarn must be among .* got window"),
+        ({"method": "yarn", "window": 8}, "yarn: no argument window; it has factor"),
         ({"factor": 2.0}, "factor needs a method, or length"),
         ({"pretrained": "/nope"}, "/nope"),
         ({"method": "rerope", "window": 8, "layers": "some"}, "layers must be full or all"),

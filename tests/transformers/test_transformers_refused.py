@@ -20,7 +20,7 @@ from extrope_kernels.scores import SCORES
 from extrope_kernels.testing import attention_backends
 
 AMONG = f"method must be one of {', '.join((*METHODS, *SCORES))}, got "
-OF_RERO = "extend: parameters of rerope must be among window, log_n, got "
+OF_RERO = "extend: rerope: no argument {}; it has window, log_n"
 # Arguments that a plain Llama is given, and what is said. A method that is no text comes as it is.
 ARGUMENTS = [
     ("yarm", {}, ValueError, f"extend: did you mean 'yarn'? {AMONG}'yarm'"),
@@ -38,8 +38,8 @@ ARGUMENTS = [
         ValueError,
         "extend: rerope needs window=16, half of the 32 tokens that the model reaches, or length=",
     ),
-    ("rerope", {"window": 4, "shift": 2}, TypeError, f"{OF_RERO}shift"),
-    ("rerope", {"window": 4, "resonance": True}, TypeError, f"{OF_RERO}resonance"),
+    ("rerope", {"window": 4, "shift": 2}, TypeError, OF_RERO.format("shift")),
+    ("rerope", {"window": 4, "resonance": True}, TypeError, OF_RERO.format("resonance")),
     ("rerope", {"window": 0}, ValueError, "rerope: window must be >= 1, got 0"),
     ("rerope", {"window": 8, "log_n": 1}, ValueError, "log_n must be None or a length > 1, got 1"),
     ("self_extend", {"window": 9, "factor": 2}, ValueError, "window must be a multiple of factor"),
@@ -47,13 +47,23 @@ ARGUMENTS = [
     ("dpe", {"window": 8, "group_sizes": [2, 2]}, ValueError, "maps of 8 pairs of dims, got 2"),
     ("yarn", {}, ValueError, "extend: yarn needs factor= or length=, got neither"),
     ("yarn", {"factor": 4.0, "resonance": 2}, TypeError, "resonance must be True or False, got 2"),
-    ("yarn", {"factor": 2.0, "rope_theta": 1e6}, TypeError, "got rope_theta (base here)"),
+    (
+        "yarn",
+        {"factor": 2.0, "rope_theta": 1e6},
+        TypeError,
+        "yarn: no argument rope_theta; rope_theta of",
+    ),
     ("yarn", {"factor": 2.0, "over": {}}, ValueError, "extend: over must be a RopeFreqs, "),
     ("yarn", {"factor": 2.0, "cache": "rotated"}, ValueError, "cache must be None or 'raw', "),
     ("yarn", {"factor": 2.0, "layers": "some"}, ValueError, "layers must be full or all, got 'so"),
     ("xpos", {"cache": "raw"}, ValueError, "extend: cache must be None for xpos, "),
     ("longrope", {}, ValueError, "extend: longrope needs short_factor and long_factor, which"),
-    ("pi", {"faktor": 2}, TypeError, "extend: parameters of pi must be among factor, base"),
+    (
+        "pi",
+        {"faktor": 2},
+        TypeError,
+        "pi: no argument faktor (did you mean 'factor'?)",
+    ),
     ("pi", {"dim": 8, "factor": 2}, ValueError, "extend: dim must be 16, the rotary dimension"),
     ("dynamic_ntk", {"factor": -1}, ValueError, "dynamic_ntk: factor must be > 0, got -1"),
     # Of a length.

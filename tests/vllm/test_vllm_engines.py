@@ -294,11 +294,12 @@ def test_what_is_likely_not_meant_is_told(llama, monkeypatch):
     longer = {"max_position_embeddings": LENGTH}
     configured(llama[1], {"extrope": YARN}, hf_overrides=longer)
     configured(llama[1], {"extrope": YARN | {"factor": 0.5}})
-    configured(llama[1], {"extrop": YARN}, max_model_len=TRAINED)
+    with pytest.raises(Exception, match="greater than the derived max_model_len"):
+        configured(llama[1], {"extorpe": YARN})
     override, factor, key = said
     assert override.startswith(f"extrope: hf_overrides makes max_position_embeddings {LENGTH}")
     assert factor.startswith("extrope: factor 0.5 of yarn is below 1")
-    assert key.startswith("extrope: additional_config has 'extrop'")
+    assert key.startswith("extrope: additional_config has 'extorpe'")
 
 
 def test_a_model_all_of_whose_layers_have_a_window_is_refused_by_its_configuration(tmp_path):

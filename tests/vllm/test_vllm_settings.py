@@ -13,10 +13,11 @@ from extrope_kernels import methods, scores
 from extrope_kernels.integrations.vllm.engine import engine_of, make_engine
 from extrope_kernels.integrations.vllm.query_scale import adopt_query_scale
 from extrope_kernels.integrations.vllm.settings import read_settings
-from extrope_kernels.integrations.vllm.warnings import summary, warnings_for
+from extrope_kernels.integrations.vllm.warnings import near_misses, summary, warnings_for
 
 YARN = {"method": "yarn", "factor": 4.0}
 RERO = {"method": "rerope", "window": 64}
+LEAKY = {"method": "leaky_rerope", "window": 64, "factor": 4.0}
 TWO_BASES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
@@ -102,9 +103,9 @@ def test_method_and_score():
         (
             YARN | {"score": RERO | {"resonance": True}},
             TypeError,
-            "parameters of rerope .* resonance",
+            "rerope: no argument resonance; it has window, log_n",
         ),
-        (YARN | {"window": 4}, TypeError, "parameters of yarn must be among .* got window"),
+        (YARN | {"window": 4}, TypeError, "yarn: no argument window; it has factor"),
         ({"score": "rerope"}, ValueError, "score must have a method and its parameters, got 're"),
         (
             {"score": {"method": "yarn"}},
@@ -124,7 +125,7 @@ def test_method_and_score():
         ({"score": RERO | {"log_n": 1}}, ValueError, "log_n must be None or a length > 1, got 1"),
         ({"score": RERO | {"log_n": "128"}}, TypeError, "log_n must be a number, got str"),
         ({"score": {"method": "rerope"}}, ValueError, "rerope needs window"),
-        ({"score": RERO | {"windows": 1}}, TypeError, "parameters of rerope must be among"),
+        ({"score": RERO | {"windows": 1}}, TypeError, "rerope: no argument windows .did you mean"),
     ],
 )
 def test_wrong_settings(extrope, error, message):
@@ -423,18 +424,59 @@ def test_an_override_of_the_trained_length_is_told(extrope, overrides, text, sai
         assert f"or give {said} beside" in line
 
 
-@pytest.mark.parametrize("key", ["extrop", "Extrope", "extrope_kernels", "exrope"])
+@pytest.mark.parametrize("key", ["extrop", "extorpe", "Extrope", "extrope_kernels", "exrope"])
 def test_a_key_that_nobody_reads_is_told(key):
-    made = config(None, additional_config={key: YARN})
-    assert make_engine(made) is None
-    assert warnings_of(made) == [
+    assert list(near_misses({key: YARN})) == [
         f"additional_config has {key!r}, which nobody reads; methods go under 'extrope'"
     ]
 
 
 def test_other_keys_are_others_business():
-    for additional in ({"extra": 1, "rope": 2}, {"extrope": YARN, "extrope_note": 1}, object()):
-        assert warnings_of(config(None, additional_config=additional)) == []
+    for additional in ({"extra": 1, "rope": 2}, {"extrope": None, "extrope_note": 1}, object()):
+        assert not list(near_misses(additional))
+
+
+@pytest.mark.parametrize(
+    ("extrope", "reaches"),
+    [
+        (YARN, "512 tokens that yarn"),
+        (YARN | {"original_max_position_embeddings": 64}, "256 tokens that yarn"),
+        ({"score": LEAKY}, "320 tokens that leaky_rerope"),
+        (YARN | {"score": LEAKY}, "1,856 tokens that leaky_rerope"),
+        ({"score": RERO}, None),
+        ({"method": "dynamic_yarn"}, None),
+        ({"method": "dynamic_yarn", "cache": "raw", "score": LEAKY}, None),
+        ({"method": "rope"}, None),
+    ],
+)
+def test_a_length_past_the_reach_is_told(extrope, reaches):
+    reach = 10**9 if reaches is None else int(reaches.split()[0].replace(",", ""))
+    assert warnings_of(config(extrope, model={"max_model_len": reach})) == []
+    if reaches is not None:
+        assert warnings_of(config(extrope, model={"max_model_len": reach + 1})) == [
+            f"max_model_len {reach + 1:,} goes past the {reaches} reaches"
+        ]
+
+
+def test_kinds_of_layers_reach_as_far_as_those_without_a_window():
+    text = {"rope_parameters": TWO_BASES, "layer_types": list(TWO_BASES)}
+    made = config(YARN, text, {"max_model_len": 513})
+    assert warnings_of(made) == ["max_model_len 513 goes past the 512 tokens that yarn reaches"]
+
+
+def test_a_window_that_nothing_leaves_is_told():
+    trained = {"score": RERO | {"window": 128}}
+    assert warnings_of(config(trained, model={"max_model_len": 129})) == [
+        "max_model_len 129 goes past the 128 tokens that rerope reaches"
+    ]
+    chunks = {"method": "dual_chunk", "chunk_size": 640, "local_window": 64}
+    for score, name in ((RERO | {"window": 640}, "window"), (chunks, "chunk_size")):
+        long = {"max_position_embeddings": 1024}
+        of = score["method"]
+        assert warnings_of(config({"score": score}, long, {"max_model_len": 640})) == [
+            f"{name} 640 of {of} leaves nothing extended: max_model_len is 640"
+        ]
+        assert warnings_of(config({"score": score}, long, {"max_model_len": 641})) == []
 
 
 def test_a_factor_that_shortens_is_told():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import RopeFreqs
+from ..._names import no_argument
 from ...methods import METHODS, WRAPPERS, Lengths, lengths, stated_yarn, trained
 from ...methods import is_bounded as is_bounded
 from ...ops.attention import check_log_n
@@ -247,6 +248,16 @@ def bind_score(op: str, method: str, given: Mapping[str, Any]) -> tuple[Score, f
     return SCORES[method](**parameters), log_n
 
 
+def window_of(method: str, given: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the parameter of a score method within which distances are a model's own.
+
+    With its value; None if there is no such parameter, or it is not a number of tokens.
+    """
+    name = {"dual_chunk": "chunk_size", "string": ""}.get(method, "window")
+    size = given.get(name) if method in SCORES else None
+    return (name, size) if isinstance(size, int) else None
+
+
 def scale_from(op: str, given: Mapping[str, Any]) -> int | None:
     """Return the length from which dual_chunk's logits grow, or None.
 
@@ -281,12 +292,9 @@ def check_names(
     given: by the user; others: by the model, None if not known yet; seq_len comes later.
     """
     accepted = PARAMETERS[method]
-    if unknown := [name for name in given if name not in accepted]:
-        names = ", ".join(name for name in accepted if name != "dim")
-        base = " (base here)" if unknown[0] == "rope_theta" and "base" in accepted else ""
-        raise TypeError(
-            f"{op}: parameters of {method} must be among {names}, got {unknown[0]}{base}"
-        )
+    if unknown := next((name for name in given if name not in accepted), None):
+        names = [name for name in accepted if name != "dim"]
+        raise TypeError(f"{op}: {method}: {no_argument(unknown, names)}")
     if others is None:
         return
     missing = [

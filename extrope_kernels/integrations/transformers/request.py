@@ -17,7 +17,7 @@ from ..._names import ROPE_TYPES, meant, not_among
 from ...methods import METHODS
 from ...scores import SCORES, Score
 from .._shared.choice import FARTHEST, MEASURED, Choice, choose_method, times
-from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in
+from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in, window_of
 from .._shared.saved import STRETCHING
 from .model import BOUNDED
 from .patch.hooks import ON_OWNER, Applied
@@ -250,10 +250,10 @@ def warn_of_nothing(rotary_modules: list[RotaryModule], applied: Applied) -> Non
             _warn(f"factor 1 of {method} leaves nothing extended")
         elif 0 < factor < 1 and method not in SCORES:  # Leaky ReRoPE's is InvLeaky
             _warn(f"factor {factor:g} of {method} is below 1: it shortens what a model reads")
-    name = {"dual_chunk": "chunk_size", "string": ""}.get(method, "window")
-    size = given.get(name) if applied.own is None and applied.is_score else None
-    if not isinstance(size, int):
+    window = window_of(method, given) if applied.own is None else None
+    if window is None:
         return
+    name, size = window
     first, before = rotary_modules[0], applied.before
     longest = first.reach if before is None else describe(first.owner, before).length
     if longest is not None and size >= longest:

@@ -18,7 +18,7 @@ from .latent import adopt_scaling
 from .query_scale import adopt_query_scale
 from .saved import check_layers, take_saved
 from .settings import NAME, OURS, read_entry, read_settings
-from .warnings import summary, warnings_for
+from .warnings import near_misses, summary, warnings_for
 
 LOGGER = logging.getLogger(f"vllm.{NAME}")  # under vLLM's own, to have its level and handler
 _LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
@@ -197,6 +197,8 @@ def prepare_models() -> None:
     @functools.wraps(make, assigned=("__doc__",))
     def create_model_config(self: Any) -> Any:
         given = self.additional_config
+        for warning in near_misses(given):  # before vLLM refuses a length
+            LOGGER.warning("%s: %s", NAME, warning)
         content = _saved_content(self.model, self.revision)
         if content is not None:
             self.additional_config, said = take_saved(given, self.model, content)
