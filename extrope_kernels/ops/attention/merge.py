@@ -38,7 +38,8 @@ def merge_attention(
     float32, or in float64 if any input is, and out is rounded once.
 
     outs: n >= 1 tensors (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim), of
-        one dtype; or one tensor with all n stacked in front.
+        one dtype; or one tensor (n, batch, seqlen, heads, head_dim). Packed ones come in a list:
+        stacked, they look like one result of a batch.
     lses: the n log-sum-exps of the logits, natural log, (batch, heads, seqlen) or packed
         (heads, total), float32 or float64. -inf marks a row without keys; its out is ignored. A
         sink belongs to one of the sets: pass it to one call only.
@@ -50,7 +51,7 @@ def merge_attention(
         place: keeps outs[0]) and lse -inf. Differentiable to any order in outs and lses.
     Raises: ValueError or TypeError that names the argument.
     """
-    outs, lses = _tensors("outs", outs), _tensors("lses", lses)
+    outs, lses = _tensors("outs", outs, 5), _tensors("lses", lses, 4)
     refuse_flags(OP, inplace=inplace)
     check(outs, lses, inplace)
     if not inplace:
@@ -117,10 +118,13 @@ def check(outs: Sequence[Tensor], lses: Sequence[Tensor], inplace: bool) -> None
                 raise ValueError(f"{OP}: {names} must not share memory to be written to")
 
 
-def _tensors(name: str, value: object) -> Tensors:
+def _tensors(name: str, value: object, stacked_dims: int) -> Tensors:
     if isinstance(value, Tensor):
-        if value.dim() == 0:
-            raise ValueError(f"{OP}: {name} must be stacked tensors, got a scalar")
+        if value.dim() != stacked_dims:
+            raise ValueError(
+                f"{OP}: {name} must be a sequence of tensors, or those of batches stacked into "
+                f"{stacked_dims} dimensions, got one tensor of {value.dim()}"
+            )
         return value.unbind(0)
     if isinstance(value, Sequence):
         return tuple(value)
