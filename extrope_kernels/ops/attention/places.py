@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...scores import Region
 from .._math.positions import sequence_of_token
-from .._torch.autograd import wants_grad
 from .._torch.library import ops
 from .call import AttentionCall
 
@@ -104,27 +103,13 @@ def _least(place: Tensor, used: Tensor, call: AttentionCall) -> Tensor:
 
 
 def rotate(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[list[Tensor], list[Tensor]]:
-    """Return q and k rotated for each region; differentiable.
+    """Return q and k rotated for each region.
 
     q: (..., seqlen_q, heads_q, head_dim), k: (..., seqlen_k, heads_k, head_dim).
     """
-    if not wants_grad((call.inv_freq,)):
-        return _rotate_both(q, k, places(q, k, call), call)
-    # A second rotation, by nothing, has the frequencies' gradient.
-    freqs = call.inv_freq.detach()
-    q_rotated, k_rotated = _rotate_both(q, k, places(q, k, call), call._replace(inv_freq=freqs))
-    rest = call._replace(inv_freq=call.inv_freq - freqs, log_decay=None, attention_factor=1.0)
-    at = centered_places(q, k, call)
-    return [rotate_queries(x, place.q, rest) for x, place in zip(q_rotated, at)], [
-        _rotate_keys(x, place.k, rest) for x, place in zip(k_rotated, at)
-    ]
-
-
-def _rotate_both(
-    q: Tensor, k: Tensor, at: list[Places], call: AttentionCall
-) -> tuple[list[Tensor], list[Tensor]]:
+    at = places(q, k, call)
     return [
-        q if _keeps_queries(region, call) else rotate_queries(q, place.q, call)
+        q if _keeps_queries(region, call) else _rotate_queries(q, place.q, call)
         for region, place in zip(call.regions, at)
     ], [
         k if region.k_map == call.stored else _rotate_keys(k, place.k, call)
@@ -143,7 +128,7 @@ def unrotate(
     """Return gradients of q and k as given, in the call's dtype for results, from the regions'."""
     at = places(q, k, call)
     given_q = [
-        g if _keeps_queries(region, call) else rotate_queries(g, place.q, call, adjoint=True)
+        g if _keeps_queries(region, call) else _rotate_queries(g, place.q, call, adjoint=True)
         for g, region, place in zip(dq, call.regions, at)
     ]
     given_k = [
@@ -154,19 +139,12 @@ def unrotate(
     return sum(given_q).to(dtypes[0]), sum(given_k).to(dtypes[1])
 
 
-def rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
+def _rotate_queries(x: Tensor, i: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:
     """Rotate queries by i positions.
 
     Queries take the attention factor of both sides: keys that come rotated need no change.
     """
     return _rotate(x, i, call, call.log_decay, call.attention_factor**2, adjoint)
-
-
-def store_keys(x: Tensor, j: Tensor, call: AttentionCall) -> Tensor:
-    """Rotate new keys as a cache stores them."""
-    if call.stored == call.q_stored:  # raw, or at their own positions as q is
-        return x
-    return _rotate_keys(x, call.mapped(call.stored, j), call)
 
 
 def _rotate_keys(x: Tensor, j: Tensor, call: AttentionCall, adjoint: bool = False) -> Tensor:

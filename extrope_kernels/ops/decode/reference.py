@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .._math.dtypes import accumulator, dequantize, quantize, without_autocast
 from ..attention.call import AttentionCall, lse_shape
-from ..attention.places import store_keys
-from ..attention.reference import call_of_sequence, forward
+from ..attention.reference import call_of_sequence, forward, store_keys
 from ..cache.call import KVCache
 
 
