@@ -154,6 +154,21 @@ def layer_types_in(config: Any) -> list[str]:
     return [name for name, value in _parameters(config).items() if isinstance(value, Mapping)]
 
 
+def stray(config: Any, by_type: bool = True) -> dict[str, Any]:
+    """Return the rope parameters that a model passes over, by name.
+
+    by_type: True for a model that reads parameters per layer type: those beside them, if no layer
+        type has them so. False for one that reads one set: layer types in it that say otherwise.
+    """
+    parameters = _parameters(config)
+    types = {name: value for name, value in parameters.items() if isinstance(value, Mapping)}
+    beside = {k: v for k, v in parameters.items() if k not in types and v is not None}
+    if not by_type:
+        return {name: own for name, own in types.items() if not own.items() <= beside.items()}
+    every = types.values()
+    return {k: v for k, v in beside.items() if types and all(own.get(k) != v for own in every)}
+
+
 def is_bounded(layer_type: str) -> bool:
     """Return True if layers of this type see a bounded number of keys.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._checks import check_length, check_real
-from ._hf_source import Source, is_bounded, layer_types_in, read
+from ._hf_source import Source, is_bounded, layer_types_in, read, stray
 
 _LONGEST, _ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
 _CHUNKS = "dual_chunk_attention_config"  # of Qwen2.5-1M, which transformers does not read
@@ -28,7 +28,8 @@ def lengths(config: Any, layer_type: str | None = None) -> Lengths:
     A training under a scaling (linear, llama3, longrope, proportional) ended at
     max_position_embeddings. A scaling that came after it (yarn, dynamic, a linear that names its
     original length) names the trained length, and reaches further. What only other programs read
-    (dual_chunk_attention_config) adds nothing to the reach.
+    (dual_chunk_attention_config) adds nothing to the reach, nor do rope parameters beside those of
+    the layer types, which nothing reads.
 
     config: as for `from_hf_config`; it need not tell sizes of heads.
     layer_type: as for `from_hf_config`. If None, the first that sees all keys counts.
@@ -49,6 +50,11 @@ def lengths(config: Any, layer_type: str | None = None) -> Lengths:
         trained, origin = longest, _LONGEST
     elif source.rope_type in _UNSCALED and unscaled > longest:  # a key that nothing reads
         trained, unscaled, origin = longest, longest, _LONGEST
+    if strays := stray(config):
+        if (told := strays.get(_ORIGINAL)) is not None:  # tells of the training all the same
+            trained = unscaled = min(trained, check_length("lengths", _ORIGINAL, told))
+            origin = f"{_ORIGINAL} in rope_parameters"
+        return Lengths(trained, unscaled, trained, origin)
     if {"chunk_size", "local_size"} <= set(source.of_config(_CHUNKS) or ()):
         return Lengths(trained, unscaled, trained, origin)
     factor = source.get("factor", 1.0) if source.rope_type == "yarn" else 1.0

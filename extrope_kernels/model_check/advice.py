@@ -102,7 +102,9 @@ def _choose(source: Source, facts: Facts, length: int) -> Choice:
     refused = facts.scores.refused
     if refused is None and source.whole is not source.config:
         rope = source.config.rope_parameters
-        kinds = [rope, *(each for each in rope.values() if isinstance(each, Mapping))]
+        kinds = [rope]
+        if source.reads_by_kind:
+            kinds += [each for each in rope.values() if isinstance(each, Mapping)]
         refused = images_refused(kinds, source.sees_both_ways())
     chosen = choose_method(
         length,
@@ -118,22 +120,26 @@ def _choose(source: Source, facts: Facts, length: int) -> Choice:
 def _rope_parameters(source: Source, facts: Facts, factor: float) -> dict[str, Any]:
     """Return config.rope_parameters with YaRN for the layers that see all tokens."""
     old = facts.rope_parameters
-    kept = {k: v for k, v in old.items() if v is not None and k not in _SCALING}
+    passed_over = _SCALING if facts.full_kind else (*_SCALING, *methods.stray(source.config, False))
+    kept = {k: v for k, v in old.items() if v is not None and k not in passed_over}
     kept |= {"original_max_position_embeddings": facts.length.trained}
     new = {"rope_type": "yarn", "factor": factor, **kept}
     if facts.full_kind is None:
         return new
-    return {**source.config.rope_parameters, facts.full_kind: new}
+    own = source.config.rope_parameters
+    kinds = {k: v for k, v in own.items() if v is None or isinstance(v, Mapping)}
+    return {**kinds, facts.full_kind: new}
 
 
 def _left_out(source: Source, facts: Facts) -> str | None:
     """Return why no rope_parameters with YaRN are known, or None."""
-    if any(isinstance(each, Mapping) for each in facts.rope_parameters.values()):
+    several = any(isinstance(each, Mapping) for each in facts.rope_parameters.values())
+    if several and source.reads_by_kind:
         return "left out: none of its kinds of layers is known to be the one that sees all tokens"
     rope_type = facts.rope_parameters.get("rope_type", "default")
     if rope_type in _LEFT_OUT:
         return _LEFT_OUT[rope_type]
-    config = with_one_axis(source.config)
+    config = with_one_axis(source.config, source.reads_by_kind)
     over = methods.trained(config, layer_type=facts.full_kind).inv_freq
     base = facts.rope_parameters.get("rope_theta") or 10000.0
     plain = torch.equal(over, methods.rope(2 * len(over), base=base).inv_freq)

@@ -116,7 +116,7 @@ class Facts:
     @property
     def reach(self) -> int:
         """The tokens that the model is made for, without scalings that are ignored."""
-        return self.length.unscaled if self.ignored else self.length.reach
+        return self.length.trained if self.ignored else self.length.reach
 
 
 def gather(source: Source) -> Facts:
@@ -131,8 +131,9 @@ def gather(source: Source) -> Facts:
     except (ValueError, TypeError) as error:
         raise UsageError(str(error).removeprefix("from_hf_config: ")) from error
     rotate = [each for each in rotations if each.method is not None]
-    kinds = [kind for kind, value in parameters.items() if isinstance(value, Mapping)]
+    kinds = _kinds(source)
     full = next((kind for kind in kinds if not is_bounded(kind)), None)
+    of_full = parameters[full] if full else parameters
     return Facts(
         _architecture(source),
         config.num_attention_heads,
@@ -142,16 +143,22 @@ def gather(source: Source) -> Facts:
         length,
         rotations,
         tuple(source.ignored()),
-        (*source.warnings, *_short_yarn(config, length)),
+        (*source.warnings, *_short_yarn(of_full, length)),
         _cache(config, layers),
-        _temperature(source),
+        _temperature(source, of_full),
         Scores(
             "all" if all(each.window for each in rotate) else "full",
             why_no_score(config) or _long_window(config),
         ),
-        parameters[full] if full else parameters,
+        of_full,
         full,
     )
+
+
+def _kinds(source: Source) -> list[str]:
+    """Return the kinds of layers whose own rope_parameters the model reads."""
+    own = source.config.rope_parameters.items() if source.reads_by_kind else ()
+    return [kind for kind, value in own if isinstance(value, Mapping)]
 
 
 def _architecture(source: Source) -> str:
@@ -166,10 +173,12 @@ def read_length(source: Source) -> Length:
     """Return the training length and the place of the number; raises UsageError."""
     config, stated = source.config, source.stated
     rope = ("rope_parameters", "rope_scaling")
-    shared = {} if any(map(stated.get, rope)) else {rope[0]: getattr(config, rope[0], None)}
+    own = {rope[0]: getattr(config, rope[0], None)}
+    shared = {} if any(map(stated.get, rope)) else own
     longest = {_LONGEST: getattr(config, _LONGEST, None)}
+    as_read = own if source.reads_by_kind and methods.stray(config) else {}
     try:
-        known = methods.lengths({**longest, **shared, **stated})
+        known = methods.lengths({**longest, **shared, **stated, **as_read})
     except (ValueError, TypeError) as error:
         raise UsageError(str(error).removeprefix("lengths: ")) from error
     origin = known.origin
@@ -185,10 +194,10 @@ def read_length(source: Source) -> Length:
     return Length(known.trained, known.unscaled, origin, reach, reach_origin)
 
 
-def _short_yarn(config: PreTrainedConfig, length: Length) -> Iterator[str]:
+def _short_yarn(parameters: Mapping[str, Any], length: Length) -> Iterator[str]:
     """Yield a warning if the factor of a model's YaRN does not reach its longest length."""
-    factor = config.rope_parameters.get("factor")
-    yarn = config.rope_parameters.get("rope_type") == "yarn"
+    factor = parameters.get("factor")
+    yarn = parameters.get("rope_type") == "yarn"
     if yarn and factor and factor * length.trained < length.reach:
         reached = f"{factor:g} x {length.trained:,} = {factor * length.trained:,.0f} tokens"
         yield f"takes the factor of its YaRN, which reaches {reached}"
@@ -233,13 +242,13 @@ def _attends(kind: str) -> bool:
 
 def _rotations(source: Source, layers: list[Layer], trained: int) -> Iterator[Rotation]:
     """Yield a `Rotation` for each kind of layers."""
-    config = with_one_axis(source.config)
+    config = with_one_axis(source.config, source.reads_by_kind)
     for (kind, rotates, window), count in Counter(layers).items():
         if not rotates:
             yield Rotation(kind, count, window)
             continue
         parameters = source.config.rope_parameters
-        if (key := _named(parameters, kind)) is not None:
+        if (key := _named(_kinds(source), kind)) is not None:
             parameters = parameters[key]
         freqs = methods.from_hf_config(config, layer_type=key)
         rotating = int((freqs.inv_freq > 0).sum())
@@ -260,19 +269,21 @@ def _rotations(source: Source, layers: list[Layer], trained: int) -> Iterator[Ro
         )
 
 
-def _named(parameters: Mapping[str, Any], kind: str) -> str | None:
+def _named(names: list[str], kind: str) -> str | None:
     """Return the name of a kind of layers in rope_parameters; None if all kinds share them.
 
     DeepSeek V4 names there, in other words, those with a window and those without.
     """
-    names = [name for name, value in parameters.items() if isinstance(value, Mapping)]
     return next((name for name in names if name == kind), None) or next(
         (name for name in names if is_bounded(name) == is_bounded(kind)), None
     )
 
 
-def _temperature(source: Source) -> float | None:
-    """Return the softmax scale over 1 / sqrt(head_dim), 1.0 where nothing says otherwise."""
+def _temperature(source: Source, rope: Mapping[str, Any]) -> float | None:
+    """Return the softmax scale over 1 / sqrt(head_dim), 1.0 where nothing says otherwise.
+
+    rope: the rope_parameters of the layers that see all tokens.
+    """
     config, size = source.config, _head_dim(source.config) ** 0.5
     if scalar := getattr(config, "query_pre_attn_scalar", None):
         return size / scalar**0.5
@@ -280,7 +291,6 @@ def _temperature(source: Source) -> float | None:
         return multiplier * size
     if "self.scaling = 1.0" in source.code:  # Gemma 4
         return size
-    rope = config.rope_parameters
     weight, factor = rope.get("mscale_all_dim"), rope.get("factor") or 1.0
     if getattr(config, "kv_lora_rank", None) and weight and factor > 1:
         return (0.1 * weight * math.log(factor) + 1.0) ** 2  # DeepSeek's latent attention

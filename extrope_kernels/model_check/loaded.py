@@ -235,7 +235,8 @@ class _Run:
     """
 
     def __init__(self, owner: nn.Module, rotary: nn.Module, kind: str | None, config: Any) -> None:
-        self.rotary, self.kind, self.config = rotary, kind, with_one_axis(config)
+        self.rotary, self.kind = rotary, kind
+        self.config = with_one_axis(config, by_kind=kind is not None)
         self.length = getattr(config, "max_position_embeddings", None) or 8192  # RecurrentGemma
         by_length = _parameters(config, kind).get("rope_type", "default").startswith(_BY_LENGTH)
         # Positions below it have one set of frequencies.

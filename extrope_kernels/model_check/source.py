@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from extrope_cli import not_found
 
+from .. import methods
 from .._usage import UsageError, require, shortened
 from ..integrations._shared.saved import TRAINED, SavedFolder, find
 
@@ -66,6 +67,11 @@ class Source:
         found = map(importlib.util.find_spec, (*names, *modeling))
         return "".join(Path(each.origin).read_text() for each in found if each and each.origin)
 
+    @property
+    def reads_by_kind(self) -> bool:
+        """True if the model's class reads the rope_parameters of each kind of layers."""
+        return "rope_parameters[layer_type]" in self.code
+
     def ignored(self) -> list[str]:
         """Return the keys about positions that transformers does not read for this model."""
         code, found = self.code, list(self.unread)
@@ -75,6 +81,10 @@ class Source:
             own = (None, self.stated.get(key), getattr(self.config, key, None))
             if self.beside.get(key) not in own:
                 found.append(f"{key} beside the language model's part")
+        key = "rope_parameters"  # of the file, of which the class may drop some
+        for config in (self.config, {key: self.stated.get(key)}):
+            strays = methods.stray(config, self.reads_by_kind)
+            found += [name for each in strays if (name := f'{key}["{each}"]') not in found]
         for config, stated in ((self.config, self.stated), (self.whole, self.beside)):
             known = {*inspect.signature(type(config)).parameters, *config.attribute_map}
             # A trained length may have been moved there.
@@ -96,13 +106,15 @@ class Source:
         return takes or bool(getattr(self.config, "use_bidirectional_attention", None))
 
 
-def with_one_axis(config: Any) -> Any:
+def with_one_axis(config: Any, by_kind: bool = True) -> Any:
     """Return a configuration without the axes of mRoPE, which agree on a text.
 
-    A model reads a text whatever its sections add up to.
+    A model reads a text whatever its sections add up to. by_kind: False for one that reads one set
+    of parameters: without those of kinds of layers too.
     """
     config, parameters = copy.copy(config), config.rope_parameters or {}
-    config.rope_parameters = {k: v for k, v in parameters.items() if k != "mrope_section"}
+    left_out = {"mrope_section", *(() if by_kind else methods.stray(config, by_type=False))}
+    config.rope_parameters = {k: v for k, v in parameters.items() if k not in left_out}
     return config
 
 

@@ -189,7 +189,11 @@ def rotary_classes() -> dict[str, type[PreTrainedConfig]]:
 def build(name: str, **settings: Any) -> nn.Module:
     """Return the class `name` of transformers as a tiny model in float32, the same every time."""
     cls = getattr(transformers, name)
-    config = tiny_config(cls.config_class, **settings)
+    return random(cls, tiny_config(cls.config_class, **settings))
+
+
+def random(cls: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
+    """Return a model of the class with random weights in float32, the same every time."""
     torch.manual_seed(0)
     model = cls._from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import nn
 from ... import RopeFreqs
 from ..._checks import check_length
 from ..._names import ROPE_TYPES, meant, not_among
-from ...methods import METHODS
+from ...methods import METHODS, stray
 from ...scores import SCORES, Score
 from .._shared.choice import FARTHEST, MEASURED, Choice, choose_method, times
 from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in, window_of
@@ -76,7 +76,9 @@ def read_method(
         )
     if "factor" in given and not by_window:
         raise ValueError(f"extend: factor or length must be given for {method}, got both")
-    trained, reach = _lengths(find_rotary_modules(model, layers), length, given)
+    rotary_modules = find_rotary_modules(model, layers)
+    _warn_of_strays(rotary_modules[0])
+    trained, reach = _lengths(rotary_modules, length, given)
     if by_window:
         return method, {**given, "window": max(1, reach // 2)}, None
     return method, {**given, "factor": max(1.0, length / trained)}, None
@@ -137,6 +139,8 @@ def choose(
             "extend: length alone must be for a model that is not extended, got one extended by "
             f"{applied.method}; restore that one first, or name the method"
         )
+    if refused is None:
+        _warn_of_strays(rotary_modules[0])
     trained, reach = _lengths(rotary_modules, length, given)
     config = rotary_modules[0].module.config
     chunks = {"chunk_size", "local_window"} <= set(score_values_in(config, "dual_chunk"))
@@ -206,6 +210,19 @@ def _lengths(
             stacklevel=5,  # of the caller of `extend`
         )
     return trained, reach
+
+
+def _warn_of_strays(rotary_module: RotaryModule) -> None:
+    """Warn of rope parameters that nothing reads: a length beside them may not be the trained."""
+    by_kind = None not in rotary_module.layer_types
+    if names := stray(rotary_module.module.config, by_kind):
+        kinds = "of its kinds of layers" if by_kind else "that all layers share"
+        warnings.warn(
+            f"extend: rope_parameters has {', '.join(names)}, which the model does not read: it "
+            f"reads those {kinds}. If max_position_embeddings is not the length it was trained to, "
+            f"give {_TRAINED}=",
+            stacklevel=5,  # of the caller of `extend`
+        )
 
 
 def with_stated(rotary_modules: list[RotaryModule], asked: Applied) -> Applied:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...methods import METHODS
+from ...methods import METHODS, stray
 from .._shared.parameters import BY_AXIS, PARAMETERS, bind_method, values_for
 from .patch.frequencies import values_of
 from .probe.rotary import RotaryModule, attribute_of, find_rotary_modules
@@ -57,6 +57,9 @@ def with_frequencies(model: nn.Module, extension: Saved) -> Any:
         return None  # kinds of layers were trained under different scalings: read them there
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
+    by_kind = None not in rotary_modules[0].layer_types
+    for name in stray(text, by_kind):  # a reader may take them for scalings
+        del text.rope_parameters[name]
     for each in rotary_modules:
         for kind in each.layer_types:
             if (entries := _entries(each, kind, extension)) is None:
@@ -120,7 +123,7 @@ def _names_trained(text: Any) -> bool:
     """Return True if a config's rope_parameters name the trained length."""
     kinds = text.rope_parameters.values()
     nested = [each for each in kinds if isinstance(each, Mapping)] or [text.rope_parameters]
-    return all(TRAINED in each for each in nested)
+    return any(TRAINED in each for each in nested)
 
 
 def _agrees(rotary_modules: Sequence[RotaryModule], extension: Saved, config: Any) -> bool:

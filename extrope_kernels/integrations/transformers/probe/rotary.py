@@ -174,7 +174,7 @@ def _language_configs(around: list[nn.Module]) -> tuple[type, ...]:
 
 def _rotary_module(owner: nn.Module, rotary: nn.Module, layers: str) -> RotaryModule:
     layer_types: list[str | None] = [None]
-    if any(isinstance(value, Mapping) for value in rotary.config.rope_parameters.values()):
+    if isinstance(rotary.rope_type, Mapping):
         kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]
         layer_types = [kind for kind in kinds if layers == "all" or not is_bounded(kind)]
         if not layer_types:
@@ -194,7 +194,9 @@ def _rotary_module(owner: nn.Module, rotary: nn.Module, layers: str) -> RotaryMo
 
 def _parameters(rotary: nn.Module, layer_type: str | None) -> Mapping[str, Any]:
     parameters = rotary.config.rope_parameters
-    return parameters if layer_type is None else parameters[layer_type]
+    if layer_type is not None:
+        return parameters[layer_type]
+    return {name: value for name, value in parameters.items() if not isinstance(value, Mapping)}
 
 
 def attribute_of(rotary: nn.Module, layer_type: str | None, name: str, *default: Any) -> Any:
