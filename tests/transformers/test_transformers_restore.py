@@ -27,6 +27,7 @@ from support.hf_models import (
 )
 from torch import nn
 
+from extrope_kernels import restore
 from extrope_kernels.integrations.transformers import extend
 
 IDS = tokens(2, 40)
@@ -152,22 +153,31 @@ def test_other_models_of_the_class_are_untouched():
 
 
 @pytest.mark.parametrize(("family", "method"), pairs(["llama", "gemma2"], PARAMETERS))
-def test_copies_and_pickles_of_an_extended_model_stay_extended(family, method):
+def test_copies_and_pickles_of_an_extended_model_stay_extended_until_restored(family, method):
     since("5.6", "layers hold the function that extend stands in for, which pickles by its name")
     model = build(family, **ATTENDING[family])
     try:
         torch.save(model, io.BytesIO())
     except AttributeError as error:  # of transformers 5.20, Python 3.10's last, beside `kernels`
         pytest.skip(f"a plain model cannot be pickled either: {error}")
+    before, attributes = logits(model, IDS), [sorted(vars(each)) for each in model.modules()]
     with extend(model, method, **PARAMETERS[method]):
         expected = logits(model, IDS)
         twin, file = copy.deepcopy(model), io.BytesIO()
         torch.save(model, file)
+        restored = copy.deepcopy(model)
+        restore(restored)
+        assert torch.equal(logits(restored, IDS), before)
+        assert torch.equal(logits(model, IDS), expected)
     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     for extended in (twin, loaded):
         logits(extended, IDS[:, :4])
         assert torch.equal(logits(extended, IDS), expected)
-    assert not torch.equal(logits(model, IDS), expected)
+        restore(extended)
+        assert torch.equal(logits(extended, IDS), before)
+        assert [sorted(vars(each)) for each in extended.modules()] == attributes
+        assert not any(each._forward_pre_hooks for each in extended.modules())
+    assert torch.equal(logits(model, IDS), before) and not torch.equal(before, expected)
 
 
 @pytest.mark.parametrize("method", PARAMETERS)

@@ -107,6 +107,27 @@ def test_the_trained_length_that_another_scaling_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("method", "parameters", "told"),
+    [
+        ("yarn", {"factor": 4.0}, f"yarn original_max_position_embeddings={TRAINED} factor=4.0, "),
+        (
+            "yarn",
+            {"factor": 4.0, "beta_fast": 16.0},
+            f"yarn original_max_position_embeddings={TRAINED} factor=4.0 beta_f",
+        ),
+        ("pi", {"factor": 4.0}, "pi factor=4.0, "),
+        ("self_extend", {"window": 8, "factor": 2}, "self_extend window=8 factor=2, "),
+    ],
+)
+def test_what_was_saved_is_told_without_defaults(method, parameters, told, tmp_path):
+    model = build("llama")
+    saved(model, tmp_path, (method, parameters))
+    assert json.loads((tmp_path / "extrope.json").read_text())["extensions"][0]["parameters"]
+    with extend_from_saved(model, tmp_path) as handle:
+        assert str(handle).startswith(told)
+
+
+@pytest.mark.parametrize(
     ("sizes", "layers"),
     [({}, "full"), ({}, "all"), ({"layer_types": ["sliding_attention"] * 2}, "all")],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...methods import METHODS
 from ...scores import SCORES
 
 SAVED = "extrope.json"  # what `save_pretrained` of an extension writes beside a configuration
@@ -64,7 +66,14 @@ def in_words(extensions: Iterable[Any]) -> str:
     """Return extensions of one model (`Saved` or `Applied`), in their order, in a line of text."""
     text = ""
     for each in extensions:
-        told = {name: value for name, value in each.parameters.items() if value is not None}
+        function = (METHODS | SCORES).get(each.method)
+        known = {} if function is None else inspect.signature(function).parameters
+        told = {
+            name: value
+            for name, value in each.parameters.items()
+            # What was saved has the method's defaults too.
+            if name not in known or repr(value) != repr(known[name].default)
+        }
         given = "".join(f" {name}={_brief(value)}" for name, value in told.items())
         # A score method keeps the frequencies before it, which others replace.
         where = "over" if each.is_score else "in place of"

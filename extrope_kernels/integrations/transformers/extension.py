@@ -234,15 +234,11 @@ def restore(model: nn.Module) -> None:
 
     model: as it was given to `extend`, or one around it.
 
-    Raises RuntimeError as a handle's `restore`, and for a copy of an extended model.
+    Raises RuntimeError as a handle's `restore`.
     """
     for module in list(model.modules()):
         while ON_OWNER in vars(module):
-            if (handle := vars(module).get(_HANDLE)) is None:
-                raise RuntimeError(
-                    "restore: model must have been extended itself, got a copy of one that was"
-                )
-            handle.restore()
+            vars(module)[_HANDLE].restore()
 
 
 def _on_model(model: nn.Module, owner: nn.Module, applied: Applied) -> list[Override]:
@@ -375,10 +371,6 @@ class Extension:
             verb = {"generate": "generate with the model"}.get(name, f"use the model's {name}")
             raise AttributeError(f"a handle of extend has no {name}: {verb}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave handles out of copies of a model, which are extended without one."""
-        return type(None), ()
 
     @property
     def length(self) -> int | None:
