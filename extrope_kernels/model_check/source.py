@@ -81,10 +81,9 @@ class Source:
             own = (None, self.stated.get(key), getattr(self.config, key, None))
             if self.beside.get(key) not in own:
                 found.append(f"{key} beside the language model's part")
-        key = "rope_parameters"  # of the file, of which the class may drop some
-        for config in (self.config, {key: self.stated.get(key)}):
-            strays = methods.stray(config, self.reads_by_kind)
-            found += [name for each in strays if (name := f'{key}["{each}"]') not in found]
+        key = "rope_parameters"  # of which a class may drop some of the file's
+        own = {**(getattr(self.config, key, None) or {}), **(self.stated.get(key) or {})}
+        found += [f'{key}["{name}"]' for name in methods.stray({key: own}, self.reads_by_kind)]
         for config, stated in ((self.config, self.stated), (self.whole, self.beside)):
             known = {*inspect.signature(type(config)).parameters, *config.attribute_map}
             # A trained length may have been moved there.
