@@ -10,7 +10,7 @@ from torch import Tensor
 from ..methods import RopeFreqs
 from ..ops import attention
 from ..ops._math.positions import token_positions
-from ..ops._tables.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
+from ..ops._tables.checks import REFUSALS, raise_as_value_error
 from ..ops._torch.backends import require
 from ..scores import Score
 from . import gather, ring, ulysses
@@ -78,24 +78,21 @@ def rope_attention(
     if strategy not in STRATEGIES:
         raise ValueError(f"{op}: strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
     check_balance(op, balance)
-    refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
-    attention.check_method(op, freqs, score)
-    attention.check_rotated(op, rotated)
-    cu_seqlens = narrowed(cu_seqlens)
+    attention.check_given(op, freqs, score, rotated, interleaved, return_lse)
     call = attention.make_call(
         freqs,
         score,
-        rotated=rotated,
+        rotated,
+        interleaved=interleaved,
         cu_seqlens=cu_seqlens,
         sinks=sinks,
         query_scale=query_scale,
         softmax_scale=softmax_scale,
-        interleaved=interleaved,
         rotary_offset=rotary_offset,
         softcap=softcap,
         sliding_window=sliding_window,
     )
-    attention.check_attention(op, q, k, v, call)
+    attention.check_attention(op, q, k, v, call)  # numbers too
     if backend is not None:
         require(op, backend, attention.BACKENDS, q.device.type, attention.missing)
     _check(op, q, k, call, balance)

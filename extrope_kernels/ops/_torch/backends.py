@@ -4,43 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from ... import _ext
 from .autograd import constant_when_compiled
-
-
-@constant_when_compiled
-def missing(backend: str, device: str | None = None) -> str | None:
-    """Return why `backend` cannot run on `device` ("cpu", "cuda", None for any), or None."""
-    if backend in ("cpu", "cuda"):
-        return _ext.load(backend)
-    if backend == "triton":
-        return _missing_triton(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if backend == "fla":
-        return _missing_fla(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return None
-
-
-_found: set[tuple] = set()  # calls that `require` has let pass
-
-
-def require(op: str, backend: str, known: tuple[str, ...], device: str, why=missing) -> None:
-    """Raise if a named backend is unknown or cannot run on tensors of `device`."""
-    asked = (op, backend if isinstance(backend, str) else None, device, why)
-    if asked in _found:
-        return
-    if backend not in known:
-        raise ValueError(f"{op}: backend must be None or one of {list(known)}, got {backend!r}")
-    needs = {"cpu": "cpu", "cuda": "cuda"}.get(backend, device)
-    if device != needs:
-        raise NotImplementedError(
-            f"{op}: backend {backend!r} runs on {needs} tensors, got one on {device}"
-        )
-    if reason := why(backend, device):
-        raise NotImplementedError(f"{op}: backend {backend!r} cannot run here: {reason}")
-    _found.add(asked)
 
 
 def _missing_fla(device: str) -> str | None:
@@ -61,3 +31,46 @@ def _missing_triton(device: str) -> str | None:
     if device == "cpu" and not elsewhere:
         return "Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels on a CPU"
     return None
+
+
+class Needs(NamedTuple):
+    """What a backend needs, whatever the operation."""
+
+    device: str | None  # whose tensors alone it takes
+    missing: Callable[[str], str | None]  # (device) -> why it cannot run
+
+
+NEEDS = {
+    "reference": Needs(None, lambda device: None),
+    "cpu": Needs("cpu", lambda device: _ext.load("cpu")),
+    "cuda": Needs("cuda", lambda device: _ext.load("cuda")),
+    "triton": Needs(None, _missing_triton),
+    "flash_attn": Needs(None, lambda device: None),  # attention knows
+    "fla": Needs(None, _missing_fla),
+}
+
+
+@constant_when_compiled
+def missing(backend: str, device: str | None = None) -> str | None:
+    """Return why `backend` cannot run on `device` ("cpu", "cuda", None for any), or None."""
+    return NEEDS[backend].missing(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+_found: set[tuple] = set()  # calls that `require` has let pass
+
+
+def require(op: str, backend: str, known: tuple[str, ...], device: str, why=missing) -> None:
+    """Raise if a named backend is unknown or cannot run on tensors of `device`."""
+    asked = (op, backend if isinstance(backend, str) else None, device, why)
+    if asked in _found:
+        return
+    if backend not in known:
+        raise ValueError(f"{op}: backend must be None or one of {list(known)}, got {backend!r}")
+    needs = NEEDS[backend].device
+    if needs is not None and device != needs:
+        raise NotImplementedError(
+            f"{op}: backend {backend!r} runs on {needs} tensors, got one on {device}"
+        )
+    if reason := why(backend, device):
+        raise NotImplementedError(f"{op}: backend {backend!r} cannot run here: {reason}")
+    _found.add(asked)

@@ -3,7 +3,7 @@
 from . import op  # noqa: F401  (defines the ops)
 from .api import BACKENDS, backends, missing, rope_attention
 from .call import AttentionCall, Rotated, make_call
-from .checks import check_attention, check_log_n, check_method, check_rotated
+from .checks import check_attention, check_given, check_log_n, check_numbers, check_rotated
 from .decay import check_decay
 from .log_n import scaled_by_log_n
 from .merge import merge_attention
@@ -18,8 +18,9 @@ __all__ = [
     "backward",
     "check_attention",
     "check_decay",
+    "check_given",
     "check_log_n",
-    "check_method",
+    "check_numbers",
     "check_rotated",
     "forward",
     "grad_of_sinks",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
 from ...scores import Score
-from .._tables.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
+from .._tables.checks import REFUSALS, raise_as_value_error
 from .._torch import backends as _backends
 from .._torch.autograd import constant_when_compiled
 from . import flash_attn, op
@@ -18,9 +18,8 @@ from .call import Rotated, make_call
 from .checks import (
     START_END,
     check_attention,
-    check_method,
+    check_given,
     check_numbers,
-    check_rotated,
     check_values,
     warn_of_unseeing_queries,
 )
@@ -105,21 +104,18 @@ def rope_attention(
         NotImplementedError if the named backend cannot run here.
     """
     name = score.name if isinstance(score, Score) else "rope_attention"
-    refuse_flags(name, interleaved=interleaved, return_lse=return_lse)
-    check_method(name, freqs, score)
-    check_rotated(name, rotated)
-    cu_seqlens = narrowed(cu_seqlens)
+    check_given(name, freqs, score, rotated, interleaved, return_lse)
     call = make_call(
         freqs,
         score,
-        rotated=rotated,
+        rotated,
+        interleaved=interleaved,
         cu_seqlens=cu_seqlens,
         sinks=sinks,
         query_scale=query_scale,
         q_start=_start(name, "q_start", q_start, q),
         k_start=_start(name, "k_start", k_start, q),
         softmax_scale=softmax_scale,
-        interleaved=interleaved,
         rotary_offset=rotary_offset,
         softcap=softcap,
         sliding_window=sliding_window,

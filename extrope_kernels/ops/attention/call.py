@@ -25,7 +25,7 @@ from ...scores.base import (
 )
 from .._math import maps
 from .._math.dtypes import accumulator
-from .._tables.checks import check_count
+from .._tables.checks import check_count, narrowed
 from .._tables.fields import GRAD, Field, Range, fields_of
 from .._tables.specs import ANY, DENSE, FLOAT32, FLOAT64, FLOATS, INT32, WIDE, Spec
 from .._torch.layouts import cached_by_layout
@@ -202,11 +202,16 @@ OPTIONS = {
 
 
 def make_call(
-    freqs: RopeFreqs, score: Score | None, rotated: Rotated = None, **options
+    freqs: RopeFreqs,
+    score: Score | None,
+    rotated: Rotated = None,
+    cu_seqlens: Tensor | None = None,
+    **options,
 ) -> AttentionCall:
     """Build a call from arguments of the public functions; score None: plain RoPE."""
     return AttentionCall(
         _usable(freqs.inv_freq),
+        narrowed(cu_seqlens),
         log_decay=_usable(freqs.log_decay),
         # Who has rotated q and k has multiplied both.
         attention_factor=1.0 if rotated == "qk" else freqs.attention_factor,
@@ -219,7 +224,7 @@ def make_call(
 
 def _usable(x: Any) -> Any:
     """Return x, or a copy for a graph if it was made in inference mode: autograd saves no other."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_inference():
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not x.is_inference():
         return x
     return x if torch.is_inference_mode_enabled() else x.clone()
 

@@ -17,6 +17,7 @@ from .._tables.checks import (
     check_real,
     check_rotary_offset,
     has_values,
+    refuse_flags,
 )
 from .._tables.fields import check_number
 from .._tables.specs import ANY, ROWS, WIDE, Spec
@@ -41,8 +42,16 @@ _TABLE = (
 _MOST_HEADS = 256  # no model has more
 
 
-def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
-    """Check the types of frequencies, of one axis, and of a score method or None."""
+def check_given(
+    op: str,
+    freqs: RopeFreqs,
+    score: Score | None,
+    rotated: Rotated,
+    interleaved: bool,
+    return_lse: bool,
+) -> None:
+    """Check what of a public function's arguments is no tensor and no number, in one order."""
+    refuse_flags(op, interleaved=interleaved, return_lse=return_lse)
     check_freqs(op, freqs)
     if freqs.axes is not None:
         raise ValueError(f"{op}: freqs must have no axes (mRoPE), got some")
@@ -51,6 +60,7 @@ def check_method(op: str, freqs: RopeFreqs, score: Score | None) -> None:
             f"{op}: score must be None or a Score, as scores.rerope(window=1024) makes one, "
             f"got {type(score).__name__}"
         )
+    check_rotated(op, rotated)
 
 
 def check_rotated(

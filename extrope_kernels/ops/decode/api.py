@@ -10,12 +10,11 @@ from torch import Tensor
 from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
 from ...scores import Score
-from .._tables.checks import REFUSALS, narrowed, raise_as_value_error, refuse_flags
+from .._tables.checks import REFUSALS, raise_as_value_error
 from .._tables.decay import check_new_keys
 from .._torch import backends as _backends
-from ..attention import check_method, check_rotated, make_call, scaled_by_log_n
+from ..attention import check_given, check_numbers, check_rotated, make_call, scaled_by_log_n
 from ..attention.call import AttentionCall
-from ..attention.checks import check_numbers
 from ..attention.places import positions
 from ..cache.call import KVCache
 from ..cache.checks import cache_lengths, check_slots
@@ -103,30 +102,29 @@ def rope_attention_with_kvcache(
         written to a page that does not exist; reading one is undefined.
     """
     name = score.name if isinstance(score, Score) else "rope_attention_with_kvcache"
-    refuse_flags(name, interleaved=interleaved, return_lse=return_lse)
-    check_method(name, freqs, score)
     if stored not in (None, "raw"):
         raise ValueError(f"{name}: stored must be None or 'raw', got {stored!r}")
     check_rotated(name, rotated, (None, "qk"))
     if rotated and stored:
         raise ValueError(f"{name}: stored must be None with rotated='qk', got {stored!r}")
-    _check_stored_decay(name, freqs, None if stored or rotated else score)
-    cu_seqlens_q = narrowed(cu_seqlens_q)
-    cache_seqlens = cache_lengths(name, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
+    check_given(name, freqs, score, rotated, interleaved, return_lse)
     call = make_call(
         freqs,
         score,
-        rotated=rotated or (None if stored else "k"),
+        rotated or (None if stored else "k"),
+        interleaved=interleaved,
         cu_seqlens=cu_seqlens_q,
         sinks=sinks,
         query_scale=query_scale,
         softmax_scale=softmax_scale,
-        interleaved=interleaved,
         rotary_offset=rotary_offset,
         softcap=softcap,
         sliding_window=sliding_window,
     )
     check_numbers(name, call)
+    _check_stored_decay(name, freqs, None if stored or rotated else score)
+    cu_seqlens_q = call.cu_seqlens
+    cache_seqlens = cache_lengths(name, cache_seqlens, q, cu_seqlens_q, "cu_seqlens_q")
     planes = (k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, k_scale, v_scale)
     cache = KVCache.of(*planes, new=k, cu_seqlens=cu_seqlens_q)
     compiling = torch.compiler.is_compiling()
