@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from support.operations import OPERATIONS, everywhere
+from support.operations import LARGE, OPERATIONS, everywhere
 
 from extrope_kernels import methods, rope_attention
 from extrope_kernels.testing import device
 
-CASES = [case for case in everywhere() if "backward" not in case[0]]
-WITHOUT_GRADIENT = ("cache", "cache, appended to", "rope and append")
 
-
-@pytest.mark.parametrize(("name", "runs"), CASES)
+@pytest.mark.parametrize(("name", "runs"), everywhere())
 def test_same_bits_under_autocast(name, runs):
-    tensors = OPERATIONS[name].inputs(torch.float32)
-    for x in tensors.values():
-        x.requires_grad_(name not in WITHOUT_GRADIENT)
-    expected = OPERATIONS[name].run(runs, **tensors)
-    with torch.autocast(next(iter(tensors.values())).device.type, torch.bfloat16):
-        found = OPERATIONS[name].run(runs, **tensors)
-    for got, want in zip(found, expected, strict=True):
+    operation, found = replace(OPERATIONS[name], sizes=LARGE), []
+    for on in (False, True):
+        tensors = operation.tensors(0, torch.float32)
+        for key in operation.shapes:
+            tensors[key].requires_grad_(operation.gradients)
+        with torch.autocast(device(), torch.bfloat16, enabled=on):
+            found.append(operation.run(runs, **tensors))
+    for got, want in zip(*found, strict=True):
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
 

@@ -7,10 +7,11 @@ right then, and a replay that does nothing, or keeps the lengths of the capture,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from support.graph_cases import CASES, Case
+from support.operations import OPERATIONS, Operation, nothing
 from torch import Tensor
 
 from extrope_kernels.testing import device
@@ -52,12 +53,12 @@ def finite(x: Tensor) -> Tensor:
     return x.detach().double().masked_fill(x == -torch.inf, 0.0)
 
 
-def expected(case: Case, number: int, dtype: torch.dtype) -> list[Tensor]:
+def expected(case: Operation, number: int, dtype: torch.dtype) -> list[Tensor]:
     tensors = case.tensors(number, dtype)
     return [finite(x) for x in case("reference", **{n: x.clone() for n, x in tensors.items()})]
 
 
-def check(case: Case, backend: str, capture: Callable = capture) -> None:
+def check(case: Operation, backend: str, capture: Callable = capture) -> None:
     dtype = torch.bfloat16 if backend == "flash_attn" else torch.float32
     static = {name: x.clone() for name, x in case.tensors(0, dtype).items()}
     results, replay = capture(lambda: case(backend, **static))
@@ -77,49 +78,47 @@ def check(case: Case, backend: str, capture: Callable = capture) -> None:
 
 EVERYWHERE = [
     (name, backend)
-    for name, case in CASES.items()
-    for backend in case.backends
-    if ON_GPU or backend != "triton"  # which a CPU interprets
+    for name, operation in OPERATIONS.items()
+    for backend in operation.backends
+    if backend != "reference" and (ON_GPU or backend != "triton")  # which a CPU interprets
 ]
 
 
 @pytest.mark.parametrize(("name", "implementation"), EVERYWHERE)
 def test_replay_computes_on_what_is_there(name, implementation):
-    check(CASES[name], implementation)
+    check(OPERATIONS[name], implementation)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_replay_of_the_best_backend(name):
-    check(CASES[name], None)
+    check(OPERATIONS[name], None)
 
 
 # -------------------------------------------------------------------------------------------------
 # The check can fail
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_a_replay_that_does_nothing_is_caught(name):
     def idle(run):
         return rerun(run)[0], lambda: None
 
     with pytest.raises(AssertionError, match="result 0 of round 1: "):
-        check(CASES[name], CASES[name].backends[0], idle)
+        check(OPERATIONS[name], "reference", idle)
 
 
-# The reference is what the others are compared with: its lengths are not frozen.
-FROZEN = {name: backend for name, backend in EVERYWHERE if backend != "reference"}
+FROZEN = dict(EVERYWHERE)
 
 
-@pytest.mark.parametrize("name", [name for name in FROZEN if CASES[name].lengths(0)])
+@pytest.mark.parametrize("name", [n for n in FROZEN if OPERATIONS[n].lengths is not nothing])
 def test_lengths_of_the_capture_are_caught(name):
     """As where the host read them, or kept a copy."""
-    case = CASES[name]
-    old = {key: x.to(device()) for key, x in case.lengths(0).items()}
+    case = OPERATIONS[name]
+    old = {key: x.to(device()) for key, x in case.lengths(0, case.sizes).items()}
 
     def run(backend, **tensors):
         return case.run(backend, **(tensors if backend == "reference" else tensors | old))
 
-    frozen = Case(run, case.shapes, case.lengths, case.backends, case.gradients)
     with pytest.raises(AssertionError, match="of round 1: "):
-        check(frozen, FROZEN[name], rerun)
+        check(replace(case, run=run), FROZEN[name], rerun)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
-from support.operations import OPERATIONS, everywhere
+from support.operations import LARGE, OPERATIONS, Operation, everywhere
 
 each = pytest.mark.parametrize(("name", "implementation"), everywhere())
+
+
+def fresh(operation: Operation, implementation: str, seed: int, dtype: torch.dtype):
+    """A call, of tensors of its own: some are written to."""
+    tensors = operation.tensors(seed, dtype)
+
+    def call() -> list[torch.Tensor]:
+        return operation(implementation, **{name: x.clone() for name, x in tensors.items()})
+
+    return call
 
 
 def same_bits(found, expected) -> bool:
@@ -20,15 +31,13 @@ def same_bits(found, expected) -> bool:
 def test_every_run_and_any_number_of_threads(name, implementation, dtype):
     """PyTorch's own operations, the reference's, promise this for one number of threads alone:
     where a thread's share ends, exp takes other instructions."""
-    operation = OPERATIONS[name]
-    tensors = operation.inputs(dtype)
-    first = operation.run(implementation, **tensors)
+    call = fresh(replace(OPERATIONS[name], sizes=LARGE), implementation, 0, dtype)
+    first = call()
     threads = torch.get_num_threads()
     try:
         for count in (threads, 1, 3) if implementation != "reference" else (threads,):
             torch.set_num_threads(count)
-            found = operation.run(implementation, **tensors)
-            assert same_bits(found, first), f"{count} threads"
+            assert same_bits(call(), first), f"{count} threads"
     finally:
         torch.set_num_threads(threads)
 
@@ -37,10 +46,10 @@ def test_every_run_and_any_number_of_threads(name, implementation, dtype):
     ("name", "implementation"), [case for case in everywhere() if case[1] != "reference"]
 )
 def test_calls_from_several_threads_at_once(name, implementation):
-    operation = OPERATIONS[name]
-    jobs = [operation.inputs(torch.float32, seed) for seed in range(3)]
-    expected = [operation.run(implementation, **tensors) for tensors in jobs]
+    operation = replace(OPERATIONS[name], sizes=LARGE)
+    jobs = [fresh(operation, implementation, seed, torch.float32) for seed in range(3)]
+    expected = [job() for job in jobs]
     with ThreadPoolExecutor(3) as pool:
         for _ in range(2):
-            found = list(pool.map(lambda tensors: operation.run(implementation, **tensors), jobs))
+            found = list(pool.map(lambda job: job(), jobs))
             assert all(same_bits(x, y) for x, y in zip(found, expected))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.operations import OPERATIONS, SCORES, everywhere
+from support.operations import LARGE, OPERATIONS, SCORES, everywhere
 from torch import Tensor
 
 from extrope_kernels import (
@@ -24,8 +24,9 @@ from extrope_kernels.testing import attention_backends, device
 
 ROW, HEAD, LANE = 100, 1, 5  # of the second batch entry
 VALUES = (math.nan, math.inf, -math.inf)
-CASES = [(n, i) for n, i in everywhere() if n in (*SCORES, "cache") and i != "reference"]
-GRADIENTS = [(n, i) for n, i in everywhere() if n == "rerope, backward" and i != "reference"]
+ATTENTION = (*SCORES, "leaky_rerope, decode")
+CASES = [(n, i) for n, i in everywhere() if n in ATTENTION and i != "reference"]
+GRADIENTS = [(n, i) for n, i in everywhere() if n == "rerope" and i != "reference"]
 
 
 def poisoned(tensors: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor]:
@@ -48,9 +49,9 @@ def test_attention(name, implementation, dtype):
     Values are the exception, and PyTorch's kernels make it too: times a weight of zero they spoil
     the rows that do not see them where those share a tile with rows that do, or do not.
     """
-    operation = OPERATIONS[name]
-    tensors = operation.inputs(dtype)
-    query, key, values = tensors
+    operation = replace(OPERATIONS[name], sizes=LARGE)
+    tensors = operation.tensors(0, dtype)
+    query, key, values = operation.shapes
     clean = [operation.run(i, **tensors)[0] for i in (implementation, "reference")]
     allowed = 2 * worst(*clean)
     seen = ~operation.run("reference", **poisoned(tensors, key, math.nan))[1].isfinite()
@@ -73,9 +74,9 @@ def test_attention(name, implementation, dtype):
 @pytest.mark.parametrize(("name", "implementation"), GRADIENTS)
 def test_gradients(name, implementation):
     """A query that is NaN spoils its own gradient and those of all keys and values that it sees."""
-    operation = OPERATIONS[name]
-    given = poisoned(operation.inputs(torch.float32), "q", math.nan)
-    *_, dq, dk, dv = operation.run(implementation, **given)
+    operation = replace(OPERATIONS[name], sizes=LARGE)
+    given = poisoned(operation.tensors(0, torch.float32), "q", math.nan)
+    *_, dq, dk, dv = operation(implementation, **given)
     assert dq[1, ROW, HEAD].isnan().all()
     assert dk[1, : ROW + 1, 0].isnan().all() and dv[1, : ROW + 1, 0].isnan().all()
     for grad, spoilt in (
@@ -113,15 +114,14 @@ def test_frequencies(implementation, value):
 @pytest.mark.parametrize("name", ("q", "k"))
 def test_permute(name, implementation, dtype):
     """One dim goes in and one comes out, in the same row of the same head; gradients likewise."""
-    operation = OPERATIONS["permute"]
-    shapes = {key: (shape[0], ROW + 1, *shape[2:]) for key, shape in operation.shapes.items()}
-    tensors = replace(operation, shapes=shapes).inputs(dtype)
+    operation = replace(OPERATIONS["permute"], sizes=replace(LARGE, seqlen=ROW + 1))
+    tensors = operation.tensors(0, dtype)
     for value in VALUES:
         given = poisoned(tensors, name, value)
-        leaves = {key: x.clone().requires_grad_() for key, x in tensors.items()}
-        outs = operation.run(implementation, **leaves)
-        grads = torch.autograd.grad(outs, list(leaves.values()), list(given.values()))
-        for found in (operation.run(implementation, **given), grads):
-            for key, x in zip(given, found):
+        leaves = {key: tensors[key].clone().requires_grad_() for key in operation.shapes}
+        outs = operation.run(implementation, **(tensors | leaves))[:2]
+        grads = torch.autograd.grad(outs, list(leaves.values()), [given[key] for key in leaves])
+        for found in (operation.run(implementation, **given)[:2], grads):
+            for key, x in zip(leaves, found):
                 where = (~x.isfinite()).nonzero()[:, :3].tolist()
                 assert where == ([[1, ROW, HEAD]] if key == name else [])

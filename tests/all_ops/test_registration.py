@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.graph_cases import CASES, DIM, FREQS, QK, ROPE, SEQLEN, Case, nothing
+from support.operations import FREQS, OPERATIONS, QK, ROPE, SMALL, Operation, Sizes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from extrope_kernels import _ext, apply_rope, apply_rope_qk, methods
 from extrope_kernels.testing import device
 
-ONE_HEAD = {"q": (2, SEQLEN, 2, DIM), "k": (2, SEQLEN, 2, DIM)}
+DIM = SMALL.dim
+ONE_HEAD = {"q": QK["k"], "k": QK["k"]}
 
 
 def by_head(backend, q, k):
@@ -27,29 +28,29 @@ def by_head(backend, q, k):
 
 
 def by_axes(backend, q, k, positions):
-    freqs = methods.with_sections(FREQS, [6, 5, 5])
+    freqs = methods.with_sections(FREQS[DIM], [6, 5, 5])
     return list(apply_rope_qk(q, k, freqs, positions=positions, inverse=True, backend=backend))
 
 
 def of_learned(backend, q, inv_freq):
-    freqs = replace(FREQS, inv_freq=inv_freq)
+    freqs = replace(FREQS[DIM], inv_freq=inv_freq)
     return [apply_rope(q, freqs, rotary_offset=2, backend=backend)]
 
 
-def axes(number: int) -> dict[str, torch.Tensor]:
-    return {"positions": torch.arange(6 * SEQLEN).view(3, 2, SEQLEN)}
+def axes(number: int, sizes: Sizes) -> dict[str, torch.Tensor]:
+    return {"positions": torch.arange(6 * sizes.seqlen).view(3, 2, -1)}
 
 
 MORE = {
-    "rope by head, with decay": Case(by_head, ONE_HEAD, nothing, ROPE, gradients=True),
-    "rope by axes": Case(by_axes, QK, axes, ROPE, gradients=True),
-    "rope of learned frequencies": Case(
-        of_learned, {"q": QK["q"], "inv_freq": (DIM // 2 - 2,)}, nothing, ROPE, gradients=True
+    "rope by head, with decay": Operation(by_head, ONE_HEAD, ROPE, gradients=True),
+    "rope by axes": Operation(by_axes, QK, ROPE, axes, gradients=True),
+    "rope of learned frequencies": Operation(
+        of_learned, {"q": QK["q"], "inv_freq": f"{DIM // 2 - 2}"}, ROPE, gradients=True
     ),
 }
 # An op in every form that its schema has, each by few cases: a check takes a second.
 CHECKED = {
-    name: (CASES | MORE)[name]
+    name: (OPERATIONS | MORE)[name]
     for name in (
         *("rope by head, with decay", "rope by axes", "rope of learned frequencies"),
         *("rope, packed", "rope, in place", "rope after a norm", "append by slots"),
@@ -124,7 +125,7 @@ COMPILED = (
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_as_one_graph(name):
     """With what it writes in place, and gradients."""
-    case = (CASES | MORE)[name]
+    case = (OPERATIONS | MORE)[name]
     whole = torch.compile(case.run, fullgraph=True, backend="aot_eager")
     given = case.tensors(0, torch.float32)
     found = []

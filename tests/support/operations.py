@@ -1,184 +1,292 @@
-"""Every operation as a row of a table, for tests of what all of them have to keep."""
+"""Every operation as a row of a table: a call on random tensors, in rounds of other lengths.
+
+Rows tell by their fields what holds for them: which backends run them, and if they have gradients.
+Tests of what all operations keep go through all rows, in a size that shows it.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from support.score_examples import EXAMPLES, PLAIN, Example
 from torch import Tensor
 
 from extrope_kernels import (
+    apply_rope,
     apply_rope_qk,
     head_permutations,
     merge_attention,
     methods,
+    permute,
     permute_qk,
     permuteformer_attention,
     permuteformer_step,
     rope_append_kvcache,
     rope_attention,
     rope_attention_with_kvcache,
-    scores,
 )
 from extrope_kernels.ops.attention.merge import merge_fwd as reference_of_merge
 from extrope_kernels.ops.permuteformer import backends as permuteformer_backends
 from extrope_kernels.testing import attention_backends, available_backends, device
 
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the words in an operation's shapes are; a batch has two sequences."""
+
+    seqlen: int
+    heads: int
+    dim: int
+    max_len: int  # of a sequence in a cache, whose pages have 16 slots
+    heads_k: int = 2
+    new: int = 12  # tokens behind those in the caches
+
+    @property
+    def pages(self) -> int:
+        return 2 * self.max_len // 16
+
+    @property
+    def all_k(self) -> int:  # all heads of k, one behind the other
+        return self.heads_k * self.dim
+
+
+TINY = Sizes(seqlen=8, heads=4, dim=16, max_len=80)
+SMALL = Sizes(seqlen=40, heads=4, dim=32, max_len=80)
+LARGE = Sizes(seqlen=200, heads=6, dim=64, max_len=640)  # shared out over threads
+
+
+def nothing(number: int, sizes: Sizes) -> Tensors:
+    return {}
+
 
 @dataclass(frozen=True)
 class Operation:
-    """`run(backend, **tensors)` gives all results; `shapes` are those of the tensors it takes."""
+    """`run(backend, **tensors)` gives all results, what it writes in place included.
+
+    shapes: of the tensors of random numbers, as words of Sizes and numbers.
+    lengths: the tensors of integers of a round.
+    """
 
     run: Callable[..., list[Tensor]]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, str]
     backends: tuple[str, ...]
+    lengths: Callable[[int, Sizes], Tensors] = nothing
+    gradients: bool = False
+    sizes: Sizes = SMALL
 
-    def inputs(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return {
-            name: torch.randn(*shape, generator=generator).to(device(), dtype)
-            for name, shape in self.shapes.items()
-        }
+    def tensors(self, number: int, dtype: torch.dtype) -> Tensors:
+        """What round `number` computes on."""
+        generator = torch.Generator().manual_seed(number)
+        found = {}
+        for name, words in self.shapes.items():
+            shape = [int(x) if x.isdigit() else getattr(self.sizes, x) for x in words.split()]
+            found[name] = torch.randn(shape, generator=generator).to(device(), dtype)
+        return found | {n: x.to(device()) for n, x in self.lengths(number, self.sizes).items()}
 
-
-def rotate(
-    backend: str, q: Tensor, k: Tensor, *, position: int = 90, slower: float = 1.0, **norm: Tensor
-) -> list[Tensor]:
-    """Rotate from `position` on, by frequencies times `slower`."""
-    freqs = methods.yarn(q.shape[-1], factor=4.0, original_max_position_embeddings=64)
-    freqs = replace(freqs, inv_freq=freqs.inv_freq * slower).to(device())
-    return list(apply_rope_qk(q, k, freqs, positions=position, **norm, backend=backend))
-
-
-def attend(score: scores.Score, backend: str, *qkv: Tensor, cached=False, **own) -> list[Tensor]:
-    freqs = methods.rope(qkv[0].shape[-1]).to(device())
-    function = rope_attention_with_kvcache if cached else rope_attention
-    return list(function(*qkv, freqs, score, return_lse=True, backend=backend, **own))
-
-
-def permute(backend: str, q: Tensor, k: Tensor) -> list[Tensor]:
-    permutations = head_permutations(k.shape[2], k.shape[3]).to(device())
-    return list(permute_qk(q, k, permutations, positions=90, backend=backend))
+    def __call__(self, backend: str | None, **tensors: Tensor) -> list[Tensor]:
+        """All results, and the gradients of the random tensors if there are any."""
+        if not self.gradients:
+            return self.run(backend, **tensors)
+        leaves = {n: x.detach().requires_grad_() for n, x in tensors.items() if n in self.shapes}
+        outs = self.run(backend, **(tensors | leaves))
+        # Every result counts, each of its elements by another weight.
+        douts = [torch.arange(x.numel(), device=x.device).cos().view_as(x).to(x) for x in outs]
+        grads = torch.autograd.grad(outs, list(leaves.values()), douts)
+        return [*(x.detach() for x in outs), *grads]
 
 
-def permuteformer(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    permutations = head_permutations(k.shape[2], k.shape[3]).to(device())
-    return [permuteformer_attention(q, k, v, permutations=permutations, backend=backend)]
+# -------------------------------------------------------------------------------------------------
+# Integers of each of three rounds
 
 
-def norm_rotate(
-    backend: str, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, **options
-) -> list[Tensor]:
-    norm = {"q_norm_weight": q_weight, "k_norm_weight": k_weight}
-    return rotate(backend, q, k, **norm, **options)
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
-def step(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    permutations = head_permutations(k.shape[2], k.shape[3]).to(device())
-    out, state = permuteformer_step(q, k, v, permutations=permutations, backend=backend)
+def starts(number: int, sizes: Sizes) -> Tensors:
+    """Three packed sequences."""
+    ends = [n * sizes.seqlen // 40 for n in ((3, 17), (11, 12), (25, 38))[number]]
+    return {"cu_seqlens": ints(0, *ends, sizes.seqlen)}
+
+
+def places(number: int, sizes: Sizes) -> Tensors:
+    return {"positions": (torch.arange(sizes.seqlen) * (number + 1) + 7 * number).repeat(2, 1)}
+
+
+def packed_places(number: int, sizes: Sizes) -> Tensors:
+    return starts(number, sizes) | {"positions": ints(5 * number, 100, 7 + number)}
+
+
+def filled(number: int, sizes: Sizes) -> Tensors:
+    """How much of each sequence's cache is in use, and which pages hold it."""
+    pages = torch.roll(torch.arange(sizes.pages, dtype=torch.int32), 3 * number)
+    lengths = [n * sizes.max_len // 80 for n in ((9, 60), (60, 30), (31, 8))[number]]
+    return {"cache_seqlens": ints(*lengths), "block_table": pages.view(2, -1)}
+
+
+def packed_filled(number: int, sizes: Sizes) -> Tensors:
+    """As a serving engine has it: new tokens of both sequences one behind the other."""
+    return filled(number, sizes) | {"cu_seqlens_q": ints(0, (3, 9, 1)[number], sizes.new)}
+
+
+def packed_append(number: int, sizes: Sizes) -> Tensors:
+    where = packed_filled(number, sizes)
+    return where | {"cu_seqlens": where.pop("cu_seqlens_q")}
+
+
+def slots(number: int, sizes: Sizes) -> Tensors:
+    """-1 is written nowhere."""
+    picked = torch.tensor(((17, 99), (-1, 40), (100, -1))[number])
+    seqlens = filled(number, sizes)["cache_seqlens"]
+    return {"slot_mapping": picked[:, None], "cache_seqlens": seqlens}
+
+
+def stepped(number: int, sizes: Sizes) -> Tensors:
+    return {"positions": ints(9 * number, 4 + number, 7)}
+
+
+# -------------------------------------------------------------------------------------------------
+# Calls
+
+
+# By head_dim. Made before any capture, which takes no copy from the host.
+FREQS = {
+    sizes.dim: methods.yarn(sizes.dim, factor=4.0, original_max_position_embeddings=64).to(device())
+    for sizes in (TINY, SMALL, LARGE)
+}
+PERMUTATIONS = {dim: head_permutations(2, dim).to(device()) for dim in FREQS}
+
+
+def rotate(backend, q, k, inplace=False, **more):
+    freqs, more = FREQS[q.shape[-1]], more | {"backend": backend}
+    if inplace:
+        return list(apply_rope_qk(q, k, freqs, inplace=True, **more))
+    return [*apply_rope_qk(q, k, freqs, **more), apply_rope(q, freqs, **more)]
+
+
+def normed(backend, q, k, **more):
+    return list(apply_rope_qk(q, k, FREQS[q.shape[-1]], **more, backend=backend))
+
+
+def append(backend, q, k, v, k_cache, v_cache, **where):
+    freqs = FREQS[q.shape[-1]]
+    out = rope_append_kvcache(q, k, v, k_cache, v_cache, freqs, **where, backend=backend)
+    return [out, k_cache, v_cache]
+
+
+def permuted(backend, q, k, **more):
+    by, more = PERMUTATIONS[q.shape[-1]], more | {"backend": backend}
+    return [*permute_qk(q, k, by, **more), permute(k, by, **more)]
+
+
+def attend(backend, q, k, v, *, score, **more):
+    more |= {"return_lse": True, "backend": backend}
+    return list(rope_attention(q, k, v, FREQS[q.shape[-1]], score, **more))
+
+
+def decode(backend, q, k_cache, v_cache, *, score, k=None, **more):
+    """With k and v these are written into the cache, which is then a result too."""
+    caches, more = (k_cache, v_cache), more | {"k": k, "return_lse": True, "backend": backend}
+    found = rope_attention_with_kvcache(q, *caches, FREQS[q.shape[-1]], score, **more)
+    return [*found, *(caches if k is not None else ())]
+
+
+def linear(backend, q, k, v, **more):
+    by = PERMUTATIONS[q.shape[-1]]
+    return [permuteformer_attention(q, k, v, permutations=by, **more, backend=backend)]
+
+
+def step(backend, q, k, v, kv, key_sum, positions):
+    state = (kv.float(), key_sum.float().abs() + 1)
+    more = {"permutations": PERMUTATIONS[q.shape[-1]], "positions": positions, "backend": backend}
+    out, state = permuteformer_step(q, k, v, state, **more)
     return [out, *state]
 
 
-def with_gradients(run: Callable) -> Callable:
-    """The same, and the gradients of every floating input."""
-
-    def both(backend: str, **args) -> list[Tensor]:
-        tensors = {name: x for name, x in args.items() if isinstance(x, Tensor)}
-        leaves = [x.detach().clone().requires_grad_() for x in tensors.values()]
-        outs = run(backend, **{**args, **dict(zip(tensors, leaves))})
-        generator = torch.Generator().manual_seed(1)
-        douts = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in outs]
-        return [*(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, douts)]
-
-    return both
-
-
-def decode(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> list[Tensor]:
-    caches, seqlens = (k_cache, v_cache), k_cache.shape[1] - 3
-    score = scores.leaky_rerope(40, 2.0)
-    return attend(score, backend, q, *caches, cached=True, cache_seqlens=seqlens)
-
-
-def append(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    caches = [x.new_zeros(x.shape[0], x.shape[1] + 9, *x.shape[2:]) for x in (k, v)]
-    call = {"k": k, "v": v, "cache_seqlens": 5, "cached": True}
-    return [*caches, *attend(scores.rerope(40), backend, q, *caches, **call)]
-
-
-def rope_append(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    caches = [x.new_zeros(x.shape[0], x.shape[1] + 9, *x.shape[2:]) for x in (k, v)]
-    freqs = methods.rope(q.shape[-1]).to(device())
-    call = {"cache_seqlens": 5, "backend": backend}
-    return [rope_append_kvcache(q, k, v, *caches, freqs, **call), *caches]
-
-
-def merge(backend: str, outs: Tensor, lses: Tensor, apart: int = 0) -> list[Tensor]:
-    """Merge; a set's batches lie `apart` bytes from each other, or as they come."""
-    if apart:
-        sets, batches, *shape = outs.shape
-        inner, step = torch.Size(shape).numel(), apart // outs.itemsize
-        memory = outs.new_empty((batches - 1) * step + sets * inner)
-        strides = inner, step, *outs.stride()[2:]
-        outs = memory.as_strided(outs.shape, strides).copy_(outs)
+def merge(backend, outs, lses):
     sets = outs.unbind(), lses.float().unbind()
     return list((reference_of_merge if backend == "reference" else merge_attention)(*sets))
 
 
+# -------------------------------------------------------------------------------------------------
+# The table
+
+CPU = device() == "cpu"
 ROPE = tuple(available_backends())
 LINEAR = tuple(name for name in ROPE if name != "cuda")
-MERGE = ("reference", "cpu" if device() == "cpu" else "triton")  # as the device decides
-PERMUTE = ("reference", "cpu") if device() == "cpu" else ("reference",)
+ATTENTION = tuple(attention_backends())
+DECODE = tuple(name for name in ATTENTION if name != "flash_attn")
+MERGE = ("reference", "cpu" if CPU else "triton")  # as the device decides
+PERMUTE = ("reference", "cpu") if CPU else ("reference",)
 PERMUTEFORMER = tuple(
     name for name, report in permuteformer_backends().items()
-    if report == "available" and (name != "cpu" or device() == "cpu")
+    if report == "available" and (name != "cpu" or CPU)
 )  # fmt: skip
-ATTENTION = tuple(name for name in attention_backends() if name != "flash_attn")
-QK = {"q": (2, 200, 6, 64), "k": (2, 200, 2, 64)}
-QKV = {**QK, "v": (2, 200, 2, 64)}
-CACHED = {"q": (2, 2, 6, 64), "k_cache": (2, 700, 2, 64), "v_cache": (2, 700, 2, 64)}
-SCORES = {
-    "no score": (None, {}),
-    "rerope": (scores.rerope(50), {}),
-    "leaky rerope": (scores.leaky_rerope(50, 4.0), {"log_n": 64}),
-    "self-extend": (scores.self_extend(48, 4), {}),
-    "dual chunk": (scores.dual_chunk(80, 16), {}),
-    "blockwise causal": (scores.blockwise_causal(90), {}),
+QK = {"q": "2 seqlen heads dim", "k": "2 seqlen heads_k dim"}
+QKV = QK | {"v": "2 seqlen heads_k dim"}
+PACKED = {name: words.removeprefix("2 ") for name, words in QKV.items()}
+PACKED_QK = {name: PACKED[name] for name in QK}
+NORM = {"q_norm_weight": "dim", "k_norm_weight": "all_k"}  # of each head, and of all together
+CACHED = {"q": "2 1 heads dim"} | {name: "pages 16 heads_k dim" for name in ("k_cache", "v_cache")}
+APPENDED = CACHED | {"k": "2 1 heads_k dim", "v": "2 1 heads_k dim"}
+APPENDED_PACKED = APPENDED | {
+    "q": "new heads dim",
+    "k": "new heads_k dim",
+    "v": "new heads_k dim",
 }
+STEP = {name: words.replace("2 seqlen", "3 1") for name, words in QKV.items()}
+STATE = {"kv": "3 heads_k dim dim", "key_sum": "3 heads_k dim"}
 
 
-def attending(score: scores.Score, own: dict) -> Callable:
-    return lambda backend, q, k, v: attend(score, backend, q, k, v, **own)
+def of_score(name: str, example: Example) -> dict[str, Operation]:
+    attending, decoding = (functools.partial(x, score=example.score) for x in (attend, decode))
+    own = {"log_n": 64} if name == "leaky_rerope" else {}
+    bands = name in ("no score", "rerope", "leaky_rerope", "self_extend", "string")
+    takes = ATTENTION if bands else DECODE
+    return {
+        name: Operation(functools.partial(attending, **own), QKV, takes, gradients=True),
+        f"{name}, packed": Operation(attending, PACKED, takes, starts, gradients=True),
+        f"{name}, decode": Operation(decoding, CACHED, DECODE, filled),
+        f"{name}, append and decode": Operation(decoding, APPENDED, DECODE, filled),
+        f"{name}, packed decode": Operation(decoding, APPENDED_PACKED, DECODE, packed_filled),
+    }
 
 
+SCORES = {"no score": PLAIN, **EXAMPLES}
 OPERATIONS = {
-    "rope": Operation(rotate, QK, ROPE),
-    # Of each head, and of all heads together.
-    "norm and rope": Operation(norm_rotate, {**QK, "q_weight": (64,), "k_weight": (128,)}, LINEAR),
-    **{name: Operation(attending(*method), QKV, ATTENTION) for name, method in SCORES.items()},
-    "permute": Operation(permute, QK, PERMUTE),
-    "permuteformer": Operation(permuteformer, QKV, PERMUTEFORMER),
-    "permuteformer step": Operation(step, QKV, PERMUTEFORMER),
-    "cache": Operation(decode, CACHED, ATTENTION),
-    "cache, appended to": Operation(append, QKV, ATTENTION),
-    "rope and append": Operation(rope_append, QKV, LINEAR),
-    "merge": Operation(merge, {"outs": (3, 2, 200, 6, 64), "lses": (3, 2, 6, 200)}, MERGE),
-}
-WITHOUT_GRADIENT = (
-    "cache", "cache, appended to", "rope and append", "permuteformer step"
-)  # fmt: skip
-OPERATIONS |= {
-    f"{name}, backward": Operation(with_gradients(one.run), one.shapes, one.backends)
-    for name, one in OPERATIONS.items()
-    if name not in WITHOUT_GRADIENT
+    "rope": Operation(rotate, QK, ROPE, places, gradients=True),
+    "rope, packed": Operation(rotate, PACKED_QK, ROPE, packed_places, gradients=True),
+    "rope, in place": Operation(functools.partial(rotate, inplace=True), QK, ROPE, places),
+    "rope after a norm": Operation(normed, QK | NORM, LINEAR, places, gradients=True),
+    "append": Operation(append, APPENDED, LINEAR, filled),
+    "append by slots": Operation(append, APPENDED, LINEAR, slots),
+    "append, packed": Operation(append, APPENDED_PACKED, LINEAR, packed_append),
+    "permute": Operation(permuted, QK, PERMUTE, places, gradients=True),
+    "permute, packed": Operation(permuted, PACKED_QK, PERMUTE, packed_places, gradients=True),
+    **{key: row for score in SCORES.items() for key, row in of_score(*score).items()},
+    "linear attention": Operation(linear, QKV, PERMUTEFORMER, places, gradients=True),
+    "linear attention, packed": Operation(linear, PACKED, PERMUTE, starts, gradients=True),
+    "linear attention, step": Operation(step, STEP | STATE, PERMUTEFORMER, stepped),
+    "merge": Operation(
+        merge,
+        {"outs": "3 2 seqlen heads dim", "lses": "3 2 heads seqlen"},
+        MERGE,
+        gradients=True,
+    ),
 }
 
 
 def everywhere() -> list[tuple[str, str]]:
-    """(operation, backend), interpreted Triton left out: it runs one program at a time."""
+    """(operation, backend), without interpreted Triton, which runs one program at a time, and
+    flash-attention, which takes no float32 and may add in another order each time."""
     return [
         (name, backend)
         for name, one in OPERATIONS.items()
         for backend in one.backends
-        if backend != "triton" or device() == "cuda"
+        if backend != "flash_attn" and (backend != "triton" or not CPU)
     ]
