@@ -107,7 +107,11 @@ STEPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STEPS)
+# By decay_sign alone queries and keys differ.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.always) if x == "an origin" else x for x in STEPS],
+)
 def test_where_what_and_how(backend, name):
     given, slots, positions, freqs = STEPS[name]
     step = Step(**given)
@@ -203,6 +207,16 @@ def test_without_queries(backend):
     call = {"freqs": step.freqs, **step.call, "backend": backend}
     assert rope_append_kvcache(None, step.k, step.v, *caches, **call) is None
     assert torch.equal(caches[0], expected[1]) and torch.equal(caches[1], expected[2])
+
+
+@pytest.mark.skipif(device() == "cuda", reason="the values of tables on the device are not read")
+def test_pages_of_new_tokens_must_exist(backend):
+    """Those before them may be gone: nothing reads them."""
+    sizes, call = {"tokens": (2, 2), "blocks": (8, 4)}, {"cache_seqlens": ints(5, 5)}
+    Step(**sizes, call=call | {"block_table": ints(99, 2, 99, 3).view(2, 2)}).run(backend)
+    gone = Step(**sizes, call=call | {"block_table": ints(0, 2, 1, 99).view(2, 2)})
+    with pytest.raises(ValueError, match="block_table must name pages between 0 and 7"):
+        gone.run(backend)
 
 
 @pytest.mark.parametrize("tokens", ((2, 0), (0, 5)))
