@@ -44,13 +44,13 @@ class Tile(NamedTuple):
     half: int  # pairs of dims that rotate
     interleaved: bool  # pairs are dims (2i, 2i + 1), not (i, i + half)
     conjugate: bool  # rotates by minus the angle
-    inv_freq_stride_sequence: int = 0
-    inv_freq_stride_head: int = 0
-    per_head: bool = False  # heads have frequencies of their own
-    num_axes: int = 0  # of the positions, where every pair reads its own
-    positions_are_offsets: bool = False  # one for each sequence
-    decay_sign: float = 1.0  # of q; k has the other
-    rotary_offset: int = 0  # the first dim of the first pair
+    inv_freq_stride_sequence: int
+    inv_freq_stride_head: int
+    per_head: bool  # heads have frequencies of their own
+    num_axes: int  # of the positions, where every pair reads its own
+    positions_are_offsets: bool  # one for each sequence
+    decay_sign: float  # of q; k has the other
+    rotary_offset: int  # the first dim of the first pair
 
 
 class RopeTensors(NamedTuple):
