@@ -29,7 +29,7 @@ def check_decode(
     if heads_k == 0 or heads_q % heads_k:
         raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
     if k is not None:
-        new = sizes | {"seqlen": sizes.get("seqlen_q", (0, "q"))}
+        new = sizes if packed else sizes | {"seqlen": sizes["seqlen_q"]}
         check_new(op, k, v, cache, new, like, packed)
     tensors = [getattr(call, field.name) for field in CALL]
     found = specs.check(op, specs.for_rows(_CALL, packed), tensors, sizes, like)
