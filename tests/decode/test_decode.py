@@ -61,13 +61,19 @@ KINDS = {
     "fp8": Case((70, 9), 4, fp8=True, page_size=21, leftpad=(3, 25), heads_q=6),
     "raw": Case((37, 3, 0, 70), 5, raw=True, freqs_per_sequence=True, page_size=16),
     "raw, in fp8": Case((37, 3, 0, 70), raw=True, freqs_per_sequence=True, fp8=True),
+    "own positions": Case((37, 5, 9, 70), 5, own=True, freqs_per_head=True, page_size=16,
+                          attention_factor=1.2),
+    "own positions, packed": Case((14, 3, 9, 42, 9), counts=(5, 1, 2, 33, 1), tail=2, own=True,
+                                  appended=True, rotary_dim=24, rotary_offset=6, interleaved=True,
+                                  dtype=F16),
+    "own positions, in fp8": Case((37, 9, 70), own=True, rotary_dim=20, rotary_offset=12, fp8=True),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_score_method(kind, score, any_backend):
-    if KINDS[kind].raw and score == "xpos":
+    if (KINDS[kind].raw or KINDS[kind].own) and score == "xpos":
         pytest.skip("its amplitudes are stored")
     check(replace(KINDS[kind], **SCORES[score]), any_backend)
 

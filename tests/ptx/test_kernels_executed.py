@@ -326,6 +326,37 @@ def test_packed_attention(chip, dim):
 @pytest.mark.parametrize(
     "options",
     [
+        {"cu_seqlens": PACKED, "n": 150},
+        {"dtype": FP16},
+        {"interleaved": True, "dim": 128},
+        {"dim": 128, "freqs": methods.rope(64), "rotary_offset": 56},
+        {"dim": 64, "heads": (4, 2), **of_heads(64, floor=True)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_attention_of_rotated_rows_with_options(chip, options):
+    check_attention(**{"n": 70, "score": "leaky_rerope", "rotated": "qk", **options})
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": FP16, "page": 16, "interleaved": True},
+        {"fp8": True},
+        {"dim": 96, "freqs": methods.rope(32), "rotary_offset": 56},
+        of_heads(64, floor=False),
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_decode_of_rotated_rows_with_options(chip, options):
+    check_decode(**{"score": "leaky_rerope", "rotated": "qk", **options})
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "options",
+    [
         {"softcap": 5.0},
         {"sinks": torch.tensor([0.5, -1.0])},
         {"sliding_window": 70},

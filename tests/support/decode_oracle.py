@@ -71,6 +71,7 @@ class Case:
     head_dim_v: int | None = None  # that of q and k
     fp8: bool = False  # the cache is float8_e4m3fn
     raw: bool = False  # its keys are as they came
+    own: bool = False  # its keys, and queries, are rotated to their own positions
     seed: int = 0
 
     @property
@@ -89,6 +90,7 @@ class Case:
         names += ("sliding_window",)
         options = {name: getattr(self, name) for name in names}
         options["stored"] = "raw" if self.raw else None
+        options["rotated"] = "qk" if self.own else None
         wide = torch.promote_types(self.dtype, torch.float32)
         if self.sinks:
             sinks = 2 * torch.randn(self.heads_q, generator=generator)
@@ -147,13 +149,29 @@ class Inputs:
 
     def store(self, k: Tensor, j: Tensor, b: int, sign: int = 1) -> Tensor:
         """Keys (keys, heads, d) in float64, rotated to where the cache has them; sign -1: back."""
-        places = j if self.example.score is None else self.example.score.stored(j.cpu())
-        places = torch.zeros_like(j) if self.call["stored"] == "raw" else places.to(k.device)
+        places, score = j, self.example.score
+        if self.call["rotated"] == "qk":  # new ones are written as they come
+            return k.double() if sign > 0 else self.raw(k, j, b)
+        if score is not None:
+            places = score.stored(j.cpu()).to(k.device)
+        places = torch.zeros_like(j) if self.call["stored"] == "raw" else places
         # (keys, heads or 1, pairs or 1)
         places = {1: places[:, None, None], 2: places[:, None], 3: places}[places.dim()]
-        freqs = replace(self.freqs, inv_freq=self.inv_freq(b), attention_factor=1.0)
+        return self._rotated(k, sign * places, self.inv_freq(b), 1.0)
+
+    def raw(self, x: Tensor, j: Tensor, b: int) -> Tensor:
+        """Rows (rows, heads, d) of q or k at their own positions j, rotated back: float64."""
+        if self.call["rotated"] != "qk":
+            return x.double()
+        inv_freq = self.inv_freq(b)
+        if inv_freq.dim() == 2:
+            inv_freq = inv_freq.repeat_interleave(x.shape[1] // len(inv_freq), 0)
+        return self._rotated(x, -j[:, None, None], inv_freq, 1 / self.freqs.attention_factor)
+
+    def _rotated(self, x: Tensor, places: Tensor, inv_freq: Tensor, factor: float) -> Tensor:
+        freqs = replace(self.freqs, inv_freq=inv_freq, attention_factor=factor)
         layout = self.call["interleaved"], self.call["rotary_offset"]
-        return rotate(k.double(), sign * places, freqs, *layout, -1)
+        return rotate(x.double(), places, freqs, *layout, -1)
 
 
 def make(case: Case) -> Inputs:
@@ -244,7 +262,8 @@ def by_formula(formula, inputs: Inputs, wide: torch.dtype, **how) -> tuple[Tenso
         j = torch.arange(len(k), dtype=torch.float64, device=k.device)
         inv_freq = inputs.inv_freq(b)
         freqs = replace(inputs.freqs, inv_freq=inv_freq if inv_freq.dim() < 2 else inv_freq[None])
-        own = inputs.of_sequence(inputs.q, b).double(), inputs.store(k, j, b, sign=-1), v.to(wide)
+        q = inputs.raw(inputs.of_sequence(inputs.q, b), j[len(j) - tokens :], b)
+        own = q, inputs.store(k, j, b, sign=-1), v.to(wide)
         out, lse = formula(*(x[None] for x in own), relative, freqs, **known, **how)
         outs.append(out[0])
         lses.append(lse[0].T)
