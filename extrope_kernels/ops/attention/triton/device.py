@@ -78,6 +78,24 @@ def softcap_backward(d_logits, logits, SOFTCAP: tl.constexpr):
     return d_logits * (1.0 - logits * logits) if SOFTCAP > 0 else d_logits  # tanh' = 1 - tanh**2
 
 
+# The forward and decode share these, but not the end: there the forward multiplies by a reciprocal
+# and takes a natural logarithm, while decode divides, and has base 2, in which its splits are
+# merged. One function for both would change the bits of one.
+
+
+@triton.jit
+def weights_of_block(row_max, logits, UNIT: tl.constexpr):
+    """Return (row_max, weights, rescale) after a block of keys; weights: (M, N), of its values.
+
+    logits: (M, N), times UNIT > 0 of base 2; -inf where a row does not see the key. row_max: (M,),
+    finite even without keys, so that exp2 never gets inf - inf. The caller multiplies its row_sum
+    and weighted values so far by rescale, (M,), and adds the block's.
+    """
+    # The unit may follow the maximum, as it is positive; and multiply-add joins it to exp2.
+    new_max = tl.maximum(row_max, tl.max(logits, 1) * UNIT)
+    return new_max, tl.exp2(logits * UNIT - new_max[:, None]), tl.exp2(row_max - new_max)
+
+
 @triton.jit
 def add_sink(row_max, row_sum, sink):
     """Add a sink, a logit without a value, to rows; return (row_max, row_sum, rescale).

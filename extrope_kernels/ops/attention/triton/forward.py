@@ -64,6 +64,7 @@ from .device import (
     sequence_numbers,
     sequence_stride,
     softcap,
+    weights_of_block,
     with_contiguous_rows,
 )
 from .mask import Sequences, block_of_queries, block_start, keys_seen
@@ -110,28 +111,24 @@ def _attend_keys(
         )  # (N, D)
         logits = softcap(dot_rows(q, k_rows), MODEL.softmax_scale, MODEL.softcap)
 
-        # weights = exp2(logits - new_max): (M, N)
+        # weights = exp2(logits - row_max): (M, N)
         if MASKED:
             key = (start + tl.arange(0, BLOCK_N))[None, :]
             sees = key < seen.row_end[:, None]
             if not FROM_KEY_0:
                 sees = sees & (key >= seen.row_begin[:, None])
             logits = tl.where(sees, logits * MODEL.logit_unit, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(logits, 1))  # (M,)
-            weights = tl.exp2(logits - new_max[:, None])
+            row_max, weights, rescale = weights_of_block(row_max, logits, 1.0)
         else:
-            # The unit is positive: it may follow the maximum, and multiply-add joins it to exp2.
-            new_max = tl.maximum(row_max, tl.max(logits, 1) * MODEL.logit_unit)
-            weights = tl.exp2(logits * MODEL.logit_unit - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)  # (M,)
+            row_max, weights, rescale = weights_of_block(row_max, logits, MODEL.logit_unit)
 
         # acc = acc * rescale + weights @ v
         v_rows = load_rows(
             v, start, keys, BLOCK_N, BLOCKS.dv0, BLOCKS.dv1, MODEL.head_dim_v, MASKED
         )  # (N, DV)
         acc = add_dot(scale_rows(acc, rescale[:, None]), weights, v_rows)
+        # After the product: before it, this sum costs 43 more registers on an H100.
         row_sum = row_sum * rescale + tl.sum(weights, 1)
-        row_max = new_max
     return acc, row_max, row_sum
 
 

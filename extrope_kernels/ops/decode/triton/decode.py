@@ -57,6 +57,7 @@ from ...attention.triton.device import (
     sequence_stride,
     softcap,
     stored_map,
+    weights_of_block,
     with_contiguous_rows,
 )
 from ...attention.triton.mask import region_begin
@@ -365,18 +366,15 @@ def _add_region(
         if MODEL.softcap_log2 > 0:  # `softcap` returns tanh(logits * 1.0 / softcap_log2)
             logits = MODEL.softcap_log2 * softcap(logits, 1.0, MODEL.softcap_log2)
 
-        # weights = exp2(logits - new_max): (M, N)
+        # weights = exp2(logits - row_max): (M, N)
         sees = valid[None, :]
         if BLOCKS.several_tokens:  # rows of one token all see the same keys
             sees = sees & (key[None, :] < row_end[:, None])
             if not (REGION == 0 and MODEL.from_key_0):
                 sees = sees & (key[None, :] >= row_begin[:, None])
         logits = tl.where(sees, logits, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, 1))  # (M,)
-        weights = tl.exp2(logits - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)  # (M,)
+        row_max, weights, rescale = weights_of_block(row_max, logits, 1.0)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
-        row_max = new_max
 
         # acc = acc * rescale + weights @ v
         v_offset = block * cache.v_stride_block + slot.to(tl.int64) * cache.v_stride_slot
