@@ -1,7 +1,7 @@
-"""What the attention kernels share: the softmax, position maps, and constants of their launches.
+"""What the attention kernels share: the softmax, and constants of their launches.
 
-mask.py has the mask and a program's block, rows.py rows in tiles. The kernels are in forward.py,
-backward.py, rotate.py and decode.py.
+maps.py has position maps, mask.py the mask and a program's block, rows.py rows in tiles. The
+kernels are in forward.py, backward.py, rotate.py and decode.py.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ....scores import UNROTATED, Region
-from ....scores.base import FARTHEST_POSITION, PairRow, PlainMap
-from ..._math.triton.exp import exp
+from ....scores.base import PlainMap
 from ..._math.triton.launch import VECTOR_BYTES, strides_of
-from ..._math.triton.sincos import cos_sin, fixed_angle
 from ..call import AttentionCall
 from ..checks import START_END
 from .configs import MOST_ROWS, Config
+from .maps import map_of
 
 LEAST_DIMS = 16  # least dims of a product
 # Starts, windows and blocks of granularity reach no farther, so that int32 never overflows: not
 # three times this. It is past all positions, of up to 2**27 tokens from a start on.
 FARTHEST_INT32 = START_END + 2**27
-_LARGEST = 2**31 - 1  # largest int32 position
 
 
 # Functions: Triton compares a module's constexprs at every launch, which takes 1 us each.
@@ -108,164 +106,6 @@ def add_sink(row_max, row_sum, sink):
     # The test avoids NaN if the sink is infinite and takes all.
     weight = tl.where(sink == new_max, 1.0, tl.exp2(sink - new_max))
     return new_max, row_sum * rescale + weight, rescale
-
-
-# -------------------------------------------------------------------------------------------------
-# Position maps: from a token's position to its cosines and sines
-
-
-class MapConstants(NamedTuple):
-    """A PositionMap as constants of a kernel, which reads their names through `nth_map`.
-
-    Position p becomes whole * factor + fraction, with the whole number
-    whole = min(p % modulus // divisor + offset, cap). Its angle is exact in fixed point.
-
-    per_pair: each pair of dims has a divisor and an offset, in row `row` of pair_maps. Of the
-    other fields only modulus and floor then count.
-    """
-
-    modulus: int = 0  # 0: none
-    constant: bool = False  # p % modulus // divisor is 0 for every position
-    divisor: int = 1
-    offset: int = 0
-    has_cap: bool = False
-    cap: int = 0
-    factor: float = 1.0
-    fraction: float = 0.0
-    per_pair: bool = False
-    row: int = 0
-    floor: bool = False  # round quotients of pairs down
-
-
-def map_of(position_map: PlainMap) -> tuple:
-    """Return a MapConstants as a plain tuple: Triton 3.6 takes no named one within a tuple."""
-    modulus = position_map.modulus if position_map.modulus <= _LARGEST else 0
-    if isinstance(position_map, PairRow):
-        row, floor = position_map.row, bool(position_map.floor)
-        return tuple(MapConstants(modulus, per_pair=True, row=row, floor=floor))
-    divisor, floor, cap = position_map.divisor, position_map.floor, position_map.cap
-    constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
-    integral = float(position_map.offset).is_integer()
-    # Whole numbers make angles exact. Only a divisor without floor, or half a token, needs a factor
-    # or a fraction.
-    whole = integral and (constant or floor or divisor == 1)
-    offset = position_map.offset
-    has_cap = cap < FARTHEST_POSITION
-    return tuple(
-        MapConstants(
-            modulus=0 if constant else modulus,
-            constant=constant,
-            divisor=int(divisor) if floor and not constant else 1,
-            offset=int(offset) if whole else 0,
-            has_cap=has_cap,
-            cap=int(cap) if has_cap else 0,
-            factor=1.0 if whole or constant or floor else 1 / divisor,
-            fraction=0.0 if whole else float(offset),
-        )
-    )
-
-
-def stored_map(by: PlainMap) -> MapConstants | None:
-    """Return the map by which rows already come rotated, or None: they are raw."""
-    return None if by == UNROTATED else MapConstants(*map_of(by))
-
-
-@triton.constexpr_function
-def named_map(by):
-    """Return a plain tuple from `map_of` with names, or None."""
-    return None if by is None else MapConstants(*by)
-
-
-@triton.constexpr_function
-def nth_map(maps, n):
-    """Return the n-th of plain tuples from `map_of`, with names."""
-    return MapConstants(*maps[n])
-
-
-@triton.jit
-def _whole_number(position, MAP: tl.constexpr):
-    """Return the map's whole number, int64: (tokens, 1), or (1, 1) if all tokens share one."""
-    if MAP.constant:
-        whole = tl.zeros((1, 1), tl.int64)
-    else:
-        whole = position[:, None]
-        # In 64 bits, a GPU calls a function for every division.
-        if MAP.modulus > 0:
-            whole = whole % MAP.modulus
-        if MAP.divisor > 1:
-            whole = whole // MAP.divisor
-        whole = whole.to(tl.int64)
-    if MAP.offset != 0:
-        whole += MAP.offset
-    if MAP.has_cap:
-        whole = tl.minimum(whole, MAP.cap)
-    return whole
-
-
-@triton.jit
-def _mapped(position, MAP: tl.constexpr):
-    """Return the mapped position, float64: (tokens, 1) or (1, 1)."""
-    return _whole_number(position, MAP).to(tl.float64) * MAP.factor + MAP.fraction
-
-
-@triton.jit
-def _angle(position, freq, pair_maps, pair, MAP: tl.constexpr, HALF: tl.constexpr):
-    """Return angles, int64 that count 2**-64 circles: (tokens, pairs) or (1, pairs)."""
-    if MAP.per_pair:
-        LARGEST: tl.constexpr = 2147483520.0  # the largest float32 within int32
-        divisor_ptr = pair_maps + MAP.row * 2 * HALF + pair  # of (rows, 2: divisors, offsets, HALF)
-        divisor = tl.load(divisor_ptr, mask=pair < HALF, other=1.0)[None, :]
-        offset = tl.load(divisor_ptr + HALF, mask=pair < HALF, other=0.0)[None, :]
-        whole = position[:, None]
-        if MAP.modulus > 0:
-            whole = whole % MAP.modulus
-        if MAP.floor:
-            whole = whole // tl.minimum(divisor, LARGEST).to(tl.int32)
-            angle = whole.to(tl.int64) * fixed_angle(freq, 1.0)
-        else:
-            angle = whole.to(tl.int64) * fixed_angle(freq, 1.0 / divisor)
-        angle += fixed_angle(freq, offset)
-    else:
-        angle = _whole_number(position, MAP) * fixed_angle(freq, MAP.factor)
-        if MAP.fraction != 0.0:
-            angle += fixed_angle(freq, MAP.fraction)
-    return angle
-
-
-@triton.jit
-def not_finite(freq):
-    """Return NaN for frequencies that are no numbers, else 0: angles in fixed point have no NaN.
-
-    Added to the factors of queries, it reaches every logit.
-    """
-    return (freq * 0.0).to(tl.float32)
-
-
-@triton.jit
-def cos_sin_of_map(
-    position, freq, decay, pair_maps, pair, MAP: tl.constexpr, FROM: tl.constexpr,
-    HALF: tl.constexpr,
-):  # fmt: skip
-    """Return cosine and sine, float32, that rotate tokens to the positions of MAP.
-
-    FROM: the map by which tokens already come rotated, or None. position: (tokens,) int32. freq:
-    (1 or tokens, pairs). decay: None, or the logarithm of the amplitude per position, (1, pairs)
-    float64. pair: numbers of the pairs, (pairs,), of which HALF rotate.
-
-    The results have as many rows as the maps need.
-    """
-    angle = _angle(position, freq, pair_maps, pair, MAP, HALF)
-    if FROM is not None:
-        angle -= _angle(position, freq, pair_maps, pair, FROM, HALF)
-    cos, sin = cos_sin(angle)
-    if decay is not None:
-        moved = _mapped(position, MAP)
-        if FROM is not None:
-            moved -= _mapped(position, FROM)
-        amplitude = exp(moved * decay).to(tl.float32)
-        cos *= amplitude
-        sin *= amplitude
-    return cos, sin
 
 
 # -------------------------------------------------------------------------------------------------

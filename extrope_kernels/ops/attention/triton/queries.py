@@ -4,8 +4,8 @@ Rotated copies of q, which an earlier launch could write as it does for keys (ro
 0.27 GB more at 8,192 tokens, 32 heads of 128 dims and two regions. And nothing is done twice here:
 a query is read by one program only, while keys are read by each block of queries.
 
-rows.py has Rows, load_tile and tiles; device.py cos_sin_of_map. MODEL, BLOCKS, MAP: its
-ModelConstants, Blocks and MapConstants.
+rows.py has Rows, load_tile and tiles; maps.py cos_sin_of_map. MAP: its MapConstants. MODEL, BLOCKS:
+ModelConstants and Blocks of device.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .device import cos_sin_of_map, named_map, not_finite, nth_map
+from .maps import (
+    cos_sin_of_map,
+    named_map,
+    not_finite,
+    nth_map,
+)
 from .rows import as_operand, load_rows, load_tile, row_of, store_rows
 
 

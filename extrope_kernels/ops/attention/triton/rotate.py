@@ -41,15 +41,17 @@ from ..._math.triton.tokens import sequence_of
 from ..call import AttentionCall
 from .device import (
     alignment_of,
-    cos_sin_of_map,
     freq_heads_of,
     key_maps,
-    map_of,
-    not_finite,
-    nth_map,
     regions_of,
     sequence_numbers,
     sequence_stride,
+)
+from .maps import (
+    cos_sin_of_map,
+    map_of,
+    not_finite,
+    nth_map,
     stored_map,
 )
 

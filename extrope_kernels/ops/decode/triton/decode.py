@@ -48,17 +48,19 @@ from ...attention.triton import configs
 from ...attention.triton.device import (
     FARTHEST_INT32,
     LEAST_DIMS,
-    cos_sin_of_map,
     freq_heads_of,
     log2_e,
+    sequence_stride,
+    softcap,
+    weights_of_block,
+    with_contiguous_rows,
+)
+from ...attention.triton.maps import (
+    cos_sin_of_map,
     map_of,
     not_finite,
     nth_map,
-    sequence_stride,
-    softcap,
     stored_map,
-    weights_of_block,
-    with_contiguous_rows,
 )
 from ...attention.triton.mask import region_begin
 from ...cache.call import Append, KeyRotation, KVCache
