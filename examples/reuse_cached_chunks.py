@@ -28,7 +28,7 @@ QUESTION = "Question: Where is the key? Answer: The key is in the"
 
 def read(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, None, None, cache)  # whose name is not the same in all of transformers 5
     return cache
 
 
@@ -43,14 +43,14 @@ def joined(first: DynamicCache, second: DynamicCache) -> DynamicCache:
 def main() -> None:
     torch.manual_seed(0)
     models.quiet()
+    tokenizer = None
     if len(sys.argv) > 1:
         files = models.find_model(sys.argv[1])
         tokenizer, model = models.load_tokenizer(files), models.load_model(files, "float32", "cpu")
         texts = (*DOCUMENTS, QUESTION)
         a, b, question = (tokenizer(text, return_tensors="pt").input_ids for text in texts)
-        shown = tokenizer.decode
     else:
-        model, shown = tiny_llama(), str
+        model = tiny_llama()
         a, b, question = (torch.randint(1, 128, (1, n)) for n in (20, 13, 7))
     with extend(model, "dynamic_yarn", cache="raw"):
         caches = {"first": read(model, a), "second": read(model, b)}
@@ -60,15 +60,17 @@ def main() -> None:
             same = torch.equal(apart.layers[0].keys, at_once.layers[0].keys)
             far = (apart.layers[-1].keys - at_once.layers[-1].keys).norm()
             far /= at_once.layers[-1].keys.norm()
-            logits = model(question, past_key_values=apart).logits[0, -1]
-            want = model(question, past_key_values=at_once).logits[0, -1]
+            guess, wanted = (
+                model(question, None, None, cache).logits[0, -1].softmax(0)
+                for cache in (apart, at_once)
+            )
             print(f"{' then '.join(order)}: keys of the first layer", "equal" if same else "differ")
             print(f"    of the last layer {far:.1%} apart from those of a text read at once")
-            print(
-                f"    next token {shown(logits.argmax().item())!r}, "
-                f"read at once {shown(want.argmax().item())!r}",
-                flush=True,
-            )
+            moved = (guess - wanted).abs().sum() / 2
+            print(f"    of the next token's probability {moved:.1%} is elsewhere", flush=True)
+            if tokenizer is not None:
+                words = (repr(tokenizer.decode(x.argmax().item())) for x in (guess, wanted))
+                print("    the next token {}, read at once {}".format(*words), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,14 +44,14 @@ def shift(cache: DynamicCache, dropped: int, freqs: RopeFreqs | None) -> None:
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, None, None, cache, logits_to_keep=1)  # the name changed within transformers 5
     return cache
 
 
 @torch.no_grad()
 def loss(model: PreTrainedModel, cache: DynamicCache, ids: Tensor) -> float:
     """Return the mean loss of ids[:, 1:], in nats, after what the cache holds."""
-    logits = model(ids[:, :-1], past_key_values=cache).logits
+    logits = model(ids[:, :-1], None, None, cache).logits
     return torch.nn.functional.cross_entropy(logits[0].float(), ids[0, 1:]).item()
 
 
@@ -77,7 +77,9 @@ def main() -> None:
     print(f"{full} tokens are cached; {dropped} go; {ids.shape[1] - full} follow")
 
     cache = read(model, before[:, :-1])
-    print(f"without a shift: {loss(model, cache, after):.4f} nats", flush=True)
+    print(
+        f"loss of what follows, without a shift: {loss(model, cache, after):.4f} nats", flush=True
+    )
     anew = read(model, remaining[:, :-1])
     moved = read(model, before[:, :-1])
     shift(moved, dropped, freqs)

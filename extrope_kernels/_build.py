@@ -42,7 +42,7 @@ CXX_FLAGS = (
 )
 # The kernels decide the speed; their bindings to torch compile faster with less optimisation.
 KERNEL, BINDING = "-O3", "-O1"
-_TELL_EVERY = 15.0  # seconds between lines of progress, where there is no terminal
+_TELL_EVERY = 5.0  # seconds between lines of progress, where there is no terminal
 NVCC_FLAGS = (STANDARD, BINDING, "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 _BF16 = f"{_AVX512} -mavx512bf16"

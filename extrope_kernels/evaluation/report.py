@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from .. import __version__
 from .._usage import UsageError
 
-_TELL_EVERY = 15.0  # seconds between lines of progress
+_TELL_EVERY = 5.0  # seconds between lines of progress
 _LINE = "{desc}: {percentage:.0f}% of all, {elapsed} so far"
 _BAR = "{desc}: {percentage:3.0f}% of all |{bar}| {elapsed}"
 _LEFT = ", about {remaining} left"

@@ -38,7 +38,7 @@ def test_it_shows_answers_and_curves_and_reads_nothing_twice(tiny, monkeypatch, 
     assert demo.main() == 0
     told = capsys.readouterr()
     assert demo.NEEDLE in told.out and demo.QUESTION in told.out
-    for name in ("as it is", "yarn factor=20", "rerope window=4096"):
+    for name in ("unmodified", "yarn factor=20", "rerope window=4096"):
         assert f"\n   {name:<20} " in told.out
     assert "4 texts to read" in told.err and "3 texts to read" in told.err
     check_image(tiny / "demo.png")
@@ -72,4 +72,9 @@ def test_the_needle_stands_once_far_before_the_question(tokenizer):
 
 def test_it_says_what_ruler_found():
     yarn = "yarn factor=2 39 of 50, rerope window=4096 50 of 50, yarn factor=4 45 of 50"
-    assert f"rope 0 of 10, {yarn}" in demo.ruler_of_all()
+    assert f"unmodified 0 of 10, {yarn}" in demo.ruler_of_all()
+
+
+def test_an_answer_without_words_is_told_as_one():
+    assert demo.said("7481952. The") == '"7481952. The"'
+    assert demo.said(": : : :") == 'no words at all: ": : : :"'

@@ -43,9 +43,9 @@ def run_apart(script: str, *arguments: str) -> str:
 
 def test_extend_and_generate(run):
     pytest.importorskip("transformers")
-    plain, *methods, restored = run("extend_and_generate.py").splitlines()[1:]
-    tokens = {line.partition(": ")[2] for line in (plain, *methods[::2])}
-    assert len(methods) == 8 and len(tokens) == 5  # every method has an effect of its own
+    *methods, restored = run("extend_and_generate.py").splitlines()[1:]
+    others = [int(line.partition(": ")[2].split()[0]) for line in methods[::2]]
+    assert len(others) == 4 and min(others) > 0  # every method has an effect
     assert set(methods[1::2]) == {"    without a cache: the same tokens"}
     assert restored == "restored: the same tokens"
 
@@ -53,6 +53,7 @@ def test_extend_and_generate(run):
 def test_reuse_cached_chunks(run):
     pytest.importorskip("transformers")
     lines = run("reuse_cached_chunks.py").splitlines()
+    assert all(0 < share < 100 for share in numbers(" ".join(lines)))
     assert [line for line in lines if "first layer" in line] == [
         "first then second: keys of the first layer equal",
         "second then first: keys of the first layer equal",
