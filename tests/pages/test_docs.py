@@ -82,6 +82,17 @@ def test_the_blocks_of_a_page_run(page, folder, monkeypatch):
         exec(compile(block, name(page), "exec"), names)
 
 
+def test_models_that_docs_models_names_rotate_without_rope_parameters():
+    hugging_face = pytest.importorskip("transformers")
+    told = re.search(r"^(.+) rotate, but", (ROOT / "docs/models.md").read_text(), re.MULTILINE)[1]
+    names = re.findall(r"[\w-]+", told.replace(" and ", " "))
+    assert len(names) == 4
+    for model_type in (name.lower().replace("-", "") for name in names):
+        config = hugging_face.AutoConfig.for_model(model_type)
+        assert not hasattr(config, "rope_parameters"), model_type
+        assert model_type == "esm" or not hasattr(config, "rope_theta"), model_type
+
+
 def test_links_of_pages_beside_the_site_lead_somewhere():
     """Those of the site are its strict build's."""
     for page in (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
