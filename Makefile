@@ -35,7 +35,7 @@ demo-plan:
 	@$(PYTHON) bench/demo.py --plan
 
 test: $(VENV)/extra-test $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
-	$(BIN)/python -m extrope_kernels info
+	$(BIN)/extrope info
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-all: $(VENV)/extra-test $(VENV)/extra-clients $(VENV)/smollm2 build/triton-$(OLDEST_TRITON)
@@ -49,7 +49,7 @@ arm: $(VENV)/extra-test
 	$(BIN)/python tests/support/arm/run.py
 
 bench: $(VENV)/extra-bench $(VENV)/smollm2
-	$(BIN)/python -m extrope_kernels bench
+	$(BIN)/extrope bench
 
 release: $(VENV)/extra-test $(VENV)/auditwheel
 	$(BIN)/python bench/release.py
