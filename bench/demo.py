@@ -81,7 +81,7 @@ def find_needle() -> None:
 
     def ask(method: str, params: dict, **_: str) -> dict[str, str]:
         with extend(model, method, **params):  # which tries the model on four tokens
-            display.begin(f"reading with {method}", len(models.decoder_layers(model)))
+            display.begin(f"reading, {called(method)}", len(models.decoder_layers(model)))
             return {"answer": answer(model, tokenizer, ids)}
 
     after = ids.shape[1] - before
@@ -94,8 +94,7 @@ def find_needle() -> None:
         for plan in plans:
             row = rows.known(plan) or rows.add(plan, partial(ask, **plan))
             found = "found" if NEEDLE.split()[-1] in row["answer"] else "not found"
-            name = "unmodified" if row["method"] == "rope" else row["method"]
-            name = report.name_of(name, row["params"])
+            name = report.name_of(called(row["method"]), row["params"])
             display.line(
                 f"   {name:<20} {row['seconds']:3.0f} s  {found:<10} {said(row['answer'])}"
             )
@@ -147,9 +146,14 @@ def answer(model, tokenizer, ids) -> str:
     return " ".join(text.split())
 
 
+def called(method: str) -> str:
+    """Name a method for a reader."""
+    return "unmodified" if method == "rope" else method
+
+
 def said(words: str) -> str:
     """Quote an answer. An unmodified model's has often no word in it: that is no fault of ours."""
-    return f'"{words}"' if any(map(str.isalnum, words)) else f'no words at all: "{words}"'
+    return repr(words) if any(map(str.isalnum, words)) else f"no words at all: {words!r}"
 
 
 def ruler_of_all() -> str:
@@ -164,7 +168,7 @@ def ruler_of_all() -> str:
     parts = []
     for method, params in (*METHODS.items(), ("yarn", {"factor": 4.0})):
         scores = cells[ruler.names(method, params)].scores
-        name = report.name_of("unmodified" if method == "rope" else method, params)
+        name = report.name_of(called(method), params)
         parts.append(f"{name} {sum(scores):.0f} of {len(scores)}")
     return (
         f"RULER's easiest task, niah_single_1, over more texts: {', '.join(parts)}\n"

@@ -178,8 +178,8 @@ def draw_demo(loss: dict, recall: dict) -> Figure:
     lower.axhline(0, color="0.35", linewidth=0.8)
     lower.set_xscale("log", base=2)
     lower.set_xticks(recall["distances"], [f"{x:,}" for x in recall["distances"]])
-    lower.set(xlabel="tokens since the passage was read", ylabel="saved (nats a token)")
-    lower.set_title("What a passage that was read before saves", loc="left", fontsize=12)
+    lower.set(xlabel="tokens since the passage was read", ylabel="gain (nats a token)")
+    lower.set_title("How much a second reading of a passage helps", loc="left", fontsize=12)
     for axes in (upper, lower):
         axes.grid(axis="y", color="0.88")
     keys = upper.get_legend_handles_labels()

@@ -76,5 +76,5 @@ def test_it_says_what_ruler_found():
 
 
 def test_an_answer_without_words_is_told_as_one():
-    assert demo.said("7481952. The") == '"7481952. The"'
-    assert demo.said(": : : :") == 'no words at all: ": : : :"'
+    assert demo.said("7481952. The") == "'7481952. The'"
+    assert demo.said(": : : :") == "no words at all: ': : : :'"
