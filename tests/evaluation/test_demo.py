@@ -43,7 +43,8 @@ def test_it_shows_answers_and_curves_and_reads_nothing_twice(tiny, monkeypatch, 
     assert "4 texts to read" in told.err and "3 texts to read" in told.err
     check_image(tiny / "demo.png")
 
-    monkeypatch.setattr(runner, "extend", None)
+    for task in (runner.LossTask, runner.RecallTask):
+        monkeypatch.setattr(task, "read", None)
     monkeypatch.setattr(demo, "answer", None)
     assert demo.main() == 0
     assert "0 texts to read" in capsys.readouterr().err
