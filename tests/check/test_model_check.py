@@ -144,7 +144,7 @@ def test_a_folder_that_was_saved_as_extended(check, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     facts, text = check(config, "--length", "4k")
     assert [each["method"] for each in facts["saved"]["extensions"]] == ["pi", "rerope"]
-    said = "rerope window=7 over pi base=10000.0 factor=2.0"
+    said = "rerope window=7 over pi factor=2.0"
     for line in (
         f"to try first {said}: as the folder was saved (extrope.json)",
         f"saved as extended by {said}: in extrope.json alone; "
@@ -158,7 +158,7 @@ def test_a_folder_that_was_saved_as_extended(check, tmp_path):
     trained = model.config.max_position_embeddings
     facts, text = check(config := json.loads((tmp_path / "config.json").read_text()))
     assert facts["reach"] == 2 * trained
-    assert "pi base=10000.0 factor=2.0: config.json says so too, as below" in text
+    assert "pi factor=2.0: config.json says so too, as below" in text
     facts, text = check(config, "--length", str(4 * trained))  # past what it was saved for
     assert facts["advice"]["first"].startswith("rerope")
     (tmp_path / "extrope.json").write_text("{}")

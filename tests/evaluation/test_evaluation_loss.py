@@ -150,7 +150,7 @@ def test_a_folder_is_read_as_it_was_saved(run, folder, text, tokenizer, tmp_path
     ids = torch.tensor(tokenizer(text.read_text()).input_ids)[None, :70]
     with extend_from_saved(longer, tmp_path / "longer"), torch.no_grad():
         wanted = longer(ids, labels=ids).loss.item()
-    by = "leaky_rerope window=8 factor=4.0 over pi base=10000.0 factor=2.0"
+    by = "leaky_rerope window=8 factor=4.0 over pi factor=2.0"
     said = f"was saved as extended by {by}: read"
     for methods in ({}, {"methods": "saved"}):  # the second reads what the first has written
         given = {"model": tmp_path / "longer", "lengths": "70", "methods": None} | methods
