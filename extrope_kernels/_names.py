@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 from ._coming_from import stand_in_for, stands_for
+from ._rope_types import ROPE_TYPES
 
 Given, Result = ParamSpec("Given"), TypeVar("Result")
 
@@ -24,8 +25,6 @@ _OTHERS = {
     "lex": "blockwise_causal",
     "groupedattention": "self_extend",
 }
-# transformers' names of rope types that are not ours too; `extend` takes them for these.
-ROPE_TYPES = {"default": "rope", "linear": "pi", "dynamic": "dynamic_ntk", "su": "longrope"}
 AXES: dict[str, tuple[str, ...]] = {}  # by module, the names of its methods
 
 
@@ -33,7 +32,9 @@ def closest(given: object, names: Iterable[str]) -> str | None:
     """Return which of `names` a name of other letters or libraries means; None if none."""
     by_letters = {name.replace("_", ""): name for name in names}
     letters = "".join(filter(str.isalnum, str(given))).lower()
-    found = (_OTHERS | ROPE_TYPES).get(letters)
+    found = _OTHERS.get(letters)
+    if letters in ROPE_TYPES:
+        found = ROPE_TYPES[letters].method
     if found in by_letters.values():
         return found
     close = difflib.get_close_matches(letters, by_letters, 1)

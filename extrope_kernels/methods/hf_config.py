@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import check_choice, check_seq_len
+from .._rope_types import ROPE_TYPES
 from ._hf_axes import axial_by_default, axial_freqs, refuse_other_rotations, with_axes
 from ._hf_source import NAME, Source, read
 from .base import RopeFreqs
@@ -49,9 +50,9 @@ def from_hf_config(
     source = read(config, layer_type)
     if seq_len is not None:
         seq_len = check_seq_len(NAME, seq_len)
-    rope_type = check_choice(NAME, "rope_type", source.rope_type, _ADAPTERS)
+    rope_type = ROPE_TYPES[check_choice(NAME, "rope_type", source.rope_type, ROPE_TYPES)]
     refuse_other_rotations(source)
-    return with_axes(_ADAPTERS[rope_type](source, seq_len), source)
+    return with_axes(_ADAPTERS[rope_type.method](source, seq_len), source)
 
 
 def trained(config: Any, *, layer_type: str | None = None) -> RopeFreqs:
@@ -69,12 +70,12 @@ def trained(config: Any, *, layer_type: str | None = None) -> RopeFreqs:
     Raises as `from_hf_config`.
     """
     source = read(config, layer_type)
-    rope_type = check_choice(NAME, "rope_type", source.rope_type, _ADAPTERS)
+    rope_type = ROPE_TYPES[check_choice(NAME, "rope_type", source.rope_type, ROPE_TYPES)]
     refuse_other_rotations(source)
     if is_replaced(source):
         return with_axes(rope(source.dim, base=source.base), source)
-    longest = source.length if rope_type in ("longrope", "su") else None
-    return with_axes(_ADAPTERS[rope_type](source, longest), source)
+    longest = source.length if rope_type.by_length else None
+    return with_axes(_ADAPTERS[rope_type.method](source, longest), source)
 
 
 def _default(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
@@ -165,15 +166,14 @@ def _proportional(source: Source, seq_len: int | Tensor | None) -> RopeFreqs:
     )
 
 
+# By the method of a rope type.
 _ADAPTERS: dict[str, Callable[[Source, int | Tensor | None], RopeFreqs]] = {
-    "default": _default,
-    "mrope": _default,  # the name in Qwen2-VL's first configurations
+    "rope": _default,
     "axial": _axial,
-    "linear": _linear,
-    "dynamic": _dynamic,
+    "pi": _linear,
+    "dynamic_ntk": _dynamic,
     "yarn": _yarn,
     "longrope": _longrope,
-    "su": _longrope,  # the name in Phi-3's first configurations
     "llama3": _llama3,
     "proportional": _proportional,
 }

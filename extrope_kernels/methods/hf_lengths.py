@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._checks import check_length, check_real
+from .._rope_types import rope_type
 from ._hf_source import Source, is_bounded, layer_types_in, read, stray
 
 _LONGEST, _ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
 _CHUNKS = "dual_chunk_attention_config"  # of Qwen2.5-1M, which transformers does not read
-_UNSCALED = ("default", "mrope", "axial")  # rope types that scale nothing
 
 
 class Lengths(NamedTuple):
@@ -46,9 +46,10 @@ def lengths(config: Any, layer_type: str | None = None) -> Lengths:
     original, origin = _original(source)
     unscaled = longest if original is None else check_length("lengths", _ORIGINAL, original)
     trained = unscaled
-    if source.rope_type not in _UNSCALED and not is_replaced(source):
+    scales = rope_type(source.rope_type).scaling is not None
+    if scales and not is_replaced(source):
         trained, origin = longest, _LONGEST
-    elif source.rope_type in _UNSCALED and unscaled > longest:  # a key that nothing reads
+    elif not scales and unscaled > longest:  # a key that nothing reads
         trained, unscaled, origin = longest, longest, _LONGEST
     if strays := stray(config):
         if (told := strays.get(_ORIGINAL)) is not None:  # tells of the training all the same
@@ -64,11 +65,11 @@ def lengths(config: Any, layer_type: str | None = None) -> Lengths:
 
 def is_replaced(source: Source) -> bool:
     """Return True for a scaling that came after a training: a new factor replaces it."""
-    if source.rope_type == "dynamic":
-        return source.get("alpha") is None  # HunYuan's is a trained base
     if source.rope_type == "linear":
         return source.original_length < source.length
-    return source.rope_type == "yarn"
+    if source.rope_type == "dynamic" and source.get("alpha") is not None:
+        return False  # HunYuan's is a trained base
+    return rope_type(source.rope_type).scaling == "replaced"
 
 
 def _widest(config: Any) -> str | None:

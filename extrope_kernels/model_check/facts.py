@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import methods
+from .._rope_types import rope_type
 from .._usage import UsageError
 from ..integrations._shared.choice import why_no_score
 from ..methods import is_bounded
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _LONGEST = "max_position_embeddings"
-_OUR_NAMES = {"default": "rope", "mrope": "rope", "linear": "pi", "dynamic": "dynamic_ntk"}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 # By model_type: only layers with a window rotate, which no configuration says.
 _ROTATE_WITH_A_WINDOW = (
@@ -254,12 +254,11 @@ def _rotations(source: Source, layers: list[Layer], trained: int) -> Iterator[Ro
         rotating = int((freqs.inv_freq > 0).sum())
         of_training = methods.trained(config, layer_type=key).inv_freq[:rotating].double()
         turns = of_training * min(trained, window or trained) / (2 * math.pi)
-        rope_type = parameters.get("rope_type", "default")
         yield Rotation(
             kind,
             count,
             window,
-            _OUR_NAMES.get(rope_type, rope_type),
+            rope_type(parameters.get("rope_type")).method,
             float(parameters.get("rope_theta") or 10000.0),
             parameters.get("factor"),
             freqs.attention_factor,

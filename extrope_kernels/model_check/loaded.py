@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import RopeFreqs, methods
+from .._rope_types import rope_type
 from .._usage import shortened
 from ..integrations._shared.saved import SavedFolder, find
 from ..integrations.transformers.model import adapters_of, no_model
@@ -36,7 +37,6 @@ from .source import Source, with_one_axis
 
 AS_STATED = "as stated"
 _SHOWS = 0.01  # an error of a cosine that counts
-_BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies follow the length
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class _Run:
         self.rotary, self.kind = rotary, kind
         self.config = with_one_axis(config, by_kind=kind is not None)
         self.length = getattr(config, "max_position_embeddings", None) or 8192  # RecurrentGemma
-        by_length = _parameters(config, kind).get("rope_type", "default").startswith(_BY_LENGTH)
+        by_length = rope_type(_parameters(config, kind).get("rope_type")).by_length
         # Positions below it have one set of frequencies.
         self.measured = methods.lengths(config, kind).unscaled if by_length else 2 * self.length
         last = min(self.measured, self.length) - 1

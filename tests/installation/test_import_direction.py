@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 KINDS = {
     "package": r"((ops|integrations)/)?__init__.py",
     "axis": r"(methods|positions|scores)/.*",
-    "checks": r"_(checks|names|coming_from).py",
+    "checks": r"_(checks|names|coming_from|rope_types).py",
     "installation": r"_[a-z]\w*.py",
     "torch": r"ops/_torch/.*",
     "math": r"ops/_math/.*",
@@ -34,8 +34,8 @@ AXES = ("methods", "positions", "scores")
 # What each kind may import of the package. {own} is the module's own folder: methods/, ops/rope/.
 MAY_IMPORT = {
     "package": (*AXES, "ops", "_names"),
-    "axis": ("{own}", "_checks", "_names"),
-    "checks": ("_coming_from",),
+    "axis": ("{own}", "_checks", "_names", "_rope_types"),
+    "checks": ("_coming_from", "_rope_types"),
     "installation": ("_build",),
     "torch": ("{own}", "_ext"),
     "math": ("{own}", "ops/_torch", *AXES),
@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "_checks",
         "_ext",
         "_names",
+        "_rope_types",
         "_usage",
     ),  # likewise, and clients before them
 }

@@ -1,11 +1,12 @@
 """`from_hf_config` on configurations of both formats, as objects and as plain mappings."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from extrope_kernels import methods
+from extrope_kernels import _rope_types, methods
 from extrope_kernels.methods import from_hf_config
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4096}
@@ -267,3 +268,12 @@ def test_wrong_kinds():
         from_hf_config({**SIZES, "rope_parameters": "yarn"})
     with pytest.raises(TypeError, match="seq_len must be a number, got '5'"):
         from_hf_config(SIZES, "5")
+
+
+@pytest.mark.parametrize("name", _rope_types.ROPE_TYPES)
+def test_a_rope_type_has_a_method_that_takes_its_keys(name):
+    of_type = _rope_types.rope_type(name)
+    takes = inspect.signature(methods.METHODS[of_type.method]).parameters
+    assert set(of_type.keys) <= set(takes)
+    assert of_type.by_length == ("seq_len" in takes)
+    assert (of_type.scaling is None) == ("factor" not in of_type.keys)

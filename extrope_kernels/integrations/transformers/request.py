@@ -13,7 +13,8 @@ from torch import nn
 
 from ... import RopeFreqs
 from ..._checks import check_length
-from ..._names import ROPE_TYPES, meant, not_among
+from ..._names import meant, not_among
+from ..._rope_types import ROPE_TYPES, rope_type
 from ...methods import METHODS, stray
 from ...scores import SCORES, Score
 from .._shared.choice import FARTHEST, MEASURED, Choice, choose_method, times
@@ -27,9 +28,6 @@ from .probe.rotary import RotaryModule, find_rotary_modules
 from .saved import describe
 
 _TRAINED = "original_max_position_embeddings"
-# The methods of scalings that a model may state, besides those that `rope` leaves in force.
-_STATED = {"yarn": "yarn", "dynamic": "dynamic_ntk", "longrope": "longrope", "su": "longrope"}
-_BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies follow the length
 
 
 def read_method(
@@ -51,7 +49,8 @@ def read_method(
         if wrong := [*(given.keys() - takes), *(() if length is None else ("length",))]:
             raise TypeError(f"extend: {wrong[0]} must be left out with a {type(method).__name__}")
         return name, dict(given), method
-    method = ROPE_TYPES.get(method, method) if isinstance(method, str) else method
+    if isinstance(method, str) and method in ROPE_TYPES:
+        method = ROPE_TYPES[method].method
     if not isinstance(method, str):
         raise TypeError(
             "extend: method must be a name, with the method's parameters beside it, as in "
@@ -179,9 +178,10 @@ def _as_stated(rotary_modules: list[RotaryModule]) -> tuple[str, dict[str, Any]]
     kinds = rotary_modules[0].layer_types
     widest = next((kind for kind in kinds if not is_bounded(kind or "")), kinds[0])
     stated = rotary_modules[0].parameters(widest)
-    method = _STATED.get(stated.get("rope_type"), "rope")
-    if stated.get("alpha") is not None:  # HunYuan's dynamic one, which does not follow the length
-        method = "rope"
+    of_type = rope_type(stated.get("rope_type"))
+    # `rope` leaves a scaling of the training in force, HunYuan's dynamic one with an alpha too.
+    in_force = not of_type.by_length and of_type.scaling != "replaced"
+    method = "rope" if in_force or stated.get("alpha") is not None else of_type.method
     names = inspect.signature(METHODS[method]).parameters
     return method, {name: stated[name] for name in names if stated.get(name) is not None}
 
@@ -244,7 +244,7 @@ def by_length_as_stated(
         if isinstance(vars(each.module).get("forward"), RotaryForward):
             return None
     kinds = [each.parameters(kind) for each in rotary_modules for kind in each.layer_types]
-    if any(each.get("rope_type") in _BY_LENGTH for each in kinds):
+    if any(rope_type(each.get("rope_type")).by_length for each in kinds):
         return _as_stated(rotary_modules)
     return None
 

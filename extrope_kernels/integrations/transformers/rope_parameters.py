@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..._rope_types import ROPE_TYPES
 from ...methods import METHODS, stray
 from .._shared.parameters import BY_AXIS, PARAMETERS, bind_method, values_for
 from .patch.frequencies import values_of
@@ -20,28 +21,11 @@ if TYPE_CHECKING:
     from .._shared.saved import Saved
 
 TRAINED = "original_max_position_embeddings"
-# Methods with a type in configs, and its parameters.
-_TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "rope": ("default", ()),
-    "abf": ("default", ()),
-    "ntk_aware": ("default", ()),
-    "pi": ("linear", ("factor",)),
-    "dynamic_ntk": ("dynamic", ("factor",)),
-    "yarn": (
-        "yarn",
-        (
-            *("factor", TRAINED, "beta_fast", "beta_slow"),
-            *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
-        ),
-    ),
-    "llama3": ("llama3", ("factor", TRAINED, "low_freq_factor", "high_freq_factor")),
-    "longrope": (
-        "longrope",
-        ("short_factor", "long_factor", "factor", TRAINED, "attention_factor"),
-    ),
-}
+# Methods with a type in configs.
+_TYPES = {each.method: name for name, each in reversed(ROPE_TYPES.items()) if name != "axial"}
+_TYPES |= {"abf": "default", "ntk_aware": "default"}
 # All other entries of a config on a rotation (a share of the dims, axes) stay.
-_SCALING = {name for _, names in _TYPES.values() for name in names}
+_SCALING = {key for each in ROPE_TYPES.values() for key in each.keys}
 _SCALING |= {"rope_type", "type", "rope_theta", "alpha"}
 
 
@@ -91,7 +75,7 @@ def _entries(
     # Read again with the changed base, its factor would apply twice.
     if "seq_len" in given or (method == "ntk_aware" and "base" not in given):
         return None
-    kind, names = _TYPES[method]
+    kind = _TYPES[method]
     signature = inspect.signature(METHODS[method]).parameters
     values = {name: each.default for name, each in signature.items()}
     own = values_of(rotary_module, layer_type)
@@ -105,7 +89,7 @@ def _entries(
     if method == "longrope" and values["factor"] is None:
         values["factor"] = values["max_position_embeddings"] / values[TRAINED]
     kept = {k: v for k, v in rotary_module.parameters(layer_type).items() if k not in _SCALING}
-    told = {name: values[name] for name in names if values[name] is not None}
+    told = {key: values[key] for key in ROPE_TYPES[kind].keys if values[key] is not None}
     return {**kept, "rope_type": kind, "rope_theta": base, **told}
 
 

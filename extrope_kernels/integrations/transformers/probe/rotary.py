@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .... import RopeFreqs, apply_rope_qk, methods
+from ...._rope_types import rope_type
 from ..._shared.parameters import is_bounded, lengths_in
 from ..model import BOUNDED, no_model, unsupported
 
@@ -95,7 +96,7 @@ class RotaryModule:
         rotary, kind = self.module, self.module.rope_type
         if layer_type is not None:
             kind = kind[layer_type]
-        if "dynamic" in kind or kind == "longrope":
+        if rope_type(kind).by_length:
             raise unsupported(
                 self.owner,
                 f"its frequencies ({kind}) change with the length; "
