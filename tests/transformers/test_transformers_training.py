@@ -7,6 +7,7 @@ attention by definition for a score method, in float32 and, for what is exact, i
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +111,46 @@ def test_gradient_checkpointing(family, method, parameters, use_reentrant):
         assert count.rotations == 2 * LAYERS  # forward and recomputed
     for name in want:
         assert torch.equal(got[name], want[name]), name
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 24,
+    "short_factor": [1.0] * 8,
+    "long_factor": [3.0] * 8,
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("rope", [LONGROPE, None], ids=["longrope", "dynamic_ntk"])
+def test_checkpointing_keeps_each_forwards_frequencies_under_a_score_method(rope, use_reentrant):
+    """Two forwards of different lengths, then the backward in a thread, as a GPU's runs in one."""
+    model = build("llama", rope).train() if rope else build("llama").train()
+    batches = IDS[:, : TRAINED + 8], IDS[:, :12]
+
+    def gradients(checkpointing=None):
+        model.zero_grad()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        loss = sum(model(input_ids=ids, labels=ids, use_cache=False).loss for ids in batches)
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+        model.gradient_checkpointing_disable()
+        return [each.grad.clone() for each in model.parameters()]
+
+    def extended(**length):
+        if rope:
+            return extend(model, "longrope", **length)
+        return extend(model, "dynamic_ntk", factor=4.0, **length)
+
+    with extended(seq_len=12), extend(model, "rerope", window=8):
+        short = gradients()
+    with extended(), extend(model, "rerope", window=8):
+        want, got = gradients(), gradients(use_reentrant)
+    assert all(map(torch.equal, got, want))
+    assert not all(map(torch.equal, short, want))  # the longer forward has others
 
 
 @pytest.mark.parametrize(
