@@ -108,6 +108,21 @@ def test_a_cast_of_the_whole_model_rounds_the_frequencies(rope, length, stated):
         )
 
 
+@pytest.mark.parametrize("length", [16, 32, 64, 4096])
+def test_a_cast_shows_from_one_threshold_on_at_any_length(length):
+    """In bfloat16 too, where 64 positions were right with an error of 0.013."""
+    model = llama(PLAIN, max_position_embeddings=length).bfloat16()
+    rotary = model.model.rotary_emb
+    exact = methods.from_hf_config(model.config).inv_freq.double()
+    off = float((rotary.inv_freq.bfloat16().double() - exact).abs().max())
+    rotary.inv_freq = rotary.inv_freq.bfloat16()
+    (rotation,) = check(model).rotations
+    if off * (2 * length - 1) < 0.005:  # beside the roundings of cosines, up to 0.004
+        assert rotation.ok and rotation.rounded is None
+    if off * (2 * length - 1) > 0.02:
+        assert not rotation.ok and rotation.shows_from == math.ceil(0.01 / off)
+
+
 def test_a_configuration_edited_after_loading_changes_nothing():
     edited, replaced = llama(PLAIN), llama(PLAIN)
     edited.config.rope_parameters.update(YARN)
