@@ -16,6 +16,7 @@ from .._usage import UsageError, quiet, stay_offline
 from ..integrations._shared.saved import SAVED, SavedFolder
 from .advice import Advice, advise
 from .facts import Facts, Rotation, gather
+from .gguf import lost_in_gguf
 from .source import Source, read_source
 
 _WIDTH, _LABEL = 100, 17
@@ -110,6 +111,8 @@ def _paragraphs(
     if facts.temperature and abs(facts.temperature - 1) > 1e-3:
         yield "", f"softmax scale {facts.temperature:.4g} / sqrt({facts.head_dim})", False
     yield from _passed_over(facts)
+    if source.saved is not None and facts.latent is None:
+        yield "GGUF", *_converted(source, facts)
     yield "cache", _cache(facts, length.reach if advice is None else advice.length), False
     yield "score methods", _scores(facts), False
     if advice is not None:
@@ -120,6 +123,15 @@ def _who_reads(saved: SavedFolder) -> str:
     if saved.in_config:
         return f"config.json says so too, as below; {SAVED} says all"
     return f"in {SAVED} alone; extend_from_saved reads it, and config.json is without it, as below"
+
+
+def _converted(source: Source, facts: Facts) -> tuple[str, bool]:
+    """Return what llama.cpp's converter makes of a saved folder, and if that is alarming."""
+    if source.saved is not None and not source.saved.in_config:
+        return "llama.cpp's converter reads config.json, which is without the extension", True
+    if (lost := lost_in_gguf(source.config, facts.full_kind)) is not None:
+        return f"llama.cpp's converter loses {lost}", True
+    return "llama.cpp's converter keeps this rotation", False
 
 
 def _lines(advice: Advice) -> Iterator[tuple[str, str, bool]]:
