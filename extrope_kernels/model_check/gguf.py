@@ -38,7 +38,7 @@ def lost_in_gguf(config: Any, layer_type: str | None) -> str | None:
     stated = methods.from_hf_config(config, layer_type=layer_type).attention_factor
     original = rope.get("original_max_position_embeddings")
     if kind == "yarn":
-        read = 1 + 0.1 * math.log(rope["factor"])
+        read = 1 + 0.1 * math.log(max(1.0, rope["factor"]))
     else:
         factor = max(1.0, config.max_position_embeddings / original)
         read = math.sqrt(1 + math.log(factor) / math.log(original))
