@@ -20,33 +20,19 @@ flash-attention; scale is softmax_scale:
 
 where d_logits passes the cap's derivative on the way to dq and dk.
 
-softcap(qk, SCALE, CAP) returns tanh(qk * SCALE / CAP), or qk without a cap: logits in units of
-their cap, or of the scale. softcap_backward multiplies by 1 - tanh**2. MODEL.logit_unit is that
-unit times log2(e).
-
 The mask: a query's own key is the last one that it sees, key i + shift for row i of a sequence. In
 region r, the query whose own key is i sees the keys j with begin(r) <= j < begin(r + 1), where
 begin(r) = block(i) + starts[r], but not below i + 1 - window, and begin(regions) = i + 1; all are
 clamped to the keys that exist. block() rounds down to a multiple of granularity, counted by
 position: queries of a dual_chunk chunk share starts. starts are at most 0, and rise. mask.py
-has these as region_begin, inverted as queries_end, with a picture. keys_seen and queries_that_see
-return a Seen: for row i of the block [row_begin[i], row_end[i]), of all its rows [begin, end). They
-cut that into num_full blocks that all rows see, and num_masked others; block_start says where the
-i-th of these is.
+has these as region_begin, inverted as queries_end, with a picture.
 
-Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes as a tuple
-of one or two tiles, of D0 and D1 dims (D1 is 0: one), a row of v, out or dout of DV0 and DV1: see
-Blocks in device.py. MODEL is a ModelConstants of device.py.
+Names are those of the list at the top of forward.py, and
 
-Rows are a tensor with its strides: strided_rows takes those divided by BLOCKS.align, elements that
-divide all of them, so that loads are aligned; nth_copy(ptr, n, seqlen, COPIES, HEADS, HEAD_DIM) is
-copy n of a contiguous (batch, seqlen, COPIES, HEADS, HEAD_DIM) tensor, keys_of_region is k or a
-copy of k_rotated. row_of(x, batch, token, head) are Rows from one row of x on.
-
-load_rows(x, first, rows, ROWS, D0, D1, HEAD_DIM, MASK_ROWS) loads ROWS rows of Rows x, from row
-`first` on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_rows rounds rows to the
-pointer's dtype, and leaves these out. dot_rows(a, b) is a @ b.T; add_dot(acc, w, x) is acc + w @ x,
-with w rounded to x's dtype; scale_rows(x, factor) is x * factor.
+queries_that_see    the Seen of a block of keys: row i of Seen is key i here
+find_block          a program's Block of keys: its `index` in its sequence, and the sequence
+softcap_backward    d_logits times the cap's derivative, 1 - tanh**2
+lse_2, log2_e       of base 2; weights are exp2(logits * MODEL.logit_unit - lse_2)
 """
 
 from __future__ import annotations

@@ -19,28 +19,39 @@ that exist. block() rounds down to a multiple of granularity, counted by positio
 dual_chunk chunk share starts; in ReRoPE granularity is 1. starts are at most 0, and rise. mask.py
 has these as region_begin, with a picture.
 
-block_of_queries finds a program's QueryBlock: `rows` of one head from `token` on, first_row, the
-first token of their sequence in k, and their own keys. keys_seen returns a region's Seen: row i
-sees keys [row_begin[i], row_end[i]), any row some of [begin, end). They cut that into num_full
-blocks that all rows see, and num_masked others; block_start says where the i-th of these is.
+A program has no shared memory of its own in Triton: so its queries, rotated to a later region, go
+through rows of out in global memory. Loads are by pointers: tensor descriptors (TMA) take strides
+of whole 16 bytes alone, from sm_90 on. Neither they nor warp_specialize have been timed here.
 
-Names: M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys. A row of q or k comes as a tuple
-of one or two tiles, of D0 and D1 dims (D1 is 0: one), a row of v or out of DV0 and DV1: see Blocks
-in device.py. MODEL is a ModelConstants of device.py.
+Names:
 
-Rows are a tensor with its strides: strided_rows takes those divided by BLOCKS.align, elements that
-divide all of them, so that loads are aligned; nth_copy(ptr, n, seqlen, COPIES, HEADS, HEAD_DIM) is
-copy n of a contiguous (batch, seqlen, COPIES, HEADS, HEAD_DIM) tensor, keys_of_region is k or a
-copy of k_rotated. row_of(x, batch, token, head) are Rows from one row of x on.
-
-load_rows(x, first, rows, ROWS, D0, D1, HEAD_DIM, MASK_ROWS) loads ROWS rows of Rows x, from row
-`first` on: 0 past HEAD_DIM dims, and if MASK_ROWS past `rows` rows. store_rows rounds rows to the
-pointer's dtype, and leaves these out. dot_rows(a, b) is a @ b.T; add_dot(acc, w, x) is acc + w @ x,
-with w rounded to x's dtype; scale_rows(x, factor) is x * factor.
-
-softcap(qk, SCALE, CAP) returns tanh(qk * SCALE / CAP), or qk without a cap: logits in units of
-their cap, or of the scale. MODEL.logit_unit is that unit times log2(e). add_sink(row_max, row_sum,
-sink) adds a logit without a value; it also returns what to multiply acc by.
+M, N                M is BLOCK_M, rows of queries; N is BLOCK_N, rows of keys
+MODEL, BLOCKS       ModelConstants and Blocks of device.py
+D, DV               dims of a row of q or k, and of v or out. Rows come as a tuple of one or two
+                    tiles, of D0 and D1 dims (D1 is 0: one), or DV0 and DV1: see Blocks
+block_of_queries    a program's QueryBlock: `rows` of one head from `token` on, their own keys, and
+                    first_row, the first token of their sequence in k
+keys_seen           a region's Seen: row i sees keys [row_begin[i], row_end[i]), any row some of
+                    [begin, end), in num_full blocks that all rows see and num_masked others
+block_start         where the i-th of these blocks begins
+Rows                a tensor with its strides
+strided_rows        Rows by strides that come divided by BLOCKS.align, elements that divide all of
+                    them: so loads are aligned
+nth_copy            Rows of copy n of a contiguous (batch, seqlen, COPIES, HEADS, HEAD_DIM) tensor
+keys_of_region      Rows of k, or of a copy of k_rotated
+row_of              Rows from one row on: of a batch, token and head
+rotated_queries     the block's queries in a region: raw, then rotated and scaled (queries.py)
+load_rows           load ROWS rows from row `first` on: 0 past HEAD_DIM dims, and if MASK_ROWS past
+                    `rows` rows
+store_rows          round rows to the pointer's dtype, and store them without those dims and rows
+dot_rows            a @ b.T
+add_dot             acc + weights @ x, with weights rounded to x's dtype
+scale_rows          x * factor
+softcap             tanh(qk * SCALE / SOFTCAP), or qk without a cap: logits in units of their cap,
+                    or of the scale; MODEL.logit_unit is that unit times log2(e)
+weights_of_block    row_max with a block's logits, their weights exp2(UNIT * logits - row_max), and
+                    what to multiply earlier sums by
+add_sink            row_max and row_sum with a logit without a value, and what to multiply acc by
 """
 
 from __future__ import annotations

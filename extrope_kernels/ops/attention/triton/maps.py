@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -45,26 +45,21 @@ def map_of(position_map: PlainMap) -> tuple:
     if isinstance(position_map, PairRow):
         row, floor = position_map.row, bool(position_map.floor)
         return tuple(MapConstants(modulus, per_pair=True, row=row, floor=floor))
-    divisor, floor, cap = position_map.divisor, position_map.floor, position_map.cap
-    constant = math.isinf(divisor) or (floor and divisor > _LARGEST)
-    integral = float(position_map.offset).is_integer()
-    # Whole numbers make angles exact. Only a divisor without floor, or half a token, needs a factor
-    # or a fraction.
-    whole = integral and (constant or floor or divisor == 1)
-    offset = position_map.offset
-    has_cap = cap < FARTHEST_POSITION
-    return tuple(
-        MapConstants(
-            modulus=0 if constant else modulus,
-            constant=constant,
-            divisor=int(divisor) if floor and not constant else 1,
-            offset=int(offset) if whole else 0,
-            has_cap=has_cap,
-            cap=int(cap) if has_cap else 0,
-            factor=1.0 if whole or constant or floor else 1 / divisor,
-            fraction=0.0 if whole else float(offset),
-        )
-    )
+    divisor, floor, offset = position_map.divisor, position_map.floor, position_map.offset
+    has_cap = position_map.cap < FARTHEST_POSITION
+    others: dict[str, Any] = {"has_cap": has_cap, "cap": int(position_map.cap) if has_cap else 0}
+    # Whole numbers make angles exact. Only half a token, or a divisor without floor, needs a
+    # fraction or a factor.
+    if float(offset).is_integer():
+        others["offset"] = int(offset)
+    else:
+        others["fraction"] = float(offset)
+    if math.isinf(divisor) or (floor and divisor > _LARGEST):
+        return tuple(MapConstants(constant=True, **others))
+    if floor or divisor == 1:
+        return tuple(MapConstants(modulus, divisor=int(divisor), **others))
+    others |= {"offset": 0, "fraction": float(offset)}
+    return tuple(MapConstants(modulus, factor=1 / divisor, **others))
 
 
 def stored_map(by: PlainMap) -> MapConstants | None:

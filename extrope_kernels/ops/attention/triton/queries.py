@@ -71,6 +71,10 @@ def _rotate_tile(
         a, b = tl.split(tl.reshape(x, (ROWS, DIMS // 2, 2)))
         rotated = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (ROWS, DIMS))
     else:  # rotated dims i and HALF + i are pair i: the other dim of each is loaded beside it
+        #     dim 0   OFFSET        OFFSET + HALF   OFFSET + 2 HALF   head_dim
+        #     | rest  | first dims  | second dims   | rest            |
+        #     is_first:      other_dim is dim + HALF
+        #     is_second:                    other_dim is dim - HALF
         dim = FIRST + tl.arange(0, DIMS)
         rotated_dim = dim - OFFSET
         is_first = rotated_dim < HALF

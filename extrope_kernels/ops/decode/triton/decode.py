@@ -79,7 +79,9 @@ class DecodeModel(NamedTuple):
     group: int  # heads of q that share one of k
     head_dim: int  # dims of queries and keys
     head_dim_v: int
-    dims_v: int  # head_dim_v, rounded up to a power of two
+    # head_dim_v, rounded up to a power of two. One tile, unlike the forward's two: what is past
+    # head_dim_v is not loaded, and decode waits for memory.
+    dims_v: int
     half: int  # pairs of dims that rotate
     freq_heads: int  # heads of k with frequencies of their own; 1: all share
     pairs: int  # half, rounded up to a power of two
@@ -142,6 +144,7 @@ def decode_kernel(
     appended,  # keys that this call wrote for each sequence; packed: for each query, 0 or 1
     num_items, least_blocks,  # of the schedule; blocks of keys that a split has at least
     num_counters,  # see store_split
+    # Maps with names, which Triton 3.6 takes alone, but not within MODEL:
     Q_STORED: tl.constexpr,  # the map by which queries come rotated; None: raw
     STORED: tl.constexpr,  # that of keys in the cache
     MODEL: tl.constexpr, BLOCKS: tl.constexpr,
@@ -159,10 +162,15 @@ def decode_kernel(
     REGIONS: tl.constexpr = len(MODEL.starts)
     OPERAND: tl.constexpr = tl.float32 if MODEL.widen else q.dtype.element_ty  # of products
 
-    # This program's sequence, split of its keys, and block of rows. An item of the schedule is a
-    # split, 0 to splits - 1, of a sequence; without splits, item i is sequence i. An item with
-    # nothing to do has a sequence of `batch` or more, and one split. So have packed tokens after
-    # the last boundary, sequence `batch`: they have rows, but see no key.
+    # This program's sequence, split of its keys, and block of rows: program_id(0) is
+    #
+    #                     item                                     programs of an item
+    #     no splits       a sequence                               its blocks of rows
+    #     splits          a split, 0 to splits - 1, of a sequence  its blocks of rows
+    #     packed          a split of one block of rows             one
+    #
+    # An item with nothing to do has a sequence of `batch` or more, and one split. So have packed
+    # tokens after the last boundary, sequence `batch`: they have rows, but see no key.
     head = tl.program_id(1)  # of k
     item, row_block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
     lengths = CacheLengths(seqlens, leftpad, cu_seqlens, batch, num_tokens, appended, capacity)

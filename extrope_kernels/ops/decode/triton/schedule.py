@@ -37,7 +37,7 @@ class Grid(NamedTuple):
     num_items: int
     row_blocks: int  # every item has a program for each
     item_rows: int  # rows of partial results of an item
-    counters: int  # per sequence; for packed queries in all
+    counters: int  # for each sequence; packed, where q is one batch, for each item
     splits: bool  # several items may share a sequence
     least_blocks: int  # least blocks of keys in a split
 
@@ -203,7 +203,8 @@ def work_of_item(
 
     A split has at least least_blocks blocks of keys, and more if there would be too few items.
     Every sequence, or block of rows, gets at least one split, even if empty. Every program counts
-    through all sequences; lengths: a CacheLengths.
+    through all sequences, twice, 128 at a time: 4,096 of them are 64 steps before it loads a key.
+    lengths: a CacheLengths.
     """
     SEQUENCES: tl.constexpr = 128  # S, at a time
     size = tl.maximum(_split_size(num_items, lengths, MODEL, BLOCKS), least_blocks)
