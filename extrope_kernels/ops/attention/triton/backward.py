@@ -57,7 +57,14 @@ from .device import (
     with_contiguous_rows,
 )
 from .mask import Sequences, block_of_queries, block_start, find_block, keys_seen, queries_that_see
-from .rotate import RotateLaunch, build_rotation, gradients_of_copies, rotate, rotate_back
+from .rotate import (
+    RotateLaunch,
+    gradients_of_copies,
+    rotate,
+    rotate_back,
+    rotation_of_both,
+    rotation_of_gradients,
+)
 from .rows import (
     add_dot,
     dot_rows,
@@ -427,8 +434,8 @@ def backward_launches(
     )
     return BackwardLaunches(
         # q for each region; k for each map of keys that it does not have already
-        build_rotation(q, k, call, "both"),
+        rotation_of_both(q, k, call),
         launch("dq", dq_kernel, q, {"k": k, "v": v, "out": out, "dout": dout}),
         launch("dkv", dkv_kernel, k, {"k": k, "v": v, "dout": dout}),
-        build_rotation(dq, dk, call, "gradients"),  # both for each region
+        rotation_of_gradients(dq, dk, call),  # both for each region
     )

@@ -80,7 +80,7 @@ from .device import (
 )
 from .mask import Sequences, block_of_queries, block_start, keys_seen
 from .queries import QueryRope, rotated_queries
-from .rotate import RotateLaunch, build_rotation, rotate
+from .rotate import RotateLaunch, rotate, rotation_of_keys
 from .rows import (
     add_dot,
     dot_rows,
@@ -302,6 +302,4 @@ def forward_launches(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Fo
     )
     through_memory = len(model.starts) > 1 or not blocks.tiles_are_pairs
     out_fits = model.head_dim_v == model.head_dim and call.results_dtype(q.dtype) == q.dtype
-    return ForwardLaunches(
-        build_rotation(q, k, call, "keys"), attend, through_memory and not out_fits
-    )
+    return ForwardLaunches(rotation_of_keys(q, k, call), attend, through_memory and not out_fits)

@@ -347,22 +347,41 @@ def _launch(
     )  # fmt: skip
 
 
-def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> RotateLaunch:
-    """Build the launch.
-
-    wanted: "keys", one copy for each map but that of the given keys; "both", queries of every
-    region too; "gradients", from one copy for each region: then q and k are the gradients.
-    """
-    regions, unseen = regions_of(k, call), 0
-    q_maps = () if wanted == "keys" else tuple(region.q_map for region in regions)
-    k_maps = key_maps(k, call)
-    if wanted == "gradients":
-        k_maps = [region.k_map for region in regions]
+def rotation_of_keys(q: Tensor, k: Tensor, call: AttentionCall) -> RotateLaunch:
+    """Build the forward's: a copy of keys for each map but that of the given keys."""
+    unseen = 0
     placed = (call.cu_seqlens, call.q_start, call.k_start) != (None, None, None)
-    if wanted == "keys" and call.sliding_window is not None and not placed:
+    if call.sliding_window is not None and not placed:
         # The number of first keys that lie before every query's window. The forward never loads
         # these; the gradients of keys load every key.
         unseen = min(max(0, k.shape[-3] - q.shape[-3] + 1 - call.sliding_window), k.shape[-3])
+    return _build(q, k, call, (), key_maps(k, call), unseen=unseen)
+
+
+def rotation_of_both(q: Tensor, k: Tensor, call: AttentionCall) -> RotateLaunch:
+    """Build the backward's first: queries of every region too."""
+    q_maps = [region.q_map for region in regions_of(k, call)]
+    return _build(q, k, call, q_maps, key_maps(k, call))
+
+
+def rotation_of_gradients(dq: Tensor, dk: Tensor, call: AttentionCall) -> RotateLaunch:
+    """Build the backward's last, of the gradients of a copy for each region."""
+    regions = regions_of(dk, call)
+    q_maps, k_maps = [x.q_map for x in regions], [x.k_map for x in regions]
+    return _build(dq, dk, call, q_maps, k_maps, backward=True)
+
+
+def _build(
+    q: Tensor,
+    k: Tensor,
+    call: AttentionCall,
+    q_maps: Sequence[PlainMap],
+    k_maps: Sequence[PlainMap],
+    *,
+    unseen: int = 0,
+    backward: bool = False,
+) -> RotateLaunch:
+    """Build the launch for these maps; unseen: how many first keys to leave out."""
     tile = _tile(q, k, q_maps, k_maps, call)
     seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
     batch = k.shape[0] if call.cu_seqlens is None else 1
@@ -388,7 +407,7 @@ def build_rotation(q: Tensor, k: Tensor, call: AttentionCall, wanted: str) -> Ro
             **sequence_numbers(q, k, places),
         },
         constants={
-            "BACKWARD": wanted == "gradients",
+            "BACKWARD": backward,
             "Q_STORED": stored_map(call.q_stored),
             "STORED": stored_map(call.stored),
             "TILE": tile,
