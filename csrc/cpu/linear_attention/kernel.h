@@ -70,9 +70,9 @@ struct ScanPlan {
   int64_t workspace;  // per part
 };
 
-// Runs a chunk of a part. With `rows`, writes them, and adds the chunk's keys to the state if
-// causal; without, only adds the keys.
-using RunChunk = void (*)(const ScanParams&, const ScanPart&, bool rows, float* workspace,
+// Runs a chunk of a part. With `writes_out`, writes its rows of out, and adds the chunk's keys to
+// the state if causal; without, only adds the keys.
+using RunChunk = void (*)(const ScanParams&, const ScanPart&, bool writes_out, float* workspace,
                           float* state);
 // Converts first_state to a state in the layout of the instruction set's kernels, or such a state
 // to last_state.

@@ -121,13 +121,13 @@ class ScanRun {
   }
 
   // Runs the chunks of `count` parts of equal length together.
-  void visit(int64_t begin, int64_t count, bool rows, float* workspace, float* states) {
+  void visit(int64_t begin, int64_t count, bool writes_out, float* workspace, float* states) {
     for (int64_t first = 0; first < parts_[begin].count; first += plan_.chunk) {
       for (int64_t i = 0; i < count; ++i) {
         ScanPart chunk = parts_[begin + i];
         chunk.count = std::min(plan_.chunk, chunk.count - first);
         chunk.first += first;
-        kernel_.chunk(p_, chunk, rows, workspace, states + i * plan_.state);
+        kernel_.chunk(p_, chunk, writes_out, workspace, states + i * plan_.state);
       }
     }
   }

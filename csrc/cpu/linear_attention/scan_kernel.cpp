@@ -4,6 +4,24 @@
 // Tokens are visited in chunks. Within a chunk, scores are computed and masked as in softmax
 // attention. Earlier tokens are in the state, the sum of k v^T decayed to the last token visited.
 // Powers of the decay are only of distances within a chunk, so none overflows at any length.
+// For token i of a chunk of `count`, j <= i in it, and the chunk's `state` and `key_sum` before it:
+//
+//   scores[i][j] = decay^(i - j) <q_i, k_j>
+//   out_i = decay^(i + 1) q_i state + sum over j of scores[i][j] v_j
+//   den_i = decay^(i + 1) <q_i, key_sum> + sum over j of scores[i][j]     out_i is divided by it
+//   state = decay^count state + sum over j of decay^(count - 1 - j) k_j^T v_j;  key_sum without v_j
+//
+// If not causal, out_i = q_i state and den_i = <q_i, key_sum>, of a state of all tokens.
+//
+// Types of the headers:
+//   ScanParams   the call: tensors, numbers per row, what is wanted
+//   ScanPart     which tokens of which sequence, and which state
+//   Chunk        a part at hand: c.p, c.part, sizes c.n, scratch memory c.s, and the state;
+//                `count` tokens, `rows` and `columns` the same padded with zeros
+//   Sums         a tile of sums in registers: at[row][vector]; kWideVectors vectors are kWide
+//                columns. multiply_add(sums, a, ..., b, ..., depth) adds a b
+//   floats       a vector of kFloats (4, 8 or 16) lanes
+// Feature maps and permutations are applied where a chunk's rows are packed, in chunk.h.
 
 #include "cpu/linear_attention/chunk.h"
 #include "cpu/runtime/caches.h"
@@ -284,9 +302,9 @@ void scan(const Chunk& c) {
 }
 
 template <typename T>
-void run_chunk(const Chunk& c, bool rows) {
+void run_chunk(const Chunk& c, bool writes_out) {
   if (c.p.permute) find_sources<T>(c);
-  if (rows) return scan<T>(c);
+  if (writes_out) return scan<T>(c);
   for (int64_t k = 0; k < c.group(c.p.k.heads); ++k) {
     pack_kv<T>(c, k);
     add_to_state(c, k == 0);
@@ -321,13 +339,13 @@ ScanPlan EXTROPE_EXPAND(scan_plan_, EXTROPE_ISA)(const ScanParams& p) {
           ScanScratch(p, n, nullptr).space.used()};
 }
 
-void EXTROPE_EXPAND(scan_chunk_, EXTROPE_ISA)(const ScanParams& p, const ScanPart& part, bool rows,
-                                              float* workspace, float* state) {
+void EXTROPE_EXPAND(scan_chunk_, EXTROPE_ISA)(const ScanParams& p, const ScanPart& part,
+                                              bool writes_out, float* workspace, float* state) {
   const Chunk chunk(p, part, workspace, state);
   const auto run = p.dtype == DType::bf16  ? run_chunk<bf16>
                    : p.dtype == DType::f16 ? run_chunk<f16>
                                            : run_chunk<float>;
-  run(chunk, rows);
+  run(chunk, writes_out);
 }
 
 void EXTROPE_EXPAND(scan_convert_, EXTROPE_ISA)(const ScanParams& p, const ScanPart& part,
