@@ -8,6 +8,14 @@
 //   P = exp2(K Q^T - lse)                (keys, rows)   logits and lse to base 2, or e if capped
 //   dS = P * (V dO^T - delta)            (keys, rows)   times the softcap's slopes
 //   dQ += K^T dS,  dV += P dO,  dK += dS Q
+//
+// delta = <dO, O> - dlse of each row. Types of the headers, beside those that forward_kernel.cpp
+// names (TileQueries, KeyBlock, SliceParts, RowKeys, floats and ints):
+//   RowValues   a tile's lse, delta and scales, (rows,) each
+//   Sums        a tile of sums in registers: at[row][vector]
+//   KeysDone    the key up to which a tile has added to dk and dv: `done` is this tile's,
+//               `previous` that of the tile before, nullptr if there is none
+//   TilePlan    how many tokens a tile has, how many keys a block, and the floats of its scratch
 
 #include <algorithm>
 #include <numeric>
@@ -25,21 +33,21 @@ constexpr int64_t kKeyBlock = std::lcm(kKeyRows, kTallRows);
 struct BackwardScratch {
   BackwardScratch(const AttentionParams& p, const TilePlan& plan, float* begin)
       : space(begin), rows(space, rows_of(p, plan)) {
-    const int64_t rows = rows_of(p, plan);
+    const int64_t padded_rows = rows_of(p, plan);
     const int64_t wide = round_up(p.head_dim, kWide), value_wide = round_up(p.v.head_dim, kWide);
-    q = space.take(rows * p.head_dim);
-    dout = space.take(rows * p.v.head_dim);
-    dq = space.take(rows * p.head_dim);
-    q_rows = space.take(rows * wide);
-    dout_rows = space.take(rows * value_wide);
+    q = space.take(padded_rows * p.head_dim);
+    dout = space.take(padded_rows * p.v.head_dim);
+    dq = space.take(padded_rows * p.head_dim);
+    q_rows = space.take(padded_rows * wide);
+    dout_rows = space.take(padded_rows * value_wide);
     keys = space.take(plan.block_n * p.head_dim);
     key_columns = space.take(plan.block_n * p.head_dim);
     values = space.take(plan.block_n * p.v.head_dim);
     key_sums = space.take(plan.block_n * greater(wide, value_wide));
-    probabilities = space.take(plan.block_n * rows);
-    dlogits = space.take(plan.block_n * rows);
-    seen = reinterpret_cast<int32_t*>(space.take(2 * rows / kQueryLanes));
-    unit_scale = space.take(rows);
+    probabilities = space.take(plan.block_n * padded_rows);
+    dlogits = space.take(plan.block_n * padded_rows);
+    seen = reinterpret_cast<int32_t*>(space.take(2 * padded_rows / kQueryLanes));
+    unit_scale = space.take(padded_rows);
   }
   Workspace space;
   RowValues rows;
@@ -213,6 +221,8 @@ void backward_region(const TileQueries& queries, const TilePlan& plan, const Bac
       prefetch_share<float>(queries, p.dv, first, count, slice);
       visit(queries, w, slice, region, key_block);
     }
+    // Sums of this tile's rows need no other tile: only adding them waits for the tile before. Then
+    // `done` lets the next tile add to these keys, but to none that a later region touches again.
     sum_rows(queries, key_block, w.seen, w.probabilities, w.dout_rows, p.v.head_dim, w.key_sums);
     wait_for_keys(previous, first + count);
     add_keys(queries, key_block, {}, w.key_sums, p.dv);

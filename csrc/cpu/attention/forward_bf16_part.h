@@ -57,7 +57,7 @@ struct ForwardBf16Slice {
 
 // Returns how many keys of the block from `key` on are no padding, rounded up to pairs.
 EXTROPE_INLINE int64_t rows_from(const ForwardBf16Slice& view, int64_t key) {
-  return kSpares ? smaller(round_up(view.keys - key, 2), kKeyRows) : kKeyRows;
+  return kSkipsUnusedRows ? smaller(round_up(view.keys - key, 2), kKeyRows) : kKeyRows;
 }
 
 EXTROPE_INLINE void multiply_region(const ForwardBf16Slice& view, int64_t region, int64_t key,

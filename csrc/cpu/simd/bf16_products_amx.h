@@ -7,7 +7,7 @@ namespace extrope {
 namespace {
 
 // True if Factors::rows and last_pairs save work.
-constexpr bool kSpares = false;
+constexpr bool kSkipsUnusedRows = false;
 
 // Holds this thread's eight tile registers, in full size, until the end of the scope.
 class ProductUnit {

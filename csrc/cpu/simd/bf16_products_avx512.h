@@ -14,7 +14,7 @@ struct ProductUnit {
 };
 
 // True if Factors::rows and last_pairs save work.
-constexpr bool kSpares = true;
+constexpr bool kSkipsUnusedRows = true;
 
 // Rows of sums in registers; sixteen vectors of sums cover the latency of an addition.
 constexpr int kSumRows = 8;
