@@ -10,17 +10,21 @@ The backward rotates the gradients by minus the forward's angle (TILE.conjugate,
 cos_sin_of_head reads). If it is given the forward's inputs, it computes the gradient of the angles
 too.
 
-A row is in three parts: `a` and `b`, (TOKENS, PAIRS), and `rest`, the dims that do not rotate,
-(TOKENS, rest_dims), which are copied. load_parts loads them from pointers to dim 0 of each row, as
-far as rows are valid; store_parts rounds them to the pointer's dtype. If TILE.rest is 0, as in
-place, `rest` is not stored. TILE is a Tile of device.py: TILE.half pairs of dims rotate, PAIRS is
-that rounded up to a power of two. WIDE, float64 if TILE.wide, else float32, is the dtype of the
-arithmetic behind the angles; angles themselves are float64.
+Names, of device.py but for the parts, which pairs.py loads and stores:
 
-cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE) returns the cosines and sines
-of the angles position * inv_freq of a head, (TOKENS, PAIRS), of all heads if they share
-frequencies. decayed(amplitude, distance, log_decay_ptr, SIGN, TILE) is amplitude * exp(SIGN *
-distance * log_decay), (TOKENS, PAIRS), or without log_decay the amplitude, (1, 1).
+TILE                a Tile: TILE.half pairs of dims rotate
+TOKENS, PAIRS       TILE.tokens; TILE.half, rounded up to a power of two
+WIDE                the dtype of the arithmetic behind the angles: float64 if TILE.wide, else
+                    float32. Angles themselves are float64
+parts of a row      a and b, (TOKENS, PAIRS), and rest, the dims that do not rotate, (TOKENS,
+                    rest_dims), which are copied; not stored where TILE.rest is 0, as in place
+load_parts          load them from pointers to dim 0 of each row, as far as rows are valid
+store_parts         round them to the pointer's dtype, and store them
+rows_of_head        pointers to dim 0 of a head's rows, (TOKENS,), by TileRows
+cos_sin_of_head     cosines and sines of position * inv_freq, (TOKENS, PAIRS), of a head, or of all
+                    if they share frequencies
+decayed             amplitude * exp(SIGN * distance * log_decay), (TOKENS, PAIRS), or without
+                    log_decay the amplitude, (1, 1)
 """
 
 from __future__ import annotations
