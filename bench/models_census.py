@@ -90,11 +90,11 @@ def census(name: str) -> dict[str, Any]:
 
 
 def attempt(check: Callable, model: nn.Module, method: str, given: dict, plain: Plain) -> str:
-    """Try again with layers="all" if a score method finds nothing to extend by default."""
+    """Try again with layers="all" if a frequency method finds nothing to extend by default."""
     try:
         check(model, method, given, plain)
     except Exception as error:
-        if WINDOWED not in short(error) or "layers" in given:
+        if WINDOWED not in short(error) or "layers" in given or method in SCORES:
             return short(error)
         said = attempt(check, model, method, given | {"layers": "all"}, plain)
         return 'ok, layers="all"' if said == "ok" else said

@@ -349,7 +349,7 @@ def census(found: dict) -> str:
         lines.append(f"- By {sort}: {len(names)} of the {len(rotating)} that rotate ({share:.0%}).")
     both = sorted(set.intersection(*map(set, served.values())), key=str.lower)
     marked = {row["name"]: row["name"] + _mark(row) for row in built}
-    lines += ["", '\\* Score methods with `layers="all"`, \\*\\* frequency methods too. † Only']
+    lines += ["", '\\* Frequency methods with `layers="all"`. † Only']
     lines += ["forwards are compared: its own `generate` fails.", "", '<details markdown="1">']
     lines += [f"<summary>The {len(both)} classes served by both</summary>", ""]
     lines += [f"{', '.join(marked[name] for name in both)}.", "", "</details>"]
@@ -368,7 +368,7 @@ def _serves(row: dict, which: tuple[str, ...]) -> bool:
 
 def _mark(row: dict) -> str:
     frequencies = [row.get(method) == _ALL for method in ("yarn", "dynamic_ntk")]
-    return "*" * ((row.get("rerope") == _ALL) + any(frequencies)) + "†" * ("generates" in row)
+    return "*" * any(frequencies) + "†" * ("generates" in row)
 
 
 def _said(row: dict, which: tuple[str, ...]) -> str:

@@ -187,5 +187,5 @@ def _scores(facts: Facts) -> str:
     if facts.scores.refused is not None:
         return f"refused: {facts.scores.refused}"
     if facts.scores.layers == "all":
-        return 'with layers="all" alone: all layers that rotate have a window or chunks'
+        return "none: all layers that rotate have a window or chunks"
     return "`extend` tells"

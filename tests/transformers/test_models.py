@@ -6,23 +6,21 @@ import models_census
 import pytest
 import torch
 from support import tiny_models
-from support.hf_models import build, error, generate, gradients, logits, since, tokens, transformers
+from support.hf_models import build, error, generate, logits, since, tokens, transformers
 
+from extrope_kernels.integrations.transformers import attention as ours
 from extrope_kernels.integrations.transformers import extend
-from extrope_kernels.integrations.transformers.batch import padded
-from extrope_kernels.integrations.transformers.patch import scores
-from extrope_kernels.integrations.transformers.patch.score_forward import ScoreAttention
+from extrope_kernels.integrations.transformers.extended_layer import ExtendedLayer
+from extrope_kernels.integrations.transformers.probe import layers as probe
 
 # One of each kind of architecture, and others of them.
 SERVED = [
-    "Cohere2ForCausalLM",  # interleaved pairs, windows
     "DeepseekV3ForCausalLM",  # latent attention
     "Ernie4_5_VLMoeForConditionalGeneration",  # axes of positions, frequencies in another order
     "Gemma3ForConditionalGeneration",  # a rotation for each kind of layers
     "Gemma3nForCausalLM",  # layers that reuse keys
     "GptOssForCausalLM",  # sinks
     "Lfm2MoeForCausalLM",  # convolutions
-    "Llama4ForCausalLM",  # complex numbers, chunks
     "MiniMaxForCausalLM",  # linear attention
     "Qwen2VLForConditionalGeneration",
 ]
@@ -34,20 +32,16 @@ ALIKE = [
     *("Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM", "SmolLM3ForCausalLM"),
 ]
 REFUSED = {
+    "Cohere2ForCausalLM": "all its layers that rotate have a sliding window or chunks",
     "DeepseekV4ForCausalLM": "keys beside those of the tokens, which have no distance",
+    "FalconForCausalLM": "computes its attention itself",
+    "GPTNeoXJapaneseForCausalLM": "computes its attention itself",
     "HunYuanDenseV1ForCausalLM": "makes its logits depend on more than distances",
+    "Llama4ForCausalLM": "all its layers that rotate have a sliding window or chunks",
 }
-# Layers that call PyTorch's function or a method, get a mask among several, rotate by themselves,
-# or have a state beside the attention.
-OWN_WAYS = (
-    "FalconForCausalLM",
-    "GPTNeoXJapaneseForCausalLM",
-    "ZayaForCausalLM",
-    "MoshiForCausalLM",
-    "FalconH1ForCausalLM",
-)
+# Layers that get a mask among several, or have a state beside the attention.
+OWN_WAYS = ("ZayaForCausalLM", "FalconH1ForCausalLM")
 SINCE = {
-    "MoshiForCausalLM": ("5.21", "Moshi's layers hand nothing to their attention"),
     **dict.fromkeys(
         ("Lfm2MoeForCausalLM", "FalconH1ForCausalLM", "Qwen3NextForCausalLM"),
         ("5.5", "hybrid models have caches that are no Cache"),
@@ -122,7 +116,7 @@ def test_latent_attention_takes_the_temperature_into_its_softmax_scale():
 def test_latent_attention_reads_keys_where_they_are(monkeypatch):
     """Its rotated dims are the last of a head: nothing is copied to bring them to the front."""
     model, given, read = tiny_models.build("DeepseekV3ForCausalLM"), [], []
-    attend, decode = ScoreAttention.attend, padded.rope_attention_with_kvcache
+    attend, decode = ExtendedLayer.attend, ours.rope_attention_with_kvcache
 
     def note_given(self, module, q, k, *others):
         given.append(k.data_ptr())
@@ -133,8 +127,8 @@ def test_latent_attention_reads_keys_where_they_are(monkeypatch):
         return decode(q, k, *others, **call)
 
     with extend(model, "rerope", window=8):
-        monkeypatch.setattr(ScoreAttention, "attend", note_given)
-        monkeypatch.setattr(padded, "rope_attention_with_kvcache", note_read)
+        monkeypatch.setattr(ExtendedLayer, "attend", note_given)
+        monkeypatch.setattr(ours, "rope_attention_with_kvcache", note_read)
         generate(model, IDS, max_new_tokens=3)
     assert len(read) == 2 * len(model.model.layers) and read == given[-len(read) :]
 
@@ -186,11 +180,11 @@ def test_several_axes_of_positions():
 
 @pytest.mark.parametrize("name", OWN_WAYS)
 def test_padded_rows_generate_what_they_do_alone(name):
-    model, layers = _build(name), "all" if name == "MoshiForCausalLM" else "full"
+    model = _build(name)
     plain = logits(model, IDS)
-    with extend(model, "rerope", window=64, layers=layers):
+    with extend(model, "rerope", window=64):
         _assert_close(logits(model, IDS), plain)
-    with extend(model, "rerope", window=6, layers=layers):
+    with extend(model, "rerope", window=6):
         got = generate(model, PADDED, attention_mask=MASK, max_new_tokens=3)
         slots = torch.arange(IDS.shape[1])[None]
         by_slots = logits(model, PADDED, attention_mask=MASK, position_ids=slots)
@@ -222,60 +216,22 @@ def test_a_window_that_the_cache_alone_knows(name):
     model = _build(name, sliding_window=8)
     with pytest.raises(ValueError, match="all its layers that rotate have a sliding window"):
         extend(model, "rerope", window=6)
-    for settings in ({}, {"cache_implementation": "static"}):
-        with extend(model, "rerope", window=6, layers="all"):
-            got = generate(model, PADDED, attention_mask=MASK, max_new_tokens=12, **settings)
-            for row, pads in enumerate((0, PADS)):
-                chosen = torch.cat((PADDED[row, pads:], got[row, :-1].argmax(-1)))[None]
-                _assert_close(logits(model, chosen)[0, -12:], got[row])
 
 
-@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "NanoChatForCausalLM"])
-def test_a_norm_after_the_rotation_undoes_the_attention_factor(name):
-    model, yarn = _build(name), {"method": "yarn", "factor": 4.0, "layers": "all"}
+def test_windows_and_chunks_are_left_to_frequencies():
+    for name in ("Llama4ForCausalLM", "Gemma2ForCausalLM"):
+        with pytest.raises(ValueError, match="layers must be 'full' for rerope, got 'all'"):
+            extend(_build(name), "rerope", window=6, layers="all")
+
+
+def test_a_norm_after_the_rotation_undoes_the_attention_factor():
+    model, yarn = _build("NanoChatForCausalLM"), {"method": "yarn", "factor": 4.0}
     with extend(model, **yarn):
         want = logits(model, IDS)
-        with extend(model, "rerope", window=64, layers="all"):
+        with extend(model, "rerope", window=64):
             _assert_close(logits(model, IDS), want)
     with extend(model, **yarn, cache="raw"):
         _assert_close(logits(model, IDS), want)
-
-
-@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
-def test_chunks_stay_chunks(settings):
-    model = _build("Llama4ForCausalLM", attention_chunk_size=6)
-    inputs = {"attention_mask": MASK, "max_new_tokens": 9, **settings}
-    want = generate(model, PADDED, **inputs)
-    prompts = logits(model, PADDED, attention_mask=MASK)
-    with extend(model, "rerope", window=64, layers="all"):
-        _assert_close(generate(model, PADDED, **inputs), want)
-        got = logits(model, PADDED, attention_mask=MASK)
-    for row, pads in enumerate((0, PADS)):
-        _assert_close(got[row, pads:], prompts[row, pads:])
-    with extend(model, "rerope", window=3, layers="all"):
-        got = generate(model, PADDED, **inputs)
-        _assert_close(got[1:], generate(model, PADDED[1:, PADS:], max_new_tokens=9, **settings))
-        chosen = torch.cat((PADDED[:1], got[:1, :-1].argmax(-1)), 1)
-        _assert_close(logits(model, chosen)[:, -9:], got[:1])
-    assert not torch.allclose(got, want, atol=1e-2)
-
-
-@pytest.mark.parametrize("name", ["FalconForCausalLM", "GPTNeoXJapaneseForCausalLM"])
-def test_gradients_are_those_of_the_plain_layers(name):
-    model = _build(name)
-    want = gradients(model, IDS)
-    with extend(model, "rerope", window=64):
-        for name, got in gradients(model, IDS).items():
-            _assert_close(got, want[name])
-
-
-def test_layers_that_rotate_by_themselves_are_computed_anew_for_their_gradients():
-    model = _build("MoshiForCausalLM").train()
-    with extend(model, "rerope", window=6, layers="all"):
-        want = gradients(model, IDS)
-        model.gradient_checkpointing_enable()
-        for name, got in gradients(model, IDS, use_cache=False).items():
-            _assert_close(got, want[name])
 
 
 @pytest.mark.parametrize("name", ["ModernBert", "EuroBert", "NomicBert", "JinaEmbeddingsV3"])
@@ -309,20 +265,19 @@ def test_a_probe_that_fails_changes_nothing(monkeypatch):
     def fail(owner):
         raise KeyError("sliding_attention")
 
-    monkeypatch.setattr(scores, "probe_layers", fail)
-    with pytest.raises(ValueError, match=r"needs tables of cos and sin .'sliding_attention'"):
+    monkeypatch.setattr(probe, "run_on_four_tokens", fail)
+    with pytest.raises(ValueError, match=r"cannot be tried out on four tokens .'sliding_attention"):
         extend(model, "rerope", window=6)
     monkeypatch.undo()
     assert torch.equal(logits(model, IDS), plain)
     extend(model, "rerope", window=6).restore()
 
 
-def test_masks_by_other_names_are_not_guessed_at():
+def test_masks_by_other_names():
     model = _build("ZayaForCausalLM")
     mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
     with extend(model, "rerope", window=6):
         want = logits(model, IDS)
         masks = dict.fromkeys(("hybrid", "hybrid_sliding", "conv"))
         assert torch.equal(logits(model, IDS, attention_mask=masks), want)
-        with pytest.raises(ValueError, match="a dict with full_attention, got one with hybrid and"):
-            logits(model, IDS, attention_mask={**masks, "hybrid": mask})
+        assert torch.equal(logits(model, IDS, attention_mask={**masks, "hybrid": mask}), want)

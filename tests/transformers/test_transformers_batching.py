@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.hf_models import SCORE_PARAMETERS, build, generate, tokens, transformers
 from torch import nn
 
-from extrope_kernels.integrations.transformers import extend
-from extrope_kernels.integrations.transformers.batch.paged import paged_batch
+from extrope_kernels.integrations.transformers import extend, paged
 
 pytest.importorskip("transformers.generation.continuous_batching.cache_allocators")
 from transformers.generation.continuous_batching import initialization
@@ -146,22 +143,9 @@ def test_a_length_of_each_request_is_refused():
     assert "init_continuous_batching" not in vars(model)
 
 
-def test_extended_layers_with_a_sliding_window_are_refused():
-    model = build("gemma3_text")
-    with extend(model, "rerope", window=16, layers="all"):
-        outputs = model.generate_batch(
-            PROMPTS[:1],
-            transformers.GenerationConfig(max_new_tokens=1, eos_token_id=-1),
-            transformers.ContinuousBatchingConfig(num_blocks=40, page_size=PAGE),
-            warmup=False,
-        )
-    (output,) = outputs.values()
-    assert "layers with a sliding window" in output.error
-
-
-def test_caches_that_do_not_say_where_pages_lie_are_refused():
-    """Those of transformers before 5.19."""
-    older = SimpleNamespace(layer_index_to_group_indices={0: (0, 0)})
-    with pytest.raises(ValueError, match=r"extend: transformers must be >= 5\.19"):
-        paged_batch(older, {"cu_seq_lens_k": {}, "position_ids": torch.zeros(1, 3)})
-    assert paged_batch(older, {}) is None
+def test_layers_that_leave_the_cache_to_their_attention_are_refused():
+    """Those of transformers before 5.24: they get their cache's numbers by kind of layers."""
+    options = {"read_index": [], "cu_seq_lens_k": {"full_attention": torch.tensor([0, 3])}}
+    x = torch.zeros(1, 3, 2, 16)
+    with pytest.raises(ValueError, match=r"extend: transformers must be >= 5\.24"):
+        paged.attend(x, x, x, options, {})

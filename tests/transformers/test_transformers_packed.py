@@ -22,7 +22,6 @@ MODELS = [
     *(("llama", method, {}) for method in SCORE_PARAMETERS),
     ("gpt_neox", "string", {}),  # rotates some dims alone
     ("qwen3", "rerope", SLIDING),  # a layer that is not extended
-    ("qwen3", "leaky_rerope", SLIDING | {"layers": "all"}),
 ]
 
 
@@ -40,13 +39,11 @@ def trained(model, out):
 
 @pytest.mark.parametrize(("family", "method", "settings"), MODELS)
 def test_sequences_of_a_row_are_their_own_forwards(family, method, settings):
-    sizes = dict(settings)
-    layers = sizes.pop("layers", "full")
-    are_their_own_forwards(build(family, **sizes).double(), method, layers)
+    are_their_own_forwards(build(family, **settings).double(), method)
 
 
-def are_their_own_forwards(model, method, layers, **tolerance):
-    with extend(model, method, layers=layers, **SCORE_PARAMETERS[method]):
+def are_their_own_forwards(model, method, **tolerance):
+    with extend(model, method, **SCORE_PARAMETERS[method]):
         want = alone(model)
         gradients = trained(model, want)
         for inputs in ({"position_ids": POSITIONS}, FLASH):
@@ -57,22 +54,13 @@ def are_their_own_forwards(model, method, layers, **tolerance):
         assert error(logits(model, ROW), want) > 0.01
 
 
-@pytest.mark.parametrize(
-    ("name", "method", "layers"),
-    [
-        *(("GptOssForCausalLM", method, "full") for method in ("rerope", "dual_chunk")),
-        ("AfmoeForCausalLM", "rerope", "all"),  # its layers that see all keys do not rotate
-    ],
-)
-def test_layers_whose_masks_are_made_without_positions(name, method, layers):
-    """transformers' own masks of these models let packed sequences see one another.
-
-    AFMoE computes parts in float32.
-    """
+@pytest.mark.parametrize("method", ["rerope", "dual_chunk"])
+def test_layers_whose_masks_are_made_without_positions(method):
+    """transformers' own masks of this model let packed sequences see one another."""
     sizes = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}
-    model = tiny_models.build(name, num_hidden_layers=2, **sizes).double()
+    model = tiny_models.build("GptOssForCausalLM", num_hidden_layers=2, **sizes).double()
     model.set_experts_implementation("eager")  # others have no float64
-    are_their_own_forwards(model, method, layers, rtol=1e-3, atol=1e-4)
+    are_their_own_forwards(model, method, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["rerope", "dual_chunk"])

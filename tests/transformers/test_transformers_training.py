@@ -335,3 +335,20 @@ def test_a_reference_model_that_is_plain_gets_a_warning(method, tmp_path):
         assert repr(other) == repr(handle)
         other.restore()
         assert trainer.difference() > 0.1
+
+
+def test_layers_computed_anew_take_no_frequencies_of_a_request():
+    """A thread of the backward would have those of another one."""
+    model, ids = build("llama").train(), IDS[:2]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with extend(model, "dynamic_ntk", factor=2.0), extend(model, "rerope", window=16):
+        with pytest.raises(ValueError, match="gradient checkpointing under rerope must have freq"):
+            model(ids, use_cache=False)
+        logits(model.eval(), ids)
+        model.train()
+    with extend(model, "dynamic_ntk", factor=2.0, seq_len=44), extend(model, "rerope", window=16):
+        got = gradients(model, ids, use_cache=False)
+        model.gradient_checkpointing_disable()
+        want = gradients(model, ids, use_cache=False)
+    for name, each in want.items():
+        torch.testing.assert_close(got[name], each)

@@ -3,16 +3,18 @@
 extension: `extend`, and the handle that undoes it. `request` reads what it is asked for, and
     chooses a method for a length.
 
-probe: what a model does. `rotary` finds the rotary embeddings, a `RotaryModule` for each.
-    `attention` knows how layers call their attention, and runs four tokens to record those calls;
-    `layers` decides by them which layers a score method can serve (`LayerProbe`).
+probe: what a model does. `rotary` finds the rotary embeddings, a `RotaryModule` for each; `layers`
+    runs four tokens twice, to find which layers a score method can serve (`LayerProbe`).
 patch: what we change. `frequencies` and `scores` make the `Patches` of the two kinds of methods,
     `generate` those of the methods that generate, `hooks` what puts hooks around a forward. In a
-    forward `state` says by which ways it is told of them; `rotary_forward` rotates, `score_forward`
-    attends.
-batch: the rows that a forward reads: padded, packed, in pages.
+    forward `state` says by which ways it is told of them; `rotary_forward` rotates, `rows` checks
+    positions.
 
-interface: `attn_implementation="extrope"`, also for models that are not extended.
+attention: the attention function that layers call, and its masks; also for models that are not
+    extended, by `attn_implementation="extrope"`. `paged` is for continuous batching.
+extended_layer: the attribute by which a layer attends otherwise (`ExtendedLayer`). `attending`: the
+    config by which it calls our function.
+caches: what filled a cache, for those that cross `extend` or `restore`.
 saved: an extension on disk; `rope_parameters` what of it a config can have.
 context_parallel: an extension over a mesh. guards: against trainers with a plain reference model,
     and torch's regions. Both are imported when needed.

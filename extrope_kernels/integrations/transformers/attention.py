@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import RopeFreqs, rope_attention, rope_attention_with_kvcache
+from . import paged
 
 INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
 BOUNDARIES = "cu_seq_lens_q"  # of packed sequences, as transformers' flash attention takes them
@@ -31,6 +32,7 @@ KNOWN = {
     *("output_router_logits", "cache", "past_key_values", "cache_position", "logits_to_keep"),
     *(BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
+ON_LAYER = "_extrope"  # the attribute of a layer that is extended, or looked at
 _ON_MASK = "_extrope_rows"
 
 
@@ -54,23 +56,31 @@ def make_mask(**given: Any) -> Tensor | None:
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     function, padding = given.get("mask_function", causal_mask_function), given["attention_mask"]
-    chunk = getattr(given.get("config"), "attention_chunk_size", None)
-    windowed = given.get("local_size") not in (None, chunk)
-    if given.get("use_vmap") or (windowed and not _layers_tell_windows(type(given["config"]))):
+    config, local_size = given.get("config"), given.get("local_size")
+    chosen = getattr(config, "_attn_implementation_internal", INTERFACE)
+    if local_size is not None and chosen != INTERFACE:  # extended layers see all keys
+        return _mask_as_chosen(chosen, given)
+    skips = given.get("allow_is_causal_skip", True)
+    chunk = getattr(config, "attention_chunk_size", None)
+    windowed = local_size not in (None, chunk)
+    if given.get("use_vmap") or (windowed and not _layers_tell_windows(type(config))):
         return sdpa_mask(**given)
     # Before transformers 5.4 positions give the number of queries.
     at = given.get("cache_position")
     new, past = (given["q_length"], given.get("q_offset", 0)) if at is None else (len(at), at[0])
+    growing = not isinstance(past, Tensor)
+    if growing and not skips and function is causal_mask_function and chosen != INTERFACE:
+        return sdpa_mask(**given)  # whoever asks for one that is never None adds to it
     keys, first = given["kv_length"], given.get("kv_offset", 0)
-    asked = not (windowed and given.get("allow_is_causal_skip")) and (
-        function is not causal_mask_function
-    )
-    whole = not isinstance(past, Tensor) and first + keys == past + new
-    if whole and padding is None and not asked:
-        return None
+    asked = not (windowed and skips) and function is not causal_mask_function
+    whole = growing and first + keys == past + new
     compiling = torch.compiler.is_compiling()
     if asked and compiling and new > 1:
-        return sdpa_mask(**given)  # whether the rows are packed cannot be looked at
+        if not growing or chosen == INTERFACE:
+            return sdpa_mask(**given)  # whether the rows are packed cannot be looked at
+        asked = False  # the hook of an extended owner has seen to it
+    if whole and padding is None and not asked:
+        return None
     device = given["device"]
     slots = torch.arange(keys, device=device) + first
     numbers = torch.ones(given["batch_size"], keys, dtype=torch.int32, device=device)
@@ -90,6 +100,14 @@ def make_mask(**given: Any) -> Tensor | None:
     if not compiling and (numbers == 1).all():
         return None
     return numbers[:, None, None]
+
+
+def _mask_as_chosen(chosen: str | None, given: Mapping[str, Any]) -> Tensor | None:
+    """Make the mask of layers that keep the attention of the user's choice."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(chosen)
+    return None if make is None else make(**given)
 
 
 @cache
@@ -131,14 +149,18 @@ def attention(
     Returns (batch, seqlen_q, heads, head_dim) and None, since there are no weights.
     Raises ValueError for sinks or a cap of the logits if rows are not causal.
     """
+    if (extended := getattr(module, ON_LAYER, None)) is not None:
+        return extended.attend(module, query, key, value, attention_mask, options), None
     call = softmax_options(module, options)
+    if paged.is_paged(options):
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return paged.attend(q, k, v, options, call | no_rotation(q)), None
     given = {name for name, value in options.items() if value is not None}
     if _causal(module, options) and not options.get("dropout") and given <= KNOWN:
         rows = read_rows(attention_mask, query, key, options)
         if rows is not None:
             q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
-            freqs = RopeFreqs(torch.zeros(1, dtype=torch.float32, device=q.device))
-            return attend_rows(q, k, v, rows, call | {"freqs": freqs}), None
+            return attend_rows(q, k, v, rows, call | no_rotation(q)), None
     if options.get("s_aux") is not None or options.get("softcap") is not None:
         raise ValueError(
             f"{INTERFACE}: a layer with sinks or a soft cap must have a causal attention_mask, "
@@ -149,6 +171,12 @@ def attention(
     window = call.get("sliding_window") if _causal(module, options) else None
     mask = seen_by_queries(attention_mask, query, key, window)
     return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def no_rotation(q: Tensor) -> dict[str, Any]:
+    """Return the options of the ops for queries and keys that are rotated where they belong."""
+    freqs = RopeFreqs(torch.zeros(1, dtype=torch.float32, device=q.device))
+    return {"freqs": freqs, "rotated": "qk"}
 
 
 def _causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
@@ -213,6 +241,18 @@ class Rows(NamedTuple):
     ends: Tensor | None = None
     pads: Tensor | None = None
 
+    def positions(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the new tokens' positions in their sequences, (batch or 1, new); 0 in padding."""
+        batch, new = q.shape[:2]
+        at = torch.arange(new, device=q.device)
+        if self.cu_seqlens is not None:
+            slots = torch.arange(batch * new, device=q.device)
+            sequence = torch.searchsorted(self.cu_seqlens, slots, right=True) - 1
+            return (slots - self.cu_seqlens[sequence]).view(batch, new)
+        if self.ends is not None:
+            return (at + (self.ends - new - self.pads)[:, None]).clamp(min=0)
+        return (at + (k.shape[1] if self.keys is None else self.keys) - new)[None]
+
 
 def read_rows(
     mask: Tensor | None, query: Tensor, key: Tensor, options: Mapping[str, Any]
@@ -227,8 +267,8 @@ def read_rows(
     if isinstance(boundaries, Tensor) and boundaries.dim() == 1 and new == key.shape[2]:
         # Padding is a sequence too: then nothing else sees it.
         return Rows(cu_seqlens=nn.functional.pad(boundaries.int(), (0, 1), value=batch * new))
-    if mask is None:
-        return Rows()
+    if mask is None:  # unless a cache has dropped keys
+        return Rows() if new <= key.shape[2] else None
     if mask.dim() != 4 or mask.shape[1] != 1:
         return None
     if torch.compiler.is_compiling():
@@ -237,11 +277,26 @@ def read_rows(
     version = 0 if is_rows(mask) or mask.is_inference() else mask._version
     known = getattr(mask, _ON_MASK, {})
     if (new, version) not in known or (mask.is_inference() and not is_rows(mask)):
-        numbers = mask[:, 0, 0] if is_rows(mask) else _numbers_of_pairs(mask)
-        rows = None if numbers is None else _rows_of_numbers(numbers.expand(batch, -1), new)
+        numbers = numbers_in(mask, batch, new)
+        rows = None if numbers is None else _rows_of_numbers(numbers, new)
         known = {(new, version): rows}
         setattr(mask, _ON_MASK, known)
     return known[new, version]
+
+
+def numbers_in(mask: Tensor, batch: int, new: int) -> Tensor | None:
+    """Return the sequences that keys belong to by any mask, (batch, keys); None for other masks.
+
+    new: the number of queries.
+    """
+    if mask.dim() == 2:
+        return mask.int()
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    if is_rows(mask):
+        return mask[:, 0, 0].expand(batch, -1)
+    numbers = _numbers_of_pairs(mask) if mask.shape[2] == new else None
+    return None if numbers is None else numbers.expand(batch, -1)
 
 
 def _rows_of_numbers(numbers: Tensor, new: int) -> Rows | None:
@@ -311,7 +366,7 @@ def _numbers_of_pairs(mask: Tensor) -> Tensor | None:
     numbers = torch.full((batch, keys), -1, dtype=torch.int32, device=mask.device)
     numbers[:, : used - new] = seen[..., : used - new].any(1)
     # With a past all are its sequence: only then a token may see none right before it.
-    begins = (~before).int().cumsum(-1) if used == new else torch.ones_like(at)
+    begins = (~before | (at == 0)).int().cumsum(-1) if used == new else torch.ones_like(at)
     numbers[:, used - new : used] = (begins * real).int()
     want = (numbers[:, None] == numbers[:, used - new : used, None]) & (slots <= at[:, None])
     wrong = (want != seen) & real[..., None]
@@ -319,7 +374,7 @@ def _numbers_of_pairs(mask: Tensor) -> Tensor | None:
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows, call: dict[str, Any]) -> Tensor:
-    """Attend from rotated queries to rotated keys: (batch, new, heads, head_dim).
+    """Attend from the new tokens to all of their sequences: (batch, new, heads, head_dim).
 
     q, k, v: (batch, seqlen, heads, head_dim). call: frequencies and options of the ops.
     """
@@ -327,20 +382,21 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows, call: dict[str, Any
         k, v = k[:, : rows.keys], v[:, : rows.keys]
     if rows.cu_seqlens is not None:
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = rope_attention(*flat, cu_seqlens=rows.cu_seqlens, rotated="k", **call)
-        return out.unflatten(0, q.shape[:2])
-    if not records(q, k, v) and (q.shape[1] == 1 or rows.ends is not None):
+        return rope_attention(*flat, cu_seqlens=rows.cu_seqlens, **call).unflatten(0, q.shape[:2])
+    # Raw keys that decay have no bound in a cache, and the op of caches no gradients.
+    alone = records(q, k, v) or call["freqs"].log_decay is not None
+    if not alone and (q.shape[1] == 1 or rows.ends is not None):
         ends = k.shape[1] if rows.ends is None else rows.ends
         cached = {"cache_seqlens": ends, "cache_leftpad": rows.pads}
+        cached |= {"stored": None if call["rotated"] else "raw"}
         return rope_attention_with_kvcache(q, k, v, **cached, **call)
     if rows.pads is None:
-        return rope_attention(q, k, v, rotated="k", **call)
-    outs = []  # with a past and gradients
+        return rope_attention(q, k, v, **call)
+    outs = []
     for row, pad in enumerate(rows.pads.tolist()):
         one = slice(row, row + 1)
         skip = max(pad - (k.shape[1] - q.shape[1]), 0)
-        run = (q[one, skip:], k[one, pad:], v[one, pad:])
-        out = rope_attention(*run, rotated="k", **call)
+        out = rope_attention(q[one, skip:], k[one, pad:], v[one, pad:], **call)
         outs.append(nn.functional.pad(out, (0, 0, 0, 0, skip, 0)))
     return torch.cat(outs)
 

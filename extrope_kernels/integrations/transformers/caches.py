@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...scores import UNROTATED, PositionMap
 from .model import cache_of, caches_in, tokens_in
 from .patch.hooks import ON_OWNER, Applied, Hook, Patches
 from .patch.rotary_forward import RotaryForward, fingerprint
@@ -64,14 +63,12 @@ def cache_hooks(
     rotaries = {
         value.module: value for _, _, value in patches.overrides if isinstance(value, RotaryForward)
     }
-    requests = [getattr(each, "request", None) for each in rotaries.values()]
-    stored = next((each.score.stored for each in requests if each is not None), PositionMap())
-    stored = stored if applied.cache is None else UNROTATED
+    raw = patches.raw or applied.cache is not None
     owners, hooks = owners_of(rotary_modules), []
     for owner in owners:
         modules = [each.module for each in rotary_modules if each.owner is owner]
         in_place = [rotaries.get(each, vars(each).get("forward")) for each in modules]
-        each = CacheHooks(owner, owners[0], in_place, applied, stored)
+        each = CacheHooks(owner, owners[0], in_place, applied, raw)
         hooks.append((owner, each.before_forward, each.after_forward))
     return hooks
 
@@ -81,7 +78,7 @@ class CacheHooks:
 
     first: the owner that has the model's extensions; those of the last one count.
     rotaries: what is in place of the forwards of its rotary embeddings, in their order.
-    stored: where a score method caches keys.
+    raw: keys are cached unrotated.
     """
 
     def __init__(
@@ -90,12 +87,12 @@ class CacheHooks:
         first: nn.Module,
         rotaries: Sequence[Any],
         applied: Applied,
-        stored: PositionMap,
+        raw: bool,
     ) -> None:
         self.first = first
         self.rotaries = [each for each in rotaries if isinstance(each, RotaryForward)]
         self.applied = applied
-        self.stored = stored
+        self.raw = raw
         self.by = str(applied)
         self.key = uuid.uuid4().hex
         _hooks_by_key[self.key] = self
@@ -146,15 +143,14 @@ class CacheHooks:
 
     def _rotation(self) -> tuple[Any, ...]:
         """Return what rotates keys otherwise than the plain model does; () if nothing does."""
-        if self.stored == UNROTATED:
-            return (UNROTATED,)
-        others = tuple(
+        if self.raw:
+            return ("raw",)
+        return tuple(
             (number, kind, told)
             for number, rotary in enumerate(self.rotaries)
             for kind, told in rotary.thread_freqs.fingerprints.items()
             if told != self.plain[number][kind]
         )
-        return others if self.stored == PositionMap() else (self.stored, *others)
 
     def _mark(self, cache: Any, rotation: tuple[Any, ...], mark: Filled | None) -> None:
         if rotation or mark is not None:

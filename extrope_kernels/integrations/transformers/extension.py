@@ -24,7 +24,6 @@ from .patch.frequencies import frequency_patches
 from .patch.generate import Reach, forget_pages
 from .patch.hooks import ON_OWNER, Applied, Patches, route_forward_through_hooks
 from .patch.rotary_forward import RotaryForward, unwrap_apply, wrap_apply
-from .patch.score_forward import ScoreRotaryForward
 from .patch.scores import score_patches
 from .probe.rotary import (
     RotaryModule,
@@ -70,16 +69,11 @@ def extend(
         handle = extend(model, length=65536)  # what measured best: print(handle) says what and why
         handle = extend(model, "yarn", factor=4.0)
 
-    **This runs the model on four tokens, four times at most.** No list of models says how layers
-    rotate and attend, so `extend` tries it, for a score method and raw keys:
-
-    1. at position 0: what each attention gets without a rotation;
-    2. at positions 0 to 3: which dims rotate, in which pairs, and if the op attends as the layer;
-    3. backwards and louder: if tokens mix elsewhere, and if a norm undoes an amplitude;
-    4. with everything in place.
-
-    A mesh alone runs two and the last; a frequency method none. It raises ValueError where that
-    fails. The probe changes nothing; it needs the weights, and a model's hooks see it.
+    **A score method, raw keys or a mesh run the model on four tokens.** No list of models says how
+    layers rotate and attend, so `extend` tries it: at position 0 and at 0, 1, 5, 11, which tells
+    the dims that rotate and their pairs, if tokens mix elsewhere, and if the op attends as a layer
+    does. It raises ValueError where that fails. The probe changes nothing; it needs the weights,
+    and a model's hooks see it. A frequency method alone runs nothing.
 
     Then rotary embeddings, attentions and `generate` of this model get other functions and hooks.
     Weights, buffers and configuration do not change. `generate` alone stops by default at
@@ -111,7 +105,9 @@ def extend(
     sequences alone. Refused: layers that do not see all keys before a query (indexers, compressed
     keys), logits that depend on more than distances (a norm with weights after the rotation),
     tokens with several positions (images), dropout, output_attentions, packed rows in models with
-    convolutions or states, and xpos unless the method's positions start anew.
+    convolutions or states, gradient checkpointing while frequencies follow the length, and xpos
+    unless the method's positions start anew; it has raw keys then. Keys are cached as the plain
+    model caches them, so a cache goes on under any score method, and after `restore`.
 
     With a mesh every rank runs the model on its own tokens of a sequence, as `distributed.shard`
     cuts it, and all layers attend across ranks; "rope" is the plain model. All ranks make the same
@@ -132,8 +128,8 @@ def extend(
         more than twice as far past it as was measured.
     layers: "full" extends the layers that see all keys. For a frequency method that is so if
         layers with a sliding window have their own rotation (Gemma 3); for a score method always,
-        since distances in the others never exceed their window or chunk. "all" extends all layers
-        that rotate.
+        since distances in the others never exceed their window or chunk: "all", which extends all
+        layers that rotate, is for frequency methods.
     cache: "raw" caches unrotated keys; None lets the method decide. Raw keys may be cut, joined and
         read at other positions, by other frequencies.
     mesh: DeviceMesh of one dimension or ProcessGroup, the ranks that share a sequence.
@@ -283,15 +279,14 @@ def extend_by_all(model: nn.Module, extensions: Sequence[Saved] | Sequence[Appli
 def _refuse_after(rotary_modules: Sequence[RotaryModule], method: str) -> None:
     """Raise ValueError if an extension is in place that must be the last."""
     for rotary_module in rotary_modules:
-        before = vars(rotary_module.module).get("forward")
-        if not isinstance(before, RotaryForward):
-            continue
-        if isinstance(before, ScoreRotaryForward):
+        last = vars(rotary_module.owner).get(ON_OWNER)
+        if last is not None and (last.is_score or last.cache is not None):
             raise ValueError(
-                f"extend: {method} must come before {before.method}, "
+                f"extend: {method} must come before {last.method}, "
                 "got a model that is extended by it; restore that one first"
             )
-        if before.shared is not None:
+        before = vars(rotary_module.module).get("forward")
+        if isinstance(before, RotaryForward) and before.shared is not None:
             raise ValueError(
                 f"extend: an extension over a mesh must be the last, got {method} after "
                 f"{before.method}; restore that one first"

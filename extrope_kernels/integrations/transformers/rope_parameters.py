@@ -12,6 +12,7 @@ import torch
 from ..._rope_types import ROPE_TYPES
 from ...methods import METHODS, stray
 from .._shared.parameters import BY_AXIS, PARAMETERS, bind_method, values_for
+from .attending import plain_class
 from .patch.frequencies import values_of
 from .probe.rotary import RotaryModule, attribute_of, find_rotary_modules
 
@@ -35,7 +36,7 @@ def with_frequencies(model: nn.Module, extension: Saved) -> Any:
     text = model.config.get_text_config(decoder=True)
     if any(each.learned for each in rotary_modules):
         return None  # those who read it would multiply by the weights again
-    if any(type(each.module.config) is not type(text) for each in rotary_modules):
+    if any(plain_class(x.module.config) is not plain_class(text) for x in rotary_modules):
         return None
     if "over" in PARAMETERS[extension.method] and "over" not in extension.parameters:
         return None  # kinds of layers were trained under different scalings: read them there

@@ -64,7 +64,8 @@ def frequency_patches(
                     f"one table rotates its queries and keys, but {method} needs two",
                 )
         told = {kind: fingerprint(each) for kind, each in freqs.items()}
-        rotary = RotaryForward(rotary_module, ThreadFrequencies(freqs, told), method)
+        of_threads = ThreadFrequencies(freqs, told, takes_length)
+        rotary = RotaryForward(rotary_module, of_threads, method)
         patches.overrides += rotary.overrides()
         patches.overrides += _softmax_scales(rotary_module, applied)
         if takes_length:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import paged
 from ..attention import INTERFACE
-from ..batch.paged import PagedBatch
 from ..model import Override, cache_of, generation_config_owner, tokens_of
 from ..probe.rotary import argument_names, by_name
 from .hooks import ON_OWNER, Applied, Patches
@@ -94,7 +94,7 @@ def _stay_out_of_graphs() -> None:
     PyTorch 2.13 cannot compile a product of sizes of views of pages, all of them unknown. Done
     late, because it imports the compiler.
     """
-    PagedBatch.attend = torch.compiler.disable(PagedBatch.attend)  # type: ignore[method-assign]
+    paged.attend = torch.compiler.disable(paged.attend)
 
 
 def _generate_one_request(

@@ -33,7 +33,7 @@ class Patches:
     hooks: (module, before its forward, after it or None) each.
     then: what is to be tried or added once these are in place: each returns more patches.
     probe: what a score method found in the model (`LayerProbe`).
-    by_length: frequencies follow the length.
+    by_length: frequencies follow the length. raw: keys are cached unrotated.
     """
 
     overrides: list[Override] = field(default_factory=list)
@@ -41,6 +41,7 @@ class Patches:
     then: list[Callable[[], Patches]] = field(default_factory=list)
     probe: Any = None
     by_length: bool = False
+    raw: bool = False
 
 
 @dataclass(frozen=True)

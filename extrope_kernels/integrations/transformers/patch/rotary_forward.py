@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .... import RopeFreqs, apply_rope, apply_rope_qk
+from .... import RopeFreqs, apply_rope_qk
 from ..model import Override, exports_to_onnx
 from ..probe.rotary import APPLY, RotaryModule, Tables
 from .state import FreqsByKind
@@ -35,7 +35,6 @@ class Rotation:
     positions integers in a model of any dtype. It is no dataclass, whose fields FSDP casts.
 
     positions: (batch or 1, seqlen); None leaves queries and keys as they are.
-    keys_only: leave queries raw, for the attention of a score method.
     """
 
     def __init__(
@@ -43,22 +42,26 @@ class Rotation:
         freqs: RopeFreqs,
         positions: Tensor | None,
         interleaved: bool,
-        keys_only: bool = False,
     ) -> None:
         self.freqs = freqs
         self.positions = positions
         self.interleaved = interleaved
-        self.keys_only = keys_only
+
+    def unrotated(self) -> Rotation:
+        """Return what leaves queries and keys raw."""
+        return Rotation(self.freqs, None, self.interleaved)
 
     def to(self, device: torch.device | torch.dtype | str | int, **_: Any) -> Rotation:
         """Move to `device`: accelerate's hooks call it if a model spans several devices."""
         if isinstance(device, torch.dtype):
             return self
         positions = None if self.positions is None else self.positions.to(device)
-        return Rotation(self.freqs.to(device), positions, self.interleaved, self.keys_only)
+        return Rotation(self.freqs.to(device), positions, self.interleaved)
 
     def rotate(self, q: Tensor, k: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
         """Rotate like `apply_rotary_pos_emb`; q and k have heads in dimension `unsqueeze_dim`."""
+        if self.positions is None:
+            return q, k
         if unsqueeze_dim not in (1, 2):
             raise ValueError(f"extend: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
         # The op takes all strides but this one, which some layers leave.
@@ -70,23 +73,28 @@ class Rotation:
 
     def _rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         options = {"positions": self.positions, "interleaved": self.interleaved}
-        if not self.keys_only:
-            return apply_rope_qk(q, k, self.freqs, **options)
-        return q, (k if self.positions is None else apply_rope(k, self.freqs, **options))
+        return apply_rope_qk(q, k, self.freqs, **options)
 
 
 class ThreadFrequencies(threading.local):
     """The frequencies of forwards, which those in other threads do not change.
 
-    fingerprints: texts that differ where these do, which a graph compares.
+    fingerprints: texts that differ where these do, which a graph compares. by_length: a forward
+    may change them, by its length.
     """
 
-    def __init__(self, freqs: FreqsByKind, fingerprints: Mapping[str | None, str]) -> None:
+    def __init__(
+        self,
+        freqs: FreqsByKind,
+        fingerprints: Mapping[str | None, str],
+        by_length: bool = False,
+    ) -> None:
         self.freqs = dict(freqs)  # in each thread anew
         self.fingerprints = dict(fingerprints)
+        self.by_length = by_length
 
-    def __reduce__(self) -> tuple[type, tuple[FreqsByKind, dict[str | None, str]]]:
-        return type(self), (self.freqs, self.fingerprints)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.freqs, self.fingerprints, self.by_length)
 
 
 def fingerprint(freqs: RopeFreqs) -> str:

@@ -3,8 +3,7 @@
 A forward in progress has one state, `in_progress`, which each thread has for itself:
 
     "request"           the `Request` that `generate` has begun
-    a key of our hooks  the rows (`Batch`) or the cache that the owner reads, or True once the
-                        hooks have run
+    a key of our hooks  the cache that the owner reads, or True once the hooks have run
 
 Those who begin something set it and take it back, after an error too. Copies of a model share the
 keys: they may go on with each other's caches. `rotation.ThreadFrequencies` are each thread's too.
@@ -12,11 +11,9 @@ keys: they may go on with each other's caches. `rotation.ThreadFrequencies` are 
 In three places it cannot be used, and state travels with the model's own objects instead:
 
 - From the rotary embedding to the layers. A layer may be recomputed for its gradients, when the
-  forward is over, maybe in another thread. So the rotary embedding returns a `Rotation` or a
-  `ScoreAttention` in place of its tables. Layers unpack two tables, so both are the same object.
-- From a layer to its attention. What a layer passes on in any case is its mask, so the attention
-  takes that place. A keyword argument of the name `ARGUMENT` has it where accelerate removes masks
-  (a mesh), and brings the batch to layers with rotary embeddings of their own.
+  forward is over, maybe in another thread. So the rotary embedding returns a `Rotation` in place of
+  its tables. Layers unpack two tables, so both are the same object.
+- From the owner to a layer's attention. The mask tells the rows; what is read of it is kept on it.
 - From one forward to the next. A cache keeps the frequencies of its request (`on_cache`) and what
   filled it (`caches.Filled`), in attributes: its copies have them.
 """

@@ -1,129 +1,35 @@
-"""Probe how a model's layers attend, by four tokens: `LayerProbe`.
+"""What a model's layers do: two runs of it on four tokens tell which a score method can serve.
 
-The model runs with an attention that only records its arguments: once with tables of position 0,
-once with those of positions 0 to 3 and of frequencies for the probe. The difference is the
-rotation, wherever in a layer it happens. Then the op attends to the same arguments by a score that
-changes nothing, and must give the results of the layer's own attention. A third run, backwards and
-by louder tables, tells what else must be known.
+Layers call the attention function that their config names. In a probe that is ours, and the layer's
+attribute is a `Recorder`, which keeps the arguments. Once all tokens are at position 0, once at
+0, 1, 5, 11: the difference is the rotation, wherever in a layer it happens. Each run has the tokens
+in a second row backwards: if that is not the first row backwards, tokens mix outside of attention.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .... import RopeFreqs, apply_rope
+from .... import RopeFreqs, apply_rope, rope_attention
 from ...._usage import shortened
 from ..._shared.parameters import is_bounded
-from ..model import BOUNDED, Override, unsupported
-from .attention import (
-    TOKENS,
-    Call,
-    attend_as_own,
-    calls_in,
-    check_options,
-    close,
-)
-from .rotary import RotaryModule, argument_names, by_name, probe_numbers, rotating_layers
+from ..attending import attending_overrides
+from ..attention import KNOWN, ON_LAYER, is_rows, no_rotation, softmax_options
+from ..extended_layer import ExtendedLayer, refuse_dropout
+from ..model import BOUNDED, Override, reprefix_error, unsupported
+from ..patch.rotary_forward import RotaryForward, ThreadFrequencies, unwrap_apply, wrap_apply
+from .rotary import argument_names, by_name, forward_of, probe_numbers, rotating_layers
 
-_AMPLITUDE = 2.0  # of a probe of attention factors
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The rotation of an extended layer's heads, and the bounds of the keys that they see.
-
-    start: the first rotated dim; the frequencies tell how many there are.
-    interleaved: the pairing of dims. sign: -1 if pairs are rotated backwards. scaled: False if a
-    norm after the rotation undoes the attention factor (Llama 4).
-    chunk_size: in tokens, if the layer attends in chunks. sliding_window: in tokens, if its cache
-    keeps no more, even if its attention gets no such option.
-    """
-
-    start: int
-    interleaved: bool
-    sign: int
-    scaled: bool = True
-    chunk_size: int | None = None
-    sliding_window: int | None = None
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """The arguments that tell the ops which dims rotate."""
-        return {"interleaved": self.interleaved, "rotary_offset": self.start}
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A layer's arguments to its attention: q, k, v of (1, heads, 4, head_dim), and the rest."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    options: dict[str, Any]
-
-
-class UnfitLayer(Exception):
-    """A layer does something that a score method cannot; the message says what."""
-
-
-class Recorder:
-    """An attention that records its arguments; it takes the mask's place, so layers call it.
-
-    calls: each layer's form of call of its attention.
-    called: the layers that the owner has called. seen: their arguments to attention.
-    output: the owner's output.
-    """
-
-    def __init__(self, calls: Mapping[nn.Module, Call]) -> None:
-        self.calls = calls
-        self.called: set[nn.Module] = set()
-        self.seen: dict[nn.Module, Recorded] = {}
-        self.output: Any = None
-
-    @contextmanager
-    def in_place(self, overrides: Iterable[Override] = ()) -> Iterator[None]:
-        """Make the layers call this recorder for a while. overrides: more attributes to hide."""
-        overrides = list(overrides)
-        for layer, call in self.calls.items():
-            overrides += call.overrides(layer)
-        handles = [
-            layer.register_forward_pre_hook(self.before_layer, with_kwargs=True)
-            for layer in self.calls
-        ]
-        try:
-            with replaced(overrides):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def before_layer(
-        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        self.called.add(layer)
-        arguments = by_name(argument_names(layer), args, kwargs)
-        return (), self.calls[layer].with_attention(layer, arguments, self)
-
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        if k.shape[2] != q.shape[2]:
-            raise UnfitLayer(
-                f"{type(module).__name__} attends to keys beside those of the tokens, "
-                "which have no distance"
-            )
-        self.seen[module] = Recorded(q, k, v, options)
-        # Made of the values alone: later layers are then the same in both runs.
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
+POSITIONS = (0, 1, 5, 11)  # of a probe's four tokens
 
 
 @contextmanager
@@ -135,11 +41,125 @@ def replaced(overrides: Sequence[Override]) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, value in before:
+        for module, name, value in reversed(before):
             if value is None:
                 del vars(module)[name]
             else:
                 vars(module)[name] = value
+
+
+def calls_attention(module: nn.Module) -> bool:
+    """Return True for a module that calls a function of transformers' interface."""
+    forward = forward_of(module)
+    return (
+        "config" in vars(module)
+        and forward is not None
+        and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+    )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A layer's arguments to its attention: q, k, v of (2, heads, 4, head_dim), and the rest."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: Mapping[str, Any]
+
+
+class UnfitLayer(Exception):
+    """A layer does something that a score method cannot; the message says what."""
+
+
+class Recorder:
+    """In the place of an `ExtendedLayer`: keeps the arguments.
+
+    called: the layers that the owner has called. seen: their arguments to attention.
+    output: the owner's output.
+    """
+
+    def __init__(self) -> None:
+        self.called: dict[nn.Module, list[Any]] = {}
+        self.seen: dict[nn.Module, Recorded] = {}
+        self.output: Any = None
+
+    def before_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        mask = by_name(argument_names(layer), args, kwargs).get("attention_mask")
+        self.called[layer] = list(mask.values()) if isinstance(mask, Mapping) else [mask]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: Mapping[str, Any],
+    ) -> Tensor:
+        name = type(module).__name__
+        if key.shape[2] != query.shape[2]:
+            raise UnfitLayer(
+                f"{name} attends to keys beside those of the tokens, which have no distance"
+            )
+        known = [each.data_ptr() for each in self.called[module] if isinstance(each, Tensor)]
+        if mask is not None and not is_rows(mask) and mask.data_ptr() not in known:
+            raise UnfitLayer(
+                "its layers choose or weigh keys by a mask made of their contents, a score method "
+                "by distances alone"
+            )
+        self.seen[module] = Recorded(query, key, value, options)
+        # Made of the values alone: later layers are then the same in both runs.
+        groups = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous()
+
+
+@torch.no_grad()
+def recorded(
+    model: nn.Module,
+    owner: nn.Module,
+    rotaries: Sequence[nn.Module] = (),
+    positions: Sequence[int] = (0, 1, 2, 3),
+) -> Recorder:
+    """Run an owner, and return what its layers give their attention.
+
+    rotaries: rotary embeddings that get these positions.
+    Raises ValueError for a model that cannot be tried out, or whose layers do what ops do not.
+    """
+    layers, recorder = [each for each in owner.modules() if calls_attention(each)], Recorder()
+    overrides = attending_overrides(owner, layers)
+    overrides += [(layer, ON_LAYER, recorder) for layer in layers]
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(replaced(overrides))
+            for layer in layers:
+                hook = layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True)
+                stack.callback(hook.remove)
+            for rotary in rotaries:
+                before = _given_positions(rotary, positions)
+                hook = rotary.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(hook.remove)
+            recorder.output = run_on_four_tokens(first_call(model, owner))
+    except UnfitLayer as unfit:
+        raise unsupported(owner, str(unfit)) from unfit
+    except Exception as error:  # a foreign layer may raise anything
+        reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
+        raise unsupported(owner, reason) from error
+    return recorder
+
+
+def _given_positions(rotary: nn.Module, positions: Sequence[int]) -> Callable[..., Any]:
+    names = argument_names(rotary)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        arguments = by_name(names, args, kwargs)
+        given = arguments["position_ids"]
+        if given.shape[-1] != len(positions):  # of keys made of several tokens
+            return (), arguments
+        others = torch.tensor(positions, dtype=given.dtype, device=given.device)
+        return (), arguments | {"position_ids": others.expand(given.shape)}
+
+    return before
 
 
 def first_call(model: nn.Module, owner: nn.Module) -> nn.Module:
@@ -153,17 +173,13 @@ def _fsdp_modules(module: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def probe_layers(owner: nn.Module, backwards: bool = False) -> Any:
-    """Run an owner, or its `first_call`, on four tokens without dropout; return its output.
-
-    backwards: True for the last token first.
-    """
+def run_on_four_tokens(owner: nn.Module) -> Any:
+    """Run an owner, or its `first_call`, without dropout; return its output of (2, 4) tokens."""
     embed = getattr(owner, "get_input_embeddings", None)
     weights = embed() if embed is not None else owner
-    tokens = torch.arange(TOKENS, device=_device_of(weights))[None]
-    tokens = tokens.flip(1) if backwards else tokens
+    tokens = torch.arange(4, device=_device_of(weights))[None]
     with without_dropout(owner):
-        output = owner(input_ids=tokens, use_cache=False)
+        output = owner(input_ids=torch.cat((tokens, tokens.flip(1))), use_cache=False)
     for module in _fsdp_modules(owner):
         module.reshard()  # the root keeps its parameters whole for a backward
     return output
@@ -199,189 +215,141 @@ def _device_of(weights: nn.Module) -> Any:
     return getattr(hook, "execution_device", device) if device.type == "meta" else device
 
 
-# Rotary embeddings with the kinds of layers to extend, and each one's frequencies for the probe.
-_ProbeFreqs = list[tuple[RotaryModule, "str | None", Tensor]]
-
-
-def _probe_freqs(rotary_modules: Sequence[RotaryModule]) -> _ProbeFreqs:
-    """Return frequencies so fast that four tokens tell all pairs and kinds apart."""
-    kinds = [(each, layer_type) for each in rotary_modules for layer_type in each.layer_types]
-    return [
-        (each, kind, probe_numbers(0.2, 1.1, each.dim(kind) // 2) * (1 + 0.37 * number))
-        for number, (each, kind) in enumerate(kinds)
-    ]
-
-
-class _ProbeTables:
-    """A rotary embedding that gives extended layers tables of the probe's frequencies."""
-
-    def __init__(
-        self, rotary_module: RotaryModule, freqs: _ProbeFreqs, still: bool, amplitude: float
-    ) -> None:
-        self.rotary = rotary_module.module
-        self.still = still
-        self.tables = {
-            layer_type: rotary_module.tables(layer_type, RopeFreqs(inv_freq, amplitude))
-            for other, layer_type, inv_freq in freqs
-            if other is rotary_module
-        }
-
-    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        if layer_type not in self.tables:
-            return type(self.rotary).forward(self.rotary, x, position_ids, layer_type)
-        positions = torch.arange(position_ids.shape[-1], device=x.device) * (not self.still)
-        return self.tables[layer_type](x, positions.expand(position_ids.shape))
-
-
 class LayerProbe:
-    """The attention layers that an owner's rotary embeddings serve.
+    """The attention layers of an owner.
 
-    far: layers to extend, which see all keys, with the rotation of their heads.
-    near: layers that attend as before: those without a rotation and, unless layers="all", those
-        with a sliding window or chunks, where training has covered all distances.
-    calls: each layer's form of call of its attention.
-    seen: what each layer's attention got at positions 0 to 3.
-    others_mix: True if tokens mix outside of attention (convolutions, states).
-    needs_mask: True if something else than the attention of far layers may use the mask: padding
-        would change other tokens in convolutions and states.
-    around: the layer of a rotary embedding that belongs to one layer.
+    far: layers to extend, which rotate and see all keys, with how they do. near: the others that
+    rotate. still: layers that see all keys and do not rotate. seen: what each layer's attention
+    got. others_mix: True if tokens mix outside of attention.
 
     Raises ValueError if a layer does something that the ops do not.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        owner: nn.Module,
-        rotary_modules: Sequence[RotaryModule],
-        layers: str,
+        self, model: nn.Module, owner: nn.Module, rotaries: Sequence[RotaryForward]
     ) -> None:
+        self.model = model
         self.owner = owner
-        self.first_call = first_call(model, owner)
-        self.rotary_modules = rotary_modules
-        self.freqs = _probe_freqs(rotary_modules)
-        self.calls = calls_in(owner)
-        self.around = {
-            each.module: layer
-            for layer in self.calls
-            for each in rotary_modules
-            if each.module in layer.modules()
-        }
-        self.far: dict[nn.Module, Heads] = {}
-        self.near: list[nn.Module] = []
-        still, moved = self._record(still=True), self._record()
+        self.rotaries = rotaries
+        self.tried = fast_rotaries(rotaries)
+        still = self._record(self.tried, (0, 0, 0, 0))
+        moved = self._record(self.tried, POSITIONS)
         for layer in rotating_layers(owner):
-            if layer not in self.calls or (layer in moved.called and layer not in moved.seen):
-                name = type(layer).__name__
-                reason = f"{name} computes its attention itself, with nothing to replace"
+            if not calls_attention(layer) or (layer in moved.called and layer not in moved.seen):
+                reason = (
+                    f"{type(layer).__name__} computes its attention itself, with nothing to replace"
+                )
                 raise unsupported(owner, reason)
-        back = self._record(still=True, backwards=True, amplitude=_AMPLITUDE)
-        self.seen, self._loud = moved.seen, back.seen
-        rotates = [
-            self._sort(each, still.seen[each], moved.seen[each], layers) for each in self.seen
-        ]
+        self.seen = moved.seen
+        self.far: dict[nn.Module, ExtendedLayer] = {}
+        self.near: list[nn.Module] = []
+        self.still: list[nn.Module] = []
+        for layer in self.seen:
+            self._sort(layer, still.seen[layer], moved.seen[layer])
         if not self.far:
             bounded = f"{BOUNDED}, so none sees distances past it"
-            raise unsupported(owner, bounded if any(rotates) else "none of its layers rotates")
-        self.others_mix = mixes(still.output, back.output)
-        all_far = len(self.far) == getattr(owner.config, "num_hidden_layers", None)
-        self.needs_mask = self.others_mix or not all_far
+            raise unsupported(owner, bounded if self.near else "none of its layers rotates")
+        self.others_mix = mixes(moved.output)
 
-    def _record(
-        self, still: bool = False, backwards: bool = False, amplitude: float = 1.0
-    ) -> Recorder:
-        """Run the owner on four tokens; still: True for all of them at position 0."""
-        recorder = Recorder(self.calls)
-        overrides = [
-            (each.module, "forward", _ProbeTables(each, self.freqs, still, amplitude))
-            for each in self.rotary_modules
-        ]
+    def scale_by_themselves(self) -> None:
+        """Find the layers whose norm undoes the attention factor: a third run, twice as loud.
+
+        By the size of queries: norms add an epsilon.
+        """
+        loud = self._record(fast_rotaries(self.rotaries, amplitude=2.0), POSITIONS)
+        for layer, found in self.far.items():
+            dims = 2 * found.rotary.freqs[found.layer_type].inv_freq.shape[-1]
+            normal, twice = (
+                each[layer].q[..., found.start : found.start + dims].float().norm()
+                for each in (self.seen, loud.seen)
+            )
+            found.scaled = bool(twice > math.sqrt(2) * normal)
+
+    def _record(self, rotaries: Sequence[RotaryForward], positions: Sequence[int]) -> Recorder:
+        overrides = [override for each in rotaries for override in each.overrides()]
+        fused = [each for each in rotaries if each.fused is not None]
+        for each in fused:
+            wrap_apply(each.fused.modeling, each)
         try:
-            with recorder.in_place(overrides):
-                recorder.output = probe_layers(self.first_call, backwards)
-        except UnfitLayer as unfit:
-            raise unsupported(self.owner, str(unfit)) from unfit
-        except Exception as error:  # a foreign layer may raise anything
-            reason = f"its layers cannot be tried out on four tokens ({shortened(error)})"
-            if Recorder.__name__ in str(error):
-                reason = (
-                    "its layers choose or weigh keys by a mask made of their contents, "
-                    "a score method by distances alone"
-                )
-            raise unsupported(self.owner, reason) from error
-        return recorder
+            with replaced(overrides):
+                modules = [each.module for each in rotaries]
+                return recorded(self.model, self.owner, modules, positions)
+        finally:
+            for each in fused:
+                unwrap_apply(each.fused.modeling, each)
 
-    def _sort(self, layer: nn.Module, still: Recorded, moved: Recorded, layers: str) -> bool:
-        """Sort a layer into far or near; return True if it rotates."""
-        heads, freqs = self._heads(layer, still, moved)
-        bounds = None if heads is None else self._bounds(layer, moved.options, layers)
-        if bounds is None or (bounds and layers == "full"):
-            self.near.append(layer)
-            return heads is not None
-        check_options(self.owner, layer, moved.options)
-        qkv = (still.q, still.k, moved.v)
-        attend_as_own(self.owner, layer, self.calls[layer], qkv, freqs, heads.layout, moved)
-        dims = slice(heads.start, heads.start + 2 * freqs.inv_freq.numel())
-        scaled = _grows(still.q[..., dims], self._loud[layer].q[..., dims])
-        self.far[layer] = replace(heads, scaled=scaled, **bounds)
-        return True
+    def _sort(self, layer: nn.Module, still: Recorded, moved: Recorded) -> None:
+        rotates = not (close(still.q, moved.q) and close(still.k, moved.k))
+        if is_windowed(self.owner, layer, moved.options):
+            if rotates:
+                self.near.append(layer)
+        elif not rotates:
+            self.still.append(layer)
+        else:
+            found = self._rotation(layer, still, moved)
+            check_options(self.owner, layer, moved.options)
+            attend_as_own(self.owner, layer, moved)
+            self.far[layer] = found
 
-    def _heads(
-        self, layer: nn.Module, still: Recorded, moved: Recorded
-    ) -> tuple[Heads | None, RopeFreqs | None]:
-        """Return a layer's rotation (None without one) and the probe's frequencies."""
+    def _rotation(self, layer: nn.Module, still: Recorded, moved: Recorded) -> ExtendedLayer:
+        """Return how a layer's heads rotate."""
         name = type(layer).__name__
-        if close(still.q, moved.q) and close(still.k, moved.k):
-            return None, None
         if not close(still.v, moved.v):
             reason = f"{name} rotates its values too, so its output is not of distances"
             raise unsupported(self.owner, reason)
-        for rotary_module, _, inv_freq in self.freqs:
-            if self.around.get(rotary_module.module, layer) is not layer:
+        both = zip(self.rotaries, self.tried, strict=True)
+        kinds = [(rotary, tried, kind) for rotary, tried in both for kind in tried.freqs]
+        for rotary, tried, kind in kinds:
+            around = [each for each in self.seen if rotary.module in each.modules()]
+            if around and layer not in around:
                 continue
-            last = still.q.shape[-1] - 2 * inv_freq.numel()
-            starts = {0, last} if last >= 0 else set()
-            for start, interleaved, sign in product(starts, (False, True), (1, -1)):
-                heads = Heads(start, interleaved, sign)
-                freqs = RopeFreqs(sign * inv_freq.to(still.q.device))
-                if all(
-                    close(_rotated(a, freqs, heads), b)
+            own = tried.freqs_on(kind, still.q.device)
+            last = still.q.shape[-1] - 2 * own.inv_freq.shape[-1]
+            for start, pairs, sign in product({0, last}, (False, True), (1, -1)):
+                freqs = RopeFreqs(sign * own.inv_freq)
+                layout = {"interleaved": pairs, "rotary_offset": start}
+                if last >= 0 and all(
+                    close(_rotated(a, freqs, layout), b)
                     for a, b in ((still.q, moved.q), (still.k, moved.k))
                 ):
-                    return heads, freqs
+                    return ExtendedLayer(None, rotary, kind, start, pairs, sign)
         raise unsupported(
             self.owner,
             f"what {name} does after its rotation makes its logits depend on more than distances",
         )
 
-    def _bounds(
-        self, layer: nn.Module, options: Mapping[str, Any], layers: str
-    ) -> dict[str, int] | None:
-        """Return the window or the chunks of a layer, by their name in `Heads`; {} without.
 
-        A window is known to the attention, or only to the cache (Phimoe, Moshi), chunks only to the
-        mask, which transformers makes by the layer's name. None for a layer of such a name without
-        a size, and for chunks that are not to be extended.
-        """
-        if window := options.get("sliding_window"):
-            return {"sliding_window": window}
-        if is_bounded(kind_of(layer)):
-            size = getattr(layer.config, "attention_chunk_size", None)
-            return {"chunk_size": size} if size and layers == "all" else None
-        window = window_of_cache(self.owner, layer)
-        return {"sliding_window": window} if window else {}
+def fast_rotaries(rotaries: Sequence[RotaryForward], amplitude: float = 1.0) -> list[RotaryForward]:
+    """Return forwards of rotary embeddings so fast that four tokens tell pairs and kinds apart."""
+    number, made = count(), []
+    for each in rotaries:
+        freqs = {
+            kind: RopeFreqs(
+                probe_numbers(0.2, 1.1, each.rotary_module.dim(kind) // 2)
+                * (1 + 0.37 * next(number)),
+                amplitude,
+            )
+            for kind in each.freqs
+        }
+        made.append(RotaryForward(each.rotary_module, ThreadFrequencies(freqs, {}), each.method))
+    return made
 
 
-def mixes(there: Any, back: Any) -> bool:
-    """Return True if tokens mix outside of attention.
+def mixes(output: Any) -> bool:
+    """Return True if tokens mix outside of attention: a row is not the other one backwards."""
+    there, back = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return not close(there, back.flip(0))
 
-    The owner runs on four tokens, and on the same backwards, with an attention that gives every
-    token its own value: one result must be the other backwards.
+
+def is_windowed(owner: nn.Module, layer: nn.Module, options: Mapping[str, Any]) -> bool:
+    """Return True if a layer sees a window or a chunk alone.
+
+    A window is known to the attention, or only to the cache (Phimoe, Moshi), chunks only to the
+    mask, which transformers makes by the layer's name.
     """
-    there, back = (
-        next(iter(x.values())) if isinstance(x, Mapping) else x[0] for x in (there, back)
-    )
-    return not close(there, back.flip(1))
+    if options.get("sliding_window") or is_bounded(kind_of(layer)):
+        return True
+    return window_of_cache(owner, layer) is not None
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -409,15 +377,52 @@ def window_of_cache(owner: nn.Module, layer: nn.Module) -> int | None:
     return window
 
 
-def _grows(normal: Tensor, loud: Tensor) -> bool:
-    """Return True if the probe's amplitude has grown these dims, not been undone by a norm.
+def check_options(owner: nn.Module, layer: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that the ops lack. options: the layer's, for its attention."""
+    name = type(layer).__name__
+    options = {key: value for key, value in options.items() if value is not None}
+    if layer.training:
+        dropout = getattr(layer, "attention_dropout", 0.0)
+        options["dropout"] = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+    refuse_dropout(layer, options)
+    if not getattr(layer, "is_causal", True) or options.get("is_causal") is False:
+        raise unsupported(
+            owner, f"{name} is not causal, but score methods have no distance to later keys"
+        )
+    if others := [key for key in options if key not in KNOWN]:
+        raise unsupported(owner, f"{name} attends with {' and '.join(sorted(others))}")
 
-    By their size: norms add an epsilon, and tokens that come backwards may mix otherwise.
-    """
-    return bool(loud.float().norm() > math.sqrt(_AMPLITUDE) * normal.float().norm())
+
+@torch.no_grad()
+def attend_as_own(owner: nn.Module, layer: nn.Module, given: Recorded) -> None:
+    """Raise ValueError unless the op gives the same as a layer's own attention."""
+    q, k, v = (x.to(given.v.dtype) for x in (given.q, given.k, given.v))
+    # Large logits would round the layer's softmax away from the op's (Granite's are not scaled).
+    q = q * (16 / (q.norm(dim=-1).amax() * k.norm(dim=-1).amax())).clamp(max=1)
+    options = softmax_options(layer, given.options) | no_rotation(q)
+    try:
+        ours = rope_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+    except ValueError as error:  # heads that the op does not support
+        raise reprefix_error(error) from None
+    mask = v.new_full((4, 4), torch.finfo(v.dtype).min).triu(1)[None, None]
+    function = forward_of(layer).__globals__.get("eager_attention_forward")
+    try:
+        own = function and function(layer, q, k, v, mask, **given.options)[0]
+    except Exception as error:  # a foreign function may raise anything
+        reason = f"its own attention cannot be tried out ({shortened(error)})"
+        raise unsupported(owner, f"{type(layer).__name__}: {reason}") from error
+    if own is None or not close(ours, own.view_as(ours)):
+        raise unsupported(owner, f"{type(layer).__name__} attends in a way of its own")
 
 
-def _rotated(x: Tensor, freqs: RopeFreqs, heads: Heads) -> Tensor:
-    """Rotate x, (batch, heads, seqlen, head_dim)."""
-    options = {"positions": torch.arange(x.shape[2], device=x.device), "backend": "reference"}
-    return apply_rope(x.transpose(1, 2), freqs, **heads.layout, **options).transpose(1, 2)
+def close(a: Tensor, b: Tensor) -> bool:
+    """Return True if equal up to a few roundings, at best of float32, the dtype of tables."""
+    eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = 16 * eps * max(b.abs().max().item(), 1e-30)
+    return bool((a - b).abs().max() <= tolerance)
+
+
+def _rotated(x: Tensor, freqs: RopeFreqs, layout: Mapping[str, Any]) -> Tensor:
+    """Rotate x, (batch, heads, 4, head_dim), to the probe's positions."""
+    options = {"positions": torch.tensor(POSITIONS, device=x.device), "backend": "reference"}
+    return apply_rope(x.transpose(1, 2), freqs, **layout, **options).transpose(1, 2)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .... import RopeFreqs, apply_rope_qk, methods
 from ...._rope_types import rope_type
 from ..._shared.parameters import is_bounded, lengths_in
+from ..attending import plain_class
 from ..model import BOUNDED, no_model, unsupported
 
 APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate
@@ -170,7 +171,7 @@ def _language_configs(around: list[nn.Module]) -> tuple[type, ...]:
         for name in getattr(text, "sub_configs", ())
         if not name.startswith(("vision", "audio"))
     ]
-    return (type(text), *(type(part) for part in parts if part is not None))
+    return (plain_class(text), *(type(part) for part in parts if part is not None))
 
 
 def _rotary_module(owner: nn.Module, rotary: nn.Module, layers: str) -> RotaryModule:
