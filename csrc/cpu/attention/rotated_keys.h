@@ -2,10 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "common/tensor_args.h"
 #include "cpu/attention/cos_sin.h"
 #include "cpu/runtime/capability.h"
 #include "cpu/runtime/kept_pages.h"
@@ -190,7 +190,9 @@ class RotationTables {
   AttentionTensor rotated_keys(const CosSin& cos_sin, const CosSinTable& t) {
     const bool packed = p_.cu_seqlens != nullptr;
     const int64_t heads = p_.heads_k * p_.head_dim;
-    require_of("attention", p_.dtype != DType::f32, "keys of 16 bits alone are rotated ahead");
+    if (p_.dtype == DType::f32) {
+      throw std::logic_error("attention: keys of 16 bits alone are rotated ahead");
+    }
     constexpr int64_t kElement = 2;  // bytes
     void* keys = memory_.emplace_back(p_.batch * p_.seqlen_k * heads * kElement).data();
     const AttentionTensor out{keys, packed ? 0 : p_.seqlen_k * heads, heads, p_.head_dim,

@@ -105,7 +105,7 @@ class Call {
     t.amplitude = queries ? kAmplitude : 1.0;
     t.map = map, t.pair_maps = p_.regions.pair_maps;
     t.heads = 1;
-    if (!queries) t.from = &p_.regions.stored;
+    t.from = queries ? p_.regions.q_stored : p_.regions.stored;
     t.start = queries ? p_.q_start : p_.k_start;
     t.cu_seqlens = p_.cu_seqlens, t.num_sequences = p_.num_sequences;
     t.tokens = !queries ? c_.seqlen_k : map.is_constant() ? 1 : c_.seqlen_q;

@@ -13,18 +13,18 @@ constexpr int64_t kFirstKey = -(int64_t{1} << 62);
 constexpr PositionMap kSame{};
 constexpr PositionMap kUnrotated = PositionMap::constant(0);
 
-inline Regions rope() { return {1, 1, {{kFirstKey, kSame, kSame}}, kUnrotated}; }
+inline Regions rope() { return {1, 1, {{kFirstKey, kSame, kSame}}, kUnrotated, kUnrotated}; }
 
 inline Regions rerope(int64_t window) {
   const PositionMap far = PositionMap::constant(static_cast<double>(window));
-  return {2, 1, {{kFirstKey, far, kUnrotated}, {1 - window, kSame, kSame}}, kUnrotated};
+  return {2, 1, {{kFirstKey, far, kUnrotated}, {1 - window, kSame, kSame}}, kUnrotated, kUnrotated};
 }
 
 inline Regions self_extend(int64_t window, int64_t group) {
   const double offset = static_cast<double>(window - window / group);
   const PositionMap q{MapKind::kGrouped, 0, static_cast<double>(group), true, offset};
   const PositionMap k{MapKind::kGrouped, 0, static_cast<double>(group), true};
-  return {2, 1, {{kFirstKey, q, k}, {1 - window, kSame, kSame}}, kUnrotated};
+  return {2, 1, {{kFirstKey, q, k}, {1 - window, kSame, kSame}}, kUnrotated, kUnrotated};
 }
 
 // Divisors and offsets of 32 pairs: those of queries, then of keys.
@@ -46,7 +46,7 @@ inline Regions groups_by_pair() {
   constexpr int64_t kWindow = 40;
   const PositionMap q{.kind = MapKind::kPerPair, .floor = true, .row = 0};
   const PositionMap k{.kind = MapKind::kPerPair, .floor = true, .row = 1};
-  Regions regions{2, 1, {{kFirstKey, q, k}, {1 - kWindow, kSame, kSame}}, kUnrotated};
+  Regions regions{2, 1, {{kFirstKey, q, k}, {1 - kWindow, kSame, kSame}}, kUnrotated, kUnrotated};
   regions.pair_maps = {groups_of_pairs(kWindow).data(), 32};
   return regions;
 }
@@ -60,6 +60,7 @@ inline Regions chunked(int64_t chunk) {
   return {3,
           chunk,
           {{kFirstKey, last, in_chunk}, {-chunk, next, in_chunk}, {0, in_chunk, in_chunk}},
+          kUnrotated,
           kUnrotated};
 }
 
