@@ -122,6 +122,22 @@ def test_same_scaling():
     assert numbers(same)[0] < 1e-4 and numbers(plain)[0] > 1
 
 
+def test_read_alike():
+    for name in ("vllm.version", "peft", "lm_eval"):
+        pytest.importorskip(name)
+    written, read = {}, ""
+    for line in run_apart("read_alike.py").splitlines():
+        name, _, said = line.partition(": ")
+        if name in ("transformers", "vLLM", "lm-eval", "without the extension"):
+            written[name] = said
+        if name == "extrope eval":
+            read = said
+    assert written["transformers"] == written["vLLM"] == written["lm-eval"]
+    assert written["transformers"] != written["without the extension"]
+    as_saved, plain = numbers(read)
+    assert as_saved != plain
+
+
 def test_all_are_tested():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     tested |= {"train_context_parallel"}  # by tests/distributed, in several processes
