@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,23 +33,20 @@ SCORES = ("rerope", "dual_chunk")  # two and three regions; the suite has the ot
 CACHED = ("plain", "rerope", "leaky_rerope")
 # Compared with the reference. That of attention multiplies in float32, while kernels round to 16
 # bits: it is no measure. Of the append the cache is compared, not the attention after it.
-BY_REFERENCE = ("rope", "norm and rope", "rope and append", "merge")
+APPEND = "rerope, append and decode"
+BY_REFERENCE = ("rope", "rope after a norm", "append", "merge", APPEND)
 # Options of an operation: numbers of its launch, small ones first.
+PLACES = ({"positions": 90}, {"positions": 2**33 + 1, "slower": 2.0**-24})
 NUMBERS: dict[str, tuple[dict[str, float], ...]] = {
+    "rope": PLACES,
+    "rope after a norm": PLACES,
     "merge": ({}, {"apart": 2**31 + 64}),
-    **{
-        name: ({}, {"position": 2**33 + 1, "slower": 2.0**-24})
-        for rotation in ("rope", "norm and rope")
-        for name in (rotation, f"{rotation}, backward")
-    },
 }
-APPEND = "cache, appended to"
 # The kernels that a check must launch, by its operation and backend.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("rope", "triton"): ("rotate_kernel",),
-    ("norm and rope", "triton"): ("norm_rotate_kernel",),
-    ("norm and rope, backward", "triton"): ("norm_rotate_backward_kernel",),
-    ("rope and append", "triton"): ("rope_append_kernel",),
+    ("rope after a norm", "triton"): ("norm_rotate_kernel", "norm_rotate_backward_kernel"),
+    ("append", "triton"): ("rope_append_kernel",),
     ("rerope", "triton"): ("rotate_kernel", "forward_kernel", "dq_kernel", "dkv_kernel"),
     ("rerope with a cache", "triton"): ("decode_kernel",),
     ("merge", "triton"): ("merge_kernel",),
@@ -64,14 +62,12 @@ Check = Callable[[], None]
 def checks() -> Iterator[tuple[str, str, Check]]:
     """Yield (operation, backend, check); a check raises if results are wrong or missing."""
     here = {backend for _, backend in operations.everywhere()} - {"reference"}
-    attention = [backend for backend in operations.ATTENTION if backend in here]
+    attention = [backend for backend in operations.DECODE if backend in here]
     for dtype in DTYPES:
-        for name, operation in operations.OPERATIONS.items():
-            if name.removesuffix(", backward") in BY_REFERENCE:
-                for backend in filter(here.__contains__, operation.backends):
-                    yield name, backend, partial(check_by_reference, name, backend, dtype)
+        for name in BY_REFERENCE:
+            for backend in filter(here.__contains__, operations.OPERATIONS[name].backends):
+                yield name, backend, partial(check_by_reference, name, backend, dtype)
         for backend in attention:
-            yield APPEND, backend, partial(check_by_reference, APPEND, backend, dtype)
             for score in SCORES:
                 yield score, backend, partial(check_attention, score, backend, dtype)
             for score in CACHED:
@@ -82,17 +78,20 @@ def checks() -> Iterator[tuple[str, str, Check]]:
 
 def check_by_reference(name: str, backend: str, dtype: torch.dtype) -> None:
     """Compare with the reference in the same dtype, and in float64."""
-    operation = operations.OPERATIONS[name]
-    inputs = operation.inputs(dtype)
+    operation = replace(operations.OPERATIONS[name], sizes=operations.LARGE)
+    inputs = operation.tensors(0, dtype)
 
     def run(by: str, numbers: dict[str, float], to: torch.dtype = dtype) -> list[Tensor]:
-        copies = {key: x.to(to, copy=True) for key, x in inputs.items()}  # it may write into them
-        return operation.run(by, **copies, **numbers)[: 2 if name == APPEND else None]
+        copies = {key: x.clone() for key, x in inputs.items()}  # it may write into them
+        copies |= {key: inputs[key].to(to, copy=True) for key in operation.shapes}
+        return operation(by, **(copies | numbers))[-2 if name == APPEND else 0 :]
 
     for numbers in NUMBERS.get(name, ({},)):
         found, low = run(backend, numbers), run("reference", numbers)
         exact = run("reference", numbers, torch.float64)
-        noises = noise_of_norm(exact, inputs["q"]) if "q_weight" in inputs else [0.0] * len(exact)
+        noises = (
+            noise_of_norm(exact, inputs["q"]) if "q_norm_weight" in inputs else [0.0] * len(exact)
+        )
         for index, (*results, noise) in enumerate(zip(found, low, exact, noises, strict=True)):
             assert_within_budget(f"result {index}", *results, noise=noise)
 

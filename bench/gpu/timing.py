@@ -35,7 +35,10 @@ def run(name: str, deadline: Deadline) -> Verdict:
 def verdict(results: dict, cases: tuple[str, ...]) -> Verdict:
     rows = [x for x in results["rows"] if any(y in f"{x['case']} {x['dtype']}" for y in cases)]
     measured = [row for row in rows if row["implementation"] == "extrope" and "absent" not in row]
-    missed = [f"{row['case']}: {tables.against(row)}" for row in rows
-              if row.get("verdict") == "missed"]  # fmt: skip
+    missed = [
+        f"{row['case']}: {row['implementation']} {row['ratio']:.3g} (bar {row['bar']:.3g})"
+        for row in rows
+        if row.get("verdict") == "missed"
+    ]
     line = f"{len(measured)} rows measured; bars missed: {', '.join(missed) or 'none'}"
     return Verdict(bool(measured), line, {"table": tables.comparison({**results, "rows": rows})})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from support.score_examples import EXAMPLES, PLAIN, Example
@@ -162,53 +162,70 @@ FREQS = {
 PERMUTATIONS = {dim: head_permutations(2, dim).to(device()) for dim in FREQS}
 
 
-def rotate(backend, q, k, inplace=False, **more):
-    freqs, more = FREQS[q.shape[-1]], more | {"backend": backend}
+def freqs_of(q, slower=1.0):
+    """Frequencies for a tensor's head_dim, on its device."""
+    freqs = FREQS[q.shape[-1]].to(q.device)
+    return freqs if slower == 1.0 else replace(freqs, inv_freq=freqs.inv_freq * slower)
+
+
+def rotate(backend, q, k, inplace=False, slower=1.0, **more):
+    freqs, more = freqs_of(q, slower), more | {"backend": backend}
     if inplace:
         return list(apply_rope_qk(q, k, freqs, inplace=True, **more))
     return [*apply_rope_qk(q, k, freqs, **more), apply_rope(q, freqs, **more)]
 
 
-def normed(backend, q, k, **more):
-    return list(apply_rope_qk(q, k, FREQS[q.shape[-1]], **more, backend=backend))
+def normed(backend, q, k, slower=1.0, **more):
+    return list(apply_rope_qk(q, k, freqs_of(q, slower), **more, backend=backend))
 
 
 def append(backend, q, k, v, k_cache, v_cache, **where):
-    freqs = FREQS[q.shape[-1]]
-    out = rope_append_kvcache(q, k, v, k_cache, v_cache, freqs, **where, backend=backend)
+    where |= {"freqs": freqs_of(q), "backend": backend}
+    out = rope_append_kvcache(q, k, v, k_cache, v_cache, **where)
     return [out, k_cache, v_cache]
 
 
 def permuted(backend, q, k, **more):
-    by, more = PERMUTATIONS[q.shape[-1]], more | {"backend": backend}
+    by, more = PERMUTATIONS[q.shape[-1]].to(q.device), more | {"backend": backend}
     return [*permute_qk(q, k, by, **more), permute(k, by, **more)]
 
 
 def attend(backend, q, k, v, *, score, **more):
     more |= {"return_lse": True, "backend": backend}
-    return list(rope_attention(q, k, v, FREQS[q.shape[-1]], score, **more))
+    return list(rope_attention(q, k, v, freqs_of(q), score, **more))
 
 
 def decode(backend, q, k_cache, v_cache, *, score, k=None, **more):
     """With k and v these are written into the cache, which is then a result too."""
     caches, more = (k_cache, v_cache), more | {"k": k, "return_lse": True, "backend": backend}
-    found = rope_attention_with_kvcache(q, *caches, FREQS[q.shape[-1]], score, **more)
+    found = rope_attention_with_kvcache(q, *caches, freqs_of(q), score, **more)
     return [*found, *(caches if k is not None else ())]
 
 
 def linear(backend, q, k, v, **more):
-    by = PERMUTATIONS[q.shape[-1]]
+    by = PERMUTATIONS[q.shape[-1]].to(q.device)
     return [permuteformer_attention(q, k, v, permutations=by, **more, backend=backend)]
 
 
 def step(backend, q, k, v, kv, key_sum, positions):
     state = (kv.float(), key_sum.float().abs() + 1)
-    more = {"permutations": PERMUTATIONS[q.shape[-1]], "positions": positions, "backend": backend}
+    more = {
+        "permutations": PERMUTATIONS[q.shape[-1]].to(q.device),
+        "positions": positions,
+        "backend": backend,
+    }
     out, state = permuteformer_step(q, k, v, state, **more)
     return [out, *state]
 
 
-def merge(backend, outs, lses):
+def merge(backend, outs, lses, apart=0):
+    """A set's batches lie `apart` bytes from each other, or as they come."""
+    if apart:
+        sets, batches, *shape = outs.shape
+        inner, step = torch.Size(shape).numel(), apart // outs.itemsize
+        memory = outs.new_empty((batches - 1) * step + sets * inner)
+        strides = inner, step, *outs.stride()[2:]
+        outs = memory.as_strided(outs.shape, strides).copy_(outs)
     sets = outs.unbind(), lses.float().unbind()
     return list((reference_of_merge if backend == "reference" else merge_attention)(*sets))
 

@@ -20,7 +20,7 @@ def results(name: str, where: str, backend: str | None) -> list[Tensor]:
     operation, device = operations.OPERATIONS[name], operations.device
     operations.device = lambda: where
     try:
-        outs = operation.run(backend, **operation.inputs(torch.float32))
+        outs = operation(backend, **operation.tensors(0, torch.float32))
     finally:
         operations.device = device
     return [x.detach().cpu().double() for x in outs]
@@ -51,10 +51,10 @@ def main() -> int:
     # Later on both in turn: a kernel kept for one must not run on the other. bool(0) is False: that
     # GPU 0 is in use is right then.
     for where, in_use in (("cuda:1", has_context), ("cuda:0", bool), ("cuda:1", bool)):
-        for name, operation in operations.OPERATIONS.items():
-            for backend in (None, *operation.backends):
-                about = (where, backend, torch.cuda.current_device, in_use)
-                found += [f"{name}, {backend} on {where}: {x}" for x in problems(name, *about)]
+        by_default = [(name, None) for name in operations.OPERATIONS]
+        for name, backend in (*by_default, *operations.everywhere()):
+            about = (where, backend, torch.cuda.current_device, in_use)
+            found += [f"{name}, {backend} on {where}: {x}" for x in problems(name, *about)]
     print("\n".join(found))
     return bool(found)
 

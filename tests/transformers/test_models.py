@@ -25,19 +25,21 @@ SERVED = [
     "Qwen2VLForConditionalGeneration",
 ]
 ALIKE = [
-    *("ApertusForCausalLM", "DeepseekV2ForCausalLM", "Exaone4ForCausalLM", "Gemma2ForCausalLM"),
+    *("ApertusForCausalLM", "DeepseekV2ForCausalLM", "Gemma2ForCausalLM"),
     *("Gemma4ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmForCausalLM", "NanoChatForCausalLM"),
-    *("LlavaForConditionalGeneration", "MistralForCausalLM", "NemotronForCausalLM"),
+    *("LlavaForConditionalGeneration", "NemotronForCausalLM"),
     *("PhimoeForCausalLM", "StableLmForCausalLM"),
     *("Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM", "SmolLM3ForCausalLM"),
 ]
 REFUSED = {
     "Cohere2ForCausalLM": "all its layers that rotate have a sliding window or chunks",
     "DeepseekV4ForCausalLM": "keys beside those of the tokens, which have no distance",
+    "Exaone4ForCausalLM": "all its layers that rotate have a sliding window or chunks",
     "FalconForCausalLM": "computes its attention itself",
     "GPTNeoXJapaneseForCausalLM": "computes its attention itself",
     "HunYuanDenseV1ForCausalLM": "makes its logits depend on more than distances",
     "Llama4ForCausalLM": "all its layers that rotate have a sliding window or chunks",
+    "MistralForCausalLM": "all its layers that rotate have a sliding window or chunks",
 }
 # Layers that get a mask among several, or have a state beside the attention.
 OWN_WAYS = ("ZayaForCausalLM", "FalconH1ForCausalLM")

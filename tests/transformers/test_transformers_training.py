@@ -7,7 +7,6 @@ attention by definition for a score method, in float32 and, for what is exact, i
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,33 +123,26 @@ LONGROPE = {
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("rope", [LONGROPE, None], ids=["longrope", "dynamic_ntk"])
-def test_checkpointing_keeps_each_forwards_frequencies_under_a_score_method(rope, use_reentrant):
-    """Two forwards of different lengths, then the backward in a thread, as a GPU's runs in one."""
+def test_checkpointing_under_a_score_method_needs_a_length(rope, use_reentrant):
+    """A layer that is computed anew would have the frequencies of the last forward, not its own."""
     model = build("llama", rope).train() if rope else build("llama").train()
-    batches = IDS[:, : TRAINED + 8], IDS[:, :12]
+    method, parameters = ("longrope", {}) if rope else ("dynamic_ntk", {"factor": 4.0})
 
-    def gradients(checkpointing=None):
+    def gradients(checkpointing):
         model.zero_grad()
-        if checkpointing is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        loss = sum(model(input_ids=ids, labels=ids, use_cache=False).loss for ids in batches)
-        thread = threading.Thread(target=loss.backward)
-        thread.start()
-        thread.join()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         model.gradient_checkpointing_disable()
         return [each.grad.clone() for each in model.parameters()]
 
-    def extended(**length):
-        if rope:
-            return extend(model, "longrope", **length)
-        return extend(model, "dynamic_ntk", factor=4.0, **length)
-
-    with extended(seq_len=12), extend(model, "rerope", window=8):
-        short = gradients()
-    with extended(), extend(model, "rerope", window=8):
-        want, got = gradients(), gradients(use_reentrant)
-    assert all(map(torch.equal, got, want))
-    assert not all(map(torch.equal, short, want))  # the longer forward has others
+    with extend(model, method, **parameters), extend(model, "rerope", window=8):
+        with pytest.raises(ValueError, match="extend with a seq_len first"):
+            gradients(True)
+        model.gradient_checkpointing_disable()
+    longest = {"seq_len": IDS.shape[1]}
+    with extend(model, method, **parameters, **longest), extend(model, "rerope", window=8):
+        assert all(map(torch.equal, gradients(True), gradients(False)))
 
 
 @pytest.mark.parametrize(

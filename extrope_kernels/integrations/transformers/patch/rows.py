@@ -106,9 +106,8 @@ def _is_left_alone(cache: Any, arguments: Mapping[str, Any]) -> bool:
         return True
     if not torch.compiler.is_compiling():
         return False
-    static = cache is not None and isinstance(cache.get_seq_length(), Tensor)
     bounded = arguments.get(BOUNDARIES) is not None
-    return static or bounded or arguments.get("position_ids") is None
+    return cache is not None or bounded or arguments.get("position_ids") is None
 
 
 def _packed_positions(tokens: Tensor, past: int, arguments: Mapping[str, Any]) -> Tensor | None:
