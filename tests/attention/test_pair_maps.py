@@ -86,6 +86,8 @@ def test_the_reference_in_float64(name):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", MADE)
 def test_outputs_and_gradients(name, dtype, any_backend):
+    if any_backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("the interpreter does not round to bfloat16")
     check_both(any_backend, MADE[name].example, qkv(dtype), MADE[name].freqs)
 
 
