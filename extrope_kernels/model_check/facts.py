@@ -148,7 +148,7 @@ def gather(source: Source) -> Facts:
         _temperature(source, of_full),
         Scores(
             "all" if all(each.window for each in rotate) else "full",
-            why_no_score(config) or _long_window(config),
+            why_no_score(config) or _own_attention(config) or _long_window(config),
         ),
         of_full,
         full,
@@ -226,6 +226,13 @@ def _layers(config: PreTrainedConfig) -> list[Layer]:
         rotates = rotates and _attends(name) and (is_bounded(name) or not with_window)
         found.append((name, bool(rotates), seen))
     return found
+
+
+def _own_attention(config: PreTrainedConfig) -> str | None:
+    """Return why models of transformers that call no registered attention have no score methods."""
+    if config.model_type in ("falcon", "gpt_neox_japanese"):
+        return "its layers compute their attention themselves"
+    return None
 
 
 def _long_window(config: PreTrainedConfig) -> str | None:

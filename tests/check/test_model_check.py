@@ -97,7 +97,7 @@ def check(tmp_path, capsys):
         facts = json.loads(capsys.readouterr().out)
         assert cli.main(["check", str(tmp_path), *options]) == 0
         text = capsys.readouterr().out
-        lines = text.splitlines()
+        lines = text.replace(str(tmp_path), "path/to/model").splitlines()
         assert len(lines) <= 40 and max(map(len, lines)) <= 100 and "\x1b" not in text
         return facts, " ".join(text.split())
 
@@ -150,9 +150,9 @@ def test_a_folder_that_was_saved_as_extended(check, tmp_path):
         f"saved as extended by {said}: in extrope.json alone; "
         "extend_from_saved reads it, and config.json is without it, as below",
         f"extend extend_from_saved(model, {str(tmp_path)!r})",
-        f"vllm serve {tmp_path} \\ --max-model-len 4096",
+        f"vllm serve {tmp_path} --max-model-len 4096",
     ):
-        assert line in text
+        assert line in text.replace("\\ ", "")  # a long path begins a line
     with extend(model, "pi", factor=2.0) as handle:
         handle.save_pretrained(tmp_path)
     trained = model.config.max_position_embeddings
@@ -424,6 +424,8 @@ NOT_TOLD = {
 }
 # Layers that attend beside a state space, and those that rotate only within a window.
 DIFFER = ("FalconH1ForCausalLM", "LaraMiniForCausalLM", "MuseSparkForConditionalGeneration")
+# Layers that call no registered attention.
+APART = ("FalconForCausalLM", "GPTNeoXJapaneseForCausalLM")
 
 
 def chosen_by_extend(model, length):
@@ -446,7 +448,7 @@ def differing(check, names):
 
 
 def test_the_method_is_the_one_that_extend_chooses_where_layers_differ(check):
-    assert not [*differing(check, DIFFER)]
+    assert not [*differing(check, (*DIFFER, *APART))]
 
 
 @pytest.mark.thorough
