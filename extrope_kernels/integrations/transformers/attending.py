@@ -29,7 +29,7 @@ class _Attending:
 
 
 def attending(config: Any) -> Any:
-    """Return a config by which layers call our attention; all else stays that of `config`, live.
+    """Return a view of a config, by which layers call our attention; all else is in one dict.
 
     Other models may share the config, and other layers go on to the attention that it names.
     """
