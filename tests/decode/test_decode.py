@@ -84,6 +84,32 @@ def test_long_chunks(score, fp8):
     check(replace(CHUNK, fp8=fp8, **SCORES[score]), "cpu")
 
 
+# A model's own cache: every dtype and layout of its rows, by queries that fill no tile and some.
+OWN_ROWS = {
+    **{str(x)[6:]: {"dtype": x} for x in (F32, BF16, F16)},
+    **{f"{str(x)[6:]} by fp8": {"dtype": x, "fp8": True} for x in (F32, BF16, F16)},
+}
+OWN_SHAPES = {
+    "1 token of 2 heads": Case((1, 33, 300), heads_q=2, heads_k=2),
+    "1 token of 2 heads by 1": Case((1, 33, 300), heads_q=2, heads_k=1, head_dim=128,
+                                    rotary_dim=64, rotary_offset=64),
+    "7 tokens of 6 heads by 2": Case((7, 40, 300), 7, heads_q=6, rotary_dim=20, rotary_offset=4,
+                                     page_size=16, appended=True),
+    "7 tokens of 6 heads by 1": Case((9, 300), 7, heads_q=6, heads_k=1, head_dim=64, rotary_dim=64,
+                                     attention_factor=1.2),
+}  # fmt: skip
+OWN_SCORES = ("no score", "rerope", "leaky_rerope", "self_extend", "dual_chunk", "string")
+
+
+@pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
+@pytest.mark.parametrize("score", OWN_SCORES)
+@pytest.mark.parametrize("rows", OWN_ROWS)
+@pytest.mark.parametrize("shape", OWN_SHAPES)
+def test_own_positions(shape, rows, score, interleaved):
+    case = replace(OWN_SHAPES[shape], own=True, interleaved=interleaved)
+    check(replace(case, **OWN_ROWS[rows], **SCORES[score]), "cpu")
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_reference_in_float64(score):
     for seqlen_q in (1, 5):
@@ -408,6 +434,6 @@ def test_sinks_of_any_strides(sinks, any_backend):
 @pytest.mark.thorough
 @pytest.mark.parametrize("narrower", ("baseline", "avx2"))
 def test_narrower_instructions(narrower, run_narrower):
-    tests = "every_score_method or shapes_and_options or long_chunks"
+    tests = "every_score_method or shapes_and_options"
     files = [f"tests/decode/test_decode{ending}.py" for ending in ("", "_fp8")]
-    run_narrower(narrower, *files, "-k", f"cpu and ({tests}) or long_chunks")
+    run_narrower(narrower, *files, "-k", f"cpu and ({tests}) or long_chunks or own_positions")
