@@ -2,8 +2,16 @@
 
 from . import op  # noqa: F401  (defines the ops)
 from .api import BACKENDS, backends, missing, rope_attention
-from .call import AttentionCall, Rotated, make_call
-from .checks import check_attention, check_given, check_log_n, check_numbers, check_rotated
+from .call import (
+    AttentionCall,
+    Rotated,
+    check_attention,
+    check_given,
+    check_log_n,
+    check_numbers,
+    check_rotated,
+    make_call,
+)
 from .decay import check_decay
 from .log_n import scaled_by_log_n
 from .merge import merge_attention

@@ -14,13 +14,14 @@ from .._tables.checks import REFUSALS, raise_as_value_error
 from .._torch import backends as _backends
 from .._torch.autograd import constant_when_compiled
 from . import flash_attn, op
-from .call import Rotated, make_call
-from .checks import (
+from .call import (
     START_END,
+    Rotated,
     check_attention,
     check_given,
     check_numbers,
     check_values,
+    make_call,
     warn_of_unseeing_queries,
 )
 from .decay import check_decay

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from ...scores import query_scale
 from .._math.dtypes import accumulator
-from .call import AttentionCall
-from .checks import check_log_n, check_query_scale
+from .call import AttentionCall, check_log_n, check_query_scale
 from .places import positions
 
 

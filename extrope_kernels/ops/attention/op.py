@@ -32,15 +32,13 @@ from .call import (
     OPTIONS,
     TENSORS,
     AttentionCall,
+    check_attention,
+    check_head_dim,
+    check_values,
     lse_shape,
     options_key,
     read_call,
     with_tensors,
-)
-from .checks import (
-    check_attention,
-    check_head_dim,
-    check_values,
 )
 from .frequency_gradients import backward_with_frequencies
 from .select_backend import select_backend

@@ -25,8 +25,7 @@ from .._torch.autograd import call_unrecorded, note_writes
 from .._torch.library import ops
 from . import op as _op  # noqa: F401  (defines the op)
 from . import reference
-from .call import read_append
-from .checks import KEYS, cache_lengths, check, check_values
+from .call import KEYS, cache_lengths, check, check_values, read_append
 
 BACKENDS = ("reference", "cpu", "triton")
 _OP = "rope_append_kvcache"

@@ -12,8 +12,7 @@ from .._math.maps import SCHEMA
 from .._torch.autograd import empty_rows, refuse_backward
 from .._torch.library import library, load_on_first_use, ops
 from . import reference
-from .call import read_append
-from .checks import check
+from .call import check, read_append
 
 # The map, if there is one, is that by which a score method stores keys.
 _MAP = ", ".join(x for name, x in SCHEMA.items() if name != "map_rows")

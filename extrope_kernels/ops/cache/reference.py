@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .._math.dtypes import quantize
 from ..rope.reference import rope_fwd
-from .call import Append, read_append
-from .checks import check, check_values, refuse_aliases
+from .call import Append, check, check_values, read_append, refuse_aliases
 
 
 def rope_append(*tensors: Tensor | None, **options) -> Tensor:

@@ -16,8 +16,7 @@ from .._torch import backends as _backends
 from ..attention import check_given, check_numbers, check_rotated, make_call, scaled_by_log_n
 from ..attention.call import AttentionCall
 from ..attention.places import positions
-from ..cache.call import KVCache
-from ..cache.checks import cache_lengths, check_slots
+from ..cache.call import KVCache, cache_lengths, check_slots
 from . import op
 from .checks import check_decode
 

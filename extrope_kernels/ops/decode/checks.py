@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._tables import specs
-from ..attention.call import AttentionCall
-from ..attention.checks import CALL, Q, check_options
-from ..cache.call import KVCache
-from ..cache.checks import check_cache, check_new
+from ..attention.call import CALL, AttentionCall, Q, check_options
+from ..cache.call import KVCache, check_cache, check_new
 
 _CALL = tuple(field.spec for field in CALL)
 _QUERIES = (Q, _CALL[0]._replace(name="cu_seqlens_q"))

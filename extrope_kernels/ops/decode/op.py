@@ -13,11 +13,17 @@ from torch import Tensor
 from .._math.dtypes import accumulator
 from .._torch.autograd import note_writes, refuse_backward
 from .._torch.library import library, load_on_first_use, ops
-from ..attention.call import OPTIONS, TENSORS, AttentionCall, lse_shape, read_call
-from ..attention.checks import check_head_dim, check_values_of_pairs
+from ..attention.call import (
+    OPTIONS,
+    TENSORS,
+    AttentionCall,
+    check_head_dim,
+    check_values_of_pairs,
+    lse_shape,
+    read_call,
+)
 from ..attention.op import BACKENDS, Step, by_reference, call_op, define
-from ..cache.call import KVCache
-from ..cache.checks import check_slots, refuse_aliases
+from ..cache.call import KVCache, check_slots, refuse_aliases
 from . import reference
 from .checks import check_decode
 

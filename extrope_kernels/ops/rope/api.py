@@ -28,7 +28,7 @@ from .._torch.library import ops
 from . import norm as norm_reference
 from . import op as _op  # noqa: F401  (defines the ops)
 from . import reference
-from .checks import (
+from .call import (
     INPLACE,
     check,
     check_decay,

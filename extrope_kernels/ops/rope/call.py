@@ -1,13 +1,30 @@
-"""A checked rotary call in one form, and the pairs of dims that rotate together."""
+"""A rotary call: its checks, and its one form, a `Rotation`."""
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ...methods import RopeFreqs
+from ...scores.base import FARTHEST_POSITION
 from .._math import positions as _positions
-from .checks import check, check_values, position_kind
+from .._math.positions import position_kind as position_kind_of_one_axis
+from .._tables import specs
+from .._tables.checks import (
+    REFUSALS,
+    check_boundaries,
+    check_real,
+    check_rotary_offset,
+    has_values,
+    overlaps_itself,
+    share_memory,
+)
+from .._tables.decay import reach
+from .._tables.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
 
 
 @dataclass(frozen=True)
@@ -118,3 +135,233 @@ def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
         given = (rotation.positions, rotation.positions_are_offsets, rotation.cu_seqlens)
         positions = _positions.token_positions(*given, seqlen, rotation.inv_freq.device)[..., None]
     return positions.double() + rotation.offset
+
+
+# -------------------------------------------------------------------------------------------------
+# What is refused, before anything runs
+
+POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
+INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
+
+
+def not_differentiable(name: str) -> str:
+    """Return the error for an argument that has no gradient."""
+    return f"rope: {name} must not require grad, got one that does"
+
+
+def check(
+    q: Tensor,
+    k: Tensor | None,
+    inv_freq: Tensor,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    axes: Tensor | None = None,
+    *,
+    attention_factor: float,
+    rotary_offset: int = 0,
+    decay_origin: float = 0.0,
+) -> None:
+    """Raise ValueError or TypeError that names the argument, for calls that kernels cannot run."""
+    table = _table(cu_seqlens is not None, axes is not None)
+    tensors = (q, k, cu_seqlens, inv_freq, positions, log_decay, axes)
+    sizes = specs.check("rope", table, tensors)
+    pairs, heads, most = sizes["pairs"], sizes["heads_q"], sizes["head_dim"] // 2
+    if not 1 <= pairs <= most:
+        raise ValueError(
+            f"rope: inv_freq must hold between 1 and head_dim/2 = {most} frequencies, got {pairs}"
+        )
+    if sizes.get("axes") == 0:
+        raise ValueError(
+            f"rope: positions must have an axis at least, got {tuple(positions.shape)}"
+        )
+    if inv_freq.dim() == 3 and inv_freq.shape[1] == 0:
+        raise ValueError(f"rope: inv_freq must be of a head at least, got {tuple(inv_freq.shape)}")
+    if inv_freq.dim() == 3 and inv_freq.shape[1] > 1 and sizes.get("heads_k", heads) != heads:
+        raise ValueError(
+            f"rope: frequencies per head need as many k heads as q heads ({heads}), "
+            f"got {sizes['heads_k']}; rotate q and k in two calls"
+        )
+    check_rotary_offset("rope", rotary_offset, 2 * pairs, sizes["head_dim"])
+    check_real("rope", "attention_factor", attention_factor)
+    if not 0 < attention_factor < math.inf:
+        raise ValueError(f"rope: attention_factor must be > 0 and finite, got {attention_factor}")
+    if not abs(decay_origin) < math.inf:
+        raise ValueError(f"rope: decay_origin must be finite, got {decay_origin}")
+
+
+def check_values(
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    axes: Tensor | None,
+    offset: int | None,
+    tokens: int,
+) -> None:
+    """Check values, after `check`: those of tensors only if reading them waits for no device."""
+    check_boundaries("rope", cu_seqlens, tokens)
+    if type(offset) is int and abs(offset) > FARTHEST_POSITION:
+        raise ValueError(f"rope: an offset of positions must be within 2**53, got {offset}")
+    check_positions("rope", positions)
+    if axes is None or positions is None or positions.dim() != 3 or not has_values(axes):
+        return
+    count = positions.shape[0]
+    for axis in axes.tolist():
+        if not 0 <= axis < count:
+            raise ValueError(
+                f"rope: axes must be from 0 to {count - 1} for positions of {count} axes, "
+                f"got {axis}"
+            )
+
+
+def check_positions(op: str, positions: Tensor | None) -> None:
+    """Check the values of positions, on a CPU, where reading them costs nothing; NaN is NaN."""
+    if positions is None or positions.dtype == torch.int32 or not has_values(positions):
+        return
+    far = (positions > FARTHEST_POSITION) | (positions < -FARTHEST_POSITION)
+    if far.any():
+        raise ValueError(f"{op}: positions must be within 2**53, got {positions[far].tolist()}")
+
+
+@functools.cache
+def _table(packed: bool, axes: bool) -> tuple[Spec, ...]:
+    tokens, sequences = ("total", "sequences") if packed else ("batch seqlen", "batch")
+    batch, seqlen = ("1", "total") if packed else ("1|batch", "seqlen")
+    by_axes = f" or axes {batch} {seqlen}" if axes else ""
+    places = f"{seqlen} or {batch} {seqlen} or {sequences} or {sequences} 1{by_axes}"
+    rows = f"pairs or 1|{sequences} pairs or 1|{sequences} 1|heads_q pairs"
+    return (
+        Spec("q", f"{tokens} heads_q head_dim", ROWS),
+        Spec("k", f"{tokens} heads_k head_dim", optional=True),
+        Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
+        Spec("inv_freq", rows, FLOATS),
+        Spec("positions", places, POSITION_DTYPES, optional=True, strides=ANY),
+        Spec("log_decay", "pairs", FLOAT32, optional=True, strides=DENSE),
+        Spec("axes", "pairs", INT32, optional=True, strides=DENSE),
+    )
+
+
+def check_saved(
+    grad_q: Tensor, grad_k: Tensor | None, q: Tensor | None, k: Tensor | None, *, packed: bool
+) -> None:
+    """Check a forward's inputs, if a backward is given any, after `check` of their gradients."""
+    if (k is None) != (q is None or grad_k is None):
+        raise ValueError("rope: k must be given with grad_k and q, or not at all")
+    dims = "total heads head_dim" if packed else "batch seqlen heads head_dim"
+    for name, x, grad in (("q", q, grad_q), ("k", k, grad_k)):
+        if x is not None:
+            sizes = {word: (n, "its gradient") for word, n in zip(dims.split(), grad.shape)}
+            specs.check("rope", [Spec(name, dims)], [x], sizes, ("its gradient", grad))
+
+
+def check_norm(
+    q: Tensor,
+    k: Tensor | None,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    norm_eps: float,
+) -> None:
+    """Check a norm before the rotation, after `check` of q and k."""
+    if k is None and k_norm_weight is not None:
+        raise ValueError("rope: k_norm_weight needs a k, got None")
+    for name, x, weight in (("q", q, q_norm_weight), ("k", k, k_norm_weight)):
+        if weight is not None:  # of each head, or of all together
+            heads, head_dim = x.shape[-2:]
+            all_dims = f"heads_{name}*head_dim"
+            sizes = {"head_dim": (head_dim, name), all_dims: (heads * head_dim, name)}
+            spec = Spec(f"{name}_norm_weight", f"head_dim or {all_dims}", ROWS, strides=DENSE)
+            specs.check("rope", [spec], [weight], sizes, (name, x))
+    check_norm_eps(norm_eps)
+
+
+def check_norm_eps(norm_eps: float) -> None:
+    """Check the epsilon of a norm."""
+    check_real("rope", "norm_eps", norm_eps)
+    if not norm_eps >= 0:
+        raise ValueError(f"rope: norm_eps must be >= 0, got {norm_eps}")
+
+
+def position_kind(positions: Tensor, shape: torch.Size, sequences: int) -> str | None:
+    """Return the kind of positions of one axis, or 'positions by axis'."""
+    kind = position_kind_of_one_axis(positions, shape, sequences)
+    if kind is None and positions.dim() == 3 and positions.shape[0] >= 1:
+        fits = tuple(positions.shape[1:]) in ((shape[0], shape[1]), (1, shape[1]))
+        return "positions by axis" if fits else None
+    return kind
+
+
+def refuse_shared(q: Tensor, k: Tensor | None) -> None:
+    """Raise ValueError for tensors that are to be overwritten and share memory with each other."""
+    if k is not None and share_memory(q, k):
+        raise ValueError("rope: inplace=True needs q and k of their own, got two that share memory")
+
+
+def refuse_expanded(q: Tensor, k: Tensor | None) -> None:
+    """Raise ValueError for a tensor whose elements share memory: it cannot be overwritten."""
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and overlaps_itself(x):
+            raise ValueError(
+                f"rope: {name} must not be expanded to be rotated in place, "
+                f"got strides {x.stride()}"
+            )
+
+
+# -------------------------------------------------------------------------------------------------
+# XPOS
+
+
+def check_decay(
+    freqs: RopeFreqs,
+    q: Tensor,
+    positions: Tensor | None,
+    offset: int,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ValueError if a position is so far from decay_origin that its amplitude overflows.
+
+    Only positions known to the host are checked: those on the CPU, or none given.
+    """
+    if not freqs.steepest_decay or not isinstance(q, Tensor) or torch.compiler.is_compiling():
+        return
+    try:
+        ends = _ends_of(q, positions, offset, cu_seqlens)
+    except REFUSALS:  # the op names what is wrong
+        return
+    if ends is None:
+        return
+    most = reach(freqs, q.dtype)
+    low, high = ends
+    if max(high - freqs.decay_origin, freqs.decay_origin - low) <= most:
+        return
+    middle = (low + high) // 2
+    cure = (
+        f"decay_origin={middle:.0f} covers them"
+        if high - middle <= most
+        else "no origin covers them: use scores.blockwise_causal or a dtype with more range"
+    )
+    raise ValueError(
+        f"rope: positions must be within {most} of decay_origin={freqs.decay_origin:.0f} for XPOS "
+        f"in {q.dtype}, got {low:.0f} to {high:.0f}; {cure}"
+    )
+
+
+def _ends_of(q: Tensor, positions: Tensor | None, offset: int, cu_seqlens: Tensor | None):
+    """Return the lowest and the highest position, or None if the host does not know them."""
+    packed = cu_seqlens is not None
+    if q.dim() != (3 if packed else 4) or not q.is_floating_point() or q.numel() == 0:
+        return None
+    shape, sequences = q.shape, q.shape[0]
+    lengths: int | Tensor = q.shape[1]
+    if packed:
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or not has_values(cu_seqlens):
+            return None
+        shape, sequences = torch.Size((1, *q.shape)), cu_seqlens.shape[0] - 1
+        lengths = cu_seqlens.diff()
+    if positions is None:
+        return offset, offset + int(lengths.max() if packed else lengths) - 1
+    if not has_values(positions):
+        return None
+    kind = position_kind(positions, shape, sequences)
+    if kind is None or positions.numel() == 0:
+        return None
+    last = positions.flatten().double() + lengths - 1 if kind == "offsets" else positions
+    return positions.min().item() + offset, last.max().item() + offset

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .._math.dtypes import accumulator
-from .call import resolve
-from .checks import check_norm, check_saved, refuse_expanded, refuse_shared
+from .call import check_norm, check_saved, refuse_expanded, refuse_shared, resolve
 from .reference import rotate
 
 

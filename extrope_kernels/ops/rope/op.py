@@ -35,8 +35,7 @@ from .._torch.autograd import (
 from .._torch.dtensor import replicated, whole
 from .._torch.library import library, load_on_first_use, ops
 from . import norm, reference
-from .call import resolve, token_positions
-from .checks import INPLACE, check_norm, check_saved, not_differentiable
+from .call import INPLACE, check_norm, check_saved, not_differentiable, resolve, token_positions
 
 # An Autograd kernel sees only positional tensors, so all tensors come before the *. axes matters
 # only to positions of shape (axes, batch, seqlen): others are the same on every axis. offset and

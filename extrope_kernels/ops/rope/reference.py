@@ -8,8 +8,7 @@ from torch import Tensor
 from .._math.dtypes import accumulator
 from .._math.pairs import cross, join_pairs, split_pairs, with_rotated
 from .._math.positions import sequence_of_token
-from .call import Rotation, resolve, token_positions
-from .checks import check_saved, refuse_expanded, refuse_shared
+from .call import Rotation, check_saved, refuse_expanded, refuse_shared, resolve, token_positions
 
 
 def rope_fwd(

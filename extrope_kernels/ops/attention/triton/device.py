@@ -16,8 +16,7 @@ from torch import Tensor
 from ....scores import UNROTATED, Region
 from ....scores.base import PlainMap
 from ..._math.triton.launch import VECTOR_BYTES, strides_of
-from ..call import AttentionCall
-from ..checks import START_END
+from ..call import START_END, AttentionCall
 from .configs import MOST_ROWS, Config
 from .maps import map_of
 

@@ -35,8 +35,7 @@ from ...rope.triton.device import (
     rotation_numbers,
     rows_of_head,
 )
-from ..call import Append, KVCache, read_append
-from ..checks import check, check_values, refuse_aliases
+from ..call import Append, KVCache, check, check_values, read_append, refuse_aliases
 from .fp8 import parts_of_codes, quantize_rows
 
 

@@ -39,8 +39,7 @@ from ..._math.dtypes import accumulator
 from ..._math.triton.launch import Launch
 from ..._math.triton.pairs import load_parts, store_parts
 from ..._torch.layouts import cached_by_layout, layout_key
-from ..call import Rotation, resolve
-from ..checks import check_saved, check_values, refuse_expanded, refuse_shared
+from ..call import Rotation, check_saved, check_values, refuse_expanded, refuse_shared, resolve
 from .device import (
     RopeTensors,
     TileRows,
