@@ -7,7 +7,7 @@ import torch
 from support.attention_engines import TorchEngine, make
 
 from extrope_kernels import methods, rope_attention, scores
-from extrope_kernels.ops.attention import make_call, op, reference, select_backend
+from extrope_kernels.ops.attention import make_call, op, reference
 from extrope_kernels.ops.attention.flash_attn import composition
 
 BF16, TWO = torch.bfloat16, (-(2**62), -2)
@@ -22,7 +22,7 @@ def engine(monkeypatch):
     monkeypatch.delenv("EXTROPE_ATTENTION", raising=False)
     monkeypatch.setattr(composition, "best_engine", lambda q: made)
     monkeypatch.setattr(composition.Engine, "dtypes", (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(select_backend.flash_attn, "missing", lambda: None)
+    monkeypatch.setattr(op.flash_attn, "missing", lambda: None)
     return made
 
 
@@ -67,7 +67,7 @@ def test_what_cannot_be(monkeypatch, value, error, message):
     monkeypatch.setenv("EXTROPE_ATTENTION", value)
     with pytest.raises(error, match=message):
         both_passes(*make(TWO, dtype=torch.float32))
-    assert message in select_backend.selection()
+    assert message in op.selection()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,8 +15,7 @@ from .call import (
 from .decay import check_decay
 from .log_n import scaled_by_log_n
 from .merge import merge_attention
-from .op import backward, forward, grad_of_sinks
-from .select_backend import selection
+from .op import backward, forward, grad_of_sinks, selection
 
 __all__ = [
     "BACKENDS",

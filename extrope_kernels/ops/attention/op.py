@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from .._torch.autograd import (
 from .._torch.dtensor import replicated
 from .._torch.layouts import cached_by_layout, layout_key
 from .._torch.library import library, load_on_first_use, ops
-from . import reference
+from . import flash_attn, reference
 from .call import (
     OPTIONS,
     TENSORS,
@@ -41,7 +42,6 @@ from .call import (
     with_tensors,
 )
 from .frequency_gradients import backward_with_frequencies
-from .select_backend import select_backend
 
 _CALL = f"{', '.join(x.argument for x in TENSORS)}, *, {', '.join(OPTIONS.values())}"
 _SCHEMAS = {
@@ -196,10 +196,36 @@ KERNELS = {
     for name, step in {"attention_fwd": FORWARD, "attention_bwd": BACKWARD}.items()
 }
 
+VARIABLE = "EXTROPE_ATTENTION"
+_NAMES = ("triton", "flash_attn")
+
 
 def selected(name: str) -> Callable[..., Any]:
     """Return the function of an op on a GPU, which selects a backend in every call."""
     return lambda *given, **options: KERNELS[name][select_backend()](*given, **options)
+
+
+def select_backend() -> str:
+    """Select the GPU backend of attention if none is named: Triton, or what VARIABLE names.
+
+    Triton takes every call. The composition over flash-attn takes fewer, by functions that its
+    packages keep to themselves, and no GPU has shown where it is faster.
+    Raises if the environment names one that cannot run here.
+    """
+    name = os.environ.get(VARIABLE) or "triton"
+    if name not in _NAMES:
+        raise ValueError(f"attention: {VARIABLE} must be {' or '.join(_NAMES)}, got {name!r}")
+    if name == "flash_attn" and (reason := flash_attn.missing()):
+        raise NotImplementedError(f"attention: {VARIABLE}={name} cannot run here: {reason}")
+    return name
+
+
+def selection() -> str:
+    """Describe the selection in a line, for `extrope info`."""
+    try:
+        return select_backend()
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from ..attention.call import AttentionCall
 from ..attention.places import positions
 from ..cache.call import KVCache, cache_lengths, check_slots
 from . import op
-from .checks import check_decode
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -131,7 +130,7 @@ def rope_attention_with_kvcache(
     if backend is not None and isinstance(q, Tensor):
         _backends.require(name, backend, BACKENDS, q.device.type)
     if not compiling and (log_n is not None or freqs.log_decay is not None):
-        check_decode(name, q, k, v, cache, call)  # what reads tensors before the op does
+        op.check_decode(name, q, k, v, cache, call)  # what reads tensors before the op does
     if log_n is not None:
         call = _with_log_n(name, log_n, q, cache, call)
     if compiling:
@@ -142,7 +141,7 @@ def rope_attention_with_kvcache(
     try:
         out, lse = op.decode(q, k, v, cache, call, backend)
     except REFUSALS as error:  # of the op, before any write; said as in rope_attention
-        check_decode(name, q, k, v, cache, call)
+        op.check_decode(name, q, k, v, cache, call)
         check_slots(name, cache, call.cu_seqlens, len(q))
         raise_as_value_error(error, "decode", name)
         raise

@@ -11,21 +11,24 @@ import torch
 from torch import Tensor
 
 from .._math.dtypes import accumulator
+from .._tables import specs
 from .._torch.autograd import note_writes, refuse_backward
 from .._torch.library import library, load_on_first_use, ops
 from ..attention.call import (
+    CALL,
     OPTIONS,
     TENSORS,
     AttentionCall,
+    Q,
     check_head_dim,
+    check_options,
     check_values_of_pairs,
     lse_shape,
     read_call,
 )
 from ..attention.op import BACKENDS, Step, by_reference, call_op, define
-from ..cache.call import KVCache, check_slots, refuse_aliases
+from ..cache.call import KVCache, check_cache, check_new, check_slots, refuse_aliases
 from . import reference
-from .checks import check_decode
 
 # cu_seqlens_q is the call's cu_seqlens; the cache decides q_start and k_start. k and v, if given,
 # are written into the cache first.
@@ -37,6 +40,8 @@ _SCHEMA = (
     "Tensor cache_seqlens, Tensor? block_table, Tensor? cache_leftpad, Tensor? k_scale, "
     f"Tensor? v_scale, *, {', '.join(OPTIONS.values())}) -> (Tensor out, Tensor lse)"
 )
+_CALL = tuple(field.spec for field in CALL)
+_QUERIES = (Q, _CALL[0]._replace(name="cu_seqlens_q"))
 
 
 def decode(
@@ -68,6 +73,44 @@ def _read(given):
     of_call, of_cache = others[:_NUM_OF_CALL], others[_NUM_OF_CALL:]
     cache = KVCache.of(k_cache, v_cache, *of_cache, new=k, cu_seqlens=of_call[1])
     return (q, k, v, cache), of_call
+
+
+def check_decode(
+    op: str, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, call: AttentionCall
+) -> None:
+    """Check a call with a cache; k and v are written into it first."""
+    if (k is None) != (v is None):
+        given = "v" if k is None else "k"
+        raise ValueError(f"{op}: k and v must be given together, got {given} alone")
+    packed, like, sizes = call.cu_seqlens is not None, ("q", q), {}
+    table = specs.for_rows(_QUERIES, packed, "cu_seqlens_q")
+    specs.check(op, table, (q, call.cu_seqlens), sizes)
+    check_cache(op, cache, sizes, like, packed)
+    heads_q, heads_k = sizes["heads_q"][0], sizes["heads_k"][0]
+    if heads_k == 0 or heads_q % heads_k:
+        raise ValueError(f"{op}: k_cache's heads must divide q's {heads_q} heads, got {heads_k}")
+    if k is not None:
+        new = sizes if packed else sizes | {"seqlen": sizes["seqlen_q"]}
+        check_new(op, k, v, cache, new, like, packed)
+    tensors = [getattr(call, field.name) for field in CALL]
+    found = specs.check(op, specs.for_rows(_CALL, packed), tensors, sizes, like)
+    check_options(op, call, found["pairs"], found["head_dim"])
+    _check_decay(op, cache, call)
+
+
+def _check_decay(op: str, cache: KVCache, call: AttentionCall) -> None:
+    """Refuse XPOS if a region that this cache can have sees keys by another map than the stored.
+
+    Keys are rotated on as they are read, but keep the amplitudes with which they were written.
+    """
+    others = [x.k_map for x in call.regions if x.k_map != call.stored]
+    if call.log_decay is None or not others:
+        return  # before a graph would be bound to a capacity
+    if any(region.k_map in others for region in call.trimmed(cache.capacity)):
+        raise ValueError(
+            f"{op}: log_decay (XPOS) needs keys that are stored as every region sees them, by "
+            f"{call.stored}, got {others[0]}"
+        )
 
 
 def _check(args, call, fused):
