@@ -56,6 +56,7 @@ DecodeParams make_params(const CacheArgs& a, const CallTensors& call,
   check_head_dim(a.op, "v_cache's head_dim", p.cache.head_dim_v);
   set_queries(p, a, a.like);
   p.regions = options.regions;
+  p.regions.trim(p.cache.capacity);  // regions that no query of this cache reaches decide nothing
   for (int64_t r = 0; r < p.regions.count; ++r) {
     a.require(!call.log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
               "log_decay (XPOS) needs keys that are stored as every region sees them");
