@@ -6,7 +6,9 @@
 // before it is rotated; the second read is from the second-level cache.
 
 #include "cpu/rope/kernel.h"
-#include "cpu/rope/norm.h"
+#include "cpu/rope/norm_all_heads.h"
+#include "cpu/rope/norm_backward.h"
+#include "cpu/rope/norm_per_head.h"
 
 namespace extrope {
 namespace {

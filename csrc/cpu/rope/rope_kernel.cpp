@@ -18,8 +18,10 @@
 //                      memory, a token's heads follow one another
 // angle_heads is 1, or the number of heads if each has frequencies, and gradients, of its own.
 
-#include "cpu/rope/block.h"
+#include "cpu/rope/cos_sin.h"
 #include "cpu/rope/kernel.h"
+#include "cpu/rope/prefetch.h"
+#include "cpu/rope/row_form.h"
 
 namespace extrope {
 namespace {
