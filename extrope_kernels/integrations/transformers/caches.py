@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .model import cache_of, caches_in, tokens_in
-from .patch.hooks import ON_OWNER, Applied, Hook, Patches
-from .patch.rotary_forward import RotaryForward, fingerprint
-from .patch.state import in_progress
-from .probe.rotary import RotaryModule, argument_names, attribute_of, by_name, owners_of
+from .patches import ON_OWNER, Applied, Hook, Patches
+from .rotary import RotaryModule, argument_names, attribute_of, by_name, owners_of
+from .rotation import RotaryForward, fingerprint
+from .state import in_progress
 
 _MARK = "_extrope_filled"
 _BY_PLAIN = "by the plain model"

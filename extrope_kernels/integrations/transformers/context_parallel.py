@@ -14,10 +14,7 @@ from .._shared.parameters import is_bounded
 from .attending import attending_overrides
 from .attention import ON_LAYER, softmax_options
 from .extended_layer import ExtendedLayer
-from .model import cache_of, reprefix_error, tokens_of, unsupported
-from .patch.hooks import Patches
-from .patch.rotary_forward import RotaryForward
-from .probe.layers import (
+from .layers import (
     LayerProbe,
     attend_as_own,
     check_options,
@@ -29,7 +26,10 @@ from .probe.layers import (
     run_on_four_tokens,
     window_of_cache,
 )
-from .probe.rotary import argument_names, by_name
+from .model import cache_of, reprefix_error, tokens_of, unsupported
+from .patches import Patches
+from .rotary import argument_names, by_name
+from .rotation import RotaryForward
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy

@@ -16,7 +16,7 @@ from ... import scores
 from ...scores import Score
 from . import paged
 from .attention import attend_rows, no_rotation, read_rows, softmax_options
-from .patch.rotary_forward import RotaryForward
+from .rotation import RotaryForward
 
 
 @dataclass(eq=False)

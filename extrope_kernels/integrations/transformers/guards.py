@@ -1,6 +1,6 @@
 """Guards against trainers that compare a plain model, and torch's regions.
 
-`extension.Guard` imports this file for the first forward that needs it.
+`extend.Guard` imports this file for the first forward that needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .patch.hooks import ON_OWNER
+from .patches import ON_OWNER
 from .saved import save_beside_adapters
 
 

@@ -21,11 +21,11 @@ from .._shared.choice import FARTHEST, MEASURED, Choice, choose_method, times
 from .._shared.parameters import PARAMETERS, is_bounded, lengths_in, score_values_in, window_of
 from .._shared.saved import STRETCHING
 from .model import BOUNDED
-from .patch.hooks import ON_OWNER, Applied
-from .patch.rotary_forward import RotaryForward
-from .patch.scores import why_no_images
-from .probe.rotary import RotaryModule, find_rotary_modules
+from .patches import ON_OWNER, Applied
+from .rotary import RotaryModule, find_rotary_modules
+from .rotation import RotaryForward
 from .saved import describe
+from .scores import why_no_images
 
 _TRAINED = "original_max_position_embeddings"
 

@@ -13,8 +13,8 @@ from ..._rope_types import ROPE_TYPES
 from ...methods import METHODS, stray
 from .._shared.parameters import BY_AXIS, PARAMETERS, bind_method, values_for
 from .attending import plain_class
-from .patch.frequencies import values_of
-from .probe.rotary import RotaryModule, attribute_of, find_rotary_modules
+from .frequencies import values_of
+from .rotary import RotaryModule, attribute_of, find_rotary_modules
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,11 +22,11 @@ from torch import nn
 
 from .._shared.parameters import PARAMETERS, plain, values_for
 from .._shared.saved import SAVED, Saved, length_of
+from .frequencies import values_of
 from .model import adapters_of, generation_config_owner
-from .patch.frequencies import values_of
-from .patch.hooks import ON_OWNER, Applied
-from .probe.rotary import find_rotary_modules
+from .patches import ON_OWNER, Applied
 from .rope_parameters import TRAINED, set_longest, with_frequencies
+from .rotary import find_rotary_modules
 
 # The entry of auto_mapping, PEFT's free field of an adapter's configuration, which comes along with
 # an adapter: a loaded one has no folder, and PEFT calls nobody when it loads one.

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .... import RopeFreqs, apply_rope_qk
-from ..model import Override, exports_to_onnx
-from ..probe.rotary import APPLY, RotaryModule, Tables
+from ... import RopeFreqs, apply_rope_qk
+from .model import Override, exports_to_onnx
+from .rotary import APPLY, RotaryModule, Tables
 from .state import FreqsByKind
 
 # For each modeling module: its original function, the wrapped one, and their users.

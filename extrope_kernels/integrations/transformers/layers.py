@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .... import RopeFreqs, apply_rope, rope_attention
-from ...._usage import shortened
-from ..._shared.parameters import is_bounded
-from ..attending import attending_overrides
-from ..attention import KNOWN, ON_LAYER, is_rows, no_rotation, softmax_options
-from ..extended_layer import ExtendedLayer, refuse_dropout
-from ..model import BOUNDED, Override, reprefix_error, unsupported
-from ..patch.rotary_forward import RotaryForward, ThreadFrequencies, unwrap_apply, wrap_apply
+from ... import RopeFreqs, apply_rope, rope_attention
+from ..._usage import shortened
+from .._shared.parameters import is_bounded
+from .attending import attending_overrides
+from .attention import KNOWN, ON_LAYER, is_rows, no_rotation, softmax_options
+from .extended_layer import ExtendedLayer, refuse_dropout
+from .model import BOUNDED, Override, reprefix_error, unsupported
 from .rotary import argument_names, by_name, forward_of, probe_numbers, rotating_layers
+from .rotation import RotaryForward, ThreadFrequencies, unwrap_apply, wrap_apply
 
 POSITIONS = (0, 1, 5, 11)  # of a probe's four tokens
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import paged
-from ..attention import INTERFACE
-from ..model import Override, cache_of, generation_config_owner, tokens_of
-from ..probe.rotary import argument_names, by_name
-from .hooks import ON_OWNER, Applied, Patches
+from . import paged
+from .attention import INTERFACE
+from .model import Override, cache_of, generation_config_owner, tokens_of
+from .patches import ON_OWNER, Applied, Patches
+from .rotary import argument_names, by_name
 from .state import Request, in_progress
 
 

@@ -24,7 +24,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .... import RopeFreqs
+from ... import RopeFreqs
 
 FreqsByKind = dict[str | None, RopeFreqs]  # by kind of layers; None if a model has one kind
 

@@ -19,19 +19,10 @@ from ...scores import SCORES, Score
 from .._shared.saved import Saved, read
 from .attention import register_interface
 from .caches import cache_hooks
+from .frequencies import frequency_patches
+from .generate import Reach, forget_pages
 from .model import Override, generation_config_owner
-from .patch.frequencies import frequency_patches
-from .patch.generate import Reach, forget_pages
-from .patch.hooks import ON_OWNER, Applied, Patches, route_forward_through_hooks
-from .patch.rotary_forward import RotaryForward, unwrap_apply, wrap_apply
-from .patch.scores import score_patches
-from .probe.rotary import (
-    RotaryModule,
-    argument_names,
-    by_name,
-    find_rotary_modules,
-    owners_of,
-)
+from .patches import ON_OWNER, Applied, Patches, route_forward_through_hooks
 from .request import (
     as_tokens,
     by_length_as_stated,
@@ -41,7 +32,16 @@ from .request import (
     why_no_region,
     with_stated,
 )
+from .rotary import (
+    RotaryModule,
+    argument_names,
+    by_name,
+    find_rotary_modules,
+    owners_of,
+)
+from .rotation import RotaryForward, unwrap_apply, wrap_apply
 from .saved import describe, save, save_beside_adapters, save_plain
+from .scores import score_patches
 
 if TYPE_CHECKING:
     from ...distributed.attention import Strategy

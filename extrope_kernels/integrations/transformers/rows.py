@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import BOUNDARIES, numbers_in
-from ..model import cache_of, exports_to_onnx, tokens_in, tokens_of
-from ..probe.rotary import argument_names, by_name
-from .rotary_forward import RotaryForward
+from .attention import BOUNDARIES, numbers_in
+from .model import cache_of, exports_to_onnx, tokens_in, tokens_of
+from .rotary import argument_names, by_name
+from .rotation import RotaryForward
 
 _OF_KEYS = "cu_seq_lens_k"
 

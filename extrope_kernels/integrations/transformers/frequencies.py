@@ -20,18 +20,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .... import RopeFreqs
-from ..._shared.parameters import (
+from ... import RopeFreqs
+from .._shared.parameters import (
     PARAMETERS,
     ModelValues,
     bind_method,
     model_values,
 )
-from ..model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
-from ..probe.rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
 from .generate import batching_patches, request_patches
-from .hooks import Applied, Patches
-from .rotary_forward import RotaryForward, ThreadFrequencies, fingerprint
+from .model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
+from .patches import Applied, Patches
+from .rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
+from .rotation import RotaryForward, ThreadFrequencies, fingerprint
 from .scores import raw_key_patches
 from .state import FreqsByKind, Frozen, Request, in_progress, on_cache
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from .... import RopeFreqs
-from ....scores import SCORES, Score
-from ..._shared.saved import in_words
-from ..model import Override
+from ... import RopeFreqs
+from ...scores import SCORES, Score
+from .._shared.saved import in_words
+from .model import Override
 from .state import in_progress
 
 ON_OWNER = "_extrope_extensions"  # the attribute that has a model's last `Applied`

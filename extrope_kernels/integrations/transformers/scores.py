@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ....ops.attention import check_log_n
-from ....scores import Score
-from ..._shared.choice import images_refused
-from ..._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
-from ..attending import attending_overrides
-from ..attention import ON_LAYER
-from ..model import generation_config_owner, unsupported
-from ..probe.layers import LayerProbe, refuse_without_weights
-from ..probe.rotary import (
+from ...ops.attention import check_log_n
+from ...scores import Score
+from .._shared.choice import images_refused
+from .._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
+from .attending import attending_overrides
+from .attention import ON_LAYER
+from .generate import batching_patches, mask_patches
+from .layers import LayerProbe, refuse_without_weights
+from .model import generation_config_owner, unsupported
+from .patches import Applied, Patches, route_forward_through_hooks
+from .rotary import (
     RotaryModule,
     argument_names,
     by_name,
     find_rotary_modules,
     owners_of,
 )
-from .generate import batching_patches, mask_patches
-from .hooks import Applied, Patches, route_forward_through_hooks
-from .rotary_forward import RotaryForward, Rotation, ThreadFrequencies, fingerprint
+from .rotation import RotaryForward, Rotation, ThreadFrequencies, fingerprint
 from .rows import RowsOfOwner
 
 

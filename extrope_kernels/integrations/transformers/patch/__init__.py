@@ -1,1 +1,0 @@
-"""What `extend` changes in a model."""

@@ -1,1 +1,0 @@
-"""What a model does: its rotary embeddings, its layers, and how these call their attention."""
