@@ -16,7 +16,8 @@ from .._names import meant, not_among
 from .._usage import UsageError
 from ..integrations._shared.parameters import PARAMETERS, plain
 from ..integrations._shared.saved import Saved, SavedFolder, find
-from ..integrations.transformers.extend import Extension, extend, extend_by_all
+from ..integrations.transformers.extend import extend, extend_by_all
+from ..integrations.transformers.handle import Extension
 from ..methods import METHODS
 from ..scores import SCORES
 

@@ -11,7 +11,7 @@ from support.hf_models import build, error, generate, logits, since, tokens, tra
 from extrope_kernels.integrations.transformers import attention as ours
 from extrope_kernels.integrations.transformers import extend
 from extrope_kernels.integrations.transformers import layers as probe
-from extrope_kernels.integrations.transformers.extended_layer import ExtendedLayer
+from extrope_kernels.integrations.transformers.attention import ExtendedLayer
 
 # One of each kind of architecture, and others of them.
 SERVED = [

@@ -7,21 +7,32 @@ on for sequences, -1 for a slot not in use. So padded, packed and chunked rows a
 have one form, linear in the number of keys. `read_rows` reads it once per forward.
 
 Rows whose tokens see later ones, masks with holes, and dropout are left to `sdpa`.
+
+An extended layer differs by one attribute, an `ExtendedLayer`, which the function reads. The layer
+rotates queries and keys to their positions and caches keys, as its model does without an extension;
+the op moves both on to where the score's regions have them. Its config is a view (`attending`), by
+which it calls our function whatever others call.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ... import RopeFreqs, rope_attention, rope_attention_with_kvcache
+from ... import RopeFreqs, rope_attention, rope_attention_with_kvcache, scores
 from . import paged
+from .model import Override
+
+if TYPE_CHECKING:
+    from ...scores import Score
+    from .rotation import RotaryForward
 
 INTERFACE = "extrope"  # the name for `model.set_attn_implementation`
 BOUNDARIES = "cu_seq_lens_q"  # of packed sequences, as transformers' flash attention takes them
@@ -404,3 +415,130 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows, call: dict[str, Any
 def records(*tensors: Tensor) -> bool:
     """Return True if autograd records operations on the tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+@dataclass(eq=False)
+class ExtendedLayer:
+    """How a layer attends: by a score method, by raw keys, or across ranks.
+
+    score: None for plain RoPE. rotary: it has the frequencies of the layer's heads, of the kind
+    layer_type; None if nothing is moved on. start: the first rotated dim. interleaved: the pairing
+    of dims. sign: -1 if pairs are rotated backwards. raw: queries and keys come raw. scaled: False
+    if a norm after the rotation undoes the attention factor (Llama 4). log_n: scales queries,
+    unless None. scale_from: the length from which logits grow (`query_scale.qwen_1m`), or None.
+    shared: the ranks that share tokens (`context_parallel.Shared`), or None.
+    """
+
+    score: Score | None = None
+    rotary: RotaryForward | None = None
+    layer_type: str | None = None
+    start: int = 0
+    interleaved: bool = False
+    sign: int = 1
+    raw: bool = False
+    scaled: bool = True
+    log_n: float | None = None
+    scale_from: int | None = None
+    shared: Any = None
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The arguments that tell the ops which dims rotate."""
+        return {"interleaved": self.interleaved, "rotary_offset": self.start}
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: Mapping[str, Any],
+    ) -> Tensor:
+        """Attend in the layer's place: the arguments of `attention`."""
+        refuse_dropout(module, options)
+        # Under autocast, norms return q and k in a wider dtype than v's.
+        q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
+        call = softmax_options(module, options) | self._rotation(q)
+        if self.shared is not None:
+            return self.shared.attend(q, k, v, **call)
+        if paged.is_paged(options):
+            return paged.attend(q, k, v, options, call)
+        rows = read_rows(mask, query, key, options)
+        if rows is None:
+            raise ValueError(
+                "extend: attention_mask must be causal with each row's tokens or packed sequence "
+                "in one piece, got another, or a cache that does not return all keys, in "
+                f"{type(module).__name__}"
+            )
+        if self.scale_from is not None:
+            scale = scores.query_scale.qwen_1m(rows.positions(q, k), self.scale_from)
+            q = (q * scale[..., None, None]).to(q.dtype)
+        return attend_rows(q, k, v, rows, call)
+
+    def _rotation(self, q: Tensor) -> dict[str, Any]:
+        """Return the options of the ops that are not the layer's own."""
+        if self.rotary is None:
+            return no_rotation(q)
+        freqs = self.rotary.freqs_on(self.layer_type, q.device)
+        if self.sign < 0:
+            freqs = replace(freqs, inv_freq=-freqs.inv_freq)
+        if not self.scaled:
+            freqs = replace(freqs, attention_factor=1.0)
+        given = {"freqs": freqs, "score": self.score, "log_n": self.log_n, **self.layout}
+        return given | {"rotated": None if self.raw else "qk"}
+
+
+def refuse_dropout(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for dropout, which may be set at any time."""
+    if options.get("dropout"):
+        raise ValueError(
+            "extend: a model in training must have attention_dropout 0, "
+            f"got {options['dropout']} in {type(module).__name__}"
+        )
+
+
+class _Attending:
+    """Mixed into a config's class: its attention is ours, whatever the config says."""
+
+    @property
+    def _attn_implementation(self) -> str:
+        return INTERFACE
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        self._attn_implementation_internal = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = object.__new__(plain_class(self))
+        plain.__dict__ = self.__dict__
+        return attending, (plain,)
+
+
+def attending(config: Any) -> Any:
+    """Return a view of a config, by which layers call our attention; all else is in one dict.
+
+    Other models may share the config, and other layers go on to the attention that it names.
+    """
+    kind = type(config)
+    if not issubclass(kind, _Attending):
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        kind = type(kind.__name__, (_Attending, kind), names)
+    view = object.__new__(kind)
+    view.__dict__ = config.__dict__
+    return view
+
+
+def plain_class(config: Any) -> type:
+    """Return the class of a config, or of the one that it is a view of."""
+    kind = type(config)
+    return kind.__mro__[2] if issubclass(kind, _Attending) else kind
+
+
+def attending_overrides(owner: nn.Module, layers: Iterable[nn.Module]) -> list[Override]:
+    """Return the overrides by which an owner makes our masks, and layers call our attention."""
+    views: dict[int, Any] = {}
+    modules = [each for each in (owner, *layers) if hasattr(each, "config")]
+    for module in modules:
+        views.setdefault(id(vars(module.config)), attending(module.config))
+    return [(module, "config", views[id(vars(module.config))]) for module in modules]

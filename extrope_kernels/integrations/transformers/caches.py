@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .model import cache_of, caches_in, tokens_in
+from .model import cache_of, caches_in, in_progress, tokens_in
 from .patches import ON_OWNER, Applied, Hook, Patches
 from .rotary import RotaryModule, argument_names, attribute_of, by_name, owners_of
 from .rotation import RotaryForward, fingerprint
-from .state import in_progress
 
 _MARK = "_extrope_filled"
 _BY_PLAIN = "by the plain model"

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ..._usage import shortened
 from .._shared.parameters import is_bounded
-from .attending import attending_overrides
-from .attention import ON_LAYER, softmax_options
-from .extended_layer import ExtendedLayer
+from .attention import ON_LAYER, ExtendedLayer, attending_overrides, softmax_options
 from .layers import (
     LayerProbe,
     attend_as_own,

@@ -27,13 +27,12 @@ from .._shared.parameters import (
     bind_method,
     model_values,
 )
-from .generate import batching_patches, request_patches
-from .model import Override, cache_of, caches_in, tokens_in, tokens_of, unsupported
+from .generate import Frozen, Request, batching_patches, on_cache, request_patches
+from .model import Override, cache_of, caches_in, in_progress, tokens_in, tokens_of, unsupported
 from .patches import Applied, Patches
 from .rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
-from .rotation import RotaryForward, ThreadFrequencies, fingerprint
+from .rotation import FreqsByKind, RotaryForward, ThreadFrequencies, fingerprint
 from .scores import raw_key_patches
-from .state import FreqsByKind, Frozen, Request, in_progress, on_cache
 
 
 def frequency_patches(

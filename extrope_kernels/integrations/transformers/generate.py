@@ -1,21 +1,73 @@
-"""Patches of the methods that generate: `generate`, its masks, and continuous batching."""
+"""Patches of the methods that generate: `generate`, its masks, and continuous batching.
+
+A forward in progress has one state, `in_progress`, which each thread has for itself:
+
+    "request"           the `Request` that `generate` has begun
+    a key of our hooks  the cache that the owner reads, or True once the hooks have run
+
+Those who begin something set it and take it back, after an error too. Copies of a model share the
+keys: they may go on with each other's caches. `rotation.ThreadFrequencies` are each thread's too.
+
+In three places it cannot be used, and state travels with the model's own objects instead:
+
+- From the rotary embedding to the layers. A layer may be recomputed for its gradients, when the
+  forward is over, maybe in another thread. So the rotary embedding returns a `Rotation` in place of
+  its tables. Layers unpack two tables, so both are the same object.
+- From the owner to a layer's attention. The mask tells the rows; what is read of it is kept on it.
+- From one forward to the next. A cache keeps the frequencies of its request (`on_cache`) and what
+  filled it (`caches.Filled`), in attributes: its copies have them.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import paged
 from .attention import INTERFACE
-from .model import Override, cache_of, generation_config_owner, tokens_of
+from .model import Override, cache_of, generation_config_owner, in_progress, tokens_of
 from .patches import ON_OWNER, Applied, Patches
 from .rotary import argument_names, by_name
-from .state import Request, in_progress
+from .rotation import FreqsByKind
+
+_ON_CACHE = "_extrope"
+
+
+class Frozen(NamedTuple):
+    """The frequencies of a request, chosen for its longest row, and their fingerprints."""
+
+    freqs: FreqsByKind
+    fingerprints: dict[str | None, str]
+    longest: int
+
+
+def on_cache(cache: Any) -> dict[str, Any]:
+    """Return the frequencies that a cache tells: `Frozen` by the key of hooks."""
+    if not hasattr(cache, _ON_CACHE):
+        setattr(cache, _ON_CACHE, {})
+    return getattr(cache, _ON_CACHE)
+
+
+@dataclass
+class Request:
+    """A call of `generate`.
+
+    limit: tokens that it may reach, padding included.
+    pads: padding of each row, if known; the first forward may see only a piece of the prompt.
+    drafts: made by a model that another one asks to draft.
+    frozen: its frequencies, by the key of the hooks that chose.
+    """
+
+    limit: int
+    pads: list[int] | None = None
+    drafts: bool = False
+    frozen: dict[str, Frozen] = field(default_factory=dict)
 
 
 def _replaced(model: nn.Module, name: str, function: Callable[..., Any], *bound: Any) -> list:

@@ -1,11 +1,9 @@
-"""Guards against trainers that compare a plain model, and torch's regions.
-
-`extend.Guard` imports this file for the first forward that needs it.
-"""
+"""Guards against trainers that compare a plain model, and torch's regions."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from types import FrameType
@@ -15,7 +13,32 @@ import torch
 from torch import nn
 
 from .patches import ON_OWNER
+from .rotary import argument_names, by_name
 from .saved import save_beside_adapters
+
+
+class Guard:
+    """The hook that looks at the few forwards that need it.
+
+    why: the method is wrong in a region of torch's `context_parallel`, "" if positions make it
+        right; None over a mesh. trainers: look for one.
+    """
+
+    def __init__(self, why: str | None, trainers: bool) -> None:
+        self.why = why
+        self.looked = not trainers
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Look at the callers and at PyTorch's attention: forward pre-hook of the owner."""
+        if torch.compiler.is_compiling():
+            return
+        attention = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+        if self.why is not None and attention.startswith("torch.distributed"):
+            given = by_name(argument_names(module), args, kwargs).get("position_ids")
+            refuse_region(given, self.why)
+        training = module.training and torch.is_grad_enabled()
+        if not self.looked and (training or "trl" in sys.modules):
+            self.looked = look_for_trainer(module)
 
 
 def refuse_region(given: Any, why: str) -> None:

@@ -22,9 +22,16 @@ from torch import Tensor, nn
 from ... import RopeFreqs, apply_rope, rope_attention
 from ..._usage import shortened
 from .._shared.parameters import is_bounded
-from .attending import attending_overrides
-from .attention import KNOWN, ON_LAYER, is_rows, no_rotation, softmax_options
-from .extended_layer import ExtendedLayer, refuse_dropout
+from .attention import (
+    KNOWN,
+    ON_LAYER,
+    ExtendedLayer,
+    attending_overrides,
+    is_rows,
+    no_rotation,
+    refuse_dropout,
+    softmax_options,
+)
 from .model import BOUNDED, Override, reprefix_error, unsupported
 from .rotary import argument_names, by_name, forward_of, probe_numbers, rotating_layers
 from .rotation import RotaryForward, ThreadFrequencies, unwrap_apply, wrap_apply

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 Override = tuple[nn.Module, str, Any]
 # The reason why a model has no layers to extend; its longest distances are all trained.
 BOUNDED = "all its layers that rotate have a sliding window or chunks"
+
+in_progress = threading.local()  # the state of each thread's forwards: `generate` says what it has
 
 
 def generation_config_owner(model: nn.Module) -> nn.Module:

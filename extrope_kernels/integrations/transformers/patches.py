@@ -17,8 +17,7 @@ from torch import nn
 from ... import RopeFreqs
 from ...scores import SCORES, Score
 from .._shared.saved import in_words
-from .model import Override
-from .state import in_progress
+from .model import Override, in_progress
 
 ON_OWNER = "_extrope_extensions"  # the attribute that has a model's last `Applied`
 # A module, what runs before its forward, and what runs after it or None.

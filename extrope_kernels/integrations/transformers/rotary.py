@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ... import RopeFreqs, apply_rope_qk, methods
 from ..._rope_types import rope_type
 from .._shared.parameters import is_bounded, lengths_in
-from .attending import plain_class
+from .attention import plain_class
 from .model import BOUNDED, no_model, unsupported
 
 APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate

@@ -22,7 +22,8 @@ from torch import Tensor
 from ... import RopeFreqs, apply_rope_qk
 from .model import Override, exports_to_onnx
 from .rotary import APPLY, RotaryModule, Tables
-from .state import FreqsByKind
+
+FreqsByKind = dict[str | None, RopeFreqs]  # by kind of layers; None if a model has one kind
 
 # For each modeling module: its original function, the wrapped one, and their users.
 _wrapped: dict[str, tuple[Callable[..., Any], Callable[..., Any], weakref.WeakSet]] = {}

@@ -1,8 +1,16 @@
-"""The changes that `extend` makes for a score method, and for keys that are cached raw."""
+"""The changes that `extend` makes for a score method, and for keys that are cached raw.
+
+A hook checks the rows that a model reads. The attention counts a row's keys by the mask, and the
+model's layers rotate by position_ids. Both must mean the same distances: positions count from a
+row's first token, or slots with padding. Rows that pack several sequences, by positions that start
+anew or by boundaries, get masks that say so.
+"""
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +20,17 @@ from ...ops.attention import check_log_n
 from ...scores import Score
 from .._shared.choice import images_refused
 from .._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
-from .attending import attending_overrides
-from .attention import ON_LAYER
+from .attention import BOUNDARIES, ON_LAYER, attending_overrides, numbers_in
 from .generate import batching_patches, mask_patches
 from .layers import LayerProbe, refuse_without_weights
-from .model import generation_config_owner, unsupported
+from .model import (
+    cache_of,
+    exports_to_onnx,
+    generation_config_owner,
+    tokens_in,
+    tokens_of,
+    unsupported,
+)
 from .patches import Applied, Patches, route_forward_through_hooks
 from .rotary import (
     RotaryModule,
@@ -26,7 +40,8 @@ from .rotary import (
     owners_of,
 )
 from .rotation import RotaryForward, Rotation, ThreadFrequencies, fingerprint
-from .rows import RowsOfOwner
+
+_OF_KEYS = "cu_seq_lens_k"
 
 
 class ScoreRequest(NamedTuple):
@@ -184,3 +199,206 @@ def why_no_images(model: nn.Module, rotary_modules: list[RotaryModule]) -> str |
     kinds = [each.parameters(kind) for each in rotary_modules for kind in each.layer_types]
     both_ways = getattr(text, "use_bidirectional_attention", None)
     return images_refused(kinds, bool(both_ways) or "token_type_ids" in argument_names(generator))
+
+
+class RowsOfOwner:
+    """The hook of an owner whose layers attend by a score method, or by raw keys.
+
+    rotaries: what its rotary embeddings do. others_mix: tokens mix outside of attention, too.
+    """
+
+    def __init__(
+        self, owner: nn.Module, rotaries: Sequence[RotaryForward], others_mix: bool
+    ) -> None:
+        self.rotaries = rotaries
+        self.method = rotaries[0].method
+        self.by_length = any(each.thread_freqs.by_length for each in rotaries)
+        self.others_mix = others_mix
+        self.argument_names = argument_names(owner)
+
+    def before_forward(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Check a forward's arguments: forward pre-hook of the owner."""
+        arguments = by_name(self.argument_names, args, kwargs)
+        if arguments.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            raise ValueError(
+                "extend: output_attentions must be False, since the ops return no weights, got True"
+            )
+        if self.by_length and module.training and torch.is_grad_enabled():
+            _refuse_checkpoints(module, self.method)
+        if exports_to_onnx():
+            # The exporter would hide an error, retry in another way, and fail later.
+            warnings.warn(
+                f"extend: a model under {self.method} cannot be exported to ONNX, "
+                "which has no such attention; torch.export and AOTInductor take it",
+                stacklevel=2,
+            )
+        tokens, cache = tokens_of(arguments), cache_of(arguments)
+        # Over a mesh another hook has looked.
+        if self.rotaries[0].shared is not None or _is_left_alone(cache, arguments):
+            return None
+        past = tokens_in(cache)
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            batch, all_tokens = tokens.shape[0], past + tokens.shape[1]
+            if mask.shape[0] != batch or mask.shape[1] < all_tokens:
+                raise ValueError(
+                    f"extend: attention_mask must be ({batch}, {all_tokens}), cached tokens "
+                    f"included, got {tuple(mask.shape)}"
+                )
+            # Convolutions and states take its last columns for the new tokens.
+            arguments["attention_mask"] = mask[:, :all_tokens]
+        positions = _packed_positions(tokens, past, arguments)
+        if positions is None:
+            return (), arguments
+        if self.others_mix:
+            raise ValueError(
+                "extend: a model must have no convolutions or states for packed rows, got "
+                f"{type(module).__name__}; pad its rows instead"
+            )
+        if cache is not None:
+            raise ValueError(
+                "extend: packed rows must come without a cache, got one; pad rows to generate"
+            )
+        told = {
+            "position_ids": positions,
+            "attention_mask": packed_masks(module, tokens, positions),
+        }
+        told |= {"use_cache": False} if "use_cache" in self.argument_names else {}
+        return (), arguments | told
+
+
+def _refuse_checkpoints(owner: nn.Module, method: str) -> None:
+    """Raise ValueError if layers are computed anew after the forward that chose frequencies."""
+    if any(getattr(each, "gradient_checkpointing", False) for each in owner.modules()):
+        raise ValueError(
+            f"extend: gradient checkpointing under {method} must have frequencies that no length "
+            "changes, got some that do; extend with a seq_len first"
+        )
+
+
+def _is_left_alone(cache: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return True for pages, which have their own rows, and where a graph must not read values."""
+    if "read_index" in arguments or "block_table" in arguments:
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    bounded = arguments.get(BOUNDARIES) is not None
+    return cache is not None or bounded or arguments.get("position_ids") is None
+
+
+def _packed_positions(tokens: Tensor, past: int, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Return the positions of packed rows, (batch, new); None for other rows.
+
+    tokens: (batch, new, ...); only shape and device count. past: tokens in the cache.
+    Raises ValueError for positions and boundaries that mean other distances than the mask.
+    """
+    given, mask = arguments.get("position_ids"), _full_mask(arguments.get("attention_mask"))
+    batch, new = tokens.shape[:2]
+    if arguments.get(BOUNDARIES) is not None:
+        return _positions_by_boundaries(tokens, arguments)
+    if given is None:
+        return None
+    if not (given != torch.arange(past, past + new, device=given.device)).any():  # slots
+        return None
+    real = None
+    if isinstance(mask, Tensor) and (numbers := numbers_in(mask, batch, new)) is not None:
+        index = torch.arange(numbers.shape[1], device=numbers.device)
+        begins = numbers.diff(prepend=numbers[:, :1] - 1) != 0
+        counted = index - (index * begins).cummax(-1)[0]
+        counted, real = (x[:, past : past + new].to(given.device) for x in (counted, numbers > 0))
+        if not ((given != counted) & real).any():
+            return None
+    packed = None
+    if not past and given.dim() == 2 and (mask is None or mask.dim() == 2):
+        packed = _positions_by_restarts(given.expand(batch, new), real)
+    if packed is None:
+        raise ValueError(
+            "extend: position_ids must count 0, 1, 2, ... from the first token of each "
+            "row or packed sequence, got others; mark padding by attention_mask, pack "
+            "without a cache or a mask of pairs; score methods refuse tokens with several "
+            "positions, as images have"
+        )
+    return packed
+
+
+def _full_mask(mask: Any) -> Any:
+    """Return the mask of layers that see all keys, if a model gets one per kind of layers."""
+    if not isinstance(mask, Mapping):
+        return mask
+    return next((each for kind, each in mask.items() if kind.startswith("full")), None)
+
+
+def _positions_by_restarts(given: Tensor, real: Tensor | None) -> Tensor | None:
+    """Return the positions of rows that start anew with each sequence; None if they do not.
+
+    given: (batch, new) position_ids. real: (batch, new) bool, False in padding; None without.
+    """
+    begins = given.diff(prepend=given[:, :1]) != 1  # the first of a row too
+    if real is not None:
+        changes = real != torch.cat((~real[:, :1], real[:, :-1]), 1)
+        begins = begins & real | changes
+    starts = begins.flatten().nonzero()[:, 0]
+    index = torch.arange(given.numel(), device=given.device)
+    positions = (index - starts[begins.flatten().cumsum(0) - 1]).view(given.shape)
+    wrong = given != positions
+    return None if (wrong if real is None else wrong & real).any() else positions
+
+
+def _positions_by_boundaries(tokens: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Return the positions of packed sequences by their boundaries; the host reads all at once.
+
+    tokens: (1, new, ...). Tokens past the last boundary are padding.
+    Raises ValueError for several rows, and for boundaries that do not rise, that differ for keys,
+    or that contradict position_ids.
+    """
+    boundaries, of_keys = arguments[BOUNDARIES], arguments.get(_OF_KEYS)
+    if not isinstance(boundaries, Tensor) or boundaries.dim() != 1 or len(tokens) != 1:
+        got = tuple(boundaries.shape) if isinstance(boundaries, Tensor) else type(boundaries)
+        raise ValueError(
+            f"extend: {BOUNDARIES} must be a tensor (sequences + 1,) for tokens in one row, got "
+            f"{got} for {len(tokens)} rows"
+        )
+    if of_keys is not None and of_keys.shape != boundaries.shape:
+        raise ValueError(f"extend: {_OF_KEYS} must be {BOUNDARIES} in packed rows, got another")
+    boundaries, new = boundaries.to(tokens.device), tokens.shape[1]
+    index = torch.arange(new, device=tokens.device)
+    sequence = torch.searchsorted(boundaries, index, right=True) - 1
+    positions = (index - boundaries[sequence])[None]
+    rises = (boundaries[0] == 0) & (boundaries.diff() >= 0).all() & (boundaries[-1] <= new)
+    counts = torch.ones_like(rises)
+    if (given := arguments.get("position_ids")) is not None:
+        counts = ((given == positions) | (index >= boundaries[-1])).all()
+    rises, counts = torch.stack((rises, counts)).tolist()
+    if not rises:
+        raise ValueError(
+            f"extend: {BOUNDARIES} must rise from 0 to the row's {new} tokens at most, "
+            f"got {boundaries.tolist()}"
+        )
+    if not counts:
+        raise ValueError(
+            "extend: position_ids must count 0, 1, 2, ... from the first token of each sequence in "
+            f"{BOUNDARIES}, got others"
+        )
+    return positions
+
+
+def packed_masks(module: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
+    """Return the masks of packed rows, by kind of layers, as `generate` prepares masks.
+
+    Some models make their own without positions (GPT-OSS, AFMoE).
+    """
+    from transformers.masking_utils import create_masks_for_generate
+
+    # Of the tokens only sizes, dtype and device count. Names differ between versions.
+    like = torch.empty(*tokens.shape[:2], 0, dtype=module.dtype, device=tokens.device)
+    arguments = {"config": module.config, "attention_mask": None, "position_ids": positions}
+    arguments |= {"inputs_embeds": like, "input_embeds": like, "cache": None}
+    arguments |= {
+        "past_key_values": None,
+        "cache_position": torch.arange(tokens.shape[1], device=tokens.device),
+    }
+    names = inspect.signature(create_masks_for_generate).parameters
+    arguments = {name: value for name, value in arguments.items() if name in names}
+    return create_masks_for_generate(**arguments)
