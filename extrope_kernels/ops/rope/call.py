@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ from .._tables.checks import (
 )
 from .._tables.decay import reach
 from .._tables.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
+
+
+class RopeTensors(NamedTuple):
+    """The tensors that decide how far tokens rotate; all but the first may be None."""
+
+    inv_freq: Tensor
+    positions: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    log_decay: Tensor | None = None
+    axes: Tensor | None = None
 
 
 @dataclass(frozen=True)

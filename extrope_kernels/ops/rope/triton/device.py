@@ -53,16 +53,6 @@ class Tile(NamedTuple):
     rotary_offset: int  # the first dim of the first pair
 
 
-class RopeTensors(NamedTuple):
-    """The tensors that decide how far tokens rotate; all but the first may be None."""
-
-    inv_freq: Tensor
-    positions: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    log_decay: Tensor | None = None
-    axes: Tensor | None = None
-
-
 # -------------------------------------------------------------------------------------------------
 # Tokens and their positions
 

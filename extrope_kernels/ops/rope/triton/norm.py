@@ -39,9 +39,16 @@ from ..._math.dtypes import accumulator
 from ..._math.triton.launch import Launch
 from ..._math.triton.pairs import store_parts
 from ..._torch.layouts import cached_by_layout, layout_key
-from ..call import check_norm, check_saved, check_values, refuse_expanded, refuse_shared, resolve
-from .device import (
+from ..call import (
     RopeTensors,
+    check_norm,
+    check_saved,
+    check_values,
+    refuse_expanded,
+    refuse_shared,
+    resolve,
+)
+from .device import (
     TileRows,
     build_launch,
     cos_sin_of_head,

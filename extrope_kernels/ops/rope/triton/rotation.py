@@ -39,9 +39,16 @@ from ..._math.dtypes import accumulator
 from ..._math.triton.launch import Launch
 from ..._math.triton.pairs import load_parts, store_parts
 from ..._torch.layouts import cached_by_layout, layout_key
-from ..call import Rotation, check_saved, check_values, refuse_expanded, refuse_shared, resolve
-from .device import (
+from ..call import (
     RopeTensors,
+    Rotation,
+    check_saved,
+    check_values,
+    refuse_expanded,
+    refuse_shared,
+    resolve,
+)
+from .device import (
     TileRows,
     build_launch,
     cos_sin_of_head,
