@@ -192,6 +192,11 @@ class AttentionCall(NamedTuple):
         """Where the dims of pairs are: the arguments of `split_pairs`."""
         return 2 * self.inv_freq.shape[-1], self.interleaved, self.rotary_offset
 
+    @property
+    def dims_that_rotate(self) -> dict[str, Any]:
+        """Where they are, as options of `rope_fwd`."""
+        return {"interleaved": self.interleaved, "rotary_offset": self.rotary_offset}
+
     def scale(self, head_dim: int) -> float:
         """Return the factor of all logits."""
         return head_dim**-0.5 if self.softmax_scale is None else float(self.softmax_scale)

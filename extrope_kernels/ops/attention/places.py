@@ -159,8 +159,7 @@ def _rotate(x, position, call, log_decay, amplitude, adjoint) -> Tensor:
     if position.dim() == 3:  # each pair is an axis
         axes = torch.arange(len(position), dtype=torch.int32, device=x.device)
     rope_args = (inv_freq, position, call.cu_seqlens, log_decay, axes)
-    options = {"attention_factor": amplitude, "interleaved": call.interleaved}
-    options["rotary_offset"] = call.rotary_offset
+    options = {"attention_factor": amplitude, **call.dims_that_rotate}
     if adjoint:
         return ops.rope_bwd(x, None, None, None, *rope_args, **options)[0]
     return ops.rope_fwd(x, None, *rope_args, **options)[0]

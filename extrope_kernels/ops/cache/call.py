@@ -28,7 +28,8 @@ from .._tables.checks import (
 )
 from .._tables.fields import fields_of
 from .._tables.specs import ANY, DENSE, FLOAT32, INT32, LIKE, ROWS, Spec
-from ..rope import call as rope
+from ..rope import call as rope_call
+from ..rope.call import RopeTensors
 
 
 class Scales(NamedTuple):
@@ -120,28 +121,20 @@ class KVCache(NamedTuple):
         return self.block_table[sequence, slots // page_size].long(), slots % page_size
 
 
-class KeyRotation(NamedTuple):
-    """How new keys rotate before a cache stores them, and queries beside them."""
-
-    inv_freq: Tensor | None = None  # None: not at all
-    positions: Tensor | None = None  # None: those that follow the slots in use
-    cu_seqlens: Tensor | None = None
-    log_decay: Tensor | None = None
-    stored: PlainMap | None = None  # the map by which a score method stores keys
-    attention_factor: float = 1.0
-    interleaved: bool = False
-    rotary_offset: int = 0
-    decay_origin: float = 0.0
-
-
 class Append(NamedTuple):
-    """A call of `rope_append`."""
+    """A call of `rope_append`.
+
+    Keys, and queries beside them, rotate as `rope_fwd` does it with `rope` and `options`.
+    """
 
     q: Tensor | None  # only where it rotates: with frequencies, and without a score method
     k: Tensor
     v: Tensor
     cache: KVCache
-    rotation: KeyRotation
+    # inv_freq None: nothing rotates; positions None: those that follow the slots in use.
+    rope: RopeTensors
+    options: Mapping[str, Any] = {}
+    stored: PlainMap | None = None  # the map by which a score method stores keys
 
     @property
     def packed(self) -> bool:
@@ -157,7 +150,7 @@ class Append(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        cu_seqlens = self.rotation.cu_seqlens
+        cu_seqlens = self.rope.cu_seqlens
         return self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
     def sequence_and_place(self) -> tuple[Tensor, Tensor]:
@@ -174,8 +167,8 @@ class Append(NamedTuple):
 
     def token_positions(self) -> Tensor:
         """Return `positions`, or those that follow the slots in use: (batch, seqlen) int64."""
-        if self.rotation.positions is not None:
-            return self.rotation.positions
+        if self.rope.positions is not None:
+            return self.rope.positions
         sequence, place = self.sequence_and_place()
         first = self.cache.seqlens.long()
         if self.cache.leftpad is not None:
@@ -222,11 +215,9 @@ def read_append(
         raise TypeError(f"rope_append: k must be a Tensor, got {type(k).__name__}")
     planes = (k_cache, v_cache, cache_seqlens, block_table, cache_leftpad, k_scale, v_scale)
     cache = KVCache.of(*planes, slot_mapping, new=k, cu_seqlens=cu_seqlens)
-    numbers = {name: x for name, x in options.items() if name not in SCHEMA}
-    numbers["rotary_offset"] = numbers.get("rotary_offset") or 0
-    stored = _stored(options)
-    rotation = KeyRotation(inv_freq, positions, cu_seqlens, log_decay, stored, **numbers)
-    return Append(q, k, v, cache, rotation)
+    rope = RopeTensors(inv_freq, positions, cu_seqlens, log_decay)
+    of_rope = {name: x for name, x in options.items() if name not in SCHEMA}
+    return Append(q, k, v, cache, rope, of_rope, _stored(options))
 
 
 def _stored(options: Mapping[str, Sequence[Any] | None]) -> Any:
@@ -424,7 +415,7 @@ def _check_scale_values(op: str, scales: Scales) -> None:
 
 def check(op: str, call: Append) -> None:
     """Raise ValueError or TypeError that names the wrong argument."""
-    q, k, cache, cu_seqlens = call.q, call.k, call.cache, call.rotation.cu_seqlens
+    q, k, cache, cu_seqlens = call.q, call.k, call.cache, call.rope.cu_seqlens
     packed, like, sizes = cu_seqlens is not None or call.packed, ("k", k), {}
     specs.check(op, specs.for_rows(KEYS, packed), (k, cu_seqlens, q), sizes)
     if packed and cu_seqlens is None:
@@ -438,16 +429,16 @@ def check(op: str, call: Append) -> None:
 
 def check_values(op: str, call: Append) -> None:
     """Check the values of integer tensors, on a CPU, where reading them costs nothing."""
-    check_slots(op, call.cache, call.rotation.cu_seqlens, call.seqlen, "k")
-    positions, stored = call.rotation.positions, call.rotation.stored
+    check_slots(op, call.cache, call.rope.cu_seqlens, call.seqlen, "k")
+    positions, stored = call.rope.positions, call.stored
     if positions is not None and has_values(positions):
-        rope.check_positions(op, positions if stored is None else stored(positions))
+        rope_call.check_positions(op, positions if stored is None else stored(positions))
 
 
 def _check_rotation(op: str, call: Append) -> None:
-    q, k, rotation = call.q, call.k, call.rotation
-    positions, stored = rotation.positions, rotation.stored
-    if rotation.inv_freq is None:
+    q, k, rope, stored = call.q, call.k, call.rope, call.stored
+    positions = rope.positions
+    if rope.inv_freq is None:
         if q is not None:
             raise ValueError(f"{op}: q must be None without frequencies, which would rotate it")
         if positions is not None:  # not read
@@ -456,18 +447,15 @@ def _check_rotation(op: str, call: Append) -> None:
     if q is not None and stored is not None:
         raise ValueError(f"{op}: q must be None with a map of keys, got one")
     first, second = (k, None) if q is None else (q, k)
-    if call.packed and rotation.cu_seqlens is None:
+    if call.packed and rope.cu_seqlens is None:
         first, second = (x if x is None else x[None] for x in (first, second))
-    rope_args = (rotation.inv_freq, positions, rotation.cu_seqlens, rotation.log_decay)
-    names = ("attention_factor", "rotary_offset", "decay_origin")
-    numbers = {name: getattr(rotation, name) for name in names}
-    _told_as(op, lambda: rope.check(first, second, *rope_args, **numbers))
+    _told_as(op, lambda: rope_call.check(first, second, *rope, **call.options))
     if positions is None and call.cache.seqlens is None:
         raise ValueError(f"{op}: positions or cache_seqlens must say where the tokens are")
     if positions is None:
         return
     shape = torch.Size((call.batch, call.seqlen))
-    if rope.position_kind(positions, shape, call.sequences) == "offsets":
+    if rope_call.position_kind(positions, shape, call.sequences) == "offsets":
         raise ValueError(
             f"{op}: positions must have an entry a token, got shape {tuple(positions.shape)}"
         )

@@ -30,26 +30,24 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
 
 def _rotated(call: Append) -> tuple[Tensor | None, Tensor]:
     """Rotate k, and q if it is given."""
-    q, k, by = call.q, call.k, call.rotation
-    if by.inv_freq is None:
+    q, k, rope = call.q, call.k, call.rope
+    if rope.inv_freq is None:
         return None, k
     positions = call.token_positions()
-    if by.stored is not None:
+    if call.stored is not None:
         # Here a position is mapped once, in float64, and may be a fraction. Attention maps whole
         # ones in its loops, in integers: they are exact and, on a GPU, faster than float64.
         # test_attention_maps_positions_as_append_does holds both to the same keys.
-        positions = by.stored(positions)
-    cu_seqlens = by.cu_seqlens
+        positions = call.stored(positions)
+    cu_seqlens = rope.cu_seqlens
     if cu_seqlens is not None:  # padding is rotated like the last sequence
         cu_seqlens = torch.cat((cu_seqlens[:-1], cu_seqlens.new_tensor([call.seqlen])))
     # Without q, k takes its place, and decays the other way.
-    decay = by.log_decay if q is not None or by.log_decay is None else -by.log_decay
-    names = ("attention_factor", "interleaved", "rotary_offset", "decay_origin")
+    decay = rope.log_decay if q is not None or rope.log_decay is None else -rope.log_decay
     tensors = (k, None) if q is None else (q, k)
     by_slots = call.packed and cu_seqlens is None
     if by_slots:
         tensors = tuple(x if x is None else x[None] for x in tensors)
-    numbers = {name: getattr(by, name) for name in names}
-    found = rope_fwd(*tensors, by.inv_freq, positions, cu_seqlens, decay, **numbers)
+    found = rope_fwd(*tensors, rope.inv_freq, positions, cu_seqlens, decay, **call.options)
     found = tuple(x[0] for x in found if x.dim() == 4) if by_slots else found
     return (None, found[0]) if q is None else found

@@ -167,7 +167,7 @@ def _rotate(
         check_decay(freqs, q, positions, offset, cu_seqlens)
     rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay, freqs.axes)
     rope_args = replicated(q, rope_args)
-    options = {
+    options: dict[str, Any] = {
         "attention_factor": freqs.attention_factor,
         "offset": offset,
         "interleaved": interleaved,
@@ -188,8 +188,7 @@ def _rotate(
     try:
         return run(name, args, options, backend)
     except REFUSALS as error:  # kernels check their arguments too; this gives the full message
-        factor = freqs.attention_factor
-        check(q, k, *rope_args, attention_factor=factor, rotary_offset=rotary_offset)
+        check(q, k, *rope_args, **options)
         check_boundaries("rope", cu_seqlens, len(q))
         if norm is not None:
             check_norm(q, k, *norm)

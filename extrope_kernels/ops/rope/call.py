@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,9 @@ from .._tables.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
 
 
 class RopeTensors(NamedTuple):
-    """The tensors that decide how far tokens rotate; all but the first may be None."""
+    """The tensors that decide how far tokens rotate, as ops take them."""
 
-    inv_freq: Tensor
+    inv_freq: Tensor | None  # None: of an append that rotates nothing
     positions: Tensor | None = None
     cu_seqlens: Tensor | None = None
     log_decay: Tensor | None = None
@@ -50,7 +50,7 @@ class Rotation:
     offset: int
     cu_seqlens: Tensor | None
     log_decay: Tensor | None
-    decay_signs: tuple[float, ...]  # one for each of q, k
+    decay_signs: tuple[float, float]  # of q and k
     amplitude: float
     conjugate: bool
     interleaved: bool
@@ -82,58 +82,68 @@ def resolve(
     axes: Tensor | None = None,
     *,
     adjoint: bool,
-    attention_factor: float = 1.0,
     offset: int | None = None,
-    interleaved: bool = False,
-    rotary_offset: int | None = None,
-    inverse: bool = False,
-    decay_origin: float = 0.0,
+    **options,
 ) -> tuple[list[Tensor], Rotation]:
     """Check an op's arguments; return q and k as (batch, seqlen, heads, head_dim) and the Rotation.
 
-    `adjoint` asks for the transposed linear map, which a backward applies: the angle is negated,
-    the amplitude stays. `inverse` undoes the map: minus the angle, one over the amplitude.
+    options: of `rotation_of`.
     """
-    rotary_offset = rotary_offset or 0
-    numbers = {"rotary_offset": rotary_offset, "decay_origin": decay_origin}
-    rope_args = (inv_freq, positions, cu_seqlens, log_decay, axes)
-    check(q, k, *rope_args, attention_factor=attention_factor, **numbers)
+    rope = RopeTensors(inv_freq, positions, cu_seqlens, log_decay, axes)
+    check(q, k, *rope, **options)
     check_values(positions, cu_seqlens, axes, offset, q.shape[0])
     tensors = [q] if k is None else [q, k]
     if cu_seqlens is not None:
         tensors = [x.unsqueeze(0) for x in tensors]
-    sequences = tensors[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return tensors, rotation_of(
+        rope, tensors[0].shape, adjoint=adjoint, offset=offset or 0, **options
+    )
+
+
+def rotation_of(
+    rope: RopeTensors,
+    shape: torch.Size,
+    *,
+    adjoint: bool = False,
+    attention_factor: float = 1.0,
+    offset: int = 0,
+    interleaved: bool = False,
+    rotary_offset: int | None = None,
+    inverse: bool = False,
+    decay_origin: float = 0.0,
+) -> Rotation:
+    """Return the Rotation of checked arguments; shape: (batch, seqlen, ...) of q or k.
+
+    `adjoint` asks for the transposed linear map, which a backward applies: the angle is negated,
+    the amplitude stays. `inverse` undoes the map: minus the angle, one over the amplitude.
+    """
+    inv_freq, positions, cu_seqlens, log_decay, axes = rope
+    if inv_freq.dim() < 3:
+        inv_freq = inv_freq[None, None] if inv_freq.dim() == 1 else inv_freq.unsqueeze(1)
     kind = None
     if positions is not None:
-        kind = position_kind(positions, tensors[0].shape, sequences)
+        sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        kind = position_kind(positions, shape, sequences)
         if kind == "offsets":
             positions = positions.reshape(-1)
         elif positions.dim() == 1:
             positions = positions.unsqueeze(0)
     sign = -1.0 if inverse else 1.0
-    rotation = Rotation(
-        inv_freq=frequencies_3d(inv_freq),
+    return Rotation(
+        inv_freq=inv_freq,
         positions=positions,
         positions_are_offsets=kind == "offsets",
-        offset=offset or 0,
+        offset=offset,
         cu_seqlens=cu_seqlens,
         log_decay=log_decay,
-        decay_signs=(sign, -sign)[: len(tensors)],
+        decay_signs=(sign, -sign),
         amplitude=1.0 / attention_factor if inverse else attention_factor,
         conjugate=adjoint != inverse,
         interleaved=interleaved,
         axes=axes if kind == "positions by axis" else None,  # else all axes are alike
         decay_origin=decay_origin,
-        rotary_offset=rotary_offset,
+        rotary_offset=rotary_offset or 0,
     )
-    return tensors, rotation
-
-
-def frequencies_3d(inv_freq: Tensor) -> Tensor:
-    """Return inv_freq as (sequences or 1, heads or 1, rotary_dim / 2)."""
-    if inv_freq.dim() == 1:
-        return inv_freq[None, None]
-    return inv_freq.unsqueeze(1) if inv_freq.dim() == 2 else inv_freq
 
 
 def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
@@ -169,11 +179,15 @@ def check(
     log_decay: Tensor | None = None,
     axes: Tensor | None = None,
     *,
-    attention_factor: float,
-    rotary_offset: int = 0,
+    attention_factor: float = 1.0,
+    rotary_offset: int | None = None,
     decay_origin: float = 0.0,
+    **others: Any,
 ) -> None:
-    """Raise ValueError or TypeError that names the argument, for calls that kernels cannot run."""
+    """Raise ValueError or TypeError that names the argument, for calls that kernels cannot run.
+
+    others: options of which all values are right, or that `check_values` reads.
+    """
     table = _table(cu_seqlens is not None, axes is not None)
     tensors = (q, k, cu_seqlens, inv_freq, positions, log_decay, axes)
     sizes = specs.check("rope", table, tensors)
@@ -193,7 +207,7 @@ def check(
             f"rope: frequencies per head need as many k heads as q heads ({heads}), "
             f"got {sizes['heads_k']}; rotate q and k in two calls"
         )
-    check_rotary_offset("rope", rotary_offset, 2 * pairs, sizes["head_dim"])
+    check_rotary_offset("rope", rotary_offset or 0, 2 * pairs, sizes["head_dim"])
     check_real("rope", "attention_factor", attention_factor)
     if not 0 < attention_factor < math.inf:
         raise ValueError(f"rope: attention_factor must be > 0 and finite, got {attention_factor}")

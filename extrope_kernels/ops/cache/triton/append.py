@@ -9,8 +9,10 @@ without a cache, and says more about both.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +24,7 @@ from ..._math.triton.launch import INTERPRETED, Launch
 from ..._math.triton.pairs import copy_rows, store_parts
 from ..._torch.autograd import empty_rows
 from ..._torch.layouts import cached_by_layout, layout_key
-from ...rope.call import Rotation, frequencies_3d
+from ...rope.call import RopeTensors, rotation_of
 from ...rope.triton.device import (
     TileRows,
     build_launch,
@@ -212,36 +214,24 @@ def rope_append_kernel(
 
 def build_append(call: Append, num_counters: int = 0) -> Launch:
     """Build the launch for a checked call."""
-    cache, by = call.cache, call.rotation
+    cache, rope, head_dim_v = call.cache, call.rope, call.v.shape[-1]
     if call.k.shape[-1] < 2 or call.v.shape[-1] < 1:
         raise NotImplementedError(
             "rope_append: Triton's kernel needs a head_dim of at least 2, and of v at least 1, "
-            f"got {call.k.shape[-1]} and {call.v.shape[-1]}"
+            f"got {call.k.shape[-1]} and {head_dim_v}"
         )
-    rotates, positions, head_dim_v = by.inv_freq is not None, by.positions, call.v.shape[-1]
-    # Without a rotation all dims are copied, as if they were pairs.
-    inv_freq = by.inv_freq if rotates else call.k.new_empty(max(call.k.shape[-1] // 2, 1))
-    if positions is not None and positions.dim() == 1:
-        positions = positions[None]
-    rotation = Rotation(
-        frequencies_3d(inv_freq),
-        (cache.seqlens if positions is None else positions) if rotates else None,
-        positions_are_offsets=rotates and positions is None,
-        offset=0,
-        cu_seqlens=by.cu_seqlens,
-        log_decay=by.log_decay,
-        decay_signs=(1.0, -1.0),
-        amplitude=by.attention_factor,
-        conjugate=False,
-        interleaved=by.interleaved,
-        decay_origin=by.decay_origin,
-        rotary_offset=by.rotary_offset if rotates else 0,
-    )
+    shape, rotates = torch.Size((call.batch, call.seqlen)), rope.inv_freq is not None
+    if rotates:
+        rotation = rotation_of(rope, shape, **call.options)
+        if rope.positions is None:
+            rotation = replace(rotation, positions=cache.seqlens, positions_are_offsets=True)
+    else:  # all dims are copied, as if they were pairs
+        pairs = call.k.new_empty(max(call.k.shape[-1] // 2, 1))
+        rotation = rotation_of(RopeTensors(pairs, cu_seqlens=rope.cu_seqlens), shape)
     tile, numbers = rotation_numbers(rotation)
     del numbers["positions_stride_axis"]  # no axes here
-    step = AppendModel(
-        head_dim_v, next_power_of_2(head_dim_v), rotates, None if by.stored == SAME else by.stored
-    )
+    stored = None if call.stored == SAME else call.stored
+    step = AppendModel(head_dim_v, next_power_of_2(head_dim_v), rotates, stored)
     return build_launch(
         rope_append_kernel,
         {
@@ -317,12 +307,12 @@ def rope_append(*tensors: Tensor | None, **options) -> Tensor:
     refuse_aliases("rope_append", call.cache, q=call.q, k=call.k, v=call.v)
     if INTERPRETED:  # reading values costs nothing then
         check_values("rope_append", call)
-    by = call.rotation
+    rope = call.rope
     q_out = None if call.q is None else empty_rows(call.q)
-    rope_args = {"cu_seqlens": by.cu_seqlens}
-    if by.inv_freq is not None:
-        rope_args["inv_freq"], rope_args["log_decay"] = by.inv_freq, by.log_decay
-        rope_args["positions"] = call.cache.seqlens if by.positions is None else by.positions
+    rope_args = {"cu_seqlens": rope.cu_seqlens}
+    if rope.inv_freq is not None:
+        rope_args["inv_freq"], rope_args["log_decay"] = rope.inv_freq, rope.log_decay
+        rope_args["positions"] = call.cache.seqlens if rope.positions is None else rope.positions
     launch_append(launch, call.cache, call.k, call.v, q=call.q, q_out=q_out, **rope_args)
     return call.k.new_empty(0) if q_out is None else q_out
 

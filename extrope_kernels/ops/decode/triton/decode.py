@@ -63,9 +63,10 @@ from ...attention.triton.maps import (
     stored_map,
 )
 from ...attention.triton.mask import region_begin
-from ...cache.call import Append, KeyRotation, KVCache
+from ...cache.call import Append, KVCache
 from ...cache.triton.append import build_append, launch_append
 from ...cache.triton.fp8 import kind_of_cache, widened_codes
+from ...rope.call import RopeTensors
 from .schedule import CacheLengths, grid_of, keys_of, queries_of, work_of_item
 from .splits import OutputTarget, store_results, store_split
 
@@ -503,13 +504,11 @@ def decode_launches(
     # Else the cache has keys as they come, like queries.
     append, append_rotates = None, call.stored != call.q_stored
     if k is not None:
-        by = KeyRotation(cu_seqlens=call.cu_seqlens)
+        new = Append(None, k, v, cache, RopeTensors(None, cu_seqlens=call.cu_seqlens))
         if append_rotates:
-            by = KeyRotation(
-                inv_freq=call.inv_freq, cu_seqlens=call.cu_seqlens, log_decay=call.log_decay,
-                stored=call.stored, interleaved=call.interleaved, rotary_offset=call.rotary_offset,
-            )  # fmt: skip
-        append = build_append(Append(None, k, v, cache, by), num_counters)
+            rope = new.rope._replace(inv_freq=call.inv_freq, log_decay=call.log_decay)
+            new = new._replace(rope=rope, options=call.dims_that_rotate, stored=call.stored)
+        append = build_append(new, num_counters)
     return DecodeLaunches(append, attend, append_rotates, num_counters, scratch_size)
 
 
