@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from extrope_kernels.ops._math.triton.sincos import cos_sin, fixed_angle  # noqa
 from extrope_kernels.ops.attention import AttentionCall  # noqa: E402
 from extrope_kernels.ops.attention.triton import configs  # noqa: E402
 from extrope_kernels.ops.cache.call import KVCache  # noqa: E402
+from extrope_kernels.ops.decode import triton as in_triton  # noqa: E402
 from extrope_kernels.ops.decode.triton.decode import constants_of  # noqa: E402
 from extrope_kernels.ops.decode.triton.schedule import (  # noqa: E402
     CacheLengths,
@@ -154,6 +156,31 @@ def test_packed_queries_are_split(many_splits):
     lengths, counts, leftpad = (60, 17, 3, 5, 0), (1, 5, 0, 3, 1), (2, 0, 1, 0, 0)
     packed = {"counts": counts, "tail": 3, "leftpad": leftpad, "freqs_per_sequence": True}
     check(Case(lengths, heads_q=2, heads_k=1, head_dim_v=24, sinks=True, **packed), "triton")
+
+
+def test_splits_of_packed_queries_have_places_of_their_own(many_splits):
+    """Those of each block of rows, in the order of items; none writes where another's are."""
+    many_splits()
+    inputs = make(Case((60, 17), counts=(15, 1), heads_q=6))
+    kv = KVCache(inputs.k_cache, inputs.v_cache, inputs.call["cache_seqlens"])
+    call = call_of(scores.rerope(7), cu_seqlens=inputs.call["cu_seqlens_q"])
+    given = inputs.q, None, None, kv, call
+    launches = in_triton.decode_launches(*given)
+    kept = []
+
+    def run(scratch, **tensors):
+        kept.append(scratch)
+        launches.attend.run(scratch=scratch, **tensors)
+
+    in_triton.decode(*given, launches._replace(attend=SimpleNamespace(run=run)))
+    counters, size = launches[3:]
+    # (items, heads of k, rows of a block) log-sum-exps, behind outputs of 32 dims
+    places = kept[0][counters + (size - counters) * 32 // 33 :].view(-1, 2, 16)
+    written = ~places.isnan()
+    # Four splits of the first sequence's 16, 16 and 13 rows, and two of the second's 3.
+    rows = torch.tensor([16] * 8 + [13] * 4 + [3] * 2 + [0] * (len(written) - 14), device=device())
+    assert torch.equal(written.sum(-1), rows[:, None].expand(-1, 2))
+    assert torch.equal(written, written.cumprod(-1).bool())  # from each item's first place on
 
 
 def call_of(score: scores.Score, head_dim: int = 32, **options) -> AttentionCall:
