@@ -33,27 +33,29 @@ def _missing_triton(device: str) -> str | None:
     return None
 
 
-class Needs(NamedTuple):
-    """What a backend needs, whatever the operation."""
+class Backend(NamedTuple):
+    """Who computes, whatever the operation."""
 
     device: str | None  # whose tensors alone it takes
     missing: Callable[[str], str | None]  # (device) -> why it cannot run
+    has_ops: bool = False  # ops of its own, which run it on any device: rope_fwd_triton
+    stands_in: str | None = None  # the device where it runs ops that no library of C++ has
 
 
-NEEDS = {
-    "reference": Needs(None, lambda device: None),
-    "cpu": Needs("cpu", lambda device: _ext.load("cpu")),
-    "cuda": Needs("cuda", lambda device: _ext.load("cuda")),
-    "triton": Needs(None, _missing_triton),
-    "flash_attn": Needs(None, lambda device: None),  # attention knows
-    "fla": Needs(None, _missing_fla),
+ALL_BACKENDS = {
+    "reference": Backend(None, lambda device: None, stands_in="cpu"),
+    "cpu": Backend("cpu", lambda device: _ext.load("cpu")),
+    "cuda": Backend("cuda", lambda device: _ext.load("cuda")),
+    "triton": Backend(None, _missing_triton, has_ops=True, stands_in="cuda"),
+    "flash_attn": Backend(None, lambda device: None, has_ops=True),  # attention knows
+    "fla": Backend(None, _missing_fla),
 }
 
 
 @constant_when_compiled
 def missing(backend: str, device: str | None = None) -> str | None:
     """Return why `backend` cannot run on `device` ("cpu", "cuda", None for any), or None."""
-    return NEEDS[backend].missing(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return ALL_BACKENDS[backend].missing(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 _found: set[tuple] = set()  # calls that `require` has let pass
@@ -66,7 +68,7 @@ def require(op: str, backend: str, known: tuple[str, ...], device: str, why=miss
         return
     if backend not in known:
         raise ValueError(f"{op}: backend must be None or one of {list(known)}, got {backend!r}")
-    needs = NEEDS[backend].device
+    needs = ALL_BACKENDS[backend].device
     if needs is not None and device != needs:
         raise NotImplementedError(
             f"{op}: backend {backend!r} runs on {needs} tensors, got one on {device}"

@@ -2,63 +2,108 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _ext
+from .backends import ALL_BACKENDS
 
 library = torch.library.Library("extrope", "FRAGMENT")
 ops = torch.ops.extrope
+_WITH_OPS = tuple(name for name, backend in ALL_BACKENDS.items() if backend.has_ops)
 _again = threading.local()
 
 
-def load_on_first_use(fallbacks: dict[str, dict]) -> None:
-    """Register kernels that load (or build) the compiled library, then call the op again.
+def declare(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Declare an op without kernels."""
+    library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
-    fallbacks: for each device ("cpu", "cuda") whose library has these ops, a function for every
-        op; registered if that library cannot be loaded.
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    kernels: Mapping[str, Callable[..., Any]],
+    *,
+    libraries: tuple[str, ...] = ("cpu",),
+    on_gpu: Callable[..., Any] | None = None,
+) -> None:
+    """Define an op, and one with a suffix for each backend that has ops of its own.
+
+    kernels: the op's functions by backend. On a device, the op runs by the library of C++ that has
+        it, or else by the backend that stands in there.
+    libraries: those that have it.
+    on_gpu: what runs on a GPU, if not the backend that stands in there.
+    """
+    declare(name, schema, fake)
+    stand_ins = {}
+    for backend, function in kernels.items():
+        if backend in _WITH_OPS:
+            declare(f"{name}_{backend}", schema, fake)
+            for device in ("CPU", "CUDA"):  # on a CPU: the interpreter, fake engines
+                library.impl(f"{name}_{backend}", function, device)
+        stand_ins[ALL_BACKENDS[backend].stands_in] = function
+    _load_on_first_use(name, {device: stand_ins[device] for device in libraries})
+    if "cuda" not in libraries:
+        library.impl(name, on_gpu or stand_ins["cuda"], "CUDA")
+
+
+def op_of(name: str, backend: str | None) -> Any:
+    """Return an op, or the one that runs a backend which has ops of its own."""
+    return getattr(ops, f"{name}_{backend}" if backend in _WITH_OPS else name)
+
+
+def imported_when_called(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a module that its first call imports."""
+
+    @functools.cache
+    def load():
+        return getattr(importlib.import_module(module), name)
+
+    return lambda *args, **options: load()(*args, **options)
+
+
+def _load_on_first_use(name: str, stand_ins: Mapping[str, Callable[..., Any]]) -> None:
+    """Register a kernel that loads (or builds) the compiled library, then calls the op again.
+
+    stand_ins: a function for each device ("cpu", "cuda") whose library has the op; registered if
+        that library cannot be loaded.
 
     A device's own kernels take precedence whenever they arrive: a call of another thread always
     finds a kernel while the library is being loaded.
     """
 
-    def settle_for(device: str):
-        def settle(reason: str | None) -> None:
-            if reason is not None:
-                for op_name, function in fallbacks[device].items():
-                    if device == "cpu":
-                        function = _with_strides_of_fake(op_name, function)
-                    library.impl(op_name, function, device.upper())
+    def kernel(*args, **options):
+        first = next(_tensors(args))
+        device = first.device.type
+        if device not in stand_ins or getattr(_again, "calling", None) == name:
+            raise NotImplementedError(f"{name}: no kernel for {first.layout} tensors on {device}")
+        if _ext.is_deferred(device):
+            return stand_ins[device](*args, **options)
+        _ext.load(device)
+        _again.calling = name
+        try:
+            return getattr(ops, name)(*args, **options)
+        finally:
+            _again.calling = None
 
-        return settle
+    def settle(device: str, reason: str | None) -> None:
+        if reason is not None:
+            function = stand_ins[device]
+            if device == "cpu":
+                function = _with_strides_of_fake(name, function)
+            library.impl(name, function, device.upper())
 
-    def first_call(op_name: str):
-        def kernel(*args, **options):
-            first = next(_tensors(args))
-            device = first.device.type
-            if device not in fallbacks or getattr(_again, "calling", None) == op_name:
-                raise NotImplementedError(
-                    f"{op_name}: no kernel for {first.layout} tensors on {device}"
-                )
-            if _ext.is_deferred(device):
-                return fallbacks[device][op_name](*args, **options)
-            _ext.load(device)
-            _again.calling = op_name
-            try:
-                return getattr(ops, op_name)(*args, **options)
-            finally:
-                _again.calling = None
-
-        return kernel
-
-    for device in fallbacks:
-        _ext.watch(device, settle_for(device))
-    for op_name in next(iter(fallbacks.values())):
-        library.impl(op_name, first_call(op_name), "CompositeExplicitAutograd")
+    for device in stand_ins:
+        _ext.watch(device, functools.partial(settle, device))
+    library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
 def _with_strides_of_fake(op_name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from .._torch.autograd import (
 )
 from .._torch.dtensor import replicated
 from .._torch.layouts import cached_by_layout, layout_key
-from .._torch.library import library, load_on_first_use, ops
+from .._torch.library import define, library, op_of, ops
 from . import flash_attn, reference
 from .call import (
     OPTIONS,
@@ -88,7 +88,8 @@ def backward(
     given = (dout, dlse, q, k, v, out, lse)
     if by_reference(q, backend):
         return reference.backward(*given, call)
-    return _named("attention_bwd", backend)(*given, *call.tensors, **call.options)
+    op = op_of("attention_bwd", backend).default
+    return op(*given, *call.tensors, **call.options)
 
 
 def by_reference(q: Tensor, backend: str | None) -> bool:
@@ -100,23 +101,18 @@ def call_op(
     name: str, backend: str | None, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Call an op, or that of a named backend; without its Autograd kernel if that has no use."""
-    op = _named(name, backend)
+    op = op_of(name, backend).default
     if torch.compiler.is_compiling() or wants_grad(args):
         return op(*args, **options)
     return call_unrecorded(op, args, options)
-
-
-def _named(name: str, backend: str | None) -> Any:
-    named = f"{name}_{backend}" if backend in ("triton", "flash_attn") else name
-    return getattr(ops, named).default
 
 
 # -------------------------------------------------------------------------------------------------
 # From an op's arguments to a kernel
 
 
-class Backend(NamedTuple):
-    """Who computes: the functions of a module in an operation's folder, `forward` and the like.
+class KernelModule(NamedTuple):
+    """A backend's functions, `forward` and the like, in a module of an operation's folder.
 
     Kernels that are launched have a function beside each, `forward_launches`, whose result is kept
     for the layouts of a call's tensors; the other takes it after the call.
@@ -185,14 +181,14 @@ BACKWARD = Step(  # of dout, dlse, q, k, v, out and lse
     lambda args, call, fused: _check(*args[2:5], call, fused, results=(*args[:2], *args[5:])),
     lambda args, call, _, has_values: has_values and check_values("attention", call, len(args[2])),
 )
-BACKENDS = {
-    "reference": Backend("reference", fused=False),
-    "triton": Backend("triton", fused=True),
-    "flash_attn": Backend("flash_attn", fused=True),
+MODULES = {
+    "reference": KernelModule("reference", fused=False),
+    "triton": KernelModule("triton", fused=True),
+    "flash_attn": KernelModule("flash_attn", fused=True),
 }
 # The functions of each op, by backend.
 KERNELS = {
-    name: {backend: row.kernel(__package__, step) for backend, row in BACKENDS.items()}
+    name: {backend: row.kernel(__package__, step) for backend, row in MODULES.items()}
     for name, step in {"attention_fwd": FORWARD, "attention_bwd": BACKWARD}.items()
 }
 
@@ -315,21 +311,9 @@ def grad_of_sinks(
 def _define() -> None:
     fakes = {"attention_fwd": _fwd_fake, "attention_bwd": _bwd_fake}
     for name, fake in fakes.items():
-        define(name, _SCHEMAS[name], fake, KERNELS[name])
-        library.impl(name, selected(name), "CUDA")
+        define(name, _SCHEMAS[name], fake, KERNELS[name], on_gpu=selected(name))
     for suffix in ("", "_triton", "_flash_attn"):
         _register_gradient(suffix)
-    load_on_first_use({"cpu": {name: KERNELS[name]["reference"] for name in fakes}})
-
-
-def define(name: str, schema: str, fake: Callable[..., Any], kernels: Mapping[str, Any]) -> None:
-    """Define an op, and one with a suffix for each backend that is no other's fallback."""
-    suffixes = {f"_{backend}": run for backend, run in kernels.items() if backend != "reference"}
-    for suffix, run in {"": None, **suffixes}.items():
-        library.define(name + suffix + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        torch.library.register_fake(f"{library.ns}::{name}{suffix}", fake, lib=library)
-        for device in ("CPU", "CUDA") if run else ():  # on a CPU: the interpreter, fake engines
-            library.impl(name + suffix, run, device)
 
 
 _define()

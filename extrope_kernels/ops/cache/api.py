@@ -22,7 +22,7 @@ from .._tables.checks import (
 from .._tables.decay import check_new_keys, check_numbers
 from .._torch import backends as _backends
 from .._torch.autograd import call_unrecorded, note_writes
-from .._torch.library import ops
+from .._torch.library import op_of
 from . import op as _op  # noqa: F401  (defines the op)
 from . import reference
 from .call import KEYS, cache_lengths, check, check_values, read_append
@@ -164,7 +164,7 @@ def _rope_args(
 def _run(tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Tensor:
     if backend == "reference":
         return reference.rope_append(*tensors, **options)
-    op = ops.rope_append_triton if backend == "triton" else ops.rope_append
+    op = op_of("rope_append", backend)
     if torch.compiler.is_compiling():
         return op(*tensors, **options)
     out = call_unrecorded(op, tensors, options)

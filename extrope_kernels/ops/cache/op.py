@@ -6,11 +6,9 @@ runs Triton's. `rope_append_triton` always runs Triton's.
 
 from __future__ import annotations
 
-import torch
-
 from .._math.maps import SCHEMA
 from .._torch.autograd import empty_rows, refuse_backward
-from .._torch.library import library, load_on_first_use, ops
+from .._torch.library import define, imported_when_called, library, ops
 from . import reference
 from .call import check, read_append
 
@@ -33,24 +31,16 @@ def _fake(*tensors, **options):
     return call.k.new_empty(0) if call.q is None else empty_rows(call.q)
 
 
-def _triton(*args, **options):
-    from .triton.append import rope_append
-
-    return rope_append(*args, **options)
-
-
 def _define() -> None:
-    for suffix in ("", "_triton"):
-        name = f"rope_append{suffix}"
-        library.define(name + _SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
-        torch.library.register_fake(f"{library.ns}::{name}", _fake, lib=library)
+    kernels = {
+        "reference": reference.rope_append,
+        "triton": imported_when_called(f"{__package__}.triton.append", "rope_append"),
+    }
+    define("rope_append", _SCHEMA, _fake, kernels)
+    message = "rope_append: is for inference and has no gradient"
+    for name in ("rope_append", "rope_append_triton"):
         op = getattr(ops, name).default
-        message = "rope_append: is for inference and has no gradient"
         refuse_backward(library, op, message, lambda tensors: tensors[3:5])
-    library.impl("rope_append_triton", _triton, "CUDA")
-    library.impl("rope_append_triton", _triton, "CPU")  # the interpreter
-    library.impl("rope_append", _triton, "CUDA")
-    load_on_first_use({"cpu": {"rope_append": reference.rope_append}})
 
 
 _define()

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._math.dtypes import accumulator
 from .._tables import specs
 from .._torch.autograd import note_writes, refuse_backward
-from .._torch.library import library, load_on_first_use, ops
+from .._torch.library import define, library, ops
 from ..attention.call import (
     CALL,
     OPTIONS,
@@ -26,7 +26,7 @@ from ..attention.call import (
     lse_shape,
     read_call,
 )
-from ..attention.op import BACKENDS, Step, by_reference, call_op, define
+from ..attention.op import MODULES, Step, by_reference, call_op
 from ..cache.call import KVCache, check_cache, check_new, check_slots, refuse_aliases
 from . import reference
 
@@ -147,16 +147,14 @@ def _written(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 _DECODE = Step("decode", _read, _check, _check_call)
-KERNELS = {name: BACKENDS[name].kernel(__package__, _DECODE) for name in ("reference", "triton")}
+KERNELS = {name: MODULES[name].kernel(__package__, _DECODE) for name in ("reference", "triton")}
 
 
 def _define() -> None:
     define("decode", _SCHEMA, _fake, KERNELS)
-    library.impl("decode", KERNELS["triton"], "CUDA")
     refused = "decode: is for inference and has no gradient"
     for name in ("decode", "decode_triton"):
         refuse_backward(library, getattr(ops, name).default, refused, _written)
-    load_on_first_use({"cpu": {"decode": KERNELS["reference"]}})
 
 
 _define()

@@ -18,7 +18,7 @@ from .._torch.autograd import (
     register_backward,
 )
 from .._torch.backends import missing
-from .._torch.library import library, load_on_first_use, ops
+from .._torch.library import declare, define, library, ops
 from . import cpu, fla, reference
 from .checks import check, check_dims, check_powers, check_state, check_values
 from .permutations import Powers, cycles, source_dims
@@ -220,10 +220,16 @@ def _step_fake(
 
 
 def _define() -> None:
-    fakes = (_permute_fake, _fwd_fake, _bwd_fake, _step_fake)
-    for (name, schema), fake in zip(_SCHEMAS.items(), fakes):
-        library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    fakes = {
+        "permuteformer_fwd": _fwd_fake,
+        "permuteformer_bwd": _bwd_fake,
+        "permuteformer_step": _step_fake,
+    }
+    gather = _permute_by_gather
+    schema = _SCHEMAS["permute_fwd"]
+    define("permute_fwd", schema, _permute_fake, {"reference": gather}, on_gpu=gather)
+    for name, fake in fakes.items():
+        declare(name, _SCHEMAS[name], fake)
     permute, forward, backward, step = (getattr(ops, name).default for name in _SCHEMAS)
     register_backward(library, permute, _save_permute, _backward_of_permute)
     # Sequences that start at one position are one batch.
@@ -233,8 +239,6 @@ def _define() -> None:
     only_first = f"{_NAME}: the kernels have first derivatives only; use backend='reference'"
     refuse_backward(library, backward, only_first)
     refuse_backward(library, step, f"{_NAME}: a step is for inference and has no gradient")
-    library.impl("permute_fwd", _permute_by_gather, "CUDA")
-    load_on_first_use({"cpu": {"permute_fwd": _permute_by_gather}})
     for key in ("CPU", "CUDA"):
         library.impl("permuteformer_fwd", _fwd, key)
         library.impl("permuteformer_bwd", _bwd, key)

@@ -24,7 +24,7 @@ from .._tables.decay import check_numbers
 from .._torch.autograd import call_unrecorded, note_writes, wants_grad
 from .._torch.backends import missing, require
 from .._torch.dtensor import replicated
-from .._torch.library import ops
+from .._torch.library import op_of, ops
 from . import norm as norm_reference
 from . import op as _op  # noqa: F401  (defines the ops)
 from . import reference
@@ -235,4 +235,4 @@ def _find(name: str, backend: str | None, q: Tensor) -> Callable[..., Any]:
         )
     if backend == "reference":
         return getattr(norm_reference if "norm" in name else reference, name)
-    return getattr(ops, f"{name}_triton" if backend == "triton" else name)
+    return op_of(name, backend)

@@ -14,10 +14,6 @@ sum over pairs that share an angle:
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -33,7 +29,7 @@ from .._torch.autograd import (
     register_backward,
 )
 from .._torch.dtensor import replicated, whole
-from .._torch.library import library, load_on_first_use, ops
+from .._torch.library import define, imported_when_called, library, ops
 from . import norm, reference
 from .call import INPLACE, check_norm, check_saved, not_differentiable, resolve, token_positions
 
@@ -310,35 +306,12 @@ def _register_norm_gradients(library: torch.library.Library, suffix: str) -> Non
 # Registration
 
 
-def triton_kernels(module: str, names: tuple[str, ...]) -> dict[str, Callable]:
-    """Return kernels of ops in a module of triton/, imported when one is first called."""
-
-    def kernel(name: str) -> Callable:
-        @functools.cache
-        def load():
-            return getattr(importlib.import_module(f"{__package__}.triton.{module}"), name)
-
-        return lambda *args, **options: load()(*args, **options)
-
-    return {name: kernel(name) for name in names}
-
-
-_REFERENCE = {
-    "rope_fwd": reference.rope_fwd,
-    "rope_bwd": reference.rope_bwd,
-    "rope_inplace": reference.rope_inplace,
-}
-_NORM_REFERENCE = {
-    "rope_norm_fwd": norm.rope_norm_fwd,
-    "rope_norm_bwd": norm.rope_norm_bwd,
-    "rope_norm_inplace": norm.rope_norm_inplace,
-}
-_TRITON = triton_kernels("rotation", tuple(_REFERENCE))
-_NORM_TRITON = triton_kernels("norm", tuple(_NORM_REFERENCE))
 _OPS = {
     "rope_fwd": (_FWD, _fwd_fake),
     "rope_bwd": (_BWD, _bwd_fake),
     "rope_inplace": (_INPLACE, _inplace_fake),
+}
+_NORM_OPS = {
     "rope_norm_fwd": (_NORM_FWD, _norm_fwd_fake),
     "rope_norm_bwd": (_NORM_BWD, _norm_bwd_fake),
     "rope_norm_inplace": (_NORM_INPLACE, _norm_inplace_fake),
@@ -346,22 +319,20 @@ _OPS = {
 
 
 def _define() -> None:
+    for plain, module, table, libraries in (
+        (reference, "rotation", _OPS, ("cpu", "cuda")),
+        (norm, "norm", _NORM_OPS, ("cpu",)),
+    ):
+        for name, (schema, fake) in table.items():
+            triton = imported_when_called(f"{__package__}.triton.{module}", name)
+            kernels = {"reference": getattr(plain, name), "triton": triton}
+            define(name, schema, fake, kernels, libraries=libraries)
     for suffix in ("", "_triton"):
-        for name, (schema, fake) in _OPS.items():
-            library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
-            torch.library.register_fake(f"{library.ns}::{name}{suffix}", fake, lib=library)
         _register_gradients(library, suffix)
         _register_norm_gradients(library, suffix)
         for name in ("rope_inplace", "rope_norm_inplace"):
             refuse_recording(library, getattr(ops, name + suffix).default, INPLACE)
     library.define("cpu_capability() -> int")  # see cli.CPU_CAPABILITIES
-    for name, function in (_TRITON | _NORM_TRITON).items():
-        library.impl(f"{name}_triton", function, "CUDA")
-        library.impl(f"{name}_triton", function, "CPU")  # the interpreter
-    for name, function in _NORM_TRITON.items():
-        library.impl(name, function, "CUDA")
-    load_on_first_use({"cpu": _REFERENCE, "cuda": _TRITON})
-    load_on_first_use({"cpu": _NORM_REFERENCE})
 
 
 _define()
