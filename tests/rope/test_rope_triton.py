@@ -23,7 +23,7 @@ from support.rope_oracle import (
 )
 
 from extrope_kernels.ops._math.dtypes import accumulator
-from extrope_kernels.ops._math.pairs import cross
+from extrope_kernels.ops._math.pairs import PairDims, cross
 from extrope_kernels.ops._math.triton.launch import Launch
 from extrope_kernels.ops.rope import reference
 from extrope_kernels.ops.rope.call import Rotation
@@ -140,9 +140,9 @@ def test_angle_grad(dtype, per_head, interleaved):
     dx, angle_grad = backward(saved, grads, rotation)
 
     wide = accumulator(dtype)
-    layout = (12, interleaved, first, per_head)
+    at = (PairDims(12, interleaved, first), per_head)
     widened = reference.rotate([g.to(wide) for g in grads], rotation)
-    same_dtype = sum(cross(x, d, *layout) for x, d in zip(saved, widened, strict=True))
+    same_dtype = sum(cross(x, d, *at) for x, d in zip(saved, widened, strict=True))
     want_dx = exact(grads, rotation)
     dims = first + np.arange(12)
     first, second = (dims[0::2], dims[1::2]) if interleaved else (dims[:6], dims[6:])

@@ -28,6 +28,7 @@ from ...scores.base import (
 )
 from .._math import maps
 from .._math.dtypes import accumulator
+from .._math.pairs import PairDims
 from .._tables import specs
 from .._tables.checks import (
     check_boundaries,
@@ -188,9 +189,8 @@ class AttentionCall(NamedTuple):
         return PositionMap(by.modulus, divisor, by.floor, offset)(torch.atleast_2d(positions))
 
     @property
-    def layout(self) -> tuple[int, bool, int]:
-        """Where the dims of pairs are: the arguments of `split_pairs`."""
-        return 2 * self.inv_freq.shape[-1], self.interleaved, self.rotary_offset
+    def pair_dims(self) -> PairDims:
+        return PairDims(2 * self.inv_freq.shape[-1], self.interleaved, self.rotary_offset)
 
     @property
     def dims_that_rotate(self) -> dict[str, Any]:
@@ -440,17 +440,18 @@ def check_values_of_pairs(op: str, call: AttentionCall) -> None:
         check_of_pairs(op, *call.pair_maps.unbind(1))
 
 
-def check_head_dim(op: str, x: Tensor, rotary_offset: int = 0) -> None:
+def check_dims(op: str, call: AttentionCall, q: Tensor, v: Tensor) -> None:
     """Check the fused kernels' limits on head_dim and on the first rotated dim."""
-    if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= 256:
-        raise ValueError(
-            f"{op}: head_dim must be a multiple of 8 up to 256 (backend='reference' takes any), "
-            f"got {x.shape[-1]}"
-        )
-    if rotary_offset % 2:
+    for x in (q, v):
+        if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= 256:
+            raise ValueError(
+                f"{op}: head_dim must be a multiple of 8 up to 256 (backend='reference' takes "
+                f"any), got {x.shape[-1]}"
+            )
+    if call.rotary_offset % 2:
         raise ValueError(
             f"{op}: rotary_offset must be even (backend='reference' takes odd ones too), "
-            f"got {rotary_offset}"
+            f"got {call.rotary_offset}"
         )
 
 

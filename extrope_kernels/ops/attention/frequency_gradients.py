@@ -81,7 +81,7 @@ def _gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
 def _of_angle(x: Tensor, dx: Tensor, call: AttentionCall) -> Tensor:
     """Return the gradient of x's rotation angles: (..., seqlen, heads_k or 1, pairs) float64."""
     heads = call.inv_freq.shape[-2] if call.inv_freq.dim() == 3 else 1
-    found = cross(x, dx, *call.layout, per_head=True).double()
+    found = cross(x, dx, call.pair_dims, per_head=True).double()
     return found.unflatten(-2, (heads, -1)).sum(-2)
 
 

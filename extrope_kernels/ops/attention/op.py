@@ -34,7 +34,7 @@ from .call import (
     TENSORS,
     AttentionCall,
     check_attention,
-    check_head_dim,
+    check_dims,
     check_values,
     lse_shape,
     options_key,
@@ -165,8 +165,7 @@ def _plan(step, args, tensors, options, fused, build):
 def _check(q, k, v, call, fused, results=()):
     check_attention("attention", q, k, v, call, results=results)
     if fused:
-        check_head_dim("attention", q, call.rotary_offset)
-        check_head_dim("attention", v)
+        check_dims("attention", call, q, v)
 
 
 FORWARD = Step(

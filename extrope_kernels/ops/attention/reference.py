@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...scores.base import UNROTATED, PlainMap
 from .._math.dtypes import accumulator, without_autocast
-from .._math.pairs import join_pairs, split_pairs, with_rotated
+from .._math.pairs import split_pairs, with_pairs
 from .call import AttentionCall
 
 # Cosines and sines of each row's angles, times its amplitude; None: rows are taken as they come.
@@ -140,9 +140,8 @@ def _rotate(x: Tensor, cos_sin: CosSin, call: AttentionCall, adjoint: bool = Fal
     cos, sin = (table.to(wide) for table in cos_sin)
     if adjoint:
         sin = -sin
-    a, b = split_pairs(x.to(wide), *call.layout)
-    dims = join_pairs(a * cos - b * sin, b * cos + a * sin, call.interleaved)
-    return with_rotated(x, dims, call.rotary_offset)
+    a, b = split_pairs(x.to(wide), call.pair_dims)
+    return with_pairs(x, a * cos - b * sin, b * cos + a * sin, call.pair_dims)
 
 
 def _logits(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:

@@ -9,19 +9,21 @@ from __future__ import annotations
 from .._math.maps import SCHEMA
 from .._torch.autograd import empty_rows, refuse_backward
 from .._torch.library import define, imported_when_called, library, ops
+from ..rope.call import OPTIONS
 from . import reference
 from .call import check, read_append
 
 # The map, if there is one, is that by which a score method stores keys.
 _MAP = ", ".join(x for name, x in SCHEMA.items() if name != "map_rows")
 _MAP = _MAP.replace("int[] map_kinds", "int[]? map_kinds=None")
+# Positions are those of slots or tokens, so there is no offset, and nothing is undone.
+_OF_ROPE = ", ".join(x for name, x in OPTIONS.items() if name not in ("offset", "inverse"))
 _SCHEMA = (
     "(Tensor? q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? inv_freq, "
     "Tensor? cache_seqlens=None, Tensor? block_table=None, Tensor? slot_mapping=None, "
     "Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? cache_leftpad=None, "
     "Tensor? log_decay=None, Tensor? k_scale=None, Tensor? v_scale=None, *, "
-    f"{_MAP}, float attention_factor=1.0, bool interleaved=False, int? rotary_offset=None, "
-    "float decay_origin=0.0) -> Tensor"
+    f"{_MAP}, {_OF_ROPE}) -> Tensor"
 )
 
 

@@ -20,7 +20,7 @@ from ..attention.call import (
     TENSORS,
     AttentionCall,
     Q,
-    check_head_dim,
+    check_dims,
     check_options,
     check_values_of_pairs,
     lse_shape,
@@ -116,8 +116,7 @@ def _check_decay(op: str, cache: KVCache, call: AttentionCall) -> None:
 def _check(args, call, fused):
     check_decode("decode", *args, call)
     if fused:
-        check_head_dim("decode", args[0], call.rotary_offset)
-        check_head_dim("decode", args[-1].v)
+        check_dims("decode", call, args[0], args[-1].v)
 
 
 def _check_call(args, call, fused, has_values):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...methods import RopeFreqs
 from ...scores.base import FARTHEST_POSITION
 from .._math import positions as _positions
+from .._math.pairs import PairDims
 from .._math.positions import position_kind as position_kind_of_one_axis
 from .._tables import specs
 from .._tables.checks import (
@@ -26,6 +27,17 @@ from .._tables.checks import (
 )
 from .._tables.decay import reach
 from .._tables.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
+
+# What a rotation is told besides tensors, as arguments of an op's schema. Integers have no default,
+# which AOTInductor of PyTorch 2.13 could not leave out: None means 0.
+OPTIONS = {
+    "attention_factor": "float attention_factor=1.0",
+    "offset": "SymInt? offset=None",
+    "interleaved": "bool interleaved=False",
+    "rotary_offset": "int? rotary_offset=None",
+    "inverse": "bool inverse=False",
+    "decay_origin": "float decay_origin=0.0",
+}
 
 
 class RopeTensors(NamedTuple):
@@ -63,9 +75,8 @@ class Rotation:
         return 2 * self.inv_freq.shape[-1]
 
     @property
-    def layout(self) -> tuple[int, bool, int]:
-        """Where the dims of pairs are: the arguments of `split_pairs`."""
-        return self.rotary_dim, self.interleaved, self.rotary_offset
+    def pair_dims(self) -> PairDims:
+        return PairDims(self.rotary_dim, self.interleaved, self.rotary_offset)
 
     @property
     def per_head(self) -> bool:
@@ -144,6 +155,13 @@ def rotation_of(
         decay_origin=decay_origin,
         rotary_offset=rotary_offset or 0,
     )
+
+
+def pair_dims_of(
+    inv_freq: Tensor, interleaved: bool = False, rotary_offset: int | None = None, **others: Any
+) -> PairDims:
+    """Return the pairs' dims of an op's arguments; others: its other options."""
+    return PairDims(2 * inv_freq.shape[-1], interleaved, rotary_offset or 0)
 
 
 def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._math.dtypes import accumulator
-from .._math.pairs import cross, join_pairs, split_pairs
+from .._math.pairs import PairDims, cross, split_pairs, with_pairs
 from .._math.positions import sequence_of_token
 from .._torch.autograd import (
     batching_rule,
@@ -31,21 +31,25 @@ from .._torch.autograd import (
 from .._torch.dtensor import replicated, whole
 from .._torch.library import define, imported_when_called, library, ops
 from . import norm, reference
-from .call import INPLACE, check_norm, check_saved, not_differentiable, resolve, token_positions
+from .call import (
+    INPLACE,
+    OPTIONS,
+    check_norm,
+    check_saved,
+    not_differentiable,
+    pair_dims_of,
+    resolve,
+    token_positions,
+)
 
 # An Autograd kernel sees only positional tensors, so all tensors come before the *. axes matters
-# only to positions of shape (axes, batch, seqlen): others are the same on every axis. offset and
-# rotary_offset have no integer default, which AOTInductor of PyTorch 2.13 could not leave out; None
-# means 0.
-ROPE_TENSORS = (
+# only to positions of shape (axes, batch, seqlen): others are the same on every axis.
+_ROPE_TENSORS = (
     "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
     "Tensor? axes=None"
 )
-ROPE_OPTIONS = (
-    "float attention_factor=1.0, SymInt? offset=None, bool interleaved=False, "
-    "int? rotary_offset=None, bool inverse=False, float decay_origin=0.0"
-)
-_ROPE_ARGS = f"{ROPE_TENSORS}, *, {ROPE_OPTIONS}"
+_ROPE_OPTIONS = ", ".join(OPTIONS.values())
+_ROPE_ARGS = f"{_ROPE_TENSORS}, *, {_ROPE_OPTIONS}"
 _FWD = f"(Tensor q, Tensor? k, {_ROPE_ARGS}) -> (Tensor, Tensor)"
 _BWD = (
     f"(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, {_ROPE_ARGS}) "
@@ -53,8 +57,8 @@ _BWD = (
 )
 _INPLACE = f"(Tensor(a!) q, Tensor(b!)? k, {_ROPE_ARGS}) -> ()"
 _NORM_ARGS = (
-    f"Tensor? q_norm_weight, Tensor? k_norm_weight, {ROPE_TENSORS}, *, float norm_eps=1e-6, "
-    f"{ROPE_OPTIONS}"
+    f"Tensor? q_norm_weight, Tensor? k_norm_weight, {_ROPE_TENSORS}, *, float norm_eps=1e-6, "
+    f"{_ROPE_OPTIONS}"
 )
 _NORM_FWD = f"(Tensor q, Tensor? k, {_NORM_ARGS}) -> (Tensor, Tensor)"
 _NORM_BWD = (
@@ -151,16 +155,14 @@ def _register_gradients(library: torch.library.Library, suffix: str) -> None:
 
     def bwd_backward(ctx, u_q, u_k, w):
         grad_q, grad_k, q, k, dq, dk, *rope_args = ctx.saved_tensors
-        options = ctx.options
-        interleaved, first = options.get("interleaved", False), options.get("rotary_offset") or 0
-        layout = (2 * rope_args[0].shape[-1], interleaved, first)
+        at = pair_dims_of(rope_args[0], **ctx.options)
         grads = (dq, dk) if ctx.has_k else (dq,)
         u = [u_q, u_k][: len(grads)]
         x_bar: list[Tensor | None] = [None, None]
         wide = grad_q.dtype if q is None else w.dtype
         if q is not None:
-            u = [u_t.to(wide) + _rotate_quarter(x, w, *layout) for u_t, x in zip(u, (q, k))]
-            x_bar = [-_rotate_quarter(dx, w, *layout).to(dx.dtype) for dx in grads] + [None]
+            u = [u_t.to(wide) + _rotate_quarter(x, w, at) for u_t, x in zip(u, (q, k))]
+            x_bar = [-_rotate_quarter(dx, w, at).to(dx.dtype) for dx in grads] + [None]
         u = [contiguous_rows(x) for x in u]
         g_bar = fwd(u[0], u[1] if ctx.has_k else None, *rope_args, **ctx.options)
         d_freq = None
@@ -170,7 +172,7 @@ def _register_gradients(library: torch.library.Library, suffix: str) -> None:
                 grads = [x.to(wide) for x in (grad_q, grad_k)[: len(grads)]]
                 grads = bwd(*grads, *[None] * (4 - len(grads)), *rope_args, **ctx.options)[:2]
             d_freq = _frequency_grad(
-                _angle_grad(u, grads, layout, rope_args), grad_q, grad_k, rope_args, ctx.options
+                _angle_grad(u, grads, at, rope_args), grad_q, grad_k, rope_args, ctx.options
             )
         g_bar = [x.to(grad_q.dtype) for x in g_bar]
         return g_bar[0], g_bar[1] if ctx.has_k else None, *x_bar[:2], d_freq
@@ -214,24 +216,20 @@ def _with_defaults(rope_args) -> tuple[Tensor | None, ...]:
     return (*rope_args, *[None] * (5 - len(rope_args)))
 
 
-def _rotate_quarter(
-    x: Tensor, w: Tensor, rotary_dim: int, interleaved: bool, rotary_offset: int
-) -> Tensor:
+def _rotate_quarter(x: Tensor, w: Tensor, at: PairDims) -> Tensor:
     """Return w * J x in w's dtype; zero in the dims that do not rotate."""
-    a, b = split_pairs(x.to(w.dtype), rotary_dim, interleaved, rotary_offset)
+    a, b = split_pairs(x.to(w.dtype), at)
     w = w.view(w.shape[1:]) if x.dim() == 3 else w
-    rotated = join_pairs(-b * w, a * w, interleaved)
-    others = (rotary_offset, x.shape[-1] - rotary_offset - rotary_dim)
-    return torch.nn.functional.pad(rotated, others)
+    return with_pairs(torch.zeros_like(x, dtype=w.dtype), -b * w, a * w, at)
 
 
-def _angle_grad(xs, grads, layout, rope_args) -> Tensor:
+def _angle_grad(xs, grads, at: PairDims, rope_args) -> Tensor:
     inv_freq, _, cu_seqlens = rope_args[:3]
     per_head = inv_freq.dim() == 3 and inv_freq.shape[1] > 1
     pairs = (
         zip(xs, grads) if cu_seqlens is None else ((x[None], dx[None]) for x, dx in zip(xs, grads))
     )
-    return sum(cross(x, dx, *layout, per_head) for x, dx in pairs)
+    return sum(cross(x, dx, at, per_head) for x, dx in pairs)
 
 
 def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._math.dtypes import accumulator
-from .._math.pairs import cross, join_pairs, split_pairs, with_rotated
+from .._math.pairs import cross, split_pairs, with_pairs
 from .._math.positions import sequence_of_token
 from .call import Rotation, check_saved, refuse_expanded, refuse_shared, resolve, token_positions
 
@@ -37,8 +37,8 @@ def rope_bwd(
     if q is not None:
         saved = [x.view_as(grad) for x, grad in zip((q, k), tensors)]
         unrounded = rotate([grad.to(wide) for grad in tensors], rotation)
-        layout = (*rotation.layout, rotation.per_head)
-        angle_grad = sum(cross(x, dx, *layout) for x, dx in zip(saved, unrounded))
+        at = (rotation.pair_dims, rotation.per_head)
+        angle_grad = sum(cross(x, dx, *at) for x, dx in zip(saved, unrounded))
     dk = grads[1].view_as(grad_k) if grad_k is not None else grad_q.new_empty(0)
     return grads[0].view_as(grad_q), dk, angle_grad
 
@@ -74,7 +74,6 @@ def rotate(tensors: list[Tensor], rotation: Rotation) -> list[Tensor]:
             amplitude = amplitude * torch.exp(exponent)
         wide = accumulator(x.dtype)
         cos, sin = (angle.cos() * amplitude).to(wide), (angle.sin() * amplitude).to(wide)
-        a, b = split_pairs(x.to(wide), *rotation.layout)
-        dims = join_pairs(a * cos - b * sin, b * cos + a * sin, rotation.interleaved)
-        rotated.append(with_rotated(x, dims, rotation.rotary_offset))
+        a, b = split_pairs(x.to(wide), rotation.pair_dims)
+        rotated.append(with_pairs(x, a * cos - b * sin, b * cos + a * sin, rotation.pair_dims))
     return rotated

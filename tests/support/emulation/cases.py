@@ -110,14 +110,12 @@ class Case:
         assert torch.equal(now, before), "wrote between the rows of its output"
 
     def _check_angle_grad(self, ideal: list[np.ndarray]) -> None:
-        layout = (*self.rotation.layout, self.rotation.per_head)
+        at = (self.rotation.pair_dims, self.rotation.per_head)
         wide = accumulator(self.inputs[0].dtype)
         rotated = reference.rotate([x.to(wide) for x in self.originals], self.rotation)
-        ref = sum(cross(x, dx, *layout) for x, dx in zip(self.saved, rotated, strict=True))
+        ref = sum(cross(x, dx, *at) for x, dx in zip(self.saved, rotated, strict=True))
         exactly = [torch.from_numpy(dx.astype(np.float64)) for dx in ideal]
-        want = sum(
-            cross(x.double(), dx, *layout) for x, dx in zip(self.saved, exactly, strict=True)
-        )
+        want = sum(cross(x.double(), dx, *at) for x, dx in zip(self.saved, exactly, strict=True))
         assert_within_budget("angle_grad", self.angle_grad, ref, want)
 
 
