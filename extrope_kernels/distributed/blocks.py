@@ -16,7 +16,7 @@ PARTS = 8
 
 
 class Plan(NamedTuple):
-    """The arguments of a call over ranks, except q, k, v and sinks."""
+    """The arguments of a call over ranks, except q, k and v."""
 
     op: str  # the name that errors begin with
     call: AttentionCall
@@ -80,13 +80,12 @@ class Block(NamedTuple):
 
     def call(self, call: AttentionCall, heads: slice) -> AttentionCall:
         """Return the call for the block's queries and these heads."""
-        inv_freq, scale, sinks = call.inv_freq, call.query_scale, call.sinks
+        inv_freq, scale = call.inv_freq, call.query_scale
         if self.sequences is not None and inv_freq.dim() > 1 and inv_freq.shape[0] > 1:
             inv_freq = inv_freq[self.sequences]
-        return call._replace(
+        return call.of_heads(heads)._replace(
             inv_freq=inv_freq,
             cu_seqlens=self.cu_seqlens,
-            sinks=None if sinks is None else sinks[heads],
             query_scale=None if scale is None else scale[..., self.run.rows].contiguous(),
         )
 

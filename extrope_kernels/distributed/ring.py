@@ -26,7 +26,8 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
     for heads, of_keys in parts_of(q, k):
         rows = (q[:, :, heads], k[:, :, of_keys], v[:, :, of_keys])
-        _forward_of_heads(_of_heads(plan, heads), *rows, out[:, :, heads], lse[:, heads])
+        own = plan._replace(call=plan.call.of_heads(heads))
+        _forward_of_heads(own, *rows, out[:, :, heads], lse[:, heads])
     return out, lse
 
 
@@ -60,11 +61,6 @@ def backward(
         dv[:, :, of_keys].copy_(dvalues)
         del dkv, dkeys, dvalues  # before the next ones are made
     return dq, dk, dv
-
-
-def _of_heads(plan: Plan, heads: slice) -> Plan:
-    sinks = plan.call.sinks
-    return plan if sinks is None else plan._replace(call=plan.call._replace(sinks=sinks[heads]))
 
 
 def _forward_of_heads(

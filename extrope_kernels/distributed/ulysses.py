@@ -35,14 +35,14 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Return out and lse of this rank's queries, from its tokens of q, k and v. Differentiable."""
     call, group, balance = plan.call, plan.group, plan.balance
-    sinks, scale = call.sinks, call.query_scale
-    if sinks is not None:
-        sinks = sinks.chunk(group.size)[group.rank]
+    scale, heads = call.query_scale, q.shape[-2] // group.size
     if scale is not None:
         scale = gathered(scale.movedim(-1, 0).contiguous(), group)
         scale = in_order(scale, group, balance).movedim(0, -1).contiguous()
     rows = [_to_heads(x, group, balance) for x in (q, k, v)]
-    out, lse = attention.forward(*rows, call._replace(sinks=sinks, query_scale=scale), plan.backend)
+    first = group.rank * heads
+    call = call.of_heads(slice(first, first + heads))._replace(query_scale=scale)
+    out, lse = attention.forward(*rows, call, plan.backend)
     out = _Exchange.apply(out, group, balance, False)
     if not return_lse:
         return out, None

@@ -10,8 +10,6 @@ from torch import Tensor
 
 def replicated(like: Tensor, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return `tensors`; if `like` is a DTensor, plain ones become replicated DTensors."""
-    if type(like) is Tensor:
-        return tensors
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not isinstance(like, module.DTensor):
         return tensors

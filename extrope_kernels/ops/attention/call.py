@@ -174,6 +174,10 @@ class AttentionCall(NamedTuple):
         last = -((self.starts[0] - end) // self.granularity) * self.granularity
         return last if self.sliding_window is None else min(last, end + self.sliding_window - 1)
 
+    def of_heads(self, heads: slice) -> AttentionCall:
+        """Return the call of these heads of q, if all share the frequencies."""
+        return self if self.sinks is None else self._replace(sinks=self.sinks[heads])
+
     def results_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of out, or of the gradients, for q, k and v of `dtype`."""
         return accumulator(dtype) if self.float32_results else dtype

@@ -66,8 +66,8 @@ def forward(
         check_attention("attention", q, k, v, call)
         check_values("attention", call, len(q))
         return reference.forward(q, k, v, call)
-    args = (q, k, v, *replicated(q, call.tensors))
-    return call_op("attention_fwd", backend, args, call.options)
+    tensors = call.tensors if type(q) is Tensor else replicated(q, call.tensors)
+    return call_op("attention_fwd", backend, (q, k, v, *tensors), call.options)
 
 
 def backward(

@@ -166,7 +166,8 @@ def _rotate(
             raise ValueError(not_differentiable("log_decay"))
         check_decay(freqs, q, positions, offset, cu_seqlens)
     rope_args = (freqs.inv_freq, positions, cu_seqlens, freqs.log_decay, freqs.axes)
-    rope_args = replicated(q, rope_args)
+    if type(q) is not Tensor:
+        rope_args = replicated(q, rope_args)
     options: dict[str, Any] = {
         "attention_factor": freqs.attention_factor,
         "offset": offset,
