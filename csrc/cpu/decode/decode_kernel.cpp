@@ -15,7 +15,7 @@
 // transposition, and the sums over values read P in order. Keys and values are read where they lie
 // in the cache, without a copy. The cache has key j rotated to stored(j), where the score method
 // stores it. A region in which it needs another position, k_map(j), rotates it on, by the rest of
-// the angle, into a buffer of plain floats.
+// the angle: in registers, beside its products (RotatingRows), or into a buffer of plain floats.
 //
 // load_dims reads rows of the cache in the cheapest form: two vectors of bf16 as 32-bit words, the
 // even dims in the first and the odd ones in the second; e4m3 divided by kUnitE4m3, a power of two.
@@ -30,6 +30,7 @@
 //   Regions      start(r, position): the first key of region r for the query at `position`, in the
 //                sliding window; start(count, position): the first key after its own
 //   RowPointers  row(n): the row of a block's key or value n, in one head
+//   KeyRotation  the angles of a block's keys in a region that rotates them on
 //   BlockRows    the rows of the block of keys at hand, and of the next one
 //   Prefetch     what to fetch beside the work on a block; none by default
 //   floats       a vector of kFloats (4, 8 or 16) lanes
@@ -85,23 +86,70 @@ EXTROPE_INLINE void add_products(const float* q, int64_t q_stride, RowPointers<E
   }
 }
 
-// S = K Q^T: logits[key][row] for `count` keys, padding included: a multiple of kKeysAtOnce.
-template <int BlockM, int Valid, typename Element, typename Cached>
-void multiply_keys(const float* q, int64_t q_stride, RowPointers<Element> keys, int64_t count,
-                   int64_t head_dim, Prefetch<Cached>& prefetch, float* logits) {
+// The same in all dims, for keys as they lie.
+template <int BlockM, int Valid, int Keys, typename Element>
+EXTROPE_INLINE void add_all_products(const float* q, int64_t q_stride, RowPointers<Element> keys,
+                                     int64_t first_key, int64_t head_dim,
+                                     floats (&sums)[Keys * BlockM]) {
+  int64_t d = 0;
+  // Some elements are read two vectors at once: kTogether is 2 for them, else 1.
+  for (; d + kTogether<Element> * kFloats <= head_dim; d += kTogether<Element> * kFloats) {
+    add_products<BlockM, Valid, Keys, kTogether<Element>>(q, q_stride, keys, first_key, d, sums);
+  }
+  for (; d < head_dim; d += kFloats) {
+    add_products<BlockM, Valid, Keys, 1>(q, q_stride, keys, first_key, d, sums);
+  }
+}
+
+// The keys of a block in one head that rotate on as they are read; see KeyRotation::is_of_vectors.
+template <typename T>
+struct RotatingRows {
+  RowPointers<T> keys;
+  KeyRotation::KeyAngles angles;
+};
+
+// The same for keys that rotate on: dims d and half + d are a pair, and q is in the order of dims.
+template <int BlockM, int Valid, int Keys, typename T>
+EXTROPE_INLINE void add_all_products(const float* q, int64_t q_stride, RotatingRows<T> rows,
+                                     int64_t first_key, int64_t head_dim,
+                                     floats (&sums)[Keys * BlockM]) {
+  const int64_t half = head_dim / 2;
+  for (int64_t d = 0; d < half; d += kFloats) {
+    floats first[Valid], second[Valid];  // of queries
+#pragma GCC unroll 4
+    for (int r = 0; r < Valid; ++r) {
+      first[r] = load<floats>(q + r * q_stride + d);
+      second[r] = load<floats>(q + r * q_stride + half + d);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < Keys; ++k) {
+      const T* key = rows.keys.row(first_key + k) + d;
+      const int64_t at = rows.angles.at[first_key + k] + d;
+      const floats a = load_wide(key), b = load_wide(key + half);
+      const floats cos = load<floats>(rows.angles.cos + at),
+                   sin = load<floats>(rows.angles.sin + at);
+      const floats rotated_a = a * cos - b * sin, rotated_b = b * cos + a * sin;
+#pragma GCC unroll 4
+      for (int r = 0; r < Valid; ++r) {
+        floats& sum = sums[k * BlockM + r];
+        sum += first[r] * rotated_a;
+        sum += second[r] * rotated_b;
+      }
+    }
+  }
+}
+
+// S = K Q^T: logits[key][row] for `count` keys, padding included: a multiple of kKeysAtOnce. Keys:
+// RowPointers or RotatingRows.
+template <int BlockM, int Valid, typename Keys, typename Cached>
+void multiply_keys(const float* q, int64_t q_stride, Keys keys, int64_t count, int64_t head_dim,
+                   Prefetch<Cached>& prefetch, float* logits) {
   // A local, to stay in registers: each fetch moves its addresses on.
   Prefetch<Cached> meanwhile = prefetch;
   constexpr int kKeys = kKeysAtOnce<BlockM>;
   for (int64_t key = 0; key < count; key += kKeys) {
     floats sums[kKeys * BlockM] = {};  // each over a part of the dims in each lane
-    int64_t d = 0;
-    // Some elements are read two vectors at once: kTogether is 2 for them, else 1.
-    for (; d + kTogether<Element> * kFloats <= head_dim; d += kTogether<Element> * kFloats) {
-      add_products<BlockM, Valid, kKeys, kTogether<Element>>(q, q_stride, keys, key, d, sums);
-    }
-    for (; d < head_dim; d += kFloats) {
-      add_products<BlockM, Valid, kKeys, 1>(q, q_stride, keys, key, d, sums);
-    }
+    add_all_products<BlockM, Valid, kKeys>(q, q_stride, keys, key, head_dim, sums);
     // logits[key * BlockM + i] = the sum of the lanes of sums[i]. Rows from Valid on get 0.
     sum_lanes<kKeys * BlockM>(sums, logits + key * BlockM);
     meanwhile.fetch_at_logits(key, kKeys);
@@ -294,7 +342,7 @@ class SplitWorker {
     RowPointers<float> rotated[kMaxRegions];  // set only for regions that rotate keys on
     for (int64_t r = seen.first_region; r <= seen.last_region; ++r) {
       KeyRotation* rotation = queries_.key_rotation(r);  // nullptr: r takes keys as they lie
-      if (rotation) rotated[r] = rotation->rotate(keys, head_);  // kBlockN rows: the last repeats
+      if (rotation && !rotates_in_registers(*rotation)) rotated[r] = rotation->rotate(keys, head_);
     }
     const HeadBlock block{.keys = keys,
                           .values = rows_.values(head_),
@@ -330,8 +378,12 @@ class SplitWorker {
       Prefetch<Cached>& meanwhile = is_first_region ? prefetch : none;
       const float* q = queries_.row(r, head_, row);
       float* logits = is_first_region ? logits_ : region_logits_;
-      // Keys that were rotated on are plain floats; so are this region's queries.
-      if (queries_.key_rotation(r)) {
+      // Keys that rotate on are multiplied as plain floats; so are this region's queries.
+      const KeyRotation* rotation = queries_.key_rotation(r);
+      if (rotation && rotates_in_registers(*rotation)) {
+        const RotatingRows<Cached> keys{block.keys, rotation->angles(head_)};
+        multiply_keys<BlockM, Valid>(q, q_stride, keys, block.padded, head_dim_, meanwhile, logits);
+      } else if (rotation) {
         multiply_keys<BlockM, Valid>(q, q_stride, block.rotated[r], block.padded, head_dim_,
                                      meanwhile, logits);
       } else {
@@ -356,6 +408,11 @@ class SplitWorker {
     // O = O * rescale + P^T V
     add_values<BlockM, Valid>(logits_, block.values, block.count, head_dim_v_, rescale, prefetch,
                               &out_[all_row * head_dim_v_]);
+  }
+
+  // Keys that several blocks of rows of a head read are rotated once, before.
+  bool rotates_in_registers(const KeyRotation& rotation) const {
+    return rotation.is_of_vectors() && queries_.padded_rows() == queries_.block_m();
   }
 
   // Replaces earlier regions' logits by region r's, from each row's start of that region on. The
