@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from extrope_kernels.ops.decode.triton.decode import constants_of  # noqa: E402
 from extrope_kernels.ops.decode.triton.schedule import (  # noqa: E402
     CacheLengths,
     grid_of,
-    work_of_item,
+    work_of_program,
 )
 from extrope_kernels.testing import device  # noqa: E402
 
@@ -229,11 +230,11 @@ def _packed_work(
     seqlens, cu_seqlens, found, batch, num_items, total, MODEL: tl.constexpr, BLOCKS: tl.constexpr
 ):
     lengths = CacheLengths(seqlens, seqlens, cu_seqlens, batch, total, 1, 1 << 30)
-    item = tl.program_id(0)
-    sequence, part, splits = work_of_item(item, num_items, 2, lengths, MODEL, BLOCKS)
-    tl.store(found + item * 3, sequence)
-    tl.store(found + item * 3 + 1, part)
-    tl.store(found + item * 3 + 2, splits)
+    item, sequence, row_block, split, splits = work_of_program(num_items, 2, lengths, MODEL, BLOCKS)
+    tl.store(found + item * 4, sequence)
+    tl.store(found + item * 4 + 1, row_block)
+    tl.store(found + item * 4 + 2, split)
+    tl.store(found + item * 4 + 3, splits)
 
 
 @pytest.mark.parametrize("window", (None, 64))
@@ -262,18 +263,20 @@ def test_blocks_of_rows_go_to_whose_they_are(counts, lengths, tail, more, window
     model, blocks = constants_of(inputs.q, kv, call, configs.INTERPRETED, True)
     model = model._replace(group=3)
     items = min(-(-3 * total // blocks.block_m) + len(counts) + 1, total) + more
-    found = torch.full((items, 3), -1, dtype=torch.int32, device=device())
+    found = torch.full((items, 4), -1, dtype=torch.int32, device=device())
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=device())
     sizes = (len(lengths), items, total)
     _packed_work[(items,)](seqlens, ends, found, *sizes, MODEL=model, BLOCKS=blocks)
     expected = []
     for sequence, (count, keys) in enumerate(zip((*counts, tail), (*lengths, 0))):
-        rows = -(-3 * count // blocks.block_m)
+        row_blocks = -(-3 * count // blocks.block_m)
         mine = found[found[:, 0] == sequence].tolist()
-        splits = mine[0][2] if mine else 1
+        splits = mine[0][3] if mine else 1
         seen = keys + count if window is None else min(keys + count, window + count - 1)
         assert 1 <= splits <= max(-(-seen // blocks.block_n), 1)
-        expected += [[sequence, part, splits] for part in range(rows * splits)]
+        expected += [
+            [sequence, *part, splits] for part in product(range(row_blocks), range(splits))
+        ]
     assert found[: len(expected)].tolist() == expected
     # Long enough for the items that are left, and these are enough for a split of the longest.
     blocks_of_longest = -(-3 * counts[lengths.index(max(lengths))] // blocks.block_m)

@@ -14,20 +14,30 @@ granularity: queries of a dual_chunk chunk share starts. starts are at most 0, a
 has these as region_begin, with a picture. Its other arguments are seqlen_k and the position of key
 0, which is 0 here: key j has position j.
 
-Names: a row is a token and one of the `group` heads of q that share a head of k. M is BLOCK_M,
-rows; N is BLOCK_N, keys. P is pairs of dims that rotate, R the other dims, V the dims of v,
-each rounded up to a power of two. Logits have base 2: they are multiplied by log2(e).
+Names:
 
-load_parts(row_ptr, valid, MODEL) loads rows in three parts: the first dims of their pairs, the
-second dims, and the dims that do not rotate; 0 for rows that are not valid and past the last dim.
-If all dims rotate, the third part is the first again, and never used.
-of_pairs(ptr, MODEL) loads one number for each pair, (1, P). widened_codes(bits, LIKE, MODEL.codes)
-makes numbers of type LIKE of the bits of fp8, without their scale.
-
-cos_sin_of_map(position, freq, decay, pair_maps, pair, MAP, FROM, HALF) returns cosines and sines of
-freq * (MAP(position) - FROM(position)), exact in fixed point, times exp(decay * (MAP(position) -
-FROM(position))): float32, (tokens, P), or (1, P) if no token differs. FROM None counts as 0. A map
-by pair has a divisor and an offset for each pair, in pair_maps.
+row                 a token and one of the `group` heads of q that share a head of k
+M, N                M is BLOCK_M, rows; N is BLOCK_N, keys
+P, R, V             pairs of dims that rotate, the other dims, and the dims of v, each rounded up to
+                    a power of two
+base 2              of logits and their sums: they are multiplied by log2(e)
+work_of_program     which rows and keys are this program's (schedule.py)
+load_parts          load rows in three parts: the first dims of their pairs, (.., P), the second
+                    dims, and the dims that do not rotate, (.., R): 0 for rows that are not valid.
+                    If all dims rotate, the third part is the first again, and never used
+of_pairs            load one number for each pair, (1, P)
+widened_codes       numbers of a type, of the bits of fp8, without their scale
+cos_sin_of_map      cosine and sine of freq * (MAP(position) - FROM(position)), exact in fixed
+                    point, times exp(decay * the same difference): float32, (tokens, P), or (1, P)
+                    if no token differs. FROM None counts as 0. A map by pair has a divisor and an
+                    offset for each pair, in pair_maps
+nth_map             a region's map, of MODEL.q_maps or MODEL.k_maps
+not_finite          NaN where a frequency is no number, else 0: a fixed point has no NaN
+softcap             tanh(x * SCALE / SOFTCAP)
+weights_of_block    row_max with a block's logits, their weights exp2(logits - row_max), and what to
+                    multiply earlier sums by
+store_results       add the sinks, normalise and store out and lse (splits.py)
+store_split         store a split's share; the last split of a block of rows merges all of them
 """
 
 from __future__ import annotations
@@ -67,7 +77,7 @@ from ...cache.call import Append, KVCache
 from ...cache.triton.append import build_append, launch_append
 from ...cache.triton.fp8 import kind_of_cache, widened_codes
 from ...rope.call import RopeTensors
-from .schedule import CacheLengths, grid_of, keys_of, queries_of, work_of_item
+from .schedule import CacheLengths, grid_of, keys_of, queries_of, work_of_program
 from .splits import OutputTarget, store_results, store_split
 
 COUNTERS = 4  # counters come in fours, so that the partial results after them are aligned
@@ -163,25 +173,14 @@ def decode_kernel(
     REGIONS: tl.constexpr = len(MODEL.starts)
     OPERAND: tl.constexpr = tl.float32 if MODEL.widen else q.dtype.element_ty  # of products
 
-    # This program's sequence, split of its keys, and block of rows: program_id(0) is
-    #
-    #                     item                                     programs of an item
-    #     no splits       a sequence                               its blocks of rows
-    #     splits          a split, 0 to splits - 1, of a sequence  its blocks of rows
-    #     packed          a split of one block of rows             one
-    #
-    # An item with nothing to do has a sequence of `batch` or more, and one split. So have packed
-    # tokens after the last boundary, sequence `batch`: they have rows, but see no key.
+    # This program's block of rows, and its split, 0 to splits - 1, of the keys of its sequence: by
+    # the table at the top of schedule.py. A program with nothing to do has a sequence that does not
+    # exist, `batch` or more, and one split.
     head = tl.program_id(1)  # of k
-    item, row_block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
     lengths = CacheLengths(seqlens, leftpad, cu_seqlens, batch, num_tokens, appended, capacity)
-    sequence, split, splits = item, 0, 1
-    if BLOCKS.splits:
-        sequence, split, splits = work_of_item(
-            item, num_items, least_blocks, lengths, MODEL, BLOCKS
-        )
-    if MODEL.packed:  # items always have splits then, and split counts those of all blocks of rows
-        row_block, split = split // splits, split % splits
+    item, sequence, row_block, split, splits = work_of_program(
+        num_items, least_blocks, lengths, MODEL, BLOCKS
+    )
     exists = sequence < batch
     first_token, seqlen_q = queries_of(sequence, lengths, MODEL)  # first_token is 0 unless packed
     pad, seqlen_k = keys_of(sequence, seqlen_q, lengths, MODEL)  # seqlen_k: with this call's keys
@@ -457,14 +456,13 @@ def decode_launches(
     call = with_contiguous_rows(call)
     if call.cu_seqlens is not None:  # as one sequence; only the device knows the boundaries
         q = q[None]
-    batch, num_tokens = q.shape[:2]
-    heads_k = cache.k.shape[2]
+    num_tokens, heads_k = q.shape[1], cache.k.shape[2]
     config = _config(q, cache, call)
     grid = grid_of(q, cache, call, config.block_m, config.block_n)
     model, blocks = constants_of(q, cache, call, config, grid.splits and q.numel() > 0)
     num_counters = scratch_size = 0
     if blocks.splits:  # counters and partial results: see store_split
-        num_counters = triton.cdiv(batch * heads_k * grid.counters, COUNTERS) * COUNTERS
+        num_counters = triton.cdiv(heads_k * grid.counters, COUNTERS) * COUNTERS
         partials = grid.num_items * heads_k * grid.item_rows
         scratch_size = num_counters + partials * (model.head_dim_v + 1)
     stages = config.stages

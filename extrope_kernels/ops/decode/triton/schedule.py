@@ -1,12 +1,18 @@
 """The schedule of a decode launch: the sequence, block of rows and split of keys of a program.
 
 Only the device knows lengths. So the host fixes a number of work items from shapes alone, and each
-program finds on the device what its item is. Sequences get items by their share of all keys: one
-item is a split, a run of whole blocks of keys. For packed queries an item is a split of one block
-of rows, since the host does not know how many rows each sequence has; otherwise an item has a
-program for each block of rows.
+program finds on the device what its item is:
 
-A row is a token and one of the `group` heads of q that share a head of k.
+                an item is                               its programs    splits has
+    no splits   a sequence                               a block of rows each   1
+    splits      a split of the keys of a sequence        a block of rows each   the sequence's
+    packed      a split of the keys of a block of rows   one                    the block's
+
+A split is a run of whole blocks of keys. Sequences get items by their share of all keys. The host
+does not know how many rows a packed sequence has: so items are of blocks of rows there.
+
+A row is a token and one of the `group` heads of q that share a head of k. MODEL and BLOCKS are
+DecodeModel and DecodeBlocks of decode.py.
 """
 
 from __future__ import annotations
@@ -37,7 +43,8 @@ class Grid(NamedTuple):
     num_items: int
     row_blocks: int  # every item has a program for each
     item_rows: int  # rows of partial results of an item
-    counters: int  # for each sequence; packed, where q is one batch, for each item
+    counters: int  # one for each block of rows of each sequence; packed, where the host does not
+    # know these, one for each item
     splits: bool  # several items may share a sequence
     least_blocks: int  # least blocks of keys in a split
 
@@ -61,7 +68,7 @@ def grid_of(q: Tensor, cache: KVCache, call: AttentionCall, block_m: int, block_
             num_items=batch + more if most_splits > 1 else batch,
             row_blocks=row_blocks,
             item_rows=rows,
-            counters=row_blocks,
+            counters=batch * row_blocks,
             splits=most_splits > 1,
             least_blocks=least_blocks,
         )
@@ -193,13 +200,15 @@ def _split_size(num_items, lengths, MODEL: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def work_of_item(
-    item, num_items, least_blocks, lengths, MODEL: tl.constexpr, BLOCKS: tl.constexpr
+def work_of_program(
+    num_items, least_blocks, lengths, MODEL: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """Return (sequence, split, splits) of an item; sequence >= batch if there is nothing to do.
+    """Return (item, sequence, row_block, split, splits) of this program, by the table above.
 
-    Items follow one another by sequence, for packed queries then by block of rows, then by split:
-    `split` counts the splits of all blocks of rows there.
+    Axis 0 of the grid is items, then blocks of rows. Items follow one another by sequence, packed
+    then by block of rows, then by split. An item with nothing to do has a sequence of `batch` or
+    more, and one split. So have packed tokens after the last boundary, sequence `batch`: they have
+    rows, but see no key.
 
     A split has at least least_blocks blocks of keys, and more if there would be too few items.
     Every sequence, or block of rows, gets at least one split, even if empty. Every program counts
@@ -207,6 +216,9 @@ def work_of_item(
     lengths: a CacheLengths.
     """
     SEQUENCES: tl.constexpr = 128  # S, at a time
+    item, row_block = tl.program_id(0) % num_items, tl.program_id(0) // num_items
+    if not BLOCKS.splits:
+        return item, item, row_block, 0, 1
     size = tl.maximum(_split_size(num_items, lengths, MODEL, BLOCKS), least_blocks)
     sequences = lengths.batch
     if MODEL.packed:
@@ -225,4 +237,7 @@ def work_of_item(
         first_item += tl.sum(tl.where(passed, items, 0))
         counted += tl.sum(items)
     _, key_blocks = _work_of(sequence, lengths, MODEL, BLOCKS)
-    return sequence, item - first_item, tl.maximum(tl.cdiv(key_blocks, size), 1)
+    split, splits = item - first_item, tl.maximum(tl.cdiv(key_blocks, size), 1)
+    if MODEL.packed:  # so far, `split` counts those of all blocks of rows of the sequence
+        row_block, split = split // splits, split % splits
+    return item, sequence, row_block, split, splits

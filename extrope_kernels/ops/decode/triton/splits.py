@@ -4,10 +4,15 @@ A split is a part of the keys that a block of rows sees (schedule.py). Each spli
 normalised, and its log-sum-exp. Then it counts itself; the last one to do so merges all of them,
 always in their order: every run gives the same bits.
 
-M is rows of a block, V the dims of v, rounded up to a power of two (MODEL.dims_v). MODEL and BLOCKS
-are DecodeModel and DecodeBlocks of decode.py. Logits have base 2: they are multiplied by log2(e).
-add_sink(row_max, row_sum, sink) adds a logit without a value to the softmax of rows; it returns
-row_max, row_sum and what to multiply acc by.
+Names:
+
+row                 a token and one of the `group` heads of q that share a head of k
+M, V                rows of a block; the dims of v, rounded up to a power of two: MODEL.dims_v
+row_max, row_sum    of the softmax of a row's keys so far; acc is its weighted values. They have
+                    base 2: logits are multiplied by log2(e)
+item                a split of the keys of a sequence; packed, of a block of rows (schedule.py)
+MODEL, BLOCKS       DecodeModel and DecodeBlocks of decode.py
+add_sink            row_max and row_sum with a logit without a value, and what to multiply acc by
 """
 
 from __future__ import annotations
@@ -112,9 +117,9 @@ def store_split(
     partial_lse without the last dim, see `_merge_splits`. An item has the rows of all tokens of its
     sequence; packed, those of its block. row, valid, row_max, row_sum: (M,); acc: (M, V).
 
-    Of the items of a block of rows, `splits` come here, as work_of_item gives all of them the same
-    number: else the counter would not reach it. Items with nothing to do do not come: they have one
-    split.
+    Of the items of a block of rows, `splits` come here, as work_of_program gives all of them the
+    same number: else the counter would not reach it. Items with nothing to do do not come: they
+    have one split.
     """
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     head, heads_k = target.head, target.heads_k
