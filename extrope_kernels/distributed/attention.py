@@ -11,7 +11,7 @@ from ..methods import RopeFreqs
 from ..ops import attention
 from ..ops._math.positions import token_positions
 from ..ops._tables.checks import REFUSALS, raise_as_value_error
-from ..ops._torch.backends import require
+from ..ops._torch.library import require
 from ..scores import Score
 from . import gather, ring, ulysses
 from .blocks import Plan, runs

@@ -75,14 +75,14 @@ def test_triton_takes_no_float64():
 
 
 def test_triton_says_what_it_needs_on_a_cpu(monkeypatch):
-    from extrope_kernels.ops._torch import backends
+    from extrope_kernels.ops._torch import library
 
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delenv("EXTROPE_TRITON_CHIP", raising=False)
     words = "^op: backend 'triton' cannot run here: Triton needs a GPU, or TRITON_INTERPRET=1"
     with pytest.raises(NotImplementedError, match=words):
-        backends.require("op", "triton", ("reference", "triton"), "cpu")
+        library.require("op", "triton", ("reference", "triton"), "cpu")
 
 
 @pytest.mark.parametrize(

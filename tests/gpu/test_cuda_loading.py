@@ -81,7 +81,7 @@ const char* extrope_signatures() {{ return ""; }}
 LOAD = """
 import os, sys, torch
 from extrope_kernels import _ext
-from extrope_kernels.ops._torch.backends import missing
+from extrope_kernels.ops._torch.library import missing
 
 def registered(op, key="CUDA"):
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"extrope::{{op}}", key)

@@ -11,7 +11,7 @@ from ..._names import explains_wrong_calls
 from ...methods import RopeFreqs
 from ...scores import Score
 from .._tables.checks import REFUSALS, raise_as_value_error
-from .._torch import backends as _backends
+from .._torch import library as _library
 from .._torch.autograd import constant_when_compiled
 from . import flash_attn, op
 from .call import (
@@ -123,7 +123,7 @@ def rope_attention(
     )
     check_numbers(name, call)
     if backend is not None and isinstance(q, Tensor):
-        _backends.require(name, backend, BACKENDS, q.device.type, missing)
+        _library.require(name, backend, BACKENDS, q.device.type, missing)
     compiling = torch.compiler.is_compiling()
     if not compiling and (log_n is not None or freqs.log_decay is not None):
         check_attention(name, q, k, v, call)  # what reads tensors before the op does
@@ -151,7 +151,7 @@ def rope_attention(
 @constant_when_compiled
 def missing(backend: str, device: str | None = None) -> str | None:
     """Return why `backend` cannot run here, in one line; None if it can."""
-    return flash_attn.missing() if backend == "flash_attn" else _backends.missing(backend, device)
+    return flash_attn.missing() if backend == "flash_attn" else _library.missing(backend, device)
 
 
 def backends() -> dict[str, str]:

@@ -18,8 +18,7 @@ from .._torch.autograd import (
     in_func_transform,
     refuse_recording,
 )
-from .._torch.backends import missing
-from .._torch.library import library, ops
+from .._torch.library import library, missing, ops
 
 OP = "merge_attention"
 INPLACE = f"{OP}: inplace=True is for inference, got tensors that require grad"

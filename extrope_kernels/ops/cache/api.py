@@ -20,9 +20,8 @@ from .._tables.checks import (
     refuse_flags,
 )
 from .._tables.decay import check_new_keys, check_numbers
-from .._torch import backends as _backends
 from .._torch.autograd import call_unrecorded, note_writes
-from .._torch.library import op_of
+from .._torch.library import op_of, require
 from . import op as _op  # noqa: F401  (defines the op)
 from . import reference
 from .call import KEYS, cache_lengths, check, check_values, read_append
@@ -117,7 +116,7 @@ def rope_append_kvcache(
     )  # fmt: skip
     _refuse_gradients(q, *tensors[1:5])
     if backend is not None:
-        _backends.require(_OP, backend, BACKENDS, k.device.type)
+        require(_OP, backend, BACKENDS, k.device.type)
     if torch.compiler.is_compiling():
         out = _run(tensors, options, backend)
     else:

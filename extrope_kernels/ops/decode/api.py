@@ -12,7 +12,7 @@ from ...methods import RopeFreqs
 from ...scores import Score
 from .._tables.checks import REFUSALS, raise_as_value_error
 from .._tables.decay import check_new_keys
-from .._torch import backends as _backends
+from .._torch.library import require
 from ..attention import check_given, check_numbers, check_rotated, make_call, scaled_by_log_n
 from ..attention.call import AttentionCall
 from ..attention.places import positions
@@ -128,7 +128,7 @@ def rope_attention_with_kvcache(
     compiling = torch.compiler.is_compiling()
     _refuse_gradients(name, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     if backend is not None and isinstance(q, Tensor):
-        _backends.require(name, backend, BACKENDS, q.device.type)
+        require(name, backend, BACKENDS, q.device.type)
     if not compiling and (log_n is not None or freqs.log_decay is not None):
         op.check_decode(name, q, k, v, cache, call)  # what reads tensors before the op does
     if log_n is not None:

@@ -12,9 +12,8 @@ from torch.nn import functional
 
 from .._math.dtypes import accumulator
 from .._tables.checks import narrowed, refuse_flags, split_offset
-from .._torch import backends as _backends
 from .._torch.autograd import in_func_transform, wants_grad
-from .._torch.library import ops
+from .._torch.library import missing, ops, require
 from . import reference
 from .checks import MAX_DIM, check, check_powers, check_state, check_values
 from .op import implementation
@@ -105,7 +104,7 @@ def _permute(
     refuse_flags("permute", inverse=inverse)
     powers = _powers("permute", q, k, permutations, positions, cu_seqlens)
     if backend is not None:
-        _backends.require("permute", backend, BACKENDS[:2], q.device.type)
+        require("permute", backend, BACKENDS[:2], q.device.type)
     if backend == "reference":
         check_values("permute", q.shape[0], powers)
         return permute_by_gather(q, k, powers, inverse)
@@ -322,7 +321,7 @@ def _recorded_step(
 
 def backends() -> dict[str, str]:
     """Return "available" for each backend, or why it is not."""
-    return {name: _backends.missing(name) or "available" for name in BACKENDS}
+    return {name: missing(name) or "available" for name in BACKENDS}
 
 
 def _check_choices(name: str, q: Tensor, decay: Tensor | None, backend: str | None) -> None:
@@ -330,6 +329,6 @@ def _check_choices(name: str, q: Tensor, decay: Tensor | None, backend: str | No
     if backend != "reference" and wants_grad((decay,)):
         raise ValueError(f"{name}: decay must not require grad, got one that does")
     if backend is not None:
-        _backends.require(name, backend, BACKENDS, q.device.type)
+        require(name, backend, BACKENDS, q.device.type)
     if backend == "fla" and q.dtype == torch.float64:
         raise ValueError(f"{name}: q must be at most float32 for backend='fla', got {q.dtype}")

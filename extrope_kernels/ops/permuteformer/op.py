@@ -17,8 +17,7 @@ from .._torch.autograd import (
     refuse_backward,
     register_backward,
 )
-from .._torch.backends import missing
-from .._torch.library import declare, define, library, ops
+from .._torch.library import declare, define, library, missing, ops
 from . import cpu, fla, reference
 from .checks import check, check_dims, check_powers, check_state, check_values
 from .permutations import Powers, cycles, source_dims

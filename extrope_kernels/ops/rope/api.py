@@ -22,9 +22,8 @@ from .._tables.checks import (
 )
 from .._tables.decay import check_numbers
 from .._torch.autograd import call_unrecorded, note_writes, wants_grad
-from .._torch.backends import missing, require
 from .._torch.dtensor import replicated
-from .._torch.library import op_of, ops
+from .._torch.library import missing, op_of, ops, require
 from . import norm as norm_reference
 from . import op as _op  # noqa: F401  (defines the ops)
 from . import reference
