@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -29,6 +30,15 @@ def check_freqs(op: str, freqs: object) -> None:
             f"{op}: freqs must be a RopeFreqs, as methods.rope(head_dim) makes one, got "
             f"{type(freqs).__name__}{tables if isinstance(freqs, Tensor | tuple) else ''}"
         )
+
+
+def check_numbers(op: str, freqs: RopeFreqs) -> None:
+    """Check the numbers of a RopeFreqs: ops would take a bool, or a tensor without its graph."""
+    check_real(op, "attention_factor", freqs.attention_factor)
+    if freqs.log_decay is not None:
+        check_real(op, "decay_origin", freqs.decay_origin)
+        if not abs(freqs.decay_origin) < math.inf:
+            raise ValueError(f"{op}: decay_origin must be finite, got {freqs.decay_origin}")
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") -> None:

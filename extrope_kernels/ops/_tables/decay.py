@@ -9,16 +9,7 @@ from torch import Tensor
 
 from ...methods import RopeFreqs
 from ...scores import Score
-from .checks import check_real, has_values
-
-
-def check_numbers(op: str, freqs: RopeFreqs) -> None:
-    """Check the numbers of a RopeFreqs: ops would take a bool, or a tensor without its graph."""
-    check_real(op, "attention_factor", freqs.attention_factor)
-    if freqs.log_decay is not None:
-        check_real(op, "decay_origin", freqs.decay_origin)
-        if not abs(freqs.decay_origin) < math.inf:
-            raise ValueError(f"{op}: decay_origin must be finite, got {freqs.decay_origin}")
+from .checks import has_values
 
 
 def reach(freqs: RopeFreqs, dtype: torch.dtype) -> int:

@@ -16,10 +16,11 @@ from .._tables.checks import (
     REFUSALS,
     check_freqs,
     check_int,
+    check_numbers,
     raise_as_value_error,
     refuse_flags,
 )
-from .._tables.decay import check_new_keys, check_numbers
+from .._tables.decay import check_new_keys
 from .._torch.autograd import call_unrecorded, note_writes
 from .._torch.library import op_of, require
 from . import op as _op  # noqa: F401  (defines the op)

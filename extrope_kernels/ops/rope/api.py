@@ -15,12 +15,12 @@ from .._tables.checks import (
     check_boundaries,
     check_freqs,
     check_int,
+    check_numbers,
     narrowed,
     raise_as_value_error,
     refuse_flags,
     split_offset,
 )
-from .._tables.decay import check_numbers
 from .._torch.autograd import call_unrecorded, note_writes, wants_grad
 from .._torch.dtensor import replicated
 from .._torch.library import missing, op_of, ops, require
