@@ -192,7 +192,7 @@ KERNELS = {
 }
 
 VARIABLE = "EXTROPE_ATTENTION"
-_NAMES = ("triton", "flash_attn")
+_ON_A_GPU = tuple(name for name, row in MODULES.items() if row.fused)
 
 
 def selected(name: str) -> Callable[..., Any]:
@@ -208,8 +208,8 @@ def select_backend() -> str:
     Raises if the environment names one that cannot run here.
     """
     name = os.environ.get(VARIABLE) or "triton"
-    if name not in _NAMES:
-        raise ValueError(f"attention: {VARIABLE} must be {' or '.join(_NAMES)}, got {name!r}")
+    if name not in _ON_A_GPU:
+        raise ValueError(f"attention: {VARIABLE} must be {' or '.join(_ON_A_GPU)}, got {name!r}")
     if name == "flash_attn" and (reason := flash_attn.missing()):
         raise NotImplementedError(f"attention: {VARIABLE}={name} cannot run here: {reason}")
     return name
