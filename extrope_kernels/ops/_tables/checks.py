@@ -21,7 +21,7 @@ REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def check_freqs(op: str, freqs: object) -> None:
-    """Refuse anything but a RopeFreqs, such as the cosines and sines that other libraries take."""
+    """Refuse anything but a RopeFreqs of numbers, such as the cosines and sines of others."""
     if not isinstance(freqs, RopeFreqs):
         tables = (
             "; it takes the place of cosines and sines, which are computed from it and positions"
@@ -30,10 +30,7 @@ def check_freqs(op: str, freqs: object) -> None:
             f"{op}: freqs must be a RopeFreqs, as methods.rope(head_dim) makes one, got "
             f"{type(freqs).__name__}{tables if isinstance(freqs, Tensor | tuple) else ''}"
         )
-
-
-def check_numbers(op: str, freqs: RopeFreqs) -> None:
-    """Check the numbers of a RopeFreqs: ops would take a bool, or a tensor without its graph."""
+    # Ops would take a bool, or a tensor without its graph.
     check_real(op, "attention_factor", freqs.attention_factor)
     if freqs.log_decay is not None:
         check_real(op, "decay_origin", freqs.decay_origin)

@@ -16,7 +16,6 @@ from .._tables.checks import (
     REFUSALS,
     check_freqs,
     check_int,
-    check_numbers,
     raise_as_value_error,
     refuse_flags,
 )
@@ -138,7 +137,6 @@ def _rope_args(
     """Return the op's inv_freq and log_decay; put the rest into its options."""
     check_freqs(_OP, freqs)
     assert freqs is not None  # the check has refused it
-    check_numbers(_OP, freqs)
     if freqs.axes is not None:
         raise ValueError(
             f"{_OP}: freqs must have no axes (mRoPE), got some; apply_rope_qk takes them, and keys "

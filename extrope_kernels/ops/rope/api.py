@@ -15,7 +15,6 @@ from .._tables.checks import (
     check_boundaries,
     check_freqs,
     check_int,
-    check_numbers,
     narrowed,
     raise_as_value_error,
     refuse_flags,
@@ -154,7 +153,6 @@ def _rotate(
     norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_freqs("rope", freqs)
-    check_numbers("rope", freqs)
     interleaved, rotary_offset = layout
     check_int("rope", "rotary_offset", rotary_offset)
     refuse_flags("rope", interleaved=interleaved, inverse=inverse, inplace=inplace)
