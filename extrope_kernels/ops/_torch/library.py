@@ -109,25 +109,27 @@ def define(
     *,
     libraries: tuple[str, ...] = ("cpu",),
     on_gpu: Callable[..., Any] | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Define an op, and one with a suffix for each backend that has ops of its own.
 
     kernels: the op's functions by backend. On a device, the op runs by the library of C++ that has
         it, or else by the backend that stands in there.
     libraries: those that have it.
     on_gpu: what runs on a GPU, if not the backend that stands in there.
+
+    Returns: the suffixes, "" first.
     """
-    declare(name, schema, fake)
-    stand_ins = {}
-    for backend, function in kernels.items():
-        if backend in _WITH_OPS:
-            declare(f"{name}_{backend}", schema, fake)
-            for device in ("CPU", "CUDA"):  # on a CPU: the interpreter, fake engines
-                library.impl(f"{name}_{backend}", function, device)
-        stand_ins[ALL_BACKENDS[backend].stands_in] = function
+    own = {f"_{x}": function for x, function in kernels.items() if ALL_BACKENDS[x].has_ops}
+    for suffix in ("", *own):
+        declare(name + suffix, schema, fake)
+    for suffix, function in own.items():
+        for device in ("CPU", "CUDA"):  # on a CPU: the interpreter, fake engines
+            library.impl(name + suffix, function, device)
+    stand_ins = {ALL_BACKENDS[x].stands_in: function for x, function in kernels.items()}
     _load_on_first_use(name, {device: stand_ins[device] for device in libraries})
     if "cuda" not in libraries:
         library.impl(name, on_gpu or stand_ins["cuda"], "CUDA")
+    return ("", *own)
 
 
 def op_of(name: str, backend: str | None) -> Any:

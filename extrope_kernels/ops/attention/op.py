@@ -310,8 +310,8 @@ def grad_of_sinks(
 def _define() -> None:
     fakes = {"attention_fwd": _fwd_fake, "attention_bwd": _bwd_fake}
     for name, fake in fakes.items():
-        define(name, _SCHEMAS[name], fake, KERNELS[name], on_gpu=selected(name))
-    for suffix in ("", "_triton", "_flash_attn"):
+        suffixes = define(name, _SCHEMAS[name], fake, KERNELS[name], on_gpu=selected(name))
+    for suffix in suffixes:
         _register_gradient(suffix)
 
 

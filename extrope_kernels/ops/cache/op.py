@@ -38,10 +38,9 @@ def _define() -> None:
         "reference": reference.rope_append,
         "triton": imported_when_called(f"{__package__}.triton.append", "rope_append"),
     }
-    define("rope_append", _SCHEMA, _fake, kernels)
     message = "rope_append: is for inference and has no gradient"
-    for name in ("rope_append", "rope_append_triton"):
-        op = getattr(ops, name).default
+    for suffix in define("rope_append", _SCHEMA, _fake, kernels):
+        op = getattr(ops, f"rope_append{suffix}").default
         refuse_backward(library, op, message, lambda tensors: tensors[3:5])
 
 

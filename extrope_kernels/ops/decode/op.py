@@ -150,10 +150,9 @@ KERNELS = {name: MODULES[name].kernel(__package__, _DECODE) for name in ("refere
 
 
 def _define() -> None:
-    define("decode", _SCHEMA, _fake, KERNELS)
     refused = "decode: is for inference and has no gradient"
-    for name in ("decode", "decode_triton"):
-        refuse_backward(library, getattr(ops, name).default, refused, _written)
+    for suffix in define("decode", _SCHEMA, _fake, KERNELS):
+        refuse_backward(library, getattr(ops, f"decode{suffix}").default, refused, _written)
 
 
 _define()

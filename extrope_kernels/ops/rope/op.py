@@ -324,8 +324,8 @@ def _define() -> None:
         for name, (schema, fake) in table.items():
             triton = imported_when_called(f"{__package__}.triton.{module}", name)
             kernels = {"reference": getattr(plain, name), "triton": triton}
-            define(name, schema, fake, kernels, libraries=libraries)
-    for suffix in ("", "_triton"):
+            suffixes = define(name, schema, fake, kernels, libraries=libraries)
+    for suffix in suffixes:
         _register_gradients(library, suffix)
         _register_norm_gradients(library, suffix)
         for name in ("rope_inplace", "rope_norm_inplace"):
