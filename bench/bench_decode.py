@@ -3,7 +3,8 @@
 One token on 32768 in the cache, 8 query heads on 2, window 1024, over the caches of many layers one
 after another. The floor is a copy of the cache's bytes, halved: they are read once. "no window" is
 our own plain attention over rotated keys; SDPA gets its best cache, heads first, and is measured
-with its groups as rows too. Then the step over a cache in fp8, and over raw keys.
+with its groups as rows too. Then the step over a cache in fp8, over raw keys, and over keys that a
+model rotated to their own positions, which ReRoPE moves on.
 
 A server's batches, on a paged cache: a chunk of 1,024 tokens at the end of 8,192, through pages of
 16 to 256 slots, may take 1.05 of the same call on a contiguous cache, and of the attention without
@@ -93,10 +94,14 @@ def narrowed(how: dict, cache: Sequence[Tensor]) -> tuple[dict, Sequence[Tensor]
     return how | scales, [(x / SCALE).to(torch.float8_e4m3fn) for x in cache]
 
 
-def bench_forms(report: Report, case: str, head_dim: int, cached: int, bar: float = NAN) -> None:
-    """Time a step in bfloat16 over raw keys, or over an fp8 cache, beside the same without that."""
-    of_raw, other = "raw" in case, "stored rotated" if "raw" in case else "bfloat16 cache"
-    case, dtype = f"decode 8/2 x {head_dim}, {case}", torch.bfloat16
+def bench_forms(
+    report: Report, case: str, head_dim: int, cached: int, bar: float = NAN,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    """Time a step over another form of cache, beside the usual one: see `case`."""
+    of_raw, own_places = "raw" in case, "own positions" in case
+    other = "stored rotated" if of_raw or own_places else "bfloat16 cache"
+    case = f"decode 8/2 x {head_dim}, {case}"
     if not report.wants(case, dtype):
         return
     cached = 64 if report.args.quick else cached
@@ -105,6 +110,8 @@ def bench_forms(report: Report, case: str, head_dim: int, cached: int, bar: floa
     ours = theirs = {"score": scores.rerope(WINDOW)}, (k, v)
     if of_raw:  # keys that plain RoPE rotates at every step
         ours, theirs = ({"stored": "raw"}, (k, v)), ({}, (apply_rope(k, freqs), v))
+    if own_places:  # what keys hold changes no time
+        ours = {"score": scores.rerope(WINDOW), "rotated": "qk"}, (k, v)
     if "fp8" in case:
         ours, theirs = narrowed(*ours), narrowed(*theirs) if of_raw else theirs
     step = partial(decode, q[:, -1:], freqs=freqs, cache_seqlens=cached)
@@ -244,6 +251,9 @@ def main(argv: list[str] | None = None) -> None:
         for cached in (2048, 8192, 32768):
             for case in ("raw keys", "raw keys, fp8 cache"):
                 bench_forms(report, f"{case}, {cached}", 128, cached)
+        for cached in (4096, 32768):
+            for dtype in dtypes:
+                bench_forms(report, f"own positions, {cached}", 64, cached, dtype=dtype)
     for dtype in dtypes:
         for page_size in PAGES:
             bench_chunk(report, chunk, page_size, dtype)
