@@ -27,7 +27,7 @@ from vllm.v1.attention.backend import (
 from ... import RopeFreqs, rope_attention_with_kvcache
 from .engine import Engine, engine_of
 from .lengths import Lengths
-from .settings import CACHES, FP8, LARGEST_HEAD, NAME, OURS
+from .settings import CACHES, FP8, NAME, OURS, takes_head
 
 
 def attending_engine(config: VllmConfig | None) -> Engine | None:
@@ -154,7 +154,7 @@ class ScoreImpl(AttentionImpl):
         sinks: Tensor | None = None,
     ) -> None:
         _refuse(
-            head_size=head_size % 8 or head_size > LARGEST_HEAD,
+            head_size=not takes_head(head_size),
             alibi_slopes=alibi_slopes is not None,
             attn_type=attn_type != AttentionType.DECODER,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name is not None,

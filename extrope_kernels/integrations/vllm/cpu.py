@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder, attending_engine, refuse_derived
-from .settings import CACHES, LARGEST_HEAD
+from .settings import CACHES, takes_head
 
 
 class HeadwiseImpl(ScoreImpl):
@@ -41,7 +41,7 @@ class ScoreBackend(CPUAttentionBackend):
         """Return True if the engine's attention takes this head size."""
         if attending_engine(get_current_vllm_config_or_none()) is None:
             return super().supports_head_size(head_size)
-        return head_size % 8 == 0 and head_size <= LARGEST_HEAD
+        return takes_head(head_size)
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import (
 )
 
 from .attention import ScoreImpl, ScoreMetadataBuilder, refuse_derived
-from .settings import CACHES, LARGEST_HEAD
+from .settings import CACHES, takes_head
 
 
 class ScoreBackend(AttentionBackend):
@@ -21,6 +21,7 @@ class ScoreBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(CACHES)
     forward_includes_kv_cache_update = True
+    supports_head_size = staticmethod(takes_head)
 
     @staticmethod
     def get_name() -> str:
@@ -41,11 +42,6 @@ class ScoreBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         """Return the page sizes that the kernels take."""
         return [MultipleOf(16)]
-
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        """Return True if the kernels take this head size."""
-        return head_size % 8 == 0 and head_size <= LARGEST_HEAD
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -263,6 +263,11 @@ def _for_attention(settings: Settings, config: Any) -> list[tuple[Any, str]]:
     ]
 
 
+def takes_head(head_size: int) -> bool:
+    """Return True if our attention takes heads of this size."""
+    return head_size % 8 == 0 and head_size <= LARGEST_HEAD
+
+
 def has_rotation(text: Any) -> bool:
     """Return True if a text configuration has rope_parameters."""
     parameters = getattr(text, "rope_parameters", None)

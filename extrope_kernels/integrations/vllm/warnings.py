@@ -98,9 +98,9 @@ def _overridden(settings: Settings, model: Any) -> Iterator[str]:
         return
     parts = [overrides, *(part for part in overrides.values() if isinstance(part, Mapping))]
     longest = next((part[_LONGEST] for part in parts if _LONGEST in part), None)
-    if longest is None or not _counts_from(settings.method):
+    name, text = _counts_from(settings.method), model.hf_text_config
+    if longest is None or name is None:
         return
-    text, name = model.hf_text_config, _counts_from(settings.method)
     lengths = {_trained_length(settings, text, kind) for kind, _ in rotations(text)}
     if name not in settings.parameters and longest in lengths:
         yield (
