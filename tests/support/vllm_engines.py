@@ -199,6 +199,12 @@ def difference(one: list[Written], other: list[Written], of: str = "of_prompt") 
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
+def rms(one: list[Written], other: list[Written]) -> float:
+    """The root mean square difference of the prompts' log-probabilities."""
+    given, wanted = (torch.cat([each.of_prompt for each in results]) for results in (one, other))
+    return (given - wanted).square().mean().sqrt().item()
+
+
 def tokens_of(results: list[Written]) -> list[list[int]]:
     """The greedy tokens alone."""
     return [each.tokens for each in results]

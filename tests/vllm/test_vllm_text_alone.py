@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm.version")  # this folder is a "vllm", too
 
-from support.vllm_engines import SIZES, engine, expected, generated, tokens_of
+from support.vllm_engines import SIZES, engine, expected, generated, rms, tokens_of
 from support.vllm_images import MODELS, OF_QWEN, VISION
 from test_vllm_engines import RERO, YARN, configured
 
@@ -43,12 +43,6 @@ def build(name, folder, dtype=torch.float32):
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     return model
-
-
-def rms(one, other):
-    """The root mean square difference of the prompts' log-probabilities."""
-    one, other = (torch.cat([each.of_prompt for each in written]) for written in (one, other))
-    return (one - other).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize(
