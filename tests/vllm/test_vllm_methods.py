@@ -28,6 +28,7 @@ from support.vllm_engines import (
     tokens_of,
 )
 
+from extrope_kernels.integrations._shared.parameters import PARAMETERS
 from extrope_kernels.methods import METHODS
 from extrope_kernels.scores import SCORES
 
@@ -68,8 +69,8 @@ def plain(tiny):
 
 def for_extend(name, parameters):
     """What an engine takes from max_model_len, `extend` is told."""
-    length = "seq_len" in METHODS[name].__code__.co_varnames if name in METHODS else False
-    return {"method": name, **parameters, **({"seq_len": LENGTH} if length else {})}
+    length = {"seq_len": LENGTH} if "seq_len" in PARAMETERS[name] else {}
+    return {"method": name, **parameters, **length}
 
 
 def check(tiny, methods, extrope, plain, **options):
