@@ -52,15 +52,11 @@ def rotate(
 
     saved: what a backward derives the angles from, into angle_grad.
     """
-    by_role = {"": inputs, "_out": outputs, "_saved": saved or ()}
-    tensors = {
-        f"{side}{role}_ptr": x
-        for role, xs in by_role.items()
-        for side, x in zip("qk", (*xs, None, None))
-    }
-    launch = kernels.build_rotation_launch(tensors, outputs[0] is inputs[0], rotation)
+    pairs = [(*xs, None)[:2] for xs in (inputs, outputs, saved or (None,))]
+    sides = kernels.Sides(*(x for pair in pairs for x in pair))
+    launch = kernels.build_rotation_launch(sides, rotation)
     launch.run(
-        **tensors,
+        **sides._asdict(),
         angle_grad_ptr=angle_grad,
         inv_freq_ptr=rotation.inv_freq,
         positions_ptr=rotation.positions,

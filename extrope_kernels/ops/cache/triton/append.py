@@ -28,7 +28,6 @@ from ...rope.call import RopeTensors, rotation_of
 from ...rope.triton.device import (
     TileRows,
     build_launch,
-    cos_sin_of_head,
     decayed,
     load_head,
     load_positions,
@@ -36,6 +35,7 @@ from ...rope.triton.device import (
     program_tokens,
     rotation_numbers,
     rows_of_head,
+    scaled_cos_sin_of_head,
 )
 from ..call import Append, KVCache, check, check_values, read_append, refuse_aliases
 from .fp8 import parts_of_codes, quantize_rows
@@ -78,13 +78,15 @@ def _write_heads(
     sequence, position: (TOKENS,) and (TOKENS, 1) float64; amplitude: from `decayed`.
     """
     if ROTATES and not TILE.per_head:
-        cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, 0, valid, TILE)
-        cos, sin = cos * amplitude, sin * amplitude  # (TOKENS, PAIRS)
+        cos, sin = scaled_cos_sin_of_head(
+            inv_freq_ptr, sequence, position, amplitude, 0, valid, TILE
+        )
     first, last = program_heads(HEADS)
     for head in range(first, last):
         if ROTATES and TILE.per_head:
-            cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
-            cos, sin = cos * amplitude, sin * amplitude
+            cos, sin = scaled_cos_sin_of_head(
+                inv_freq_ptr, sequence, position, amplitude, head, valid, TILE
+            )
         # Both dims of each pair, (TOKENS, PAIRS), and those that do not rotate.
         a, b, rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
         if ROTATES:

@@ -160,6 +160,15 @@ def cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE: tl.cons
 
 
 @triton.jit
+def scaled_cos_sin_of_head(
+    inv_freq_ptr, sequence, position, amplitude, head, valid, TILE: tl.constexpr
+):  # fmt: skip
+    """Return the same, times an amplitude from `decayed`: (TOKENS, PAIRS)."""
+    cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
+    return cos * amplitude, sin * amplitude
+
+
+@triton.jit
 def decayed(amplitude, distance, log_decay_ptr, SIGN: tl.constexpr, TILE: tl.constexpr):
     """Return amplitude * exp(SIGN * distance * log_decay), by which xPos scales the pairs.
 
@@ -291,11 +300,13 @@ def build_launch(
 def rotation_numbers(rotation: Rotation) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the fields of Tile that follow from a rotation, and its numbers in a launch."""
     positions, axes = rotation.positions, rotation.axes
-    # (axes, batch or 1, seqlen), (batch or 1, seqlen), or offsets: (sequences,)
-    strides = () if positions is None else strides_of(positions)
-    by_axis, by_batch, by_token = (0, 0, 0, *strides)[-3:]
-    if rotation.positions_are_offsets:
-        by_batch, by_token = by_token, 0
+    by_axis = by_batch = by_token = 0
+    if rotation.positions_are_offsets:  # (sequences,)
+        (by_batch,) = strides_of(positions)
+    elif axes is not None:  # (axes, batch or 1, seqlen)
+        by_axis, by_batch, by_token = strides_of(positions)
+    elif positions is not None:  # (batch or 1, seqlen)
+        by_batch, by_token = strides_of(positions)
     sequences = 0 if rotation.cu_seqlens is None else rotation.cu_seqlens.shape[0] - 1
     inv_freq_stride_sequence, inv_freq_stride_head, _ = strides_of(rotation.inv_freq)
     tile = {

@@ -9,23 +9,25 @@ Backward, with g = R^T dy (minus R's angle, its amplitude), u = g * weight and n
 
     dx = rstd * (u - n * mean(n * u))        dweight = sum over tokens (and heads) of g * n
 
-A row is in three parts: `a` and `b`, both dims of its pairs, (TOKENS, PAIRS), and `rest`, the dims
-that do not rotate, (TOKENS, REST); 0 past the row's dims. Without such dims (TILE.rest 0), `rest`
-is a copy of `a`, to be left out of sums and stores. load_head loads the parts from pointers to dim
-0 of each row, as WIDE: float64 if TILE.wide, else float32, the dtype of all arithmetic behind the
-angles. store_parts rounds them to the pointer's dtype, and leaves int8 as it is: bits of fp8. Their
-last argument before TILE says which rows are valid. TILE is a Tile of device.py: TILE.half pairs of
-dims rotate, TILE.pairs is that rounded up to a power of two, TILE.rest_dims is TILE.rest rounded
-up.
+A program has TILE.tokens tokens, and a share of the heads: [first, last) of program_heads. In place
+it needs no barrier: nobody else reads its rows, and a pair is stored after both its dims are
+loaded.
 
-A program has TILE.tokens tokens (TOKENS), and a share of the heads: [first, last) of program_heads.
-In place it needs no barrier: nobody else reads its rows, and a pair is stored after both its dims
-are loaded.
+Names, of device.py but for store_parts:
 
-cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE) returns the cosines and sines
-of the angles position * inv_freq of a head, (TOKENS, PAIRS), of all heads if they share frequencies
-(not TILE.per_head). decayed(amplitude, distance, log_decay_ptr, SIGN, TILE) is amplitude *
-exp(SIGN * distance * log_decay), (TOKENS, PAIRS), or without log_decay the amplitude, (1, 1).
+TILE                a Tile: TILE.half pairs of dims rotate
+TOKENS, PAIRS, REST TILE.tokens; TILE.half and TILE.rest, each rounded up to a power of two
+WIDE                the dtype of the arithmetic behind the angles: float64 if TILE.wide, or float32
+parts of a row      a and b, both dims of its pairs, (TOKENS, PAIRS), and rest, the dims that do not
+                    rotate, (TOKENS, REST): 0 past the row's dims. Without such dims (TILE.rest 0),
+                    rest is a copy of a, to be left out of sums and stores
+load_head           load them as WIDE from pointers to dim 0 of each row, as far as rows are valid
+store_parts         round them to the pointer's dtype, and store them as far as rows are valid
+rows_of_head        pointers to dim 0 of a head's rows, (TOKENS,), by TileRows
+decayed             amplitude * exp(SIGN * distance * log_decay), (TOKENS, PAIRS), or without
+                    log_decay the amplitude, (1, 1)
+scaled_cos_sin_of_head  cosines and sines of position * inv_freq of a head, or of all if they share
+                    frequencies (not TILE.per_head), times such an amplitude: (TOKENS, PAIRS)
 """
 
 from __future__ import annotations
@@ -51,7 +53,6 @@ from ..call import (
 from .device import (
     TileRows,
     build_launch,
-    cos_sin_of_head,
     decayed,
     empty_outputs,
     load_head,
@@ -60,6 +61,7 @@ from .device import (
     program_tokens,
     rotation_numbers,
     rows_of_head,
+    scaled_cos_sin_of_head,
 )
 
 # A backward's limit: without one, ptxas spills to fit one more block.
@@ -110,15 +112,17 @@ def _norm_rotate(
             squares += _sum_dims(a * a, b * b, rest * rest, TILE)
         rstd = 1.0 / tl.sqrt(squares / (HEADS * HEAD_DIM) + eps)
     if not TILE.per_head:
-        cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, 0, valid, TILE)
-        cos, sin = cos * amplitude, sin * amplitude
+        cos, sin = scaled_cos_sin_of_head(
+            inv_freq_ptr, sequence, position, amplitude, 0, valid, TILE
+        )
     if weight_ptr is not None:
         w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
     first, last = program_heads(HEADS)
     for head in range(first, last):
         if TILE.per_head:
-            cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
-            cos, sin = cos * amplitude, sin * amplitude
+            cos, sin = scaled_cos_sin_of_head(
+                inv_freq_ptr, sequence, position, amplitude, head, valid, TILE
+            )
         a, b, rest = load_head(rows_of_head(x, head, TILE), valid, TILE)
         if weight_ptr is not None:
             if TOGETHER:
@@ -224,8 +228,9 @@ def _norm_rotate_backward(
     eps = tl.full((1, 1), EPS, WIDE)  # a plain number is a float32
     dweight_ptr += tl.program_id(0).to(tl.int64) * COUNT
     if not TILE.per_head:
-        cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, 0, valid, TILE)
-        cos, sin = cos * amplitude, sin * amplitude
+        cos, sin = scaled_cos_sin_of_head(
+            inv_freq_ptr, sequence, position, amplitude, 0, valid, TILE
+        )
     w_a, w_b, w_rest = _load_weight(weight_ptr, TILE)
 
     # Sums of x**2 and of x * u, over all heads if TOGETHER: then they take a pass of their own.
@@ -234,8 +239,9 @@ def _norm_rotate_backward(
     if TOGETHER:
         for head in range(0, HEADS):
             if TILE.per_head:
-                cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
-                cos, sin = cos * amplitude, sin * amplitude
+                cos, sin = scaled_cos_sin_of_head(
+                    inv_freq_ptr, sequence, position, amplitude, head, valid, TILE
+                )
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
             x_a, x_b, x_rest, g_a, g_b, g_rest = _load_x_and_g(x, dy, head, valid, cos, sin, TILE)
             squares += _sum_dims(x_a * x_a, x_b * x_b, x_rest * x_rest, TILE)
@@ -248,8 +254,9 @@ def _norm_rotate_backward(
     dw_rest = tl.zeros((TOKENS, REST), WIDE)
     for head in range(0, HEADS):
         if TILE.per_head:
-            cos, sin = cos_sin_of_head(inv_freq_ptr, sequence, position, head, valid, TILE)
-            cos, sin = cos * amplitude, sin * amplitude
+            cos, sin = scaled_cos_sin_of_head(
+                inv_freq_ptr, sequence, position, amplitude, head, valid, TILE
+            )
         # With dims that pass unrotated, registers do not suffice to hold the weights.
         if TOGETHER:
             w_a, w_b, w_rest = _load_weight(weight_ptr + head * HEAD_DIM, TILE)
@@ -462,6 +469,11 @@ def _build_launch(
     if in_place:
         refuse_expanded(x, y)  # their elements must not share memory
     q_together, k_together = (w is not None and w.shape[0] != x.shape[-1] for w in weights)
+    #                      a tile's size follows   registers     heads of a program, its tokens
+    # forward              the pairs of a head     as it needs   a share (but see below), few
+    # backward, spilling   half of all dims        255           all, many
+    # backward else        the pairs of a head     255           all, many
+    #
     # With as many tokens in a tile as the forward's, a backward would spill where dims pass from
     # thread to thread, that is except for float32 in halves.
     spills = backward and (rotation.interleaved or x.itemsize == 2)
@@ -474,7 +486,6 @@ def _build_launch(
         # The mean square of all heads is read before any of them is overwritten: by one program.
         one_program=backward or (in_place and (q_together or k_together)),
         small_tiles=not backward,
-        # Sizes the tile as if a head had so many pairs.
         pairs_in_registers=next_power_of_2(x.shape[-1]) // 2 if spills else 0,
         maxnreg=ALL_REGISTERS if backward else None,
     )

@@ -29,7 +29,7 @@ decayed             amplitude * exp(SIGN * distance * log_decay), (TOKENS, PAIRS
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -192,23 +192,33 @@ def rotate_kernel(
             tl.store(angle_grad_ptr + grad_row[:, None] + pair[None, :], angle_grad, mask=mask)
 
 
-def build_rotation_launch(
-    tensors: Mapping[str, Tensor | None], in_place: bool, rotation: Rotation
-) -> Launch:
-    """Work out the launch; tensors: the kernel's, from q_ptr to k_saved_ptr.
+class Sides(NamedTuple):
+    """q and k, and what goes with them, by their names in the kernel."""
 
-    With saved inputs it writes the gradient of the angles too.
-    """
+    q_ptr: Tensor
+    k_ptr: Tensor | None
+    q_out_ptr: Tensor
+    k_out_ptr: Tensor | None
+    q_saved_ptr: Tensor | None = None  # the forward's inputs, if q and k are gradients
+    k_saved_ptr: Tensor | None = None
+
+    @property
+    def in_place(self) -> bool:
+        return self.q_out_ptr is self.q_ptr
+
+
+def build_rotation_launch(sides: Sides, rotation: Rotation) -> Launch:
+    """Work out the launch; with saved inputs it writes the gradient of the angles too."""
     # Sums over the heads stay in one program: no atomics, the same bits in every run.
-    sums_heads = tensors["q_saved_ptr"] is not None and not rotation.per_head
+    sums_heads = sides.q_saved_ptr is not None and not rotation.per_head
     return build_launch(
         rotate_kernel,
-        tensors,
+        sides._asdict(),
         *rotation_numbers(rotation),
         per_call=("offset",),
         one_program=sums_heads,  # all heads in one
         small_tiles=not sums_heads,  # few tokens in one, if the call has few
-        copies_rest=not in_place,
+        copies_rest=not sides.in_place,
         maxnreg=MOST_REGISTERS if rotation.per_head else None,
     )
 
@@ -222,13 +232,13 @@ def rope_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Compute `torch.ops.extrope.rope_fwd`; rope_args: RopeTensors; options: of `resolve`."""
     q_out, k_out = empty_outputs(q, k)
-    _run(q, k, q_out, k_out, RopeTensors(*rope_args), **options)
+    _run(Sides(q, k, q_out, k_out), RopeTensors(*rope_args), **options)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
 def rope_inplace(q: Tensor, k: Tensor | None, *rope_args: Tensor | None, **options) -> None:
     """Compute `torch.ops.extrope.rope_inplace`."""
-    _run(q, k, q, k, RopeTensors(*rope_args), **options)
+    _run(Sides(q, k, q, k), RopeTensors(*rope_args), **options)
 
 
 def rope_bwd(
@@ -237,45 +247,31 @@ def rope_bwd(
     """Compute `torch.ops.extrope.rope_bwd`."""
     q_saved, k_saved, *rope_args = others
     dq, dk = empty_outputs(grad_q, grad_k)
-    angle_grad = _run(
-        grad_q, grad_k, dq, dk, RopeTensors(*rope_args), q_saved, k_saved, adjoint=True, **options
-    )
+    sides = Sides(grad_q, grad_k, dq, dk, q_saved, k_saved)
+    angle_grad = _run(sides, RopeTensors(*rope_args), adjoint=True, **options)
     if angle_grad is None:
         angle_grad = grad_q.new_empty(0, dtype=accumulator(grad_q.dtype))
     return dq, grad_q.new_empty(0) if dk is None else dk, angle_grad
 
 
 def _run(
-    q: Tensor,
-    k: Tensor | None,
-    q_out: Tensor,
-    k_out: Tensor | None,
-    rope: RopeTensors,
-    q_saved: Tensor | None = None,
-    k_saved: Tensor | None = None,
-    *,
-    adjoint: bool = False,
-    offset: int = 0,
-    **options,
+    sides: Sides, rope: RopeTensors, *, adjoint: bool = False, offset: int = 0, **options
 ) -> Tensor | None:
-    """Rotate q and k, from which q_saved and k_saved follow if they are gradients.
+    """Rotate q and k; return the gradient of the angles if inputs were saved.
 
     adjoint: q and k are gradients, and rotate by minus the angle.
-    Returns the gradient of the angles if inputs were saved.
     """
-    in_place = q_out is q
-    if in_place:
+    q, k, _, _, q_saved, k_saved = sides
+    if sides.in_place:
         refuse_shared(q, k)
-    key = (adjoint, in_place, layout_key(q, k, q_saved, k_saved, *rope), *options.items())
-    tensors = (q, k, q_out, k_out, q_saved, k_saved)
-    launch, shape = cached_by_layout(_build_launch, key, adjoint, tensors, rope, options)
+    key = (adjoint, sides.in_place, layout_key(q, k, q_saved, k_saved, *rope), *options.items())
+    launch, shape = cached_by_layout(_build_launch, key, adjoint, sides, rope, options)
     check_values(rope.positions, rope.cu_seqlens, rope.axes, offset, len(q))
     angle_grad = None if q_saved is None else q.new_empty(shape, dtype=accumulator(q.dtype))
     if angle_grad is not None and q.numel() == 0:  # tokens without heads
         angle_grad.zero_()
     launch.run(
-        q_ptr=q, k_ptr=k, q_out_ptr=q_out, k_out_ptr=k_out, q_saved_ptr=q_saved,
-        k_saved_ptr=k_saved, angle_grad_ptr=angle_grad,
+        **sides._asdict(), angle_grad_ptr=angle_grad,
         inv_freq_ptr=rope.inv_freq, positions_ptr=rope.positions, cu_seqlens_ptr=rope.cu_seqlens,
         log_decay_ptr=rope.log_decay, axes_ptr=rope.axes, offset=offset,
     )  # fmt: skip
@@ -283,19 +279,14 @@ def _run(
 
 
 def _build_launch(
-    adjoint: bool, tensors: tuple[Tensor | None, ...], rope: RopeTensors, options: dict
+    adjoint: bool, sides: Sides, rope: RopeTensors, options: dict
 ) -> tuple[Launch, tuple[int, ...]]:
     """Check the call, then build its launch; return also the shape of its angles' gradient."""
-    q, k, q_out, k_out, q_saved, k_saved = tensors
+    q, k, _, _, q_saved, k_saved = sides
     inputs, rotation = resolve(q, k, *rope, adjoint=adjoint, **options)  # inputs: q, k in 4 dims
-    in_place = q_out is q
-    if in_place:
+    if sides.in_place:
         refuse_expanded(q, k)
     check_saved(q, k, q_saved, k_saved, packed=rope.cu_seqlens is not None)
-    by_name = {
-        "q_ptr": q, "k_ptr": k, "q_out_ptr": q_out, "k_out_ptr": k_out, "q_saved_ptr": q_saved,
-        "k_saved_ptr": k_saved,
-    }  # fmt: skip
-    launch = build_rotation_launch(by_name, in_place, rotation)
+    launch = build_rotation_launch(sides, rotation)
     batch, seqlen, heads, _ = inputs[0].shape
     return launch, (batch, seqlen, heads if rotation.per_head else 1, rotation.rotary_dim // 2)
