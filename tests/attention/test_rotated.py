@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.rounding import noise_of_lse
 
 from extrope_kernels import apply_rope_qk, methods, rope_attention, rope_attention_with_kvcache
 from extrope_kernels import scores as s
@@ -80,20 +81,6 @@ def test_the_reference_sees_what_it_sees_of_raw_ones(kind):
     torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-9)
 
 
-def noise_of_lse(rows, out, lse):
-    """How far the gradients of out.sum() are off where the backward has weights by lse.
-
-    They are exp2(logit - lse). Of lse, the saved number, log2(e) and their product are rounded, by
-    half an eps of lse each, alike for all weights of a query. So is the query's share in a
-    gradient, and these add up. The reference keeps the weights themselves.
-    """
-    relative = 1.5 * torch.finfo(torch.float32).eps * lse.abs().max()
-    each = torch.eye(lse.numel(), dtype=out.dtype, device=out.device)
-    each = each.view(-1, *out.shape[:-1], 1).expand(-1, *out.shape)
-    shares = torch.autograd.grad(out, rows, each, is_grads_batched=True, retain_graph=True)
-    return [(relative * x.abs().sum(0).max()).item() for x in shares]
-
-
 @pytest.mark.parametrize(
     "kind",
     [pytest.param(kind, id=name, marks=[pytest.mark.always] * (name == "pairs, varlen"))
@@ -116,7 +103,7 @@ def test_outputs_and_gradients(fast_backend, kind):
     got = results(*attend(rotated, fast_backend))
     same_dtype = results(*attend(rotated, "reference"))
     exactly = attend([x.double() for x in rotated], "reference")
-    noise = 0.0, *noise_of_lse(*exactly)
+    noise = 0.0, *noise_of_lse(*exactly, torch.ones_like(exactly[1]))
     exact = results(*exactly)
     for name, more, *each in zip(("out", "dq", "dk", "dv"), noise, got, same_dtype, exact):
         assert_within_budget(name, *each, noise=more)

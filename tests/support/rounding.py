@@ -49,6 +49,22 @@ class Rounding:
         return 2 * self.logit + eps + keys / 2 * inside
 
 
+def noise_of_lse(rows: list[Tensor], out: Tensor, lse: Tensor, dout: Tensor) -> list[float]:
+    """How far the gradients of rows are off where a backward in float32 has weights by lse.
+
+    They are exp2(logit - lse). Of lse, the saved number, log2(e) and their product are rounded, by
+    half an eps of lse each, alike for all weights of a query. So is the query's share in a
+    gradient, and these add up. The reference keeps the weights themselves.
+
+    out, lse: of the reference, in float64, with the graph that leads to rows.
+    """
+    relative = 1.5 * torch.finfo(torch.float32).eps * lse.abs().max()
+    each = torch.eye(lse.numel(), dtype=out.dtype, device=out.device)
+    each = each.view(-1, *out.shape[:-1], 1) * dout
+    shares = torch.autograd.grad(out, rows, each, is_grads_batched=True, retain_graph=True)
+    return [(relative * x.abs().sum(0).max()).item() for x in shares]
+
+
 def of_cache(case, inputs, k: Tensor, v: Tensor) -> tuple[float, float]:
     """Of out and lse of a case of decode_oracle; k, v: the cache in float64."""
     gain = max(1.0, math.log(max(case.lengths) + 1) / math.log(case.log_n)) if case.log_n else 1.0
