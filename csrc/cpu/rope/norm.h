@@ -12,8 +12,14 @@
 namespace extrope {
 namespace {
 
-// Reorders the values of a row's dims (weights, say) for the kernels: the first dims of all pairs,
-// the second dims, then the dims that do not rotate; pairs are in the vectors' order.
+// Reorders the values of a row's dims (weights, say) for the kernels, with pairs in the vectors'
+// order, and the dims that do not rotate behind them:
+//
+//   in a row:    | before | first dims of pairs | second dims | after |
+//   reordered:   | first dims of pairs | second dims | before | after |
+//
+// There are rotary_offset dims before, and rotary_dim / 2 pairs. If Interleaved, a row has the two
+// dims of a pair side by side.
 template <typename T, bool Interleaved, typename Number>
 void order_dims(const RopeParams& p, Number* row) {
   const int64_t half = p.rotary_dim / 2;
@@ -33,7 +39,7 @@ void order_dims(const RopeParams& p, Number* row) {
   }
 }
 
-// Returns the dims in that order.
+// Returns the dims of a row in that order.
 template <typename T, bool Interleaved>
 Buffer<int32_t> ordered_dims(const RopeParams& p) {
   Buffer<int32_t> dims(p.head_dim);
@@ -73,9 +79,9 @@ struct Norm {
     for (int64_t i = 0; i < count; ++i) weight[i] = plain(static_cast<Wide<T>>(widen(from[i])));
   }
 
-  int64_t heads_per_mean;  // heads that share a mean square
-  int64_t head_step;       // stride of heads' weights
-  Buffer<Wide<T>> weight;
+  int64_t heads_per_mean;  // heads that share a mean square: 1, or all
+  int64_t head_step;       // from a head's weights to the next one's; 0 if heads share them
+  Buffer<Wide<T>> weight;  // empty: this tensor has no norm
 };
 
 // Two vectors of consecutive elements, in the cheapest order.

@@ -19,7 +19,7 @@ class WeightGrad {
     few_.assign(norm.weight.size(), 0), all_.assign(norm.weight.size(), 0);
     by_rows_ = norm.head_step == 0;
   }
-  Wide<T>* few() { return few_.data(); }
+  Wide<T>* few() { return few_.data(); }  // to add a row's gradient to; then call end_row()
   void end_row() {
     if (by_rows_ && ++rows_ % kRows == 0) join();
   }

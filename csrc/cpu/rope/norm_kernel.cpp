@@ -1,9 +1,30 @@
 // RMSNorm and the rotation in one pass, forward and backward. Compiled once per instruction set,
 // with EXTROPE_ISA as its name.
 //
+// R rotates a row and multiplies it by the amplitude, which under xPos depends on the position. The
+// mean is over the dims of a head, or of all heads of a token:
+//
+//   scale = 1 / sqrt(mean(x**2) + eps)          y = R (x * scale * weight)
+//
+// Backward, with g = R^T dy (minus R's angle, its amplitude) and normal = x * scale:
+//
+//   dx = scale * (g * weight - normal * mean(g * weight * normal))
+//   dweight = sum of g * normal over tokens, and over the heads that share the weights
+//
+// Without weights a tensor is rotated only.
+//
 // A row is read for its mean square, and again, from the first-level cache, to be rotated. If all
 // heads of a token share a mean square and are not contiguous, a whole block of tokens is read
 // before it is rotated; the second read is from the second-level cache.
+//
+// Types of the headers, beside those that rope_kernel.cpp lists:
+//   Norm            one tensor's weights. head_step 0: heads share them, and each has a mean square
+//                   of its own (PerHeadNorm). Else every head has its own weights, and all heads of
+//                   a token share a mean square (AllHeadsNorm)
+//   Pairs           a and b, the first and the second dims of some pairs, in vectors
+//   WeightedCosSin  cosines and sines of a token, times the weights
+//   WeightGrad      dweight of a tensor, summed over some rows, then over all
+// Weights and their gradients are in the order of order_dims(), as one vector's pairs need them.
 
 #include "cpu/rope/kernel.h"
 #include "cpu/rope/norm_all_heads.h"

@@ -72,6 +72,12 @@ struct PerHeadNorm {
     return squares_of<2 * kHalf>(inputs.next(), p.head_dim);
   }
 
+  // Rows go in groups of kGroup. While row i of a group is rotated, the squares of row i of the
+  // next group are summed, in its place:
+  //
+  //   | rotated                    | scale known | squares summed | not read |
+  //   | earlier groups | i rows of | the rest of | i rows of      |          |
+  //   |                | the group | the group   | the next group |          |
   void norm_and_rotate(const Run& run) const {
     const Wide<T> share = Wide<T>{1} / static_cast<Wide<T>>(p.head_dim);
     const Wide<T> eps = static_cast<Wide<T>>(p.norm_eps);
@@ -81,14 +87,14 @@ struct PerHeadNorm {
     Inputs<T> inputs(x, tokens, run);
     Cursor at(run);
     V squares[kGroup] = {};
-    int64_t left = run.tokens * run.heads;
+    int64_t left = run.tokens * run.heads;  // rows from the current group on
     for (int64_t i = 0; i < std::min<int64_t>(kGroup, left); ++i)
       squares[i] = squares_of_next(inputs);
     for (; left > 0; left -= kGroup) {
       Wide<T> scale[kGroup];
       store(scale, Wide<T>{1} / root(sums_of(squares) * share + eps));
       const int64_t count = std::min<int64_t>(kGroup, left);
-      for (int64_t i = 0; i < count;) {
+      for (int64_t i = 0; i < count;) {  // a token's heads of this group at a time
         const WeightedCosSin<T, kHalf> weighted(weight, p.rotary_dim / 2, {scratch, at.token});
         const int64_t end = std::min(count, i + at.left_of_token());
         const T* in = input_row<T>(x, tokens[at.token], at.head);

@@ -10,11 +10,13 @@ namespace {
 
 constexpr int64_t kBytesReadAhead = 2048, kBytesWrittenAhead = 1024;
 
-// Returns the elements from a row to one about `rows` rows later.
-inline int64_t distance(int64_t seq, int64_t head, int64_t heads, int64_t rows) {
+// Returns the elements from a row to one about `rows` rows later, by the strides of tokens and
+// heads.
+inline int64_t distance(int64_t seq_stride, int64_t head_stride, int64_t heads, int64_t rows) {
   heads = std::max<int64_t>(heads, 1);
-  const bool apart = head < seq && seq != heads * head;  // other rows lie between two tokens
-  return apart ? (rows + heads - 1) / heads * seq : rows * std::min(head, seq);
+  // True if other rows lie between the heads of two tokens.
+  const bool apart = head_stride < seq_stride && seq_stride != heads * head_stride;
+  return apart ? (rows + heads - 1) / heads * seq_stride : rows * std::min(head_stride, seq_stride);
 }
 
 // The distances of prefetches from the current row, in elements.
@@ -23,8 +25,9 @@ struct PrefetchDistances {
   int64_t bytes;      // per row
   int64_t rows_read;  // the number of rows in `in`
 
-  PrefetchDistances(const RopeParams& p, const RopeTensor& x, int64_t element)
-      : bytes(p.head_dim * element), rows_read(std::max<int64_t>(kBytesReadAhead / bytes, 1)) {
+  PrefetchDistances(const RopeParams& p, const RopeTensor& x, int64_t sizeof_element)
+      : bytes(p.head_dim * sizeof_element),
+        rows_read(std::max<int64_t>(kBytesReadAhead / bytes, 1)) {
     const int64_t rows_written = std::max<int64_t>(kBytesWrittenAhead / bytes, 1);
     in = distance(x.in_seq, x.in_head, x.heads, rows_read);
     saved = distance(x.saved_seq, x.saved_head, x.heads, rows_read);

@@ -9,9 +9,8 @@
 //   Token              its batch, seq and position, which is a double
 //   Row                pointers to dim 0 of one token and head: in, out, saved
 //   Wide<T>            float, or double if T is double
-//   AngleScratch            the cosines and sines of a block; TokenCosSin points to those of its
-//   token t RowForm            kHalf pairs if they are all dims, in registers as PairValues; 0: any
-//   number
+//   AngleScratch       the cosines and sines of a block; TokenCosSin points to those of its token t
+//   RowForm            kHalf pairs if they are all dims, in registers as PairValues; 0: any number
 //                      of pairs, in memory. kStreams: out is written past the caches
 //   PrefetchDistances  elements from a row to the one to prefetch
 //   Run                tokens of a block and heads that share its cosines and sines; of_heads: in
