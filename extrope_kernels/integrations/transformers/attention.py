@@ -163,7 +163,7 @@ def attention(
     if (extended := getattr(module, ON_LAYER, None)) is not None:
         return extended.attend(module, query, key, value, attention_mask, options), None
     call = softmax_options(module, options)
-    if paged.is_paged(options):
+    if is_paged(options):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return paged.attend(q, k, v, options, call | no_rotation(q)), None
     given = {name for name, value in options.items() if value is not None}
@@ -182,6 +182,11 @@ def attention(
     window = call.get("sliding_window") if _causal(module, options) else None
     mask = seen_by_queries(attention_mask, query, key, window)
     return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def is_paged(arguments: Mapping[str, Any]) -> bool:
+    """Return True for a model's or a layer's arguments in a forward of continuous batching."""
+    return "read_index" in arguments or "block_table" in arguments
 
 
 def no_rotation(q: Tensor) -> dict[str, Any]:
@@ -462,7 +467,7 @@ class ExtendedLayer:
         call = softmax_options(module, options) | self._rotation(q)
         if self.shared is not None:
             return self.shared.attend(q, k, v, **call)
-        if paged.is_paged(options):
+        if is_paged(options):
             return paged.attend(q, k, v, options, call)
         rows = read_rows(mask, query, key, options)
         if rows is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .model import cache_of, caches_in, in_progress, tokens_in
 from .patches import ON_OWNER, Applied, Hook, Patches
-from .rotary import RotaryModule, argument_names, attribute_of, by_name, owners_of
+from .rotary import RotaryModule, attribute_of, owners_of
 from .rotation import RotaryForward, fingerprint
 
 _MARK = "_extrope_filled"
@@ -67,7 +67,7 @@ def cache_hooks(
     for owner in owners:
         modules = [each.module for each in rotary_modules if each.owner is owner]
         in_place = [rotaries.get(each, vars(each).get("forward")) for each in modules]
-        each = CacheHooks(owner, owners[0], in_place, applied, raw)
+        each = CacheHooks(owners[0], in_place, applied, raw)
         hooks.append((owner, each.before_forward, each.after_forward))
     return hooks
 
@@ -82,7 +82,6 @@ class CacheHooks:
 
     def __init__(
         self,
-        owner: nn.Module,
         first: nn.Module,
         rotaries: Sequence[Any],
         applied: Applied,
@@ -95,19 +94,18 @@ class CacheHooks:
         self.by = str(applied)
         self.key = uuid.uuid4().hex
         _hooks_by_key[self.key] = self
-        self.argument_names = argument_names(owner)
         self.plain = [
             {kind: _plain_fingerprint(each.rotary_module, kind) for kind in each.freqs}
             for each in self.rotaries
         ]
         _look_at_updates()
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Refuse a cache that was filled otherwise, and mark it: forward pre-hook of the owner.
+    def before_forward(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Refuse a cache that was filled otherwise, and mark it: hook before the owner's forward.
 
         It comes after those that choose frequencies.
         """
-        cache = _keys_of(cache_of(by_name(self.argument_names, args, kwargs)))
+        cache = _keys_of(cache_of(arguments))
         if not self.are_in_force() or cache is None:
             return
         setattr(in_progress, self.key, cache)
@@ -119,8 +117,8 @@ class CacheHooks:
             raise _refusal(f"under {self.by}" if rotation else _BY_PLAIN, mark)
         self._mark(cache, rotation, mark)
 
-    def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Mark the cache that the forward made: forward hook of the owner."""
+    def after_forward(self, module: nn.Module, output: Any) -> None:
+        """Mark the cache that the forward made: hook after the owner's forward."""
         setattr(in_progress, self.key, None)
         if self.are_in_force():
             for each in caches_in(output):

@@ -24,9 +24,8 @@ from .layers import (
     run_on_four_tokens,
     window_of_cache,
 )
-from .model import cache_of, reprefix_error, tokens_of, unsupported
+from .model import argument_names, cache_of, reprefix_error, tokens_of, unsupported
 from .patches import Patches
-from .rotary import argument_names, by_name
 from .rotation import RotaryForward
 
 if TYPE_CHECKING:
@@ -96,11 +95,8 @@ class SharedHooks:
         self.shared = shared
         self.argument_names = argument_names(owner)
 
-    def before_forward(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        """Set this rank's positions and drop the mask: forward pre-hook of the owner."""
-        arguments = by_name(self.argument_names, args, kwargs)
+    def before_forward(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Set this rank's positions and drop the mask: hook before the owner's forward."""
         tokens = tokens_of(arguments)
         if cache_of(arguments) is not None or arguments.get("use_cache"):
             raise ValueError(
@@ -127,7 +123,6 @@ class SharedHooks:
         # A finished mask, so that transformers builds none.
         no_mask = torch.ones(1, 1, 1, 1, device=tokens.device)
         arguments |= {"use_cache": False, "attention_mask": no_mask}
-        return (), arguments
 
 
 def _refuse_padding(mask: Any) -> None:
@@ -141,9 +136,8 @@ def _refuse_padding(mask: Any) -> None:
         )
 
 
-def _refuse_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _refuse_labels(module: nn.Module, arguments: dict[str, Any]) -> None:
     """Refuse labels without shift_labels, which the loss would shift within a rank's tokens."""
-    arguments = by_name(argument_names(module), args, kwargs)
     if arguments.get("labels") is not None and arguments.get("shift_labels") is None:
         raise ValueError(
             "extend: labels must come with shift_labels over a mesh, got labels alone; "

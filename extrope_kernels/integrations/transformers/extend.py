@@ -22,7 +22,7 @@ from .frequencies import frequency_patches
 from .guards import Guard
 from .handle import Extension
 from .model import Override, generation_config_owner
-from .patches import ON_OWNER, Applied, route_forward_through_hooks
+from .patches import ON_OWNER, Applied
 from .request import (
     as_tokens,
     by_length_as_stated,
@@ -200,7 +200,6 @@ def _extend(model: nn.Module, asked: Applied, ranks: Shared | None = None) -> Ex
             ranks.share(model, owners, patches)
         if ranks is None:
             patches.hooks += cache_hooks(rotary_modules, patches, applied)
-        route_forward_through_hooks(owners, patches)
         for each in owners:
             guard = Guard(None if ranks else why_no_region(applied), each is owners[0])
             patches.hooks.insert(0, (each, guard.before_forward, None))

@@ -28,9 +28,18 @@ from .._shared.parameters import (
     model_values,
 )
 from .generate import Frozen, Request, batching_patches, on_cache, request_patches
-from .model import Override, cache_of, caches_in, in_progress, tokens_in, tokens_of, unsupported
+from .model import (
+    Override,
+    cache_of,
+    caches_in,
+    forward_of,
+    in_progress,
+    tokens_in,
+    tokens_of,
+    unsupported,
+)
 from .patches import Applied, Patches
-from .rotary import RotaryModule, argument_names, attribute_of, by_name, forward_of
+from .rotary import RotaryModule, attribute_of
 from .rotation import FreqsByKind, RotaryForward, ThreadFrequencies, fingerprint
 from .scores import raw_key_patches
 
@@ -70,7 +79,7 @@ def frequency_patches(
         if takes_length:
             patches.by_length = True
             kind = LengthHooks if cache is None else EachLengthHooks
-            length = kind(rotary_module, rotary, functions)
+            length = kind(rotary, functions)
             patches.hooks.append((rotary_module.owner, length.before_forward, length.after_forward))
     if patches.by_length and cache is None:
         patches.overrides += request_patches(model)
@@ -147,20 +156,15 @@ class LengthHooks:
     """Hooks that choose a `RotaryForward`'s frequencies at the start of its owner's forwards."""
 
     def __init__(
-        self,
-        rotary_module: RotaryModule,
-        rotary: RotaryForward,
-        methods: dict[str | None, Callable[..., RopeFreqs]],
+        self, rotary: RotaryForward, methods: dict[str | None, Callable[..., RopeFreqs]]
     ) -> None:
         self.rotary = rotary
         self.methods = methods
         self.key = uuid.uuid4().hex  # equal in copies of the model, which may continue its caches
         self.warned = False
-        self.argument_names = argument_names(rotary_module.owner)
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Set the frequencies of this forward's request: forward pre-hook."""
-        arguments = by_name(self.argument_names, args, kwargs)
+    def before_forward(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Set the frequencies of this forward's request: hook before it."""
         cache = cache_of(arguments)
         # One graph serves requests of any length, so it does not look at texts of theirs.
         known = torch.compiler.is_compiling() and cache is not None and self.key in on_cache(cache)
@@ -171,8 +175,8 @@ class LengthHooks:
         if cache is not None:
             self._attach(cache, frozen)
 
-    def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Mark the cache that the forward made: forward hook."""
+    def after_forward(self, module: nn.Module, output: Any) -> None:
+        """Mark the cache that the forward made: hook after it."""
         for cache in caches_in(output):
             if self.key not in on_cache(cache):
                 told = dict(self.rotary.thread_freqs.fingerprints)

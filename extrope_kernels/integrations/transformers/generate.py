@@ -3,7 +3,7 @@
 A forward in progress has one state, `in_progress`, which each thread has for itself:
 
     "request"           the `Request` that `generate` has begun
-    a key of our hooks  the cache that the owner reads, or True once the hooks have run
+    a key of our hooks  the cache that the owner reads
 
 Those who begin something set it and take it back, after an error too. Copies of a model share the
 keys: they may go on with each other's caches. `rotation.ThreadFrequencies` are each thread's too.
@@ -33,7 +33,6 @@ from . import paged
 from .attention import INTERFACE
 from .model import Override, cache_of, generation_config_owner, in_progress, tokens_of
 from .patches import ON_OWNER, Applied, Patches
-from .rotary import argument_names, by_name
 from .rotation import FreqsByKind
 
 _ON_CACHE = "_extrope"
@@ -175,7 +174,6 @@ class Reach:
         self.owner = owner
         self.applied = applied
         self.length = length
-        self.names = argument_names(owner)
         self.warned = False
 
     def patches(self, model: nn.Module) -> Patches:
@@ -191,13 +189,12 @@ class Reach:
             self._warn("this generation may go")
         return previous(*args, **kwargs)
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Look how far a forward reads: forward pre-hook. No device is read for it."""
+    def before_forward(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Look how far a forward reads: hook before it. No device is read for it."""
         if self.warned or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        given = by_name(self.names, args, kwargs)
-        tokens, positions = tokens_of(given), given.get("position_ids")
-        cache = cache_of(given)
+        tokens, positions = tokens_of(arguments), arguments.get("position_ids")
+        cache = cache_of(arguments)
         past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if tokens is None or isinstance(past, Tensor) or past + tokens.shape[1] <= self.length:
             return

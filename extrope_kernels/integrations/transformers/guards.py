@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from .patches import ON_OWNER
-from .rotary import argument_names, by_name
 from .saved import save_beside_adapters
 
 
@@ -28,14 +27,13 @@ class Guard:
         self.why = why
         self.looked = not trainers
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Look at the callers and at PyTorch's attention: forward pre-hook of the owner."""
+    def before_forward(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Look at the callers and at PyTorch's attention: hook before the owner's forward."""
         if torch.compiler.is_compiling():
             return
         attention = getattr(nn.functional.scaled_dot_product_attention, "__module__", None) or ""
         if self.why is not None and attention.startswith("torch.distributed"):
-            given = by_name(argument_names(module), args, kwargs).get("position_ids")
-            refuse_region(given, self.why)
+            refuse_region(arguments.get("position_ids"), self.why)
         training = module.training and torch.is_grad_enabled()
         if not self.looked and (training or "trl" in sys.modules):
             self.looked = look_for_trainer(module)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
 
 from torch import nn
 
 from .generate import Reach, forget_pages
-from .patches import Applied, Patches
+from .patches import Applied, Patches, hooked_forwards
 from .rotation import RotaryForward, unwrap_apply, wrap_apply
 from .saved import describe, save
 
@@ -33,7 +32,6 @@ class Extension:
         self._layers = 0  # that attend by a score method
         self._by_length = patches.by_length
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
-        self._undo: list[Callable[[], None]] = []
         forget_pages(model)
 
     def __repr__(self) -> str:
@@ -103,17 +101,11 @@ class Extension:
             self._layers = len(patches.probe.far)
 
     def _add(self, patches: Patches) -> None:
-        for module, name, value in patches.overrides:
+        for module, name, value in [*patches.overrides, *hooked_forwards(patches.hooks)]:
             self._overrides.append((module, name, value, vars(module).get(name)))
             vars(module)[name] = value
             if isinstance(value, RotaryForward) and value.fused is not None:
                 wrap_apply(value.fused.modeling, value)
-        for module, before, after in patches.hooks:
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
-            self._undo.append(handle.remove)
-            if after is not None:
-                # After an error too, so that no part of the model waits for this forward's end.
-                self._undo.append(module.register_forward_hook(after, always_call=True).remove)
 
     def save_pretrained(
         self, folder: str | os.PathLike, *, length: int | None = None, **options: Any
@@ -161,8 +153,6 @@ class Extension:
                 vars(module)[name] = previous
             if isinstance(value, RotaryForward) and value.fused is not None:
                 unwrap_apply(value.fused.modeling, value)
-        while self._undo:
-            self._undo.pop()()
         if self.before is not None:
             self.before.restore()
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, product
 from typing import Any
 
@@ -32,8 +33,9 @@ from .attention import (
     refuse_dropout,
     softmax_options,
 )
-from .model import BOUNDED, Override, reprefix_error, unsupported
-from .rotary import argument_names, by_name, forward_of, probe_numbers, rotating_layers
+from .model import BOUNDED, Override, forward_of, reprefix_error, unsupported
+from .patches import Hook, hooked_forwards
+from .rotary import probe_numbers, rotating_layers
 from .rotation import RotaryForward, ThreadFrequencies, unwrap_apply, wrap_apply
 
 POSITIONS = (0, 1, 5, 11)  # of a probe's four tokens
@@ -91,8 +93,8 @@ class Recorder:
         self.seen: dict[nn.Module, Recorded] = {}
         self.output: Any = None
 
-    def before_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        mask = by_name(argument_names(layer), args, kwargs).get("attention_mask")
+    def before_layer(self, layer: nn.Module, arguments: dict[str, Any]) -> None:
+        mask = arguments.get("attention_mask")
         self.called[layer] = list(mask.values()) if isinstance(mask, Mapping) else [mask]
 
     def attend(
@@ -136,16 +138,10 @@ def recorded(
     layers, recorder = [each for each in owner.modules() if calls_attention(each)], Recorder()
     overrides = attending_overrides(owner, layers)
     overrides += [(layer, ON_LAYER, recorder) for layer in layers]
+    hooks: list[Hook] = [(layer, recorder.before_layer, None) for layer in layers]
+    hooks += [(rotary, partial(_give_positions, positions), None) for rotary in rotaries]
     try:
-        with ExitStack() as stack:
-            stack.enter_context(replaced(overrides))
-            for layer in layers:
-                hook = layer.register_forward_pre_hook(recorder.before_layer, with_kwargs=True)
-                stack.callback(hook.remove)
-            for rotary in rotaries:
-                before = _given_positions(rotary, positions)
-                hook = rotary.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(hook.remove)
+        with replaced([*overrides, *hooked_forwards(hooks)]):
             recorder.output = run_on_four_tokens(first_call(model, owner))
     except UnfitLayer as unfit:
         raise unsupported(owner, str(unfit)) from unfit
@@ -155,18 +151,11 @@ def recorded(
     return recorder
 
 
-def _given_positions(rotary: nn.Module, positions: Sequence[int]) -> Callable[..., Any]:
-    names = argument_names(rotary)
-
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        arguments = by_name(names, args, kwargs)
-        given = arguments["position_ids"]
-        if given.shape[-1] != len(positions):  # of keys made of several tokens
-            return (), arguments
+def _give_positions(positions: Sequence[int], rotary: nn.Module, arguments: dict[str, Any]) -> None:
+    given = arguments["position_ids"]
+    if given.shape[-1] == len(positions):  # not of keys made of several tokens
         others = torch.tensor(positions, dtype=given.dtype, device=given.device)
-        return (), arguments | {"position_ids": others.expand(given.shape)}
-
-    return before
+        arguments["position_ids"] = others.expand(given.shape)
 
 
 def first_call(model: nn.Module, owner: nn.Module) -> nn.Module:

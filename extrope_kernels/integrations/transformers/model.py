@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -57,6 +59,22 @@ def unsupported(owner: nn.Module, reason: str) -> ValueError:
 def reprefix_error(error: Exception) -> Exception:
     """Return another function's error with `extend` as its beginning."""
     return type(error)(f"extend: {str(error).partition(': ')[2]}")
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Return the names of a forward's arguments in their order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def forward_of(module: nn.Module) -> FunctionType | None:
+    """Return the function behind a module's forward, or None if it is not Python's."""
+    forward = inspect.unwrap(type(module).forward)
+    return forward if isinstance(forward, FunctionType) else None
+
+
+def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a forward by their names."""
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor:

@@ -14,11 +14,6 @@ from torch import Tensor
 from ... import rope_attention_with_kvcache
 
 
-def is_paged(options: Mapping[str, Any]) -> bool:
-    """Return True for a layer's options in a forward of continuous batching."""
-    return "read_index" in options or "block_table" in options
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any], call: dict[str, Any]
 ) -> Tensor:

@@ -1,13 +1,8 @@
-"""What an extension changes in a model: attributes that hide others, and hooks around forwards.
-
-Some programs call a module's `forward` directly, past its hooks (sentence-transformers does).
-`route_forward_through_hooks` sends those calls through the hooks.
-"""
+"""What an extension changes in a model: attributes that hide others, and hooks around forwards."""
 
 from __future__ import annotations
 
 import inspect
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +12,12 @@ from torch import nn
 from ... import RopeFreqs
 from ...scores import SCORES, Score
 from .._shared.saved import in_words
-from .model import Override, in_progress
+from .model import Override, argument_names, by_name
 
 ON_OWNER = "_extrope_extensions"  # the attribute that has a model's last `Applied`
-# A module, what runs before its forward, and what runs after it or None.
-Hook = tuple[nn.Module, Callable[..., Any], "Callable[..., Any] | None"]
+# A module, what runs before its forward, and what runs after it or None. The first gets the module
+# and the arguments by name, which it may change; the second the output, None after an error.
+Hook = tuple[nn.Module, Callable[..., None], "Callable[..., None] | None"]
 
 
 @dataclass
@@ -29,7 +25,7 @@ class Patches:
     """An extension's changes in a model.
 
     overrides: (module, name, value) each, attributes that hide those of the module's class.
-    hooks: (module, before its forward, after it or None) each.
+    hooks: around forwards, in their order.
     then: what is to be tried or added once these are in place: each returns more patches.
     probe: what a score method found in the model (`LayerProbe`).
     by_length: frequencies follow the length. raw: keys are cached unrotated.
@@ -71,34 +67,46 @@ class Applied:
         return [self] if self.before is None else [*self.before.all(), self]
 
 
-def route_forward_through_hooks(owners: Sequence[nn.Module], patches: Patches) -> None:
-    """Send direct calls of the owners' `forward` through their hooks; add it last."""
-    for each in map(ForwardThroughHooks, owners):
-        patches.overrides.append((each.module, "forward", each))
-        patches.hooks.append((each.module, each.before_forward, None))
+def hooked_forwards(hooks: Sequence[Hook]) -> list[Override]:
+    """Return the overrides by which modules run hooks; those in place go on before them."""
+    modules = dict.fromkeys(module for module, _, _ in hooks)
+    return [
+        (module, "forward", HookedForward(module, [each for each in hooks if each[0] is module]))
+        for module in modules
+    ]
 
 
-class ForwardThroughHooks:
-    """Replacement forward of a module with hooks, which sends every call through them."""
+class HookedForward:
+    """Replacement forward of a module, with hooks.
 
-    def __init__(self, module: nn.Module) -> None:
+    PyTorch's own hooks would be passed by where a program calls `forward` directly, as
+    sentence-transformers does.
+    """
+
+    def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
+        before = vars(module).get("forward")
+        earlier = before.hooks if isinstance(before, HookedForward) else ()
         self.module = module
-        self.previous = vars(module).get("forward")
-        self.key = uuid.uuid4().hex
+        self.hooks = (*earlier, *(each[1:] for each in hooks))
+        self.replaced = before.replaced if isinstance(before, HookedForward) else before
+        self.argument_names = argument_names(module)
 
     @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(type(self.module).forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note that the hooks run: the last forward pre-hook of an extension."""
-        setattr(in_progress, self.key, True)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not getattr(in_progress, self.key, False):
-            return self.module(*args, **kwargs)
-        setattr(in_progress, self.key, False)
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        arguments, output = by_name(self.argument_names, args, kwargs), None
+        try:
+            for before, _ in self.hooks:
+                before(self.module, arguments)
+            if self.replaced is not None:
+                output = self.replaced(**arguments)
+            else:
+                output = type(self.module).forward(self.module, **arguments)
+        finally:  # so that no part of the model waits for this forward's end
+            for _, after in self.hooks:
+                if after is not None:
+                    after(self.module, output)
+        return output

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from ... import RopeFreqs, apply_rope_qk, methods
 from ..._rope_types import rope_type
 from .._shared.parameters import is_bounded, lengths_in
 from .attention import plain_class
-from .model import BOUNDED, no_model, unsupported
+from .model import BOUNDED, argument_names, forward_of, no_model, unsupported
 
 APPLY = "apply_rotary_pos_emb"  # the function by which most modeling modules rotate
 _POSITIONS = [[0, 1, 5, 11]]  # of a probe
@@ -372,19 +370,3 @@ def rotating_layers(owner: nn.Module) -> Iterator[nn.Module]:
         forward = forward_of(module)
         if forward and {"position_embeddings", "cos", "sin"} <= set(forward.__code__.co_varnames):
             yield module
-
-
-def argument_names(module: nn.Module) -> list[str]:
-    """Return the names of a forward's arguments in their order."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def forward_of(module: nn.Module) -> FunctionType | None:
-    """Return the function behind a module's forward, or None if it is not Python's."""
-    forward = inspect.unwrap(type(module).forward)
-    return forward if isinstance(forward, FunctionType) else None
-
-
-def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a forward by their names."""
-    return dict(zip(names, args, strict=False)) | dict(kwargs)

@@ -20,10 +20,11 @@ from ...ops.attention import check_log_n
 from ...scores import Score
 from .._shared.choice import images_refused
 from .._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
-from .attention import BOUNDARIES, ON_LAYER, attending_overrides, numbers_in
+from .attention import BOUNDARIES, ON_LAYER, attending_overrides, is_paged, numbers_in
 from .generate import batching_patches, mask_patches
 from .layers import LayerProbe, refuse_without_weights
 from .model import (
+    argument_names,
     cache_of,
     exports_to_onnx,
     generation_config_owner,
@@ -31,17 +32,16 @@ from .model import (
     tokens_of,
     unsupported,
 )
-from .patches import Applied, Patches, route_forward_through_hooks
+from .patches import Applied, Patches
 from .rotary import (
     RotaryModule,
-    argument_names,
-    by_name,
     find_rotary_modules,
     owners_of,
 )
 from .rotation import RotaryForward, Rotation, ThreadFrequencies, fingerprint
 
 _OF_KEYS = "cu_seq_lens_k"
+_TABLES = "position_embeddings"
 
 
 class ScoreRequest(NamedTuple):
@@ -89,9 +89,7 @@ def score_patches(
 def raw_key_patches(model: nn.Module, applied: Applied) -> Patches:
     """Return what lets layers rotate all cached keys anew, by frequencies that are in place."""
     rotary_modules = find_rotary_modules(model, applied.layers)
-    patches = attention_patches(model, rotary_modules, applied, ScoreRequest())
-    route_forward_through_hooks(owners_of(rotary_modules), patches)
-    return patches
+    return attention_patches(model, rotary_modules, applied, ScoreRequest())
 
 
 def attention_patches(
@@ -140,27 +138,16 @@ def attention_patches(
     patches.overrides += attending_overrides(owner, (*probe.far, *probe.still))
     patches.overrides += [*mask_patches(model), *batching_patches(model)]
     if raw:
-        patches.hooks += [(layer, leave_raw(layer), None) for layer in probe.far]
+        for layer in probe.far:
+            if _TABLES not in argument_names(layer):
+                raise unsupported(layer, "it makes its own tables, so its keys cannot stay raw")
+            patches.hooks.append((layer, _leave_raw, None))
     return patches
 
 
-def leave_raw(layer: nn.Module) -> Any:
-    """Return the pre-hook of a layer that keeps its queries and keys raw.
-
-    Raises ValueError for a layer that makes its own tables.
-    """
-    names, tables = argument_names(layer), "position_embeddings"
-    if tables not in names:
-        raise unsupported(layer, "it makes its own tables, so its keys cannot stay raw")
-
-    def before_layer(
-        layer: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        arguments = by_name(names, args, kwargs)
-        arguments[tables] = _unrotated(arguments[tables])
-        return (), arguments
-
-    return before_layer
+def _leave_raw(layer: nn.Module, arguments: dict[str, Any]) -> None:
+    """Keep a layer's queries and keys raw: hook before its forward."""
+    arguments[_TABLES] = _unrotated(arguments[_TABLES])
 
 
 def _unrotated(tables: Any) -> Any:
@@ -214,13 +201,10 @@ class RowsOfOwner:
         self.method = rotaries[0].method
         self.by_length = any(each.thread_freqs.by_length for each in rotaries)
         self.others_mix = others_mix
-        self.argument_names = argument_names(owner)
+        self.takes_use_cache = "use_cache" in argument_names(owner)
 
-    def before_forward(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        """Check a forward's arguments: forward pre-hook of the owner."""
-        arguments = by_name(self.argument_names, args, kwargs)
+    def before_forward(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Check a forward's arguments: hook before the owner's forward."""
         if arguments.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise ValueError(
                 "extend: output_attentions must be False, since the ops return no weights, got True"
@@ -237,7 +221,7 @@ class RowsOfOwner:
         tokens, cache = tokens_of(arguments), cache_of(arguments)
         # Over a mesh another hook has looked.
         if self.rotaries[0].shared is not None or _is_left_alone(cache, arguments):
-            return None
+            return
         past = tokens_in(cache)
         mask = arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -251,7 +235,7 @@ class RowsOfOwner:
             arguments["attention_mask"] = mask[:, :all_tokens]
         positions = _packed_positions(tokens, past, arguments)
         if positions is None:
-            return (), arguments
+            return
         if self.others_mix:
             raise ValueError(
                 "extend: a model must have no convolutions or states for packed rows, got "
@@ -261,12 +245,10 @@ class RowsOfOwner:
             raise ValueError(
                 "extend: packed rows must come without a cache, got one; pad rows to generate"
             )
-        told = {
-            "position_ids": positions,
-            "attention_mask": packed_masks(module, tokens, positions),
-        }
-        told |= {"use_cache": False} if "use_cache" in self.argument_names else {}
-        return (), arguments | told
+        masks = packed_masks(module, tokens, positions)
+        arguments |= {"position_ids": positions, "attention_mask": masks}
+        if self.takes_use_cache:
+            arguments["use_cache"] = False
 
 
 def _refuse_checkpoints(owner: nn.Module, method: str) -> None:
@@ -280,7 +262,7 @@ def _refuse_checkpoints(owner: nn.Module, method: str) -> None:
 
 def _is_left_alone(cache: Any, arguments: Mapping[str, Any]) -> bool:
     """Return True for pages, which have their own rows, and where a graph must not read values."""
-    if "read_index" in arguments or "block_table" in arguments:
+    if is_paged(arguments):
         return True
     if not torch.compiler.is_compiling():
         return False
