@@ -88,3 +88,15 @@ def test_a_raw_cache_comes_first():
     after = pytest.raises(ValueError, match="must come before dynamic_yarn")
     with extend(model, "dynamic_yarn", cache="raw"), after:
         extend(model, "rerope", window=9)
+
+
+def test_windows_that_share_a_changing_rotation_are_refused():
+    """Their keys would keep the frequencies of the length at which they were cached."""
+    model, ids = build("gemma2"), tokens(1, 40)
+    plain = model(ids).logits
+    with pytest.raises(ValueError, match="it has a window, so it caches keys as they were rotated"):
+        extend(model, "dynamic_ntk", factor=2.0, cache="raw")
+    assert torch.equal(model(ids).logits, plain)
+    with extend(model, "dynamic_ntk", factor=2.0, seq_len=64, cache="raw"):
+        *_, (got, begin, _) = by_steps(model, ids, ((0, 20), (20, 21), (21, 40)))
+        torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, begin:])

@@ -90,7 +90,8 @@ def extend(
     position_ids; where `apply_rope_qk` cannot rotate each by its own frequencies (amplitudes that
     follow the length, packed rows, raw keys, a score method), lengths that differ raise ValueError.
     A `seq_len` among the parameters fixes it for good. With cache="raw" nothing is frozen: every
-    forward rotates all keys anew, up to the trained length by the plain model's frequencies.
+    forward rotates all keys anew, up to the trained length by the plain model's frequencies. Models
+    whose layers with a window share such frequencies (Gemma 2) are refused then.
 
     The attention of other layers stays PyTorch's. After `model.set_attn_implementation("extrope")`
     this package computes it too, faster on a CPU.

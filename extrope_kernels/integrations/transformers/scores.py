@@ -22,7 +22,7 @@ from .._shared.choice import images_refused
 from .._shared.parameters import DUAL_CHUNKS, SPARSE, bind_score, scale_from, score_values_in
 from .attention import BOUNDARIES, ON_LAYER, attending_overrides, is_paged, numbers_in
 from .generate import batching_patches, mask_patches
-from .layers import LayerProbe, refuse_without_weights
+from .layers import LayerProbe, kind_of, refuse_without_weights
 from .model import (
     argument_names,
     cache_of,
@@ -89,7 +89,17 @@ def score_patches(
 def raw_key_patches(model: nn.Module, applied: Applied) -> Patches:
     """Return what lets layers rotate all cached keys anew, by frequencies that are in place."""
     rotary_modules = find_rotary_modules(model, applied.layers)
-    return attention_patches(model, rotary_modules, applied, ScoreRequest())
+    patches = attention_patches(model, rotary_modules, applied, ScoreRequest())
+    in_place = [vars(each.module)["forward"] for each in rotary_modules]
+    changing = {kind for each in in_place if each.thread_freqs.by_length for kind in each.freqs}
+    near = [each for each in patches.probe.near if changing & {None, kind_of(each)}]
+    if near:
+        raise unsupported(
+            near[0],
+            "it has a window, so it caches keys as they were rotated, but frequencies of "
+            f"{applied.method} change with the length; give it a seq_len, or leave cache out",
+        )
+    return patches
 
 
 def attention_patches(
