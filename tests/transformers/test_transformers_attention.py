@@ -20,6 +20,7 @@ from support.hf_models import (
 )
 
 from extrope_kernels.integrations.transformers import extend, register_interface
+from extrope_kernels.integrations.transformers.attention import read_rows
 
 register_interface()
 NEW = 4
@@ -140,6 +141,15 @@ def test_rows_with_padding_and_packed_rows_are_one_call(kind, family):
     assert count.of(*OURS) == 2 and count.of(*THEIRS) == 0
     got = torch.cat([got[row : row + 1, part] for row, part in places], 1)
     assert_as_exact_as(got, theirs, want)
+
+
+def test_padding_sees_little():
+    """The cost of a prompt's padding is linear: nobody reads what it sees."""
+    numbers = torch.ones(2, 1, 1, 300, dtype=torch.int32)
+    numbers[0, ..., :200] = 0
+    new = torch.empty(2, 4, 300, 8)
+    rows = read_rows(numbers, new, new, {})
+    assert rows.cu_seqlens.diff().tolist() == [64, 64, 64, 8, 100, 300]
 
 
 @pytest.mark.parametrize("kind", ["left", "packed"])

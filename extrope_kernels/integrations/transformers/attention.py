@@ -44,6 +44,7 @@ KNOWN = {
     *(BOUNDARIES, "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
 ON_LAYER = "_extrope"  # the attribute of a layer that is extended, or looked at
+_PADDING = 64  # slots of padding that are one sequence
 _ON_MASK = "_extrope_rows"
 
 
@@ -337,6 +338,8 @@ def _rows_of_numbers(numbers: Tensor, new: int) -> Rows | None:
     if whole:
         return Rows(used)
     if new == used:
+        # Nobody reads what padding sees, so it sees little: its cost is linear.
+        begins |= (numbers == 0) & (slots % _PADDING == 0)
         firsts = begins.flatten().nonzero()[:, 0].int()
         return Rows(used, nn.functional.pad(firsts, (0, 1), value=numbers.numel()))
     return Rows(used, None, torch.full_like(pads, used, dtype=torch.int32), pads.int())
