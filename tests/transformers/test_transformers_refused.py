@@ -131,7 +131,7 @@ MODELS = [
         RERO,
         "must have attention_dropout 0, got",
     ),
-    (NEOX, RERO, "GPTNeoXJapaneseAttention computes its attention itself"),
+    (NEOX, RERO, "GPTNeoXJapaneseAttention rotates and weighs keys itself"),
     (
         partial(build, "gemma3_text", use_bidirectional_attention=True),
         RERO,
@@ -140,7 +140,7 @@ MODELS = [
     (on_meta, RERO, "LlamaModel must have its weights for rerope"),
     (partial(tiny, DEEPSEEK4, **SLIDING), RERO, WINDOWS),
     (partial(tiny, DEEPSEEK4, **COMPRESSED), RERO, "keys beside those of the tokens"),
-    (FALCON, RERO, "FalconAttention computes its attention itself"),
+    (FALCON, RERO, "FalconAttention rotates and weighs keys itself"),
     (FALCON, PI, "ALiBi in place of a rotat"),
     (
         partial(tiny, "UnlimitedOcrForConditionalGeneration"),
@@ -177,7 +177,7 @@ def mean_or_attention(self, hidden_states, position_embeddings, attention_mask=N
 def test_layers_that_compute_their_attention_themselves_are_refused(forward, monkeypatch):
     model = build("llama")
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forward)
-    message = "LlamaAttention computes its attention itself, with nothing to replace"
+    message = "LlamaAttention rotates and weighs keys itself, with nothing to replace"
     assert_refused(model, *RERO, ValueError, message)
 
 

@@ -232,9 +232,8 @@ class LayerProbe:
         moved = self._record(self.tried, POSITIONS)
         for layer in rotating_layers(owner):
             if not calls_attention(layer) or (layer in moved.called and layer not in moved.seen):
-                reason = (
-                    f"{type(layer).__name__} computes its attention itself, with nothing to replace"
-                )
+                name = type(layer).__name__
+                reason = f"{name} rotates and weighs keys itself, with nothing to replace"
                 raise unsupported(owner, reason)
         self.seen = moved.seen
         self.far: dict[nn.Module, ExtendedLayer] = {}
