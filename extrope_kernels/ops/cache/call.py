@@ -155,10 +155,8 @@ class Append(NamedTuple):
 
     def sequence_and_place(self) -> tuple[Tensor, Tensor]:
         """Return each token's sequence and its index in that one's new tokens: (batch, seqlen)."""
-        index, cu_seqlens = (
-            torch.arange(self.seqlen, device=self.k.device),
-            self.cache.cu_seqlens_new,
-        )
+        index = torch.arange(self.seqlen, device=self.k.device)
+        cu_seqlens = self.cache.cu_seqlens_new
         if cu_seqlens is None:
             sequence = torch.arange(self.batch, device=self.k.device)[:, None]
             return sequence.expand(-1, self.seqlen), index.expand(self.batch, -1)
