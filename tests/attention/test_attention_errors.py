@@ -48,7 +48,15 @@ def test_only_a_score_is_a_score():
             rope_attention(Q, K, V, FREQS, wrong)
 
 
-@pytest.mark.parametrize("head_dim", [12, 520])
+@pytest.mark.parametrize("head_dim", [8, 512])
+def test_the_least_and_the_largest_head_dim(head_dim):
+    inputs = (*make_qkv(1, 3, head_dim=head_dim), frequencies(head_dim))
+    torch.testing.assert_close(
+        rope_attention(*inputs), rope_attention(*inputs, backend="reference")
+    )
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 520])
 def test_head_dims_of_the_fused_kernels(head_dim):
     q, k, v = make_qkv(1, 3, head_dim=head_dim)
     with pytest.raises(ValueError, match=r"^rope_attention: head_dim must"):
