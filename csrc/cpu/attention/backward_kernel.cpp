@@ -59,7 +59,7 @@ struct BackwardScratch {
   float* key_columns;              // (head_dim / kKeyRows, keys, kKeyRows)
   float *probabilities, *dlogits;  // (slices, keys, kQueryLanes)
   int32_t* seen;                   // (slices, 2): the keys of a block that a slice sees
-  float* unit_scale;               // (block,), all 1: dout is packed unscaled
+  float* unit_scale;               // (rows,), all 1: dout is packed unscaled
 };
 
 struct BackwardSlice {

@@ -55,7 +55,8 @@ struct ForwardBf16Slice {
   SliceValues hidden;  // logits for keys that a row does not see
 };
 
-// Returns how many keys of the block from `key` on are no padding, rounded up to pairs.
+// Returns how many keys of the block from `key` on are no padding, rounded up to pairs; with AMX,
+// where fewer rows save nothing (kSkipsUnusedRows false), all.
 EXTROPE_INLINE int64_t rows_from(const ForwardBf16Slice& view, int64_t key) {
   return kSkipsUnusedRows ? smaller(round_up(view.keys - key, 2), kKeyRows) : kKeyRows;
 }

@@ -33,10 +33,10 @@ struct Sizes {
         value_dim(round_up(p.value_dim, kWide)),
         key_stride(stride_of(key_dim)),
         value_stride(stride_of(value_dim)) {}
-  int64_t depth;                     // of the products q k^T
+  int64_t depth;                     // of the products q k^T, not padded
   int64_t tall_rows;                 // rows of a state, in blocks of kTallRows
   int64_t state_rows;                // rows of a state
-  int64_t key_dim;                   // of a packed row of q and k
+  int64_t key_dim;                   // of a packed row of q and k, padded
   int64_t value_dim;                 // of a packed row of v and out, and of a state
   int64_t key_stride, value_stride;  // strides of rows of those
 };

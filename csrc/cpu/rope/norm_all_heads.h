@@ -12,7 +12,7 @@
 namespace extrope {
 namespace {
 
-// The same if all heads of a token share a mean square; each head has its own weights.
+// One tensor of a block of tokens whose heads share a mean square; each head has its own weights.
 template <typename T, bool Interleaved, typename Form>
 struct AllHeadsNorm {
   using V = WideVector<T>;

@@ -123,7 +123,7 @@ def define(
     for suffix in ("", *own):
         declare(name + suffix, schema, fake)
     for suffix, function in own.items():
-        for device in ("CPU", "CUDA"):  # on a CPU: the interpreter, fake engines
+        for device in ("CPU", "CUDA"):  # on a CPU: interpreted, or as tests stub it
             library.impl(name + suffix, function, device)
     stand_ins = {ALL_BACKENDS[x].stands_in: function for x, function in kernels.items()}
     _load_on_first_use(name, {device: stand_ins[device] for device in libraries})
@@ -162,7 +162,7 @@ def _load_on_first_use(name: str, stand_ins: Mapping[str, Callable[..., Any]]) -
         device = first.device.type
         if device not in stand_ins or getattr(_again, "calling", None) == name:
             raise NotImplementedError(f"{name}: no kernel for {first.layout} tensors on {device}")
-        if _ext.is_deferred(device):
+        if _ext.is_deferred(device):  # this thread must not load it now
             return stand_ins[device](*args, **options)
         _ext.load(device)
         _again.calling = name

@@ -3,6 +3,9 @@
 They know regions and position maps, no score method. `attention_fwd` and `attention_bwd` run the
 best backend for the tensors' device: csrc/cpu/attention on a CPU, Triton or the composition over
 flash-attn on a GPU. Ops with a suffix run that backend only.
+
+TENSORS and OPTIONS are an op's arguments after q, k and v; an `AttentionCall` has them as
+call.tensors and call.options. cached_by_layout(make, key, *args) keeps make(*args) for each key.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ def forward(
     """Return out and lse; differentiable. Refuses wrong calls before a kernel starts."""
     if by_reference(q, backend):
         check_attention("attention", q, k, v, call)
-        check_values("attention", call, len(q))
+        check_values("attention", call, len(q))  # of packed q its tokens, else not read
         return reference.forward(q, k, v, call)
     tensors = call.tensors if type(q) is Tensor else replicated(q, call.tensors)
     return call_op("attention_fwd", backend, (q, k, v, *tensors), call.options)
@@ -119,7 +122,7 @@ class KernelModule(NamedTuple):
     """
 
     module: str  # imported by the first call
-    fused: bool  # has the limits of fused kernels
+    fused: bool  # has the limits of check_dims
 
     def kernel(self, folder: str, step: Step) -> Callable[..., Any]:
         """Return the function of an op that runs a step of the operation in `folder`."""

@@ -46,7 +46,7 @@ def map_of(position_map: PlainMap) -> tuple:
         row, floor = position_map.row, bool(position_map.floor)
         return tuple(MapConstants(modulus, per_pair=True, row=row, floor=floor))
     divisor, floor, offset = position_map.divisor, position_map.floor, position_map.offset
-    has_cap = position_map.cap < FARTHEST_POSITION
+    has_cap = position_map.cap < FARTHEST_POSITION  # past it: no cap
     others: dict[str, Any] = {"has_cap": has_cap, "cap": int(position_map.cap) if has_cap else 0}
     # Whole numbers make angles exact. Only half a token, or a divisor without floor, needs a
     # fraction or a factor.

@@ -147,7 +147,7 @@ def _build_launch(out: Tensor, lse: Tensor, outs: tuple[Tensor, ...], in_place: 
     batch, (seqlen, heads, head_dim) = 1 if out.dim() == 3 else out.shape[0], out.shape[-3:]
     lse_stride_batch, lse_stride_head, lse_stride_seq = (0, *strides_of(lse))[-3:]
     block_d = triton.next_power_of_2(max(head_dim, 1))
-    # Two vectors of each set per thread keep enough loads in flight.
+    # Four vectors of each set per thread keep enough loads in flight.
     block_m = max(1, 4 * WARPS * 32 * VECTOR_BYTES // out.itemsize // block_d)
     tokens, wide = batch * seqlen, torch.float64 in (out.dtype, lse.dtype)
     return Launch(

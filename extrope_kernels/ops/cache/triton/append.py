@@ -3,8 +3,8 @@
 `rope_append_kvcache` launches it by its op. A decode step launches it before it attends
 (ops/decode/triton/decode.py), without q.
 
-TILE is a Tile of device.py; TOKENS and PAIRS are its tokens and pairs. rotation.py has the rotation
-without a cache, and says more about both.
+rotation.py has the rotation without a cache, and the names of both. copy_rows copies rows that do
+not rotate. Without positions of its own a call has an offset for each sequence: its slots in use.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def rope_append_kernel(
 
     # sequence (TOKENS,), position (TOKENS, 1) float64
     batch, seq, valid = program_tokens(count, seqlen, TILE)  # (TOKENS,): int64, int64, mask
-    sequence, position = load_positions(
+    sequence, position = load_positions(  # without axes, None and their stride 0; offset 0
         batch, seq, valid, positions_ptr, cu_seqlens_ptr, None, 0, 0, positions_stride_batch,
         positions_stride_seq, num_sequences, search_steps, TILE,
     )  # fmt: skip
