@@ -69,11 +69,9 @@ def test_keys_rotated_otherwise_are_refused(first, then, kind):
         step(model, cache, 30, 40)  # still good where it was filled
 
 
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize(("first", "then"), SAME)
-def test_keys_rotated_the_same_go_on(first, then, kind):
-    """Up to the plain model's rounding of angles to float32."""
-    model, cache, fresh = model_of(), CACHES[kind](model_of()), CACHES[kind](model_of())
+def assert_goes_on(model, new_cache, first, then):
+    """A cache that `first` filled serves `then`, up to the plain model's rounding of angles."""
+    cache, fresh = new_cache(model), new_cache(model)
     with under(model, first):
         step(model, cache, 0, 30)
     with under(model, then):
@@ -81,21 +79,20 @@ def test_keys_rotated_the_same_go_on(first, then, kind):
         torch.testing.assert_close(
             step(model, cache, 30, 40), step(model, fresh, 30, 40), atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize(("first", "then"), SAME)
+def test_keys_rotated_the_same_go_on(first, then, kind):
+    assert_goes_on(model_of(), CACHES[kind], first, then)
 
 
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize(("first", "then"), SCORES)
 def test_keys_of_score_methods_go_on(first, then, kind):
-    """Of one layer, whose keys depend on tokens alone: up to the plain model's rounding."""
+    """Of one layer, whose keys depend on tokens alone."""
     model = build("llama", num_hidden_layers=1).double().requires_grad_(False)
-    cache, fresh = CACHES[kind](model), CACHES[kind](model)
-    with under(model, first):
-        step(model, cache, 0, 30)
-    with under(model, then):
-        step(model, fresh, 0, 30)
-        torch.testing.assert_close(
-            step(model, cache, 30, 40), step(model, fresh, 30, 40), atol=1e-5, rtol=0
-        )
+    assert_goes_on(model, CACHES[kind], first, then)
 
 
 def test_raw_keys_go_on_by_other_frequencies():
