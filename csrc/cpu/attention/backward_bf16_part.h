@@ -94,7 +94,7 @@ EXTROPE_INLINE void differentiate(const BackwardBf16Slice& view, int i, const Ro
   for (int j = 0; j < kQueryVectors; ++j) {
     const floats product = load<floats>(view.w.products + i * kQueryLanes + j * kFloats);
     const floats exponent = logits[j] - view.lse[j];
-    probability[j] = exp2_reduced(Capped ? exponent * kLog2E : exponent);
+    probability[j] = exp2_avx512(Capped ? exponent * kLog2E : exponent);
     gradient[j] = probability[j] * (product - view.delta[j]) * slopes[j];
   }
 }

@@ -28,17 +28,17 @@ struct SliceValues {
   floats at[kQueryVectors];
 };
 
-// Merges the logits of `rows` keys: `product` if the row sees the key, else those of earlier
-// regions, or `hidden`.
-inline void merge_rows(const float* product, int64_t rows, const RowKeys seen, int64_t key,
-                       bool is_first_region, const SliceValues hidden, float* logits) {
-  for (int i = 0; i < rows; ++i) {
+// Merges a region's logits of `keys` keys from key `key` on: `product` if the row sees the key,
+// else those of earlier regions, or `hidden_logit`.
+inline void merge_region(const float* product, int64_t keys, const RowKeys seen, int64_t key,
+                         bool is_first_region, const SliceValues hidden_logit, float* logits) {
+  for (int i = 0; i < keys; ++i) {
     const ints here = ints{} + static_cast<int32_t>(key + i);
 #pragma GCC unroll 16
     for (int j = 0; j < kQueryVectors; ++j) {
       const int64_t at = i * kQueryLanes + j * kFloats;
       const ints sees = (here >= seen.begin[j]) & (here < seen.end[j]);
-      const floats rest = is_first_region ? hidden.at[j] : load<floats>(logits + at);
+      const floats rest = is_first_region ? hidden_logit.at[j] : load<floats>(logits + at);
       store(logits + at, sees ? load<floats>(product + at) : rest);
     }
   }

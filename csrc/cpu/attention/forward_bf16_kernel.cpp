@@ -37,8 +37,8 @@ void attend_slice(const TileQueries& queries, const TilePlan& plan, const Forwar
     view.row_max[j] = load<floats>(w.row_max + at);
     view.row_sum[j] = load<floats>(w.row_sum + at);
     view.q_scale[j] = load<floats>(w.q_scale + at);
-    view.hidden.at[j] = floats{} - __builtin_inff();
-    if (!Capped) view.hidden.at[j] = view.q_scale[j] < 0 ? -view.hidden.at[j] : view.hidden.at[j];
+    const floats lowest = floats{} - __builtin_inff();
+    view.hidden_logit.at[j] = Capped ? lowest : view.q_scale[j] < 0 ? -lowest : lowest;
   }
   RowKeys seen[kMaxRegions];
   for (int64_t r = 0; r < queries.p.regions.count; ++r) {
@@ -48,13 +48,13 @@ void attend_slice(const TileQueries& queries, const TilePlan& plan, const Forwar
   for (int64_t key = parts.begin; key < parts.end; key += kKeyRows) {
     multiply_part<Capped>(view, parts, queries.p.regions.count, seen, key, key_block.first + key);
     bf16* weights = w.weights + key * kQueryLanes;
-    const int64_t rows = rows_from(view, key);
+    const int64_t keys = keys_of_part(view, key);
     const bool is_first = view.is_first && key == parts.begin;  // no row_max yet
-    if (is_first || !softmax_block<Capped, false>(view, rows, weights)) {
+    if (is_first || !softmax_part<Capped, false>(view, keys, weights)) {
       add_values(view, added, key);
       added = key;
-      raise_row_max<Capped>(view, rows);
-      softmax_block<Capped, true>(view, rows, weights);
+      raise_row_max<Capped>(view, keys);
+      softmax_part<Capped, true>(view, keys, weights);
     }
   }
   add_values(view, added, parts.end);

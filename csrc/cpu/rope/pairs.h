@@ -75,7 +75,7 @@ EXTROPE_INLINE V values_at(const InRegisters<T, Half>& held, int64_t i) {
 }
 template <typename V, typename T, int64_t Half>
 EXTROPE_INLINE V values_at(const InMemory<T, Half>& held, int64_t i) {
-  return load_once(load<V>(held.values + i));
+  return in_register(load<V>(held.values + i));
 }
 
 // Half-split dims of 16 bits are read as 32-bit words of two neighbours, so that none has to move.

@@ -41,7 +41,7 @@ inline void store_pairs(T* to, V a, V b) {
 
 // A pair of bf16 is one 32-bit word, so no lane has to move.
 inline std::pair<floats, floats> load_pairs(const bf16* from) {
-  const words both = load_once(load<words>(from));
+  const words both = in_register(load<words>(from));
   return {bits_as<floats>(both << 16), bits_as<floats>(both & 0xffff0000)};
 }
 

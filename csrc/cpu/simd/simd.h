@@ -73,9 +73,9 @@ inline void store(T* to, const V& v) {
 }
 
 // Returns v in a register. GCC would load it again for every use, and a rotation consists mostly of
-// loads.
+// loads; and it would make one fma of a product v and a later sum.
 template <typename V>
-inline V load_once(V v) {
+inline V in_register(V v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #endif
