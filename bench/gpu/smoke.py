@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from support import attention_oracle as oracle
@@ -34,11 +35,14 @@ CACHED = ("plain", "rerope", "leaky_rerope")
 # Compared with the reference. That of attention multiplies in float32, while kernels round to 16
 # bits: it is no measure. Of the append the cache is compared, not the attention after it.
 APPEND = "rerope, append and decode"
-BY_REFERENCE = ("rope", "rope after a norm", "append", "merge", APPEND)
+BY_REFERENCE = ("rope", "rope of one tensor", "rope after a norm", "append", "merge", APPEND)
 # Options of an operation: numbers of its launch, small ones first.
-PLACES = ({"positions": 90}, {"positions": 2**33 + 1, "slower": 2.0**-24})
-NUMBERS: dict[str, tuple[dict[str, float], ...]] = {
+OF_DIM = operations.FREQS[operations.LARGE.dim]
+SLOW = replace(OF_DIM, inv_freq=OF_DIM.inv_freq * 2.0**-24)
+PLACES = ({"positions": 90}, {"positions": 2**33 + 1, "freqs": SLOW})
+NUMBERS: dict[str, tuple[dict[str, Any], ...]] = {
     "rope": PLACES,
+    "rope of one tensor": PLACES,
     "rope after a norm": PLACES,
     "merge": ({}, {"apart": 2**31 + 64}),
 }
@@ -81,7 +85,7 @@ def check_by_reference(name: str, backend: str, dtype: torch.dtype) -> None:
     operation = replace(operations.OPERATIONS[name], sizes=operations.LARGE)
     inputs = operation.tensors(0, dtype)
 
-    def run(by: str, numbers: dict[str, float], to: torch.dtype = dtype) -> list[Tensor]:
+    def run(by: str, numbers: dict[str, Any], to: torch.dtype = dtype) -> list[Tensor]:
         copies = {key: x.clone() for key, x in inputs.items()}  # it may write into them
         copies |= {key: inputs[key].to(to, copy=True) for key in operation.shapes}
         return operation(by, **(copies | numbers))[-2 if name == APPEND else 0 :]

@@ -117,8 +117,9 @@ def test_lengths_of_the_capture_are_caught(name):
     case = OPERATIONS[name]
     old = {key: x.to(device()) for key, x in case.lengths(0, case.sizes).items()}
 
-    def run(backend, **tensors):
-        return case.run(backend, **(tensors if backend == "reference" else tensors | old))
+    def function(backend, **given):
+        given |= {} if backend == "reference" else old
+        return case.function(**given, backend=backend)
 
     with pytest.raises(AssertionError, match="of round 1: "):
-        check(replace(case, run=run), FROZEN[name], rerun)
+        check(replace(case, function=function), FROZEN[name], rerun)

@@ -9,48 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.operations import FREQS, OPERATIONS, QK, ROPE, SMALL, Operation, Sizes
+from support.operations import OPERATIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from extrope_kernels import _ext, apply_rope, apply_rope_qk, methods
+from extrope_kernels import _ext
 from extrope_kernels.testing import device
 
-DIM = SMALL.dim
-ONE_HEAD = {"q": QK["k"], "k": QK["k"]}
-
-
-def by_head(backend, q, k):
-    scale = torch.tensor([1.0, 0.5], device=q.device).view(1, 2, 1)
-    xpos = methods.xpos(DIM).to(device())
-    freqs = replace(xpos, inv_freq=xpos.inv_freq * scale)
-    return list(apply_rope_qk(q, k, freqs, interleaved=True, backend=backend))
-
-
-def by_axes(backend, q, k, positions):
-    freqs = methods.with_sections(FREQS[DIM], [6, 5, 5])
-    return list(apply_rope_qk(q, k, freqs, positions=positions, inverse=True, backend=backend))
-
-
-def of_learned(backend, q, inv_freq):
-    freqs = replace(FREQS[DIM], inv_freq=inv_freq)
-    return [apply_rope(q, freqs, rotary_offset=2, backend=backend)]
-
-
-def axes(number: int, sizes: Sizes) -> dict[str, torch.Tensor]:
-    return {"positions": torch.arange(6 * sizes.seqlen).view(3, 2, -1)}
-
-
-MORE = {
-    "rope by head, with decay": Operation(by_head, ONE_HEAD, ROPE, gradients=True),
-    "rope by axes": Operation(by_axes, QK, ROPE, axes, gradients=True),
-    "rope of learned frequencies": Operation(
-        of_learned, {"q": QK["q"], "inv_freq": f"{DIM // 2 - 2}"}, ROPE, gradients=True
-    ),
-}
 # An op in every form that its schema has, each by few cases: a check takes a second.
 CHECKED = {
-    name: (OPERATIONS | MORE)[name]
+    name: OPERATIONS[name]
     for name in (
         *("rope by head, with decay", "rope by axes", "rope of learned frequencies"),
         *("rope, packed", "rope, in place", "rope after a norm", "append by slots"),
@@ -125,13 +93,13 @@ COMPILED = (
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_as_one_graph(name):
     """With what it writes in place, and gradients."""
-    case = (OPERATIONS | MORE)[name]
-    whole = torch.compile(case.run, fullgraph=True, backend="aot_eager")
+    case = OPERATIONS[name]
+    whole = torch.compile(case.function, fullgraph=True, backend="aot_eager")
     given = case.tensors(0, torch.float32)
     found = []
-    for run in (case.run, whole):
+    for function in (case.function, whole):
         own = {key: x.clone() for key, x in given.items()}
-        found.append(replace(case, run=run)(None, **own))
+        found.append(replace(case, function=function)(None, **own))
     for eager, compiled in zip(*found):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 

@@ -89,10 +89,10 @@ def test_checks_pass_and_tell_what_is_wrong(monkeypatch):
         assert smoke.error_of(partial(smoke.check_by_reference, name, "cpu", torch.float32)) == ""
     one = operations.OPERATIONS["rope"]
 
-    def wrong(backend, **tensors):
-        return [x + (backend == "cpu") for x in one.run(backend, **tensors)]
+    def wrong(backend, **given):
+        return [x + (backend == "cpu") for x in one.function(**given, backend=backend)]
 
-    table = {"rope": replace(one, run=wrong)}
+    table = {"rope": replace(one, function=wrong)}
     monkeypatch.setattr(operations, "OPERATIONS", table)
     error = smoke.error_of(partial(smoke.check_by_reference, "rope", "cpu", torch.bfloat16))
     assert error.startswith("AssertionError: result 0: error")

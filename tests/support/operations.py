@@ -6,9 +6,9 @@ Tests of what all operations keep go through all rows, in a size that shows it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from support.score_examples import EXAMPLES, PLAIN, Example
@@ -54,6 +54,10 @@ class Sizes:
     def all_k(self) -> int:  # all heads of k, one behind the other
         return self.heads_k * self.dim
 
+    @property
+    def rotated(self) -> int:  # pairs of a head that rotate: not all
+        return self.dim // 2 - 2
+
 
 TINY = Sizes(seqlen=8, heads=4, dim=16, max_len=80)
 SMALL = Sizes(seqlen=40, heads=4, dim=32, max_len=80)
@@ -66,16 +70,20 @@ def nothing(number: int, sizes: Sizes) -> Tensors:
 
 @dataclass(frozen=True)
 class Operation:
-    """`run(backend, **tensors)` gives all results, what it writes in place included.
+    """A right call of a function by keywords, backend=... among them.
 
     shapes: of the tensors of random numbers, as words of Sizes and numbers.
     lengths: the tensors of integers of a round.
+    options: what else is given; a function makes it for the first tensor.
+    writes: what is written in place; all results are what the function returns, and this.
     """
 
-    run: Callable[..., list[Tensor]]
+    function: Callable[..., Any]
     shapes: dict[str, str]
     backends: tuple[str, ...]
     lengths: Callable[[int, Sizes], Tensors] = nothing
+    options: dict[str, Any] = field(default_factory=dict)
+    writes: tuple[str, ...] = ()
     gradients: bool = False
     sizes: Sizes = SMALL
 
@@ -87,6 +95,13 @@ class Operation:
             shape = [int(x) if x.isdigit() else getattr(self.sizes, x) for x in words.split()]
             found[name] = torch.randn(shape, generator=generator).to(device(), dtype)
         return found | {n: x.to(device()) for n, x in self.lengths(number, self.sizes).items()}
+
+    def run(self, backend: str | None, **given: Any) -> list[Tensor]:
+        """All results of a call; what is given besides tensors stands in for an option."""
+        first = next(iter(given.values()))
+        options = {n: x(first) if callable(x) else x for n, x in self.options.items()}
+        found = self.function(**(options | given), backend=backend)
+        return [*((found,) if isinstance(found, Tensor) else found), *map(given.get, self.writes)]
 
     def __call__(self, backend: str | None, **tensors: Tensor) -> list[Tensor]:
         """All results, and the gradients of the random tensors if there are any."""
@@ -116,6 +131,10 @@ def starts(number: int, sizes: Sizes) -> Tensors:
 
 def places(number: int, sizes: Sizes) -> Tensors:
     return {"positions": (torch.arange(sizes.seqlen) * (number + 1) + 7 * number).repeat(2, 1)}
+
+
+def axes(number: int, sizes: Sizes) -> Tensors:
+    return {"positions": torch.arange(6 * sizes.seqlen).view(3, 2, -1) * (number + 1)}
 
 
 def packed_places(number: int, sizes: Sizes) -> Tensors:
@@ -151,74 +170,53 @@ def stepped(number: int, sizes: Sizes) -> Tensors:
 
 
 # -------------------------------------------------------------------------------------------------
-# Calls
+# Options
 
 
 # By head_dim. Made before any capture, which takes no copy from the host.
+DIMS = [sizes.dim for sizes in (TINY, SMALL, LARGE)]
 FREQS = {
-    sizes.dim: methods.yarn(sizes.dim, factor=4.0, original_max_position_embeddings=64).to(device())
-    for sizes in (TINY, SMALL, LARGE)
+    dim: methods.yarn(dim, factor=4.0, original_max_position_embeddings=64).to(device())
+    for dim in DIMS
 }
-PERMUTATIONS = {dim: head_permutations(2, dim).to(device()) for dim in FREQS}
+XPOS = {dim: methods.xpos(dim).to(device()) for dim in DIMS}
+TWICE = torch.tensor([1.0, 0.5], device=device()).view(1, 2, 1)
+OF_HEADS = {dim: replace(xpos, inv_freq=xpos.inv_freq * TWICE) for dim, xpos in XPOS.items()}
+OF_AXES = {
+    dim: methods.with_sections(freqs, [dim // 2 - 2 * (dim // 6), dim // 6, dim // 6])
+    for dim, freqs in FREQS.items()
+}
+PERMUTATIONS = {dim: head_permutations(2, dim).to(device()) for dim in DIMS}
 
 
-def freqs_of(q, slower=1.0):
-    """Frequencies for a tensor's head_dim, on its device."""
-    freqs = FREQS[q.shape[-1]].to(q.device)
-    return freqs if slower == 1.0 else replace(freqs, inv_freq=freqs.inv_freq * slower)
+def of_dim(made: dict[int, Any]) -> Callable[[Tensor], Any]:
+    """What is made for a tensor's head_dim, on its device."""
+    return lambda x: made[x.shape[-1]].to(x.device)
 
 
-def rotate(backend, q, k, inplace=False, slower=1.0, **more):
-    freqs, more = freqs_of(q, slower), more | {"backend": backend}
-    if inplace:
-        return list(apply_rope_qk(q, k, freqs, inplace=True, **more))
-    return [*apply_rope_qk(q, k, freqs, **more), apply_rope(q, freqs, **more)]
+ROTATED: dict[str, Any] = {"freqs": of_dim(FREQS)}
+BY_HEAD: dict[str, Any] = {"freqs": of_dim(OF_HEADS), "interleaved": True}
+BY_AXES: dict[str, Any] = {"freqs": of_dim(OF_AXES), "inverse": True}
+PERMUTED: dict[str, Any] = {"permutations": of_dim(PERMUTATIONS)}
 
 
-def normed(backend, q, k, slower=1.0, **more):
-    return list(apply_rope_qk(q, k, freqs_of(q, slower), **more, backend=backend))
+# -------------------------------------------------------------------------------------------------
+# Calls whose arguments are made of several tensors
 
 
-def append(backend, q, k, v, k_cache, v_cache, **where):
-    where |= {"freqs": freqs_of(q), "backend": backend}
-    out = rope_append_kvcache(q, k, v, k_cache, v_cache, **where)
-    return [out, k_cache, v_cache]
+def rotate_by(q, inv_freq, **more):
+    """By learned frequencies."""
+    freqs = replace(ROTATED["freqs"](q), inv_freq=inv_freq.float())
+    return apply_rope(q, freqs, rotary_offset=2, **more)
 
 
-def permuted(backend, q, k, **more):
-    by, more = PERMUTATIONS[q.shape[-1]].to(q.device), more | {"backend": backend}
-    return [*permute_qk(q, k, by, **more), permute(k, by, **more)]
-
-
-def attend(backend, q, k, v, *, score, **more):
-    more |= {"return_lse": True, "backend": backend}
-    return list(rope_attention(q, k, v, freqs_of(q), score, **more))
-
-
-def decode(backend, q, k_cache, v_cache, *, score, k=None, **more):
-    """With k and v these are written into the cache, which is then a result too."""
-    caches, more = (k_cache, v_cache), more | {"k": k, "return_lse": True, "backend": backend}
-    found = rope_attention_with_kvcache(q, *caches, freqs_of(q), score, **more)
-    return [*found, *(caches if k is not None else ())]
-
-
-def linear(backend, q, k, v, **more):
-    by = PERMUTATIONS[q.shape[-1]].to(q.device)
-    return [permuteformer_attention(q, k, v, permutations=by, **more, backend=backend)]
-
-
-def step(backend, q, k, v, kv, key_sum, positions):
+def step(q, k, v, kv, key_sum, **more):
     state = (kv.float(), key_sum.float().abs() + 1)
-    more = {
-        "permutations": PERMUTATIONS[q.shape[-1]].to(q.device),
-        "positions": positions,
-        "backend": backend,
-    }
     out, state = permuteformer_step(q, k, v, state, **more)
     return [out, *state]
 
 
-def merge(backend, outs, lses, apart=0):
+def merge(outs, lses, backend, apart=0):
     """A set's batches lie `apart` bytes from each other, or as they come."""
     if apart:
         sets, batches, *shape = outs.shape
@@ -227,7 +225,7 @@ def merge(backend, outs, lses, apart=0):
         strides = inner, step, *outs.stride()[2:]
         outs = memory.as_strided(outs.shape, strides).copy_(outs)
     sets = outs.unbind(), lses.float().unbind()
-    return list((reference_of_merge if backend == "reference" else merge_attention)(*sets))
+    return (reference_of_merge if backend == "reference" else merge_attention)(*sets)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -245,11 +243,14 @@ PERMUTEFORMER = tuple(
     if report == "available" and (name != "cpu" or CPU)
 )  # fmt: skip
 QK = {"q": "2 seqlen heads dim", "k": "2 seqlen heads_k dim"}
+X = {"x": QK["q"]}
+TWO_HEADS = {"q": QK["k"], "k": QK["k"]}
 QKV = QK | {"v": "2 seqlen heads_k dim"}
 PACKED = {name: words.removeprefix("2 ") for name, words in QKV.items()}
 PACKED_QK = {name: PACKED[name] for name in QK}
 NORM = {"q_norm_weight": "dim", "k_norm_weight": "all_k"}  # of each head, and of all together
-CACHED = {"q": "2 1 heads dim"} | {name: "pages 16 heads_k dim" for name in ("k_cache", "v_cache")}
+CACHES = ("k_cache", "v_cache")
+CACHED = {"q": "2 1 heads dim"} | {name: "pages 16 heads_k dim" for name in CACHES}
 APPENDED = CACHED | {"k": "2 1 heads_k dim", "v": "2 1 heads_k dim"}
 APPENDED_PACKED = APPENDED | {
     "q": "new heads dim",
@@ -258,43 +259,64 @@ APPENDED_PACKED = APPENDED | {
 }
 STEP = {name: words.replace("2 seqlen", "3 1") for name, words in QKV.items()}
 STATE = {"kv": "3 heads_k dim dim", "key_sum": "3 heads_k dim"}
+LEARNED = {"q": QK["q"], "inv_freq": "rotated"}
+MERGED = {"outs": "3 2 seqlen heads dim", "lses": "3 2 heads seqlen"}
 
 
 def of_score(name: str, example: Example) -> dict[str, Operation]:
-    attending, decoding = (functools.partial(x, score=example.score) for x in (attend, decode))
-    own = {"log_n": 64} if name == "leaky_rerope" else {}
+    attend, decode = rope_attention, rope_attention_with_kvcache
+    options = ROTATED | {"score": example.score, "return_lse": True}
+    own = options | ({"log_n": 64} if name == "leaky_rerope" else {})
     bands = name in ("no score", "rerope", "leaky_rerope", "self_extend", "string")
     takes = ATTENTION if bands else DECODE
+    appended = (APPENDED, DECODE, filled, options, CACHES)
+    packed = (APPENDED_PACKED, DECODE, packed_filled, options, CACHES)
     return {
-        name: Operation(functools.partial(attending, **own), QKV, takes, gradients=True),
-        f"{name}, packed": Operation(attending, PACKED, takes, starts, gradients=True),
-        f"{name}, decode": Operation(decoding, CACHED, DECODE, filled),
-        f"{name}, append and decode": Operation(decoding, APPENDED, DECODE, filled),
-        f"{name}, packed decode": Operation(decoding, APPENDED_PACKED, DECODE, packed_filled),
+        name: Operation(attend, QKV, takes, options=own, gradients=True),
+        f"{name}, packed": Operation(attend, PACKED, takes, starts, options, gradients=True),
+        f"{name}, decode": Operation(decode, CACHED, DECODE, filled, options),
+        f"{name}, append and decode": Operation(decode, *appended),
+        f"{name}, packed decode": Operation(decode, *packed),
     }
 
 
 SCORES = {"no score": PLAIN, **EXAMPLES}
 OPERATIONS = {
-    "rope": Operation(rotate, QK, ROPE, places, gradients=True),
-    "rope, packed": Operation(rotate, PACKED_QK, ROPE, packed_places, gradients=True),
-    "rope, in place": Operation(functools.partial(rotate, inplace=True), QK, ROPE, places),
-    "rope after a norm": Operation(normed, QK | NORM, LINEAR, places, gradients=True),
-    "append": Operation(append, APPENDED, LINEAR, filled),
-    "append by slots": Operation(append, APPENDED, LINEAR, slots),
-    "append, packed": Operation(append, APPENDED_PACKED, LINEAR, packed_append),
-    "permute": Operation(permuted, QK, PERMUTE, places, gradients=True),
-    "permute, packed": Operation(permuted, PACKED_QK, PERMUTE, packed_places, gradients=True),
-    **{key: row for score in SCORES.items() for key, row in of_score(*score).items()},
-    "linear attention": Operation(linear, QKV, PERMUTEFORMER, places, gradients=True),
-    "linear attention, packed": Operation(linear, PACKED, PERMUTE, starts, gradients=True),
-    "linear attention, step": Operation(step, STEP | STATE, PERMUTEFORMER, stepped),
-    "merge": Operation(
-        merge,
-        {"outs": "3 2 seqlen heads dim", "lses": "3 2 heads seqlen"},
-        MERGE,
-        gradients=True,
+    "rope": Operation(apply_rope_qk, QK, ROPE, places, ROTATED, gradients=True),
+    "rope of one tensor": Operation(apply_rope, X, ROPE, places, ROTATED, gradients=True),
+    "rope, packed": Operation(
+        apply_rope_qk, PACKED_QK, ROPE, packed_places, ROTATED, gradients=True
     ),
+    "rope, in place": Operation(apply_rope_qk, QK, ROPE, places, ROTATED | {"inplace": True}),
+    "rope after a norm": Operation(
+        apply_rope_qk, QK | NORM, LINEAR, places, ROTATED, gradients=True
+    ),
+    "rope by head, with decay": Operation(
+        apply_rope_qk, TWO_HEADS, ROPE, places, BY_HEAD, gradients=True
+    ),
+    "rope by axes": Operation(apply_rope_qk, QK, ROPE, axes, BY_AXES, gradients=True),
+    "rope of learned frequencies": Operation(rotate_by, LEARNED, ROPE, gradients=True),
+    "append": Operation(rope_append_kvcache, APPENDED, LINEAR, filled, ROTATED, CACHES),
+    "append by slots": Operation(rope_append_kvcache, APPENDED, LINEAR, slots, ROTATED, CACHES),
+    "append, packed": Operation(
+        rope_append_kvcache, APPENDED_PACKED, LINEAR, packed_append, ROTATED, CACHES
+    ),
+    "permute": Operation(permute_qk, QK, PERMUTE, places, PERMUTED, gradients=True),
+    "permute of one tensor": Operation(
+        permute, {"x": QK["k"]}, PERMUTE, places, PERMUTED, gradients=True
+    ),
+    "permute, packed": Operation(
+        permute_qk, PACKED_QK, PERMUTE, packed_places, PERMUTED, gradients=True
+    ),
+    **{key: row for score in SCORES.items() for key, row in of_score(*score).items()},
+    "linear attention": Operation(
+        permuteformer_attention, QKV, PERMUTEFORMER, places, PERMUTED, gradients=True
+    ),
+    "linear attention, packed": Operation(
+        permuteformer_attention, PACKED, PERMUTE, starts, PERMUTED, gradients=True
+    ),
+    "linear attention, step": Operation(step, STEP | STATE, PERMUTEFORMER, stepped, PERMUTED),
+    "merge": Operation(merge, MERGED, MERGE, gradients=True),
 }
 
 
