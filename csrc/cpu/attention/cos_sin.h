@@ -25,8 +25,8 @@ struct CosSinTable {
   int64_t num_sequences;
 
   float* out;
-  int64_t tokens;       // per batch row; 1 if all positions are the same
-  int64_t first, last;  // the tokens to fill: [first, last)
+  int64_t tokens;      // per batch row; 1 if all positions are the same
+  int64_t begin, end;  // the tokens to fill
 
   bool is_of_pairs() const { return map.is_of_pairs() || from.is_of_pairs(); }
   int64_t stride() const { return heads * 2 * padded; }

@@ -1,4 +1,20 @@
 // The cosines and sines for an attention call, and its keys if they are rotated in advance.
+//
+// Names of the headers:
+//   AttentionParams  the call: in region r, q_cos_sin[r] and k_cos_sin[r] rotate q and k[r] as they
+//                    are read; empty ones do not
+//   PositionMap      the place of a position, to which a region rotates queries or keys: a place is
+//                    a position, or a fraction of one
+//   Regions          at[r].q_map and k_map: the maps of region r; q_stored and stored: the maps by
+//                    which q and k are rotated when given; pair_maps: the numbers of maps in which
+//                    each pair of dims has its own; start(r, position): the first key that the
+//                    query at `position` sees in region r
+//   Starts           of(s): the position of sequence s's first token; nullptr and offset 0: 0
+//   CosSinTable      cosines and sines to compute, of the tokens [begin, end) out of `tokens` in
+//                    each batch row; `from` is the stored map. rows() views them as CosSin
+//   PaddedRows       frequencies (rows, heads, half): rows is the number of sequences, or 1 for all
+//   share_out        splits tokens over torch's threads
+//   EXTROPE_WIDEST   EXTROPE_KERNEL(isa) for the widest instruction set of this processor
 #pragma once
 
 #include <algorithm>
@@ -17,11 +33,12 @@ namespace extrope::attention {
 // The rotation of queries and keys.
 struct RotationArgs {
   PaddedRows inv_freq;
-  std::vector<double> log_decay;  // of queries, padded like inv_freq; empty: none
+  std::vector<double> log_decay;  // XPOS, padded like inv_freq; empty: none. Queries at place p get
+                                  // exp(p * log_decay), keys exp(-p * log_decay)
   double amplitude;               // of rotated dims, for q and k together
 };
 
-// Owns the memory that AttentionParams points to.
+// Sets p.q_cos_sin, p.k_cos_sin and p.k, and owns their memory.
 class RotationTables {
  public:
   // keys_ahead: rotate the keys of each region now. Otherwise every block of queries rotates blocks
@@ -52,14 +69,14 @@ class RotationTables {
   RotationTables(const RotationTables&) = delete;
 
  private:
-  struct Tokens {
-    int64_t first, last;
+  struct TokenRange {
+    int64_t begin, end;
   };
 
   // Tables have a row per sequence if frequencies or positions differ, else one for all.
   int64_t batch_rows() const {
-    const bool alike = inv_freq_.rows == 1 && p_.q_start.stride == 0 && p_.k_start.stride == 0;
-    return p_.cu_seqlens || alike ? 1 : p_.batch;
+    const bool shared = inv_freq_.rows == 1 && p_.q_start.stride == 0 && p_.k_start.stride == 0;
+    return p_.cu_seqlens || shared ? 1 : p_.batch;
   }
 
   // Returns false if region r takes queries as they are given.
@@ -76,7 +93,7 @@ class RotationTables {
     if (rotates_alike(r)) return r;
     const bool shared = r > 0 && map == p_.regions.at[r - 1].k_map && previous != r - 1;
     if (!shared) tables.push_back(key_table(map));
-    widen(tables.back(), seen_keys(r));
+    include(tables.back(), seen_keys(r));
     return static_cast<int64_t>(tables.size()) - 1;
   }
 
@@ -87,45 +104,46 @@ class RotationTables {
     const bool aligned = p_.seqlen_q == p_.seqlen_k && q.data == k.data && q.stride == k.stride &&
                          q.offset == k.offset;
     return aligned && region.q_map == region.k_map && p_.regions.q_stored == p_.regions.stored &&
-           !is_alike(r) && amplitude_ == 1.0 && q_decay_.empty();
+           !is_constant(r) && amplitude_ == 1.0 && q_decay_.empty();
   }
 
   // Returns the keys that queries see in region r, from the first one of all sequences to the last,
-  // and further ones that kernels read.
-  Tokens seen_keys(int64_t r) const {
-    constexpr int64_t kBeside = 32;
-    Tokens seen{p_.seqlen_k, 0};
+  // and those beside them that kernels read, which read whole parts.
+  TokenRange seen_keys(int64_t r) const {
+    constexpr int64_t kMostKeyRows = 32;  // in a part, of all instruction sets
+    TokenRange seen{p_.seqlen_k, 0};
     for (int64_t s = 0; s < (p_.cu_seqlens ? p_.num_sequences : p_.batch); ++s) {
-      const int64_t begin = p_.cu_seqlens ? p_.cu_seqlens[s] : 0;
-      const int64_t seqlen_k = p_.cu_seqlens ? p_.cu_seqlens[s + 1] - begin : p_.seqlen_k;
+      const int64_t first_token = p_.cu_seqlens ? p_.cu_seqlens[s] : 0;
+      const int64_t seqlen_k = p_.cu_seqlens ? p_.cu_seqlens[s + 1] - first_token : p_.seqlen_k;
       const int64_t seqlen_q = p_.cu_seqlens ? seqlen_k : p_.seqlen_q;
       const int64_t q = p_.q_start.of(s), k = p_.k_start.of(s);
       const auto key = [&](int64_t region, int64_t position) {
         return std::clamp<int64_t>(p_.regions.start(region, position) - k, 0, seqlen_k);
       };
-      const int64_t first = key(r, q), last = key(r + 1, q + seqlen_q - 1);
-      if (seqlen_q == 0 || first >= last) continue;
-      seen = {std::min(seen.first, begin + first), std::max(seen.last, begin + last)};
+      const int64_t begin = key(r, q), end = key(r + 1, q + seqlen_q - 1);
+      if (seqlen_q == 0 || begin >= end) continue;
+      seen = {std::min(seen.begin, first_token + begin), std::max(seen.end, first_token + end)};
     }
-    if (seen.first >= seen.last) return {0, 0};
-    return {std::max<int64_t>(seen.first - kBeside, 0), std::min(seen.last + kBeside, p_.seqlen_k)};
+    if (seen.begin >= seen.end) return {0, 0};
+    return {std::max<int64_t>(seen.begin - kMostKeyRows, 0),
+            std::min(seen.end + kMostKeyRows, p_.seqlen_k)};
   }
 
   // Extends a table to these keys. Regions whose keys rotate alike share a table, and any of them
   // may have no key.
-  static void widen(CosSinTable& t, Tokens seen) {
-    if (seen.first >= seen.last) return;
-    t.first = t.first < t.last ? std::min(t.first, seen.first) : seen.first;
-    t.last = std::max(t.last, seen.last);
+  static void include(CosSinTable& t, TokenRange seen) {
+    if (seen.begin >= seen.end) return;
+    t.begin = t.begin < t.end ? std::min(t.begin, seen.begin) : seen.begin;
+    t.end = std::max(t.end, seen.end);
   }
 
   // Calls run(begin, end) for the tokens of t to fill, in each of `batch` rows.
   template <typename Run>
   void each_token(const CosSinTable& t, int64_t batch, int64_t bytes, const Run& run) const {
-    const int64_t count = t.last - t.first;
+    const int64_t count = t.end - t.begin;
     if (count == t.tokens) return share_out(batch * count, bytes, run);
     for (int64_t b = 0; b < batch; ++b) {
-      const int64_t at = b * t.tokens + t.first;
+      const int64_t at = b * t.tokens + t.begin;
       share_out(count, bytes, [&](int64_t begin, int64_t end) { run(at + begin, at + end); });
     }
   }
@@ -142,8 +160,8 @@ class RotationTables {
     return t;
   }
 
-  // Returns true if region r rotates all queries by the same.
-  bool is_alike(int64_t r) const {
+  // Returns true if region r rotates all queries by the same angles.
+  bool is_constant(int64_t r) const {
     return p_.regions.at[r].q_map.is_constant() && p_.regions.q_stored.is_constant();
   }
 
@@ -151,13 +169,13 @@ class RotationTables {
   CosSinTable query_table(int64_t r) const {
     CosSinTable t = table(p_.regions.at[r].q_map);
     if (!rotates_queries(r)) return t;
-    const bool alike = is_alike(r) && !(p_.cu_seqlens && inv_freq_.rows > 1);
+    const bool one_row = is_constant(r) && !(p_.cu_seqlens && inv_freq_.rows > 1);
     t.log_decay = q_decay_.empty() ? nullptr : q_decay_.data();
     t.amplitude = amplitude_;
     t.from = p_.regions.q_stored;
     t.start = p_.q_start;
-    t.tokens = t.last = alike ? 1 : p_.seqlen_q;
-    if (alike) t.cu_seqlens = nullptr;
+    t.tokens = t.end = one_row ? 1 : p_.seqlen_q;
+    if (one_row) t.cu_seqlens = nullptr;
     return t;
   }
 
