@@ -14,14 +14,22 @@
 // If not causal, out_i = q_i state and den_i = <q_i, key_sum>, of a state of all tokens.
 //
 // Types of the headers:
-//   ScanParams   the call: tensors, numbers per row, what is wanted
+//   ScanParams   the call: tensors, numbers per row, what is wanted. `den`: divide out by den and
+//                write that here; without, q_scale is a factor of out's rows. `gate`: a tensor like
+//                out, which is 0 where the gate is at most 0
 //   ScanPart     which tokens of which sequence, and which state
 //   Chunk        a part at hand: c.p, c.part, sizes c.n, scratch memory c.s, and the state;
 //                `count` tokens, `rows` and `columns` the same padded with zeros
-//   Sums         a tile of sums in registers: at[row][vector]; kWideVectors vectors are kWide
-//                columns. multiply_add(sums, a, ..., b, ..., depth) adds a b
+//   Sizes        depth: the dims of q and k that scores sum over, with an extra one for q_extra and
+//                k_extra; key_dim, value_dim: those of packed rows, padded with zeros
+//   ScanScratch  powers[d] = decay^d. masked_powers[kChunk - 1 - d] too, with zeros behind: from
+//                kChunk - 1 - i on it has decay^(i - j) for j = 0, 1, ..., and 0 for j > i
+//   Sums         a tile of sums in registers: at[row][vector]. kTallRows are the most rows;
+//                kWideVectors vectors are kWide columns. multiply_add(sums, a, ..., b, ..., depth)
+//                adds a b
 //   floats       a vector of kFloats (4, 8 or 16) lanes
-// Feature maps and permutations are applied where a chunk's rows are packed, in chunk.h.
+// Feature maps, k_scale and permutations (c.p.permute) are applied where a chunk's rows are packed,
+// in chunk.h.
 
 #include "cpu/linear_attention/chunk.h"
 #include "cpu/runtime/caches.h"
@@ -152,24 +160,24 @@ void sum_scores(const Chunk& c) {
   }
 }
 
-// out = decay^(i + 1) q state (if `fresh`, else out) + scores v of the first `seen` tokens, for
-// Rows rows from i and the columns from f. If a result is not finite, reports that and does not
-// write out.
+// out = (is_first_k ? decay^(i + 1) q state : out) + scores v of the first `seen` tokens, for Rows
+// rows from i and the columns from f. If a result is not finite, reports that and does not write
+// out.
 template <int Rows>
 EXTROPE_INLINE bool make_block_of_rows(const Chunk& c, int64_t i, int64_t f, int64_t seen,
-                                       bool fresh) {
+                                       bool is_first_k) {
   const ScanScratch& s = c.s;
   const Sizes& n = c.n;
   float* out = s.out + i * n.value_stride + f;
   Sums<Rows, kWideVectors> sums;
-  if (fresh) {
+  if (is_first_k) {
     multiply_dims(sums, s.q + i * n.key_stride, n.key_stride, c.state + f, n.value_stride, n.depth,
                   out, n.value_stride);
   } else {
     load_sums(sums, out, n.value_stride);
   }
   if (c.p.causal) {
-    if (fresh && c.p.decay) scale_rows(sums, s.powers + i + 1);
+    if (is_first_k && c.p.decay) scale_rows(sums, s.powers + i + 1);
     multiply_add(sums, s.scores + i * kChunk, kChunk, 1, s.v + f, n.value_stride, seen);
     if (Rows > 1 && !first_row_is_finite(sums)) return false;
   }
@@ -180,12 +188,12 @@ EXTROPE_INLINE bool make_block_of_rows(const Chunk& c, int64_t i, int64_t f, int
 // Rows of a block read all of the block's tokens, later ones with scores of zero. Values that are
 // not finite would leak into earlier rows: then each row reads only its own tokens. So does a
 // single row, as in a step.
-void make_rows(const Chunk& c, bool fresh) {
+void make_rows(const Chunk& c, bool is_first_k) {
   for (int64_t i = 0; i < c.rows; i += kTallRows) {
     const int64_t end = smaller(i + kTallRows, c.count);
     for (int64_t f = 0; f < c.n.value_dim; f += kWide) {
-      if (c.count > 1 && make_block_of_rows<kTallRows>(c, i, f, end, fresh)) continue;
-      for (int64_t r = i; r < end; ++r) make_block_of_rows<1>(c, r, f, r + 1, fresh);
+      if (c.count > 1 && make_block_of_rows<kTallRows>(c, i, f, end, is_first_k)) continue;
+      for (int64_t r = i; r < end; ++r) make_block_of_rows<1>(c, r, f, r + 1, is_first_k);
     }
   }
 }
@@ -224,8 +232,8 @@ EXTROPE_INLINE void add_to_state_rows(const Chunk& c, floats factor, int64_t d) 
 
 // state = decay^count state + decayed k^T v; the terms of the product are added up first. The state
 // decays once, with its first head of k.
-void add_to_state(const Chunk& c, bool first) {
-  const floats factor = broadcast(first ? c.s.powers[c.count] : 1.0f);
+void add_to_state(const Chunk& c, bool is_first_k) {
+  const floats factor = broadcast(is_first_k ? c.s.powers[c.count] : 1.0f);
   add_to_key_sum(c, factor);
   int64_t d = 0;
   for (; d < c.n.tall_rows; d += kTallRows) add_to_state_rows<kTallRows>(c, factor, d);
@@ -311,6 +319,7 @@ void run_chunk(const Chunk& c, bool writes_out) {
   }
 }
 
+// out[batch][head][token] = <q, k> of the same row; no part of a scan.
 template <typename T>
 void dots(const ScanParams& p, int64_t begin, int64_t end, float* out) {
   for (int64_t token = begin; token < end; ++token) {

@@ -43,7 +43,7 @@ struct AngleScratch {
   void prepare(Buffer<double>& row) const {
     if (row.empty()) return;
     for (int64_t i = 0; i < stride; i += kDoubles) {
-      store(&row[i], plain(load<doubles>(&row[i])));
+      store(&row[i], clear_nan_payloads(load<doubles>(&row[i])));
     }
     if (in_words) order_by_words(row.data(), half);
   }
@@ -115,7 +115,7 @@ void fill_cos_sin_and_copy(const RopeParams& p, const RopeTensor& tensor,
     loaded = row;
     if (p.axes) fill_angles_by_axis(p, tokens[t], scratch);
     // Angles by axis already include the positions.
-    const double position = p.axes ? 1.0 : plain(tokens[t].position);
+    const double position = p.axes ? 1.0 : clear_nan_payloads(tokens[t].position);
     const auto& freq = p.axes ? scratch.angles : scratch.freq;
     const auto& decay = p.axes ? scratch.exponents : scratch.decay;
     const double from_origin = p.axes ? 1.0 : position - p.decay_origin;

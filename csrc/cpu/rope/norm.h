@@ -76,7 +76,9 @@ struct Norm {
   template <typename Weight>
   void widen_weights(const Weight* from) {
     const int64_t count = weight.size();
-    for (int64_t i = 0; i < count; ++i) weight[i] = plain(static_cast<Wide<T>>(widen(from[i])));
+    for (int64_t i = 0; i < count; ++i) {  // store_plain wants NaNs without payloads
+      weight[i] = clear_nan_payloads(static_cast<Wide<T>>(widen(from[i])));
+    }
   }
 
   int64_t heads_per_mean;  // heads that share a mean square: 1, or all

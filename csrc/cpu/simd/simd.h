@@ -277,7 +277,7 @@ inline ints low_halves(longs low, longs high) {
 
 // Removes the payload of NaNs in v, so that all results of v are plain.
 template <typename V>
-inline V plain(V v) {
+inline V clear_nan_payloads(V v) {
   return v == v ? v : V{} + __builtin_nanf("");
 }
 
