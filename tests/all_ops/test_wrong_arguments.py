@@ -115,7 +115,7 @@ def test_every_public_function_is_here():
     public = {n for n in extrope_kernels.__all__ if inspect.isfunction(function(n))} - late
     public |= {f"methods.{n}" for n in METHODS | WRAPPERS}
     public |= {f"positions.{n}" for n in positions.__all__} | {f"scores.{n}" for n in SCORES}
-    assert public <= set(CALLS)
+    assert public <= {name.split()[0] for name in CALLS}
 
 
 @pytest.mark.parametrize("name", CALLS)

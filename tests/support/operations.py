@@ -6,6 +6,7 @@ Tests of what all operations keep go through all rows, in a size that shows it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,7 @@ from extrope_kernels.ops.permuteformer import backends as permuteformer_backends
 from extrope_kernels.testing import attention_backends, available_backends, device
 
 Tensors = dict[str, Tensor]
+FLOATS = ("sinks", "inv_freq")  # float32 for tensors of any dtype
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Sizes:
     seqlen: int
     heads: int
     dim: int
-    max_len: int  # of a sequence in a cache, whose pages have 16 slots
+    max_len: int  # of a sequence in a cache
+    page: int = 16  # slots of a page of a cache
     heads_k: int = 2
     new: int = 12  # tokens behind those in the caches
 
     @property
     def pages(self) -> int:
-        return 2 * self.max_len // 16
+        return 2 * self.max_len // self.page
 
     @property
     def all_k(self) -> int:  # all heads of k, one behind the other
@@ -59,6 +62,7 @@ class Sizes:
         return self.dim // 2 - 2
 
 
+FEW = Sizes(seqlen=6, heads=4, dim=16, max_len=32, page=8, new=6)
 TINY = Sizes(seqlen=8, heads=4, dim=16, max_len=80)
 SMALL = Sizes(seqlen=40, heads=4, dim=32, max_len=80)
 LARGE = Sizes(seqlen=200, heads=6, dim=64, max_len=640)  # shared out over threads
@@ -73,7 +77,7 @@ class Operation:
     """A right call of a function by keywords, backend=... among them.
 
     shapes: of the tensors of random numbers, as words of Sizes and numbers.
-    lengths: the tensors of integers of a round.
+    lengths: the other tensors of a round, which have no gradients.
     options: what else is given; a function makes it for the first tensor.
     writes: what is written in place; all results are what the function returns, and this.
     """
@@ -93,14 +97,18 @@ class Operation:
         found = {}
         for name, words in self.shapes.items():
             shape = [int(x) if x.isdigit() else getattr(self.sizes, x) for x in words.split()]
-            found[name] = torch.randn(shape, generator=generator).to(device(), dtype)
+            x = torch.randn(shape, generator=generator)
+            found[name] = x.to(device(), torch.float32 if name in FLOATS else dtype)
         return found | {n: x.to(device()) for n, x in self.lengths(number, self.sizes).items()}
 
-    def run(self, backend: str | None, **given: Any) -> list[Tensor]:
-        """All results of a call; what is given besides tensors stands in for an option."""
+    def arguments(self, **given: Any) -> dict[str, Any]:
+        """All arguments of a call; what is given besides tensors stands in for an option."""
         first = next(iter(given.values()))
-        options = {n: x(first) if callable(x) else x for n, x in self.options.items()}
-        found = self.function(**(options | given), backend=backend)
+        return {n: x(first) if callable(x) else x for n, x in self.options.items()} | given
+
+    def run(self, backend: str | None, **given: Any) -> list[Tensor]:
+        """All results of a call."""
+        found = self.function(**self.arguments(**given), backend=backend)
         return [*((found,) if isinstance(found, Tensor) else found), *map(given.get, self.writes)]
 
     def __call__(self, backend: str | None, **tensors: Tensor) -> list[Tensor]:
@@ -116,11 +124,18 @@ class Operation:
 
 
 # -------------------------------------------------------------------------------------------------
-# Integers of each of three rounds
+# Integers, and what else has no gradient, of each of three rounds
+
+
+Made = Callable[[int, Sizes], Tensors]
 
 
 def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def both(*makers: Made) -> Made:
+    return lambda number, sizes: dict(x for make in makers for x in make(number, sizes).items())
 
 
 def starts(number: int, sizes: Sizes) -> Tensors:
@@ -129,40 +144,82 @@ def starts(number: int, sizes: Sizes) -> Tensors:
     return {"cu_seqlens": ints(0, *ends, sizes.seqlen)}
 
 
+def line(number: int, sizes: Sizes) -> Tensors:
+    return {"positions": torch.arange(sizes.seqlen) * (number + 1) + 7 * number}
+
+
 def places(number: int, sizes: Sizes) -> Tensors:
-    return {"positions": (torch.arange(sizes.seqlen) * (number + 1) + 7 * number).repeat(2, 1)}
+    return {"positions": line(number, sizes)["positions"].repeat(2, 1)}
 
 
 def axes(number: int, sizes: Sizes) -> Tensors:
     return {"positions": torch.arange(6 * sizes.seqlen).view(3, 2, -1) * (number + 1)}
 
 
-def packed_places(number: int, sizes: Sizes) -> Tensors:
-    return starts(number, sizes) | {"positions": ints(5 * number, 100, 7 + number)}
+def firsts(number: int, sizes: Sizes) -> Tensors:
+    """Of each packed sequence."""
+    return {"positions": ints(5 * number, 100, 7 + number)}
+
+
+def between(number: int, sizes: Sizes) -> Tensors:
+    return {"q_start": ints(3 + number, 5), "k_start": ints(number, 1)}
+
+
+def temperatures(number: int, sizes: Sizes) -> Tensors:
+    return {"query_scale": 1 + (torch.arange(2.0 * sizes.seqlen) + number).sin().view(2, -1) / 2}
+
+
+def new_temperatures(number: int, sizes: Sizes) -> Tensors:
+    return {"query_scale": torch.tensor([[1.5], [0.5 + number / 10]])}
+
+
+def decays(number: int, sizes: Sizes) -> Tensors:
+    return {"decay": torch.tensor([0.9, 0.5]) - number / 10}
+
+
+def kept(number: int, sizes: Sizes) -> Tensors:
+    """How much of each sequence's cache is in use."""
+    lengths = [n * sizes.max_len // 80 for n in ((9, 60), (60, 30), (31, 8))[number]]
+    return {"cache_seqlens": ints(*lengths)}
 
 
 def filled(number: int, sizes: Sizes) -> Tensors:
-    """How much of each sequence's cache is in use, and which pages hold it."""
+    """That, and which pages hold it."""
     pages = torch.roll(torch.arange(sizes.pages, dtype=torch.int32), 3 * number)
-    lengths = [n * sizes.max_len // 80 for n in ((9, 60), (60, 30), (31, 8))[number]]
-    return {"cache_seqlens": ints(*lengths), "block_table": pages.view(2, -1)}
+    return kept(number, sizes) | {"block_table": pages.view(2, -1)}
 
 
-def packed_filled(number: int, sizes: Sizes) -> Tensors:
+def padded(number: int, sizes: Sizes) -> Tensors:
+    return filled(number, sizes) | {"cache_leftpad": ints(number, 3 - number)}
+
+
+def new_starts(number: int, sizes: Sizes) -> Tensors:
     """As a serving engine has it: new tokens of both sequences one behind the other."""
-    return filled(number, sizes) | {"cu_seqlens_q": ints(0, (3, 9, 1)[number], sizes.new)}
+    return {"cu_seqlens": ints(0, (3, 9, 1)[number] * sizes.new // 12, sizes.new)}
 
 
-def packed_append(number: int, sizes: Sizes) -> Tensors:
-    where = packed_filled(number, sizes)
-    return where | {"cu_seqlens": where.pop("cu_seqlens_q")}
+def q_starts(number: int, sizes: Sizes) -> Tensors:
+    return {"cu_seqlens_q": new_starts(number, sizes)["cu_seqlens"]}
 
 
 def slots(number: int, sizes: Sizes) -> Tensors:
     """-1 is written nowhere."""
     picked = torch.tensor(((17, 99), (-1, 40), (100, -1))[number])
-    seqlens = filled(number, sizes)["cache_seqlens"]
-    return {"slot_mapping": picked[:, None], "cache_seqlens": seqlens}
+    scaled = picked * sizes.max_len // 80
+    return {"slot_mapping": scaled.clamp(min=-1)[:, None]}
+
+
+def new_places(number: int, sizes: Sizes) -> Tensors:
+    return {"positions": ints(3 + number, 9).view(2, 1)}
+
+
+def in_fp8(number: int, sizes: Sizes) -> Tensors:
+    """Caches of eight bits, and the scales of their heads."""
+    generator = torch.Generator().manual_seed(number)
+    shape = (2, sizes.max_len, sizes.heads_k, sizes.dim)
+    k_cache, v_cache = torch.randn(2, *shape, generator=generator).to(torch.float8_e4m3fn)
+    found = {"k_cache": k_cache, "v_cache": v_cache}
+    return found | {"k_scale": torch.tensor([0.5, 1.5]), "v_scale": torch.tensor([2.0, 1.0])}
 
 
 def stepped(number: int, sizes: Sizes) -> Tensors:
@@ -197,6 +254,7 @@ def of_dim(made: dict[int, Any]) -> Callable[[Tensor], Any]:
 ROTATED: dict[str, Any] = {"freqs": of_dim(FREQS)}
 BY_HEAD: dict[str, Any] = {"freqs": of_dim(OF_HEADS), "interleaved": True}
 BY_AXES: dict[str, Any] = {"freqs": of_dim(OF_AXES), "inverse": True}
+IN_PLACE = {"inplace": True}
 PERMUTED: dict[str, Any] = {"permutations": of_dim(PERMUTATIONS)}
 
 
@@ -206,7 +264,7 @@ PERMUTED: dict[str, Any] = {"permutations": of_dim(PERMUTATIONS)}
 
 def rotate_by(q, inv_freq, **more):
     """By learned frequencies."""
-    freqs = replace(ROTATED["freqs"](q), inv_freq=inv_freq.float())
+    freqs = replace(ROTATED["freqs"](q), inv_freq=inv_freq)
     return apply_rope(q, freqs, rotary_offset=2, **more)
 
 
@@ -243,80 +301,116 @@ PERMUTEFORMER = tuple(
     if report == "available" and (name != "cpu" or CPU)
 )  # fmt: skip
 QK = {"q": "2 seqlen heads dim", "k": "2 seqlen heads_k dim"}
-X = {"x": QK["q"]}
+X, X_OF_K = {"x": QK["q"]}, {"x": QK["k"]}
 TWO_HEADS = {"q": QK["k"], "k": QK["k"]}
 QKV = QK | {"v": "2 seqlen heads_k dim"}
 PACKED = {name: words.removeprefix("2 ") for name, words in QKV.items()}
 PACKED_QK = {name: PACKED[name] for name in QK}
-NORM = {"q_norm_weight": "dim", "k_norm_weight": "all_k"}  # of each head, and of all together
+NORM_OF_Q = {"q_norm_weight": "dim"}  # of each head
+NORM = NORM_OF_Q | {"k_norm_weight": "all_k"}  # of all heads together
 CACHES = ("k_cache", "v_cache")
-CACHED = {"q": "2 1 heads dim"} | {name: "pages 16 heads_k dim" for name in CACHES}
-APPENDED = CACHED | {"k": "2 1 heads_k dim", "v": "2 1 heads_k dim"}
-APPENDED_PACKED = APPENDED | {
-    "q": "new heads dim",
-    "k": "new heads_k dim",
-    "v": "new heads_k dim",
-}
+Q, NEW = {"q": "2 1 heads dim"}, {"k": "2 1 heads_k dim", "v": "2 1 heads_k dim"}
+PAGES = dict.fromkeys(CACHES, "pages page heads_k dim")
+ROWS = dict.fromkeys(CACHES, "2 max_len heads_k dim")
+NEW_PACKED = {"q": "new heads dim", "k": "new heads_k dim", "v": "new heads_k dim"}
 STEP = {name: words.replace("2 seqlen", "3 1") for name, words in QKV.items()}
 STATE = {"kv": "3 heads_k dim dim", "key_sum": "3 heads_k dim"}
 LEARNED = {"q": QK["q"], "inv_freq": "rotated"}
 MERGED = {"outs": "3 2 seqlen heads dim", "lses": "3 2 heads seqlen"}
 
 
+qk = functools.partial(Operation, apply_rope_qk)
+append = functools.partial(Operation, rope_append_kvcache)
+attend = functools.partial(Operation, rope_attention)
+decode = functools.partial(Operation, rope_attention_with_kvcache)
+move = functools.partial(Operation, permute_qk)
+linear = functools.partial(Operation, permuteformer_attention)
+
+
+def scored(example: Example) -> dict[str, Any]:
+    return ROTATED | {"score": example.score, "return_lse": True}
+
+
 def of_score(name: str, example: Example) -> dict[str, Operation]:
-    attend, decode = rope_attention, rope_attention_with_kvcache
-    options = ROTATED | {"score": example.score, "return_lse": True}
+    options = scored(example)
     own = options | ({"log_n": 64} if name == "leaky_rerope" else {})
     bands = name in ("no score", "rerope", "leaky_rerope", "self_extend", "string")
-    takes = ATTENTION if bands else DECODE
-    appended = (APPENDED, DECODE, filled, options, CACHES)
-    packed = (APPENDED_PACKED, DECODE, packed_filled, options, CACHES)
+    takes, packed = ATTENTION if bands else DECODE, both(filled, q_starts)
     return {
-        name: Operation(attend, QKV, takes, options=own, gradients=True),
-        f"{name}, packed": Operation(attend, PACKED, takes, starts, options, gradients=True),
-        f"{name}, decode": Operation(decode, CACHED, DECODE, filled, options),
-        f"{name}, append and decode": Operation(decode, *appended),
-        f"{name}, packed decode": Operation(decode, *packed),
+        name: attend(QKV, takes, options=own, gradients=True),
+        f"{name}, packed": attend(PACKED, takes, starts, options, gradients=True),
+        f"{name}, decode": decode(Q | PAGES, DECODE, filled, options),
+        f"{name}, append and decode": decode(Q | NEW | PAGES, DECODE, filled, options, CACHES),
+        f"{name}, packed decode": decode(NEW_PACKED | PAGES, DECODE, packed, options, CACHES),
     }
 
 
 SCORES = {"no score": PLAIN, **EXAMPLES}
+PLAINLY, LEAKY = (scored(SCORES[name]) for name in ("no score", "leaky_rerope"))
+DECAYING = scored(SCORES["blockwise_causal"]) | {"freqs": of_dim(XPOS)}
+FACTORS = {"softcap": 20.0, "sliding_window": 5, "softmax_scale": 0.3}
+SINKS = {"sinks": "heads"}
 OPERATIONS = {
-    "rope": Operation(apply_rope_qk, QK, ROPE, places, ROTATED, gradients=True),
-    "rope of one tensor": Operation(apply_rope, X, ROPE, places, ROTATED, gradients=True),
-    "rope, packed": Operation(
-        apply_rope_qk, PACKED_QK, ROPE, packed_places, ROTATED, gradients=True
-    ),
-    "rope, in place": Operation(apply_rope_qk, QK, ROPE, places, ROTATED | {"inplace": True}),
-    "rope after a norm": Operation(
-        apply_rope_qk, QK | NORM, LINEAR, places, ROTATED, gradients=True
-    ),
-    "rope by head, with decay": Operation(
-        apply_rope_qk, TWO_HEADS, ROPE, places, BY_HEAD, gradients=True
-    ),
-    "rope by axes": Operation(apply_rope_qk, QK, ROPE, axes, BY_AXES, gradients=True),
+    "rope": qk(QK, ROPE, places, ROTATED, gradients=True),
+    "rope of one tensor": Operation(apply_rope, X, ROPE, line, ROTATED, gradients=True),
+    "rope, packed": qk(PACKED_QK, ROPE, both(starts, firsts), ROTATED, gradients=True),
+    "rope, in place": qk(QK, ROPE, places, ROTATED | IN_PLACE),
+    "rope by head, with decay": qk(TWO_HEADS, ROPE, places, BY_HEAD, gradients=True),
+    "rope by axes": qk(QK, ROPE, axes, BY_AXES, gradients=True),
     "rope of learned frequencies": Operation(rotate_by, LEARNED, ROPE, gradients=True),
-    "append": Operation(rope_append_kvcache, APPENDED, LINEAR, filled, ROTATED, CACHES),
-    "append by slots": Operation(rope_append_kvcache, APPENDED, LINEAR, slots, ROTATED, CACHES),
-    "append, packed": Operation(
-        rope_append_kvcache, APPENDED_PACKED, LINEAR, packed_append, ROTATED, CACHES
+    "rope after a norm": qk(QK | NORM, LINEAR, places, ROTATED, gradients=True),
+    "rope after a norm, in place": qk(QK | NORM, LINEAR, places, ROTATED | IN_PLACE),
+    "rope after a norm, packed": qk(
+        PACKED_QK | NORM_OF_Q, LINEAR, both(starts, line), ROTATED, gradients=True
     ),
-    "permute": Operation(permute_qk, QK, PERMUTE, places, PERMUTED, gradients=True),
-    "permute of one tensor": Operation(
-        permute, {"x": QK["k"]}, PERMUTE, places, PERMUTED, gradients=True
+    "append": append(Q | NEW | PAGES, LINEAR, filled, ROTATED, CACHES),
+    "append of a score, left-padded": append(
+        Q | NEW | PAGES, LINEAR, padded, ROTATED | {"score": LEAKY["score"]}, CACHES
     ),
-    "permute, packed": Operation(
-        permute_qk, PACKED_QK, PERMUTE, packed_places, PERMUTED, gradients=True
+    "append in rows": append(Q | NEW | ROWS, LINEAR, kept, ROTATED, CACHES),
+    "append by slots": append(Q | NEW | PAGES, LINEAR, both(slots, kept), ROTATED, CACHES),
+    "append by slots at positions": append(
+        Q | NEW | ROWS, LINEAR, both(slots, new_places), ROTATED, CACHES
     ),
+    "append, packed": append(NEW_PACKED | PAGES, LINEAR, both(filled, new_starts), ROTATED, CACHES),
+    "append in rows, packed": append(
+        NEW_PACKED | ROWS, LINEAR, both(kept, new_starts), ROTATED, CACHES
+    ),
+    "permute": move(QK, PERMUTE, places, PERMUTED, gradients=True),
+    "permute of one tensor": Operation(permute, X_OF_K, PERMUTE, line, PERMUTED, gradients=True),
+    "permute, packed": move(PACKED_QK, PERMUTE, both(starts, firsts), PERMUTED, gradients=True),
     **{key: row for score in SCORES.items() for key, row in of_score(*score).items()},
-    "linear attention": Operation(
-        permuteformer_attention, QKV, PERMUTEFORMER, places, PERMUTED, gradients=True
+    "attention by factors": attend(
+        QKV | SINKS, DECODE, temperatures, LEAKY | FACTORS, gradients=True
     ),
-    "linear attention, packed": Operation(
-        permuteformer_attention, PACKED, PERMUTE, starts, PERMUTED, gradients=True
+    "attention between numbers": attend(
+        QKV, DECODE, options=PLAINLY | {"q_start": 3, "k_start": 0}, gradients=True
     ),
+    "attention between starts": attend(
+        QKV, DECODE, between, LEAKY | {"rotated": "k"}, gradients=True
+    ),
+    "attention with decay": attend(QKV, DECODE, options=DECAYING, gradients=True),
+    "decode by factors": decode(
+        Q | NEW | PAGES | SINKS, DECODE, both(padded, new_temperatures), LEAKY | FACTORS, CACHES
+    ),
+    "decode in rows": decode(Q | ROWS, DECODE, kept, LEAKY),
+    "append and decode in rows": decode(Q | NEW | ROWS, DECODE, kept, PLAINLY, CACHES),
+    "packed decode in rows": decode(NEW_PACKED | ROWS, DECODE, both(kept, q_starts), LEAKY, CACHES),
+    "decode in fp8": decode(Q | NEW, DECODE, both(kept, in_fp8), PLAINLY),
+    "linear attention": linear(QKV, PERMUTEFORMER, places, PERMUTED, gradients=True),
+    "linear attention with decay": linear(
+        QKV, PERMUTEFORMER, both(places, decays), PERMUTED, gradients=True
+    ),
+    "linear attention, packed": linear(PACKED, PERMUTE, starts, PERMUTED, gradients=True),
     "linear attention, step": Operation(step, STEP | STATE, PERMUTEFORMER, stepped, PERMUTED),
     "merge": Operation(merge, MERGED, MERGE, gradients=True),
+}
+# The rows, in a size of few elements, but those that differ from others by the score alone.
+OTHERS = {*SCORES} - {"no score", "leaky_rerope"}
+FORMS = {
+    name: replace(row, sizes=FEW)
+    for name, row in OPERATIONS.items()
+    if name.split(",")[0] not in OTHERS
 }
 
 

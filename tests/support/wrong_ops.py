@@ -27,13 +27,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 from support.guard_pages import Guarded, bytes_between_pages, cpu_kernel, use_again
-from support.right_calls import APPEND, ATTENTION, CACHE, CALLS, FREQS, LINEAR, XPOS, ints, randn
+from support.operations import FORMS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import extrope_kernels
-from extrope_kernels import RopeFreqs, scores
 from extrope_kernels.ops.attention import merge
 from extrope_kernels.ops.attention import op as attention
 from extrope_kernels.ops.cache import reference as append
@@ -42,56 +40,6 @@ from extrope_kernels.ops.permuteformer import op as permuteformer
 from extrope_kernels.ops.rope import norm, reference
 
 OPS = torch.ops.extrope
-# Calls of options that `CALLS` leaves out, by public functions.
-TABLE = ints(0, 2, 3, 1).view(2, 2)
-FACTORS = {"sinks": randn(4), "softcap": 20.0, "sliding_window": 5, "softmax_scale": 0.3}
-MORE = {
-    "rope_attention of factors": {**ATTENTION, **FACTORS, "query_scale": randn(2, 6).abs()},
-    "rope_attention between starts": {
-        **ATTENTION,
-        "q_start": ints(3, 5),
-        "k_start": ints(0, 1),
-        "rotated": "k",
-    },
-    "rope_attention of XPOS": {**ATTENTION, "freqs": XPOS, "score": scores.blockwise_causal(4)},
-    "rope_attention_with_kvcache of pages": {
-        **CACHE,
-        **FACTORS,
-        "k_cache": randn(4, 4, 2, 16),
-        "v_cache": randn(4, 4, 2, 16),
-        "cache_seqlens": ints(3, 5),
-        "block_table": TABLE,
-        "cache_leftpad": ints(0, 1),
-        "query_scale": randn(2, 1).abs(),
-    },
-    "rope_attention_with_kvcache alone": {**CACHE, "k": None, "v": None},
-    "rope_append_kvcache to slots": {
-        **APPEND,
-        "cache_seqlens": None,
-        "slot_mapping": ints(3, 12).view(2, 1),
-        "positions": ints(3, 4).view(2, 1),
-    },
-    "rope_append_kvcache to pages": {
-        **APPEND,
-        "k_cache": randn(4, 4, 2, 16),
-        "v_cache": randn(4, 4, 2, 16),
-        "cache_seqlens": ints(3, 5),
-        "block_table": TABLE,
-        "cache_leftpad": ints(0, 1),
-    },
-    "rope_append_kvcache of a score": {**APPEND, "score": scores.leaky_rerope(4, 2.0)},
-    "apply_rope_qk in place after a norm": {
-        **CALLS["apply_rope_qk in place"],
-        "q_norm_weight": randn(16),
-        "k_norm_weight": randn(32),
-    },
-    "rope_attention in bfloat16": {**ATTENTION, **{x: ATTENTION[x].bfloat16() for x in "qkv"}},
-    "apply_rope_qk of learned frequencies": {
-        **CALLS["apply_rope_qk"],
-        "freqs": RopeFreqs(FREQS.inv_freq.clone().requires_grad_()),
-    },
-    "permuteformer_attention of a decay": {**LINEAR, "decay": randn(2).sigmoid(), "causal": True},
-}
 # On clean copies these give the right result; ops that are not here are run on them themselves.
 REFERENCES = {
     "attention_fwd": attention.KERNELS["attention_fwd"]["reference"],
@@ -178,25 +126,17 @@ class Recorder(TorchDispatchMode):
 
 @functools.cache
 def right_calls() -> list[Call]:
-    """The calls that the public functions make of every op, and the same of Triton's."""
+    """The calls that the rows of `operations` make of every op, and the same of Triton's."""
     recorder = Recorder()
-    for name, arguments in (CALLS | MORE).items():
-        if "." in name or name.startswith("head_permutations"):
-            continue
-        given = tree_map_only(Tensor, Tensor.clone, arguments)
-        rows = [given[x] for x in ("x", "q", "k", "v") if x in given]
-        learns = not any(x in name for x in ("cache", "in place", "step", "merge"))
-        for x in rows if learns else ():
-            x.requires_grad_()
+    for name, dtype in (*((x, torch.float32) for x in FORMS), ("leaky_rerope", torch.bfloat16)):
+        given = FORMS[name].tensors(0, dtype)
         with recorder:
-            found = getattr(extrope_kernels, name.split()[0])(**given)
-            if learns:
-                sum(x.sum() for x in tree_leaves(found)).backward()
-    out, lse = randn(2, 6, 4, 16), randn(2, 4, 6)
-    others = {"outs": [out + 1, out + 2], "lses": [lse + 1, lse - 1]}
+            FORMS[name](None, **given)
+    outs, lses = FORMS["merge"].tensors(0, torch.float32).values()
+    others = {"outs": [*outs[1:]], "lses": [*lses[1:]]}
     recorder.calls += [
         Call("merge_fwd", others),
-        Call("merge_inplace", {"out": out, "lse": lse, **others}),
+        Call("merge_inplace", {"out": outs[0], "lse": lses[0], **others}),
     ]
     unlike = {
         x.layout: Call(x.op, tree_map_only(Tensor, Tensor.detach, x.given)) for x in recorder.calls

@@ -6,16 +6,15 @@ import math
 from dataclasses import replace
 
 import torch
+from support.operations import FEW, XPOS
 from support.right_calls import (
     ATTENTION,
     CACHE,
+    CALLS,
     DEVICE,
     FREQS,
-    LSE,
     SECTIONS,
-    XPOS,
     ints,
-    permutations,
 )
 from support.wrong_tensors import (
     NOT_A_NUMBER,
@@ -29,6 +28,7 @@ from support.wrong_tensors import (
 
 from extrope_kernels import RopeFreqs, head_permutations, methods, scores
 
+LSE, SLOTS = CALLS["merge_attention"]["lses"][0], FEW.max_len
 NOT_AN_INT = {**NOT_A_NUMBER, "half": 2.5, "nan": math.nan, "inf": math.inf, "True": True}
 NOT_POSITIVE = {"-1": -1, "-2**63": -(2**63), "-2**80": -(2**80)}
 HUGE = {"2**63": 2**63, "2**80": 2**80}
@@ -63,6 +63,10 @@ BOUNDARIES = {
     "values 0, 2**30": ints(0, 2**30),
     "values past int32": torch.tensor([0, 2**32 + 6], device=DEVICE),
 }
+
+
+def permutations(heads: int) -> torch.Tensor:
+    return head_permutations(heads, FEW.dim).to(DEVICE)
 
 
 def starts() -> dict:
@@ -118,7 +122,7 @@ WRONG = {
         "freqs of axes": SECTIONS,
         **{f"attention_factor {x}": replace(FREQS, attention_factor=x) for x in (1e20, 1e300)},
     },
-    "with_kvcache.freqs": not_freqs() | {"freqs of axes": SECTIONS, "freqs of XPOS": XPOS},
+    "with_kvcache.freqs": not_freqs() | {"freqs of axes": SECTIONS, "freqs of XPOS": XPOS[FEW.dim]},
     **{
         f"methods.{wrapper}.freqs": {
             name: value
@@ -156,16 +160,16 @@ WRONG = {
     "softcap": {k: v for k, v in SCALE.items() if k != "0"}
     | {"None": None, "True": True, "1e-46": 1e-46, "1e39": 1e39},
     "sliding_window": {k: v for k, v in COUNT.items() if k != "None"} | {"2**62": 2**62},
-    "cache_seqlens": not_ints(ints(3, 3)) | {"None": None, "-1": -1,
-                                             "values 9": 9, **HUGE, **NOT_POSITIVE, "one": ints(3),
-                                             "values 8": ints(3, 8), "values -1": ints(3, -1)},
+    "cache_seqlens": not_ints(ints(3, 3))
+    | {"None": None, "-1": -1, "values 33": SLOTS + 1, **HUGE, **NOT_POSITIVE, "one": ints(3),
+       "values 32": ints(3, SLOTS), "values -1": ints(3, -1)},
     "block_table": not_ints(ints(0, 1).view(2, 1))
     | {"long": ints(0, 1).view(2, 1).long(), "row": ints(0, 1), "values 2": ints(2, 1).view(2, 1),
        "values -1": ints(-1, 0).view(2, 1)},
     "cache_leftpad": not_ints(ints(1, 1))
     | {"long": ints(1, 1).long(), "one": ints(1), "values -1": ints(-1, 0)},
     "slot_mapping": not_ints(ints(3, 12).view(2, 1))
-    | {"values past the end": ints(3, 16).view(2, 1), "values -2": ints(-2, 3).view(2, 1)},
+    | {"values past the end": ints(3, 2 * SLOTS).view(2, 1), "values -2": ints(-2, 3).view(2, 1)},
     "score": {"text": "rerope", "number": 4.0, "function": scores.rerope},
     "rope_append_kvcache.freqs": {k: v for k, v in not_freqs().items() if k != "None"},
     "k_scale": scales(),
