@@ -23,8 +23,8 @@ namespace {
 // Selects kernels: a head_dim is a multiple of 8, and kernels read rows in whole vectors.
 DecodeKernels kernels(const KVCache& cache) {
 #if defined(__x86_64__)
-  const bool halves = cache.head_dim % 16 != 0 || cache.head_dim_v % 16 != 0;
-  if (capability() >= kAvx512 && halves) return EXTROPE_KERNELS(avx2);
+  const bool has_half_vectors = cache.head_dim % 16 != 0 || cache.head_dim_v % 16 != 0;
+  if (capability() >= kAvx512 && has_half_vectors) return EXTROPE_KERNELS(avx2);
 #endif
   return EXTROPE_WIDEST(EXTROPE_KERNELS);
 }
