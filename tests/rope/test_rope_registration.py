@@ -18,6 +18,28 @@ from extrope_kernels import (
 from extrope_kernels.testing import device, make_qk
 
 
+def test_schemas_are_as_they_were():
+    """Graphs that were exported name them, and compiled libraries read them by order."""
+    tensors = (
+        "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, "
+        "Tensor? log_decay=None, Tensor? axes=None"
+    )
+    options = (
+        "float attention_factor=1., SymInt? offset=None, bool interleaved=False, "
+        "int? rotary_offset=None, bool inverse=False, float decay_origin=0."
+    )
+    norm = "Tensor? q_norm_weight, Tensor? k_norm_weight"
+    wanted = {
+        "rope_fwd": f"(Tensor q, Tensor? k, {tensors}, *, {options}) -> (Tensor, Tensor)",
+        "rope_norm_inplace": (
+            f"(Tensor(a!) q, Tensor(b!)? k, {norm}, {tensors}, *, float norm_eps="
+            f"9.9999999999999995e-07, {options}) -> ()"
+        ),
+    }
+    for name, schema in wanted.items():
+        assert str(getattr(torch.ops.extrope, name).default._schema) == f"extrope::{name}{schema}"
+
+
 def test_append_of_tensors_without_values():
     """Fakes and meta tensors, outside of a graph; XPOS's range and places are not checked then."""
     step = Step(tokens=(5,))

@@ -137,7 +137,8 @@ def _packed(spec: Spec, boundaries: str) -> Spec:
     shapes = []
     for shape in spec.dims.split(" or "):
         has_tokens = any(word in _TOKENS for word in shape.split())
-        words = _TOKENS | {"batch": "" if has_tokens else "sequences", "1|batch": "1|sequences"}
+        of_sequences = {"batch": "sequences", "1|batch": "1|sequences"}
+        words = _TOKENS | ({"batch": "", "1|batch": "1"} if has_tokens else of_sequences)
         shapes.append(" ".join(filter(None, (words.get(x, x) for x in shape.split()))))
     return spec._replace(dims=" or ".join(dict.fromkeys(shapes)), boundaries=boundaries)
 

@@ -447,7 +447,7 @@ def _check_rotation(op: str, call: Append) -> None:
     first, second = (k, None) if q is None else (q, k)
     if call.packed and rope.cu_seqlens is None:
         first, second = (x if x is None else x[None] for x in (first, second))
-    _told_as(op, lambda: rope_call.check(first, second, *rope, **call.options))
+    _told_as(op, lambda: rope_call.check(first, second, rope, **call.options))
     if positions is None and call.cache.seqlens is None:
         raise ValueError(f"{op}: positions or cache_seqlens must say where the tokens are")
     if positions is None:

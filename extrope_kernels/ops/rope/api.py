@@ -28,6 +28,7 @@ from . import op as _op  # noqa: F401  (defines the ops)
 from . import reference
 from .call import (
     INPLACE,
+    RopeTensors,
     check,
     check_decay,
     check_norm,
@@ -186,7 +187,7 @@ def _rotate(
     try:
         return run(name, args, options, backend)
     except REFUSALS as error:  # kernels check their arguments too; this gives the full message
-        check(q, k, *rope_args, **options)
+        check(q, k, RopeTensors(*rope_args), **options)
         check_boundaries("rope", cu_seqlens, len(q))
         if norm is not None:
             check_norm(q, k, *norm)

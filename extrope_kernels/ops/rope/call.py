@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from .._tables.checks import (
     share_memory,
 )
 from .._tables.decay import reach
+from .._tables.fields import fields_of
 from .._tables.specs import ANY, DENSE, FLOAT32, FLOATS, INT32, ROWS, Spec
 
 # What a rotation is told besides tensors, as arguments of an op's schema. Integers have no default,
@@ -41,13 +41,33 @@ OPTIONS = {
 
 
 class RopeTensors(NamedTuple):
-    """The tensors that decide how far tokens rotate, as ops take them."""
+    """The tensors that decide how far tokens rotate, as ops take them.
 
-    inv_freq: Tensor | None  # None: of an append that rotates nothing
-    positions: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    log_decay: Tensor | None = None
-    axes: Tensor | None = None
+    Schemas and checks follow from it. Shapes are those of a batch, and of packed sequences by
+    `specs.for_rows`.
+    """
+
+    inv_freq: Annotated[  # None: of an append that rotates nothing
+        Tensor | None,
+        Spec("inv_freq", "pairs or 1|batch pairs or 1|batch 1|heads_q pairs", FLOATS),
+    ]
+    positions: Annotated[  # with axes also (axes, 1 or batch, seqlen)
+        Tensor | None,
+        Spec(
+            "positions",
+            "seqlen or 1|batch seqlen or batch or batch 1",
+            (torch.int32, torch.int64, *FLOATS),
+            strides=ANY,
+        ),
+    ] = None
+    cu_seqlens: Annotated[
+        Tensor | None, Spec("cu_seqlens", "sequences+1", INT32, strides=DENSE)
+    ] = None
+    log_decay: Annotated[Tensor | None, Spec("log_decay", "pairs", FLOAT32, strides=DENSE)] = None
+    axes: Annotated[Tensor | None, Spec("axes", "pairs", INT32, strides=DENSE)] = None
+
+
+TENSORS = fields_of(RopeTensors)
 
 
 @dataclass(frozen=True)
@@ -86,25 +106,20 @@ class Rotation:
 def resolve(
     q: Tensor,
     k: Tensor | None,
-    inv_freq: Tensor,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    axes: Tensor | None = None,
-    *,
+    *rope_args: Tensor | None,
     adjoint: bool,
     offset: int | None = None,
     **options,
 ) -> tuple[list[Tensor], Rotation]:
     """Check an op's arguments; return q and k as (batch, seqlen, heads, head_dim) and the Rotation.
 
-    options: of `rotation_of`.
+    rope_args: RopeTensors; options: of `rotation_of`.
     """
-    rope = RopeTensors(inv_freq, positions, cu_seqlens, log_decay, axes)
-    check(q, k, *rope, **options)
-    check_values(positions, cu_seqlens, axes, offset, q.shape[0])
+    rope = RopeTensors(*rope_args)
+    check(q, k, rope, **options)
+    check_values(rope, offset, q.shape[0])
     tensors = [q] if k is None else [q, k]
-    if cu_seqlens is not None:
+    if rope.cu_seqlens is not None:
         tensors = [x.unsqueeze(0) for x in tensors]
     return tensors, rotation_of(
         rope, tensors[0].shape, adjoint=adjoint, offset=offset or 0, **options
@@ -179,7 +194,6 @@ def token_positions(rotation: Rotation, batch: int, seqlen: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------
 # What is refused, before anything runs
 
-POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 INPLACE = "rope: inplace=True is for inference, got tensors that require grad"
 
 
@@ -188,14 +202,22 @@ def not_differentiable(name: str) -> str:
     return f"rope: {name} must not require grad, got one that does"
 
 
+_CALL = sorted(TENSORS, key=lambda x: x.name != "cu_seqlens")  # all sizes are known after it
+_TABLE = (
+    Spec("q", "batch seqlen heads_q head_dim", ROWS),
+    Spec("k", "batch seqlen heads_k head_dim", optional=True),
+    *(x.spec._replace(optional=x.name != "inv_freq") for x in _CALL),
+)
+_TABLE_BY_AXES = tuple(
+    x._replace(dims=f"{x.dims} or axes 1|batch seqlen") if x.name == "positions" else x
+    for x in _TABLE
+)
+
+
 def check(
     q: Tensor,
     k: Tensor | None,
-    inv_freq: Tensor,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    axes: Tensor | None = None,
+    rope: RopeTensors,
     *,
     attention_factor: float = 1.0,
     rotary_offset: int | None = None,
@@ -206,7 +228,8 @@ def check(
 
     others: options of which all values are right, or that `check_values` reads.
     """
-    table = _table(cu_seqlens is not None, axes is not None)
+    inv_freq, positions, cu_seqlens, log_decay, axes = rope
+    table = specs.for_rows(_TABLE if axes is None else _TABLE_BY_AXES, cu_seqlens is not None)
     tensors = (q, k, cu_seqlens, inv_freq, positions, log_decay, axes)
     sizes = specs.check("rope", table, tensors)
     pairs, heads, most = sizes["pairs"], sizes["heads_q"], sizes["head_dim"] // 2
@@ -233,14 +256,9 @@ def check(
         raise ValueError(f"rope: decay_origin must be finite, got {decay_origin}")
 
 
-def check_values(
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    axes: Tensor | None,
-    offset: int | None,
-    tokens: int,
-) -> None:
+def check_values(rope: RopeTensors, offset: int | None, tokens: int) -> None:
     """Check values, after `check`: those of tensors only if reading them waits for no device."""
+    _, positions, cu_seqlens, _, axes = rope
     check_boundaries("rope", cu_seqlens, tokens)
     if type(offset) is int and abs(offset) > FARTHEST_POSITION:
         raise ValueError(f"rope: an offset of positions must be within 2**53, got {offset}")
@@ -263,24 +281,6 @@ def check_positions(op: str, positions: Tensor | None) -> None:
     far = (positions > FARTHEST_POSITION) | (positions < -FARTHEST_POSITION)
     if far.any():
         raise ValueError(f"{op}: positions must be within 2**53, got {positions[far].tolist()}")
-
-
-@functools.cache
-def _table(packed: bool, axes: bool) -> tuple[Spec, ...]:
-    tokens, sequences = ("total", "sequences") if packed else ("batch seqlen", "batch")
-    batch, seqlen = ("1", "total") if packed else ("1|batch", "seqlen")
-    by_axes = f" or axes {batch} {seqlen}" if axes else ""
-    places = f"{seqlen} or {batch} {seqlen} or {sequences} or {sequences} 1{by_axes}"
-    rows = f"pairs or 1|{sequences} pairs or 1|{sequences} 1|heads_q pairs"
-    return (
-        Spec("q", f"{tokens} heads_q head_dim", ROWS),
-        Spec("k", f"{tokens} heads_k head_dim", optional=True),
-        Spec("cu_seqlens", "sequences+1", INT32, optional=True, strides=DENSE),
-        Spec("inv_freq", rows, FLOATS),
-        Spec("positions", places, POSITION_DTYPES, optional=True, strides=ANY),
-        Spec("log_decay", "pairs", FLOAT32, optional=True, strides=DENSE),
-        Spec("axes", "pairs", INT32, optional=True, strides=DENSE),
-    )
 
 
 def check_saved(

@@ -34,6 +34,8 @@ from . import norm, reference
 from .call import (
     INPLACE,
     OPTIONS,
+    TENSORS,
+    RopeTensors,
     check_norm,
     check_saved,
     not_differentiable,
@@ -44,10 +46,7 @@ from .call import (
 
 # An Autograd kernel sees only positional tensors, so all tensors come before the *. axes matters
 # only to positions of shape (axes, batch, seqlen): others are the same on every axis.
-_ROPE_TENSORS = (
-    "Tensor inv_freq, Tensor? positions=None, Tensor? cu_seqlens=None, Tensor? log_decay=None, "
-    "Tensor? axes=None"
-)
+_ROPE_TENSORS = ", ".join(["Tensor inv_freq", *(f"{x.argument}=None" for x in TENSORS[1:])])
 _ROPE_OPTIONS = ", ".join(OPTIONS.values())
 _ROPE_ARGS = f"{_ROPE_TENSORS}, *, {_ROPE_OPTIONS}"
 _FWD = f"(Tensor q, Tensor? k, {_ROPE_ARGS}) -> (Tensor, Tensor)"
@@ -202,18 +201,16 @@ def _save(ctx, tensors, rope_args, options) -> None:
     ctx.save_for_backward(*tensors, *rope_args)
 
 
-def kept_rope_args(rope_args) -> tuple[Tensor | None, ...]:
-    """Return all for a backward; ValueError if one requires a gradient that does not exist."""
-    rope_args = _with_defaults(rope_args)
-    for name, x in (("positions", rope_args[1]), ("log_decay", rope_args[3])):
+def kept_rope_args(rope_args) -> RopeTensors:
+    """Return all for a backward; ValueError if one requires a gradient that does not exist.
+
+    The dispatcher drops trailing defaults.
+    """
+    rope = RopeTensors(*rope_args)
+    for name, x in (("positions", rope.positions), ("log_decay", rope.log_decay)):
         if x is not None and x.requires_grad:
             raise ValueError(not_differentiable(name))
-    return rope_args
-
-
-def _with_defaults(rope_args) -> tuple[Tensor | None, ...]:
-    """Pad with None to all five rope_args: the dispatcher drops trailing defaults."""
-    return (*rope_args, *[None] * (5 - len(rope_args)))
+    return rope
 
 
 def _rotate_quarter(x: Tensor, w: Tensor, at: PairDims) -> Tensor:
@@ -257,7 +254,7 @@ def _frequency_grad(angle_grad, grad_q, grad_k, rope_args, options) -> Tensor:
 
 def has_shared_angles(rope_args) -> bool:
     """Return True if all sequences rotate alike: then batch dimensions can be folded into one."""
-    inv_freq, positions, cu_seqlens = _with_defaults(rope_args)[:3]
+    inv_freq, positions, cu_seqlens, *_ = RopeTensors(*rope_args)
     return (
         positions is None and cu_seqlens is None and (inv_freq.dim() == 1 or inv_freq.shape[0] == 1)
     )

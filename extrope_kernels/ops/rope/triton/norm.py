@@ -445,7 +445,7 @@ def _launch_for(
     saved = () if tensors["q_ptr"] is x else (tensors["q_ptr"], tensors["k_ptr"])
     key = (in_place, layout_key(x, y, *saved, *weights, *rope), *options.items())
     launch = cached_by_layout(_build_launch, key, x, y, in_place, tensors, weights, rope, options)
-    check_values(rope.positions, rope.cu_seqlens, rope.axes, offset, len(x))
+    check_values(rope, offset, len(x))
     return launch, offset
 
 

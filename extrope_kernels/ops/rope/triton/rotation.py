@@ -266,7 +266,7 @@ def _run(
         refuse_shared(q, k)
     key = (adjoint, sides.in_place, layout_key(q, k, q_saved, k_saved, *rope), *options.items())
     launch, shape = cached_by_layout(_build_launch, key, adjoint, sides, rope, options)
-    check_values(rope.positions, rope.cu_seqlens, rope.axes, offset, len(q))
+    check_values(rope, offset, len(q))
     angle_grad = None if q_saved is None else q.new_empty(shape, dtype=accumulator(q.dtype))
     if angle_grad is not None and q.numel() == 0:  # tokens without heads
         angle_grad.zero_()
