@@ -16,7 +16,7 @@ from typing import Any
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..ops._torch.library import ops
+from ..ops._torch.library import ALL_BACKENDS, ops
 
 _OUTPUTS = {
     **{"rope_fwd": 2, "rope_bwd": 3, "attention_fwd": 2, "attention_bwd": 3},
@@ -30,8 +30,8 @@ Args = dict[str, Any]  # an op's tensors by the names of its schema, or their pl
 def register() -> None:
     """Register the rules of all ops, for every backend."""
     for name in _OUTPUTS:
-        suffixes = ("", "_triton", "_flash_attn") if "attention" in name else ("", "_triton")
-        overloads = [getattr(ops, name + suffix).default for suffix in suffixes]
+        own = [f"{name}_{x}" for x, backend in ALL_BACKENDS.items() if backend.has_ops]
+        overloads = [getattr(ops, x).default for x in (name, *own) if hasattr(ops, x)]
         register_sharding(overloads)(_rule(name))
 
 
