@@ -177,7 +177,7 @@ def check_lengths(lengths: int | Iterable[int]) -> list[int]:
     return sorted(wanted)
 
 
-def check_counts(**given: int) -> None:
+def check_positive(**given: int) -> None:
     """Raise UsageError for a count that is no whole number from 1 on."""
     for name, value in given.items():
         if type(value) is not int or value < 1:

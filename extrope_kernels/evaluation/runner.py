@@ -73,7 +73,7 @@ def evaluate(
     """
     saved = options.saved_folder(model)
     params, wanted = options.check_methods(methods, saved), options.check_lengths(lengths)
-    options.check_counts(bucket=bucket, trials=trials)
+    options.check_positive(bucket=bucket, trials=trials)
     options.check_choice("task", task, TASKS)
     options.check_choice("dtype", dtype, options.DTYPES)
     path = None if out is None else options.check_out(Path(out)) / f"{task}.json"
