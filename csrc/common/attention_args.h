@@ -139,10 +139,6 @@ inline void check_numbers(const char* op, const AttentionOptions& x) {
   check_range(op, "softcap", x.softcap, 1e-30, 1e30, /*or_zero=*/true);
 }
 
-inline double softmax_scale_of(const AttentionOptions& x, int64_t head_dim) {
-  return x.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
-}
-
 inline Sinks sinks_of(const char* op, const OptionalTensor& sinks, int64_t heads_q) {
   if (!sinks.has_value()) return {};
   require_of(op,
@@ -165,6 +161,18 @@ inline QueryScale query_scale_of(const char* op, const OptionalTensor& scale, in
              "), got shape ", shape_of(*scale));
   return {static_cast<const float*>(scale->data_ptr()), dim == 2 ? scale->stride(0) : 0,
           scale->stride(dim - 1)};
+}
+
+inline SoftmaxParams softmax_of(const char* op, const CallTensors& call,
+                                const AttentionOptions& options, int64_t batch, int64_t seqlen_q,
+                                int64_t heads_q, int64_t head_dim) {
+  check_numbers(op, options);
+  const double usual = 1.0 / std::sqrt(static_cast<double>(head_dim));
+  const bool packed = call.cu_seqlens.has_value();
+  return {.softmax_scale = options.softmax_scale.value_or(usual),
+          .softcap = static_cast<float>(options.softcap),
+          .query_scale = query_scale_of(op, call.query_scale, batch, seqlen_q, packed),
+          .sinks = sinks_of(op, call.sinks, heads_q)};
 }
 
 }  // namespace extrope

@@ -1,5 +1,4 @@
-// Arguments of attention besides q, k and v, in plain data: sinks, factors of the logits, and the
-// largest head_dim.
+// What makes a softmax of the products of q and k, in plain data.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +23,13 @@ struct QueryScale {
   [[gnu::always_inline]] float of(int64_t sequence, int64_t token) const {
     return data[sequence * batch + token * seq];
   }
+};
+
+struct SoftmaxParams {
+  double softmax_scale;
+  float softcap;  // 0: none
+  QueryScale query_scale;
+  Sinks sinks;
 };
 
 }  // namespace extrope

@@ -26,8 +26,7 @@ void require(bool condition, const Message&... message) {
   X(const OptionalTensor&, k_start)
 
 // The arguments of an op after q, k and v.
-struct Args {
-  EXTROPE_CALL_TENSORS(EXTROPE_MEMBER)
+struct Args : CallTensors {
   EXTROPE_STARTS(EXTROPE_MEMBER)
   AttentionOptions options;
 
@@ -135,13 +134,10 @@ inline AttentionParams make_params(const Tensor& q, const Tensor& k, const Tenso
   check_frequencies("attention", p.head_dim, packed ? p.num_sequences : p.batch, p.heads_k,
                     args.inv_freq, args.log_decay, args.options.first_dim());
   const AttentionOptions& options = args.options;
-  check_numbers("attention", options);
-  p.softmax_scale = static_cast<float>(softmax_scale_of(options, p.head_dim));
+  static_cast<SoftmaxParams&>(p) =
+      softmax_of("attention", args, options, p.batch, p.seqlen_q, p.heads_q, p.head_dim);
   p.regions = options.regions;
   p.regions.trim(end_of_queries(p));
-  p.sinks = sinks_of("attention", args.sinks, p.heads_q);
-  p.softcap = static_cast<float>(options.softcap);
-  p.row_scale = query_scale_of("attention", args.query_scale, p.batch, p.seqlen_q, packed);
   p.rotation = {p.head_dim, args.inv_freq.size(args.inv_freq.dim() - 1), options.first_dim(),
                 options.interleaved};
   return p;

@@ -19,10 +19,9 @@ namespace {
 constexpr const char* kOp = "attention";
 #define EXTROPE_CALL \
   EXTROPE_CALL_TENSORS(EXTROPE_PARAMETER) EXTROPE_STARTS(EXTROPE_PARAMETER) EXTROPE_OPTIONS
-#define EXTROPE_ARGS                                        \
-  Args {                                                    \
-    EXTROPE_CALL_TENSORS(EXTROPE_VALUE)                     \
-    EXTROPE_STARTS(EXTROPE_VALUE) EXTROPE_READ_OPTIONS(kOp) \
+#define EXTROPE_ARGS                                                                               \
+  Args {                                                                                           \
+    {EXTROPE_CALL_TENSORS(EXTROPE_VALUE)}, EXTROPE_STARTS(EXTROPE_VALUE) EXTROPE_READ_OPTIONS(kOp) \
   }
 constexpr int64_t kZeroGrain = 1 << 18;  // floats
 

@@ -233,7 +233,7 @@ void attend_slice(const TileQueries& queries, const TilePlan& plan, const Forwar
   }
 }
 
-// Ends the softmax, where sinks join: writes lse, and out = O * out_scale, of type Out.
+// Ends the softmax: writes lse, and out = O * out_scale, of type Out.
 template <typename Out>
 void finish(const TileQueries& queries, const ForwardScratch& w) {
   // Sets p.lse, to base e, and w.out_scale.

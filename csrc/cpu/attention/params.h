@@ -40,17 +40,13 @@ struct CosSin {
   int64_t stride_head;  // of heads of k; 0: all rotate alike
 };
 
-struct AttentionParams {
+struct AttentionParams : SoftmaxParams {
   DType dtype;
   int64_t batch, seqlen_q, seqlen_k;   // packed: batch 1, both seqlens the number of tokens
   int64_t heads_q, heads_k, head_dim;  // head_dim of q and k
 
   Regions regions;
   Starts q_start, k_start;
-  float softmax_scale;
-  QueryScale row_scale;
-  float softcap;  // 0: none
-  Sinks sinks;
   const int32_t* cu_seqlens;  // (num_sequences + 1,) token boundaries, nullptr if not packed
   int64_t num_sequences;
 

@@ -71,9 +71,10 @@ struct TileQueries {
   }
   // Returns the factor of a row's logits: softmax_scale, query_scale, and k_scale.
   float logit_scale(int64_t row) const {
-    const float scale = p.k_scale ? p.softmax_scale * p.k_scale[tile.head] : p.softmax_scale;
-    if (!p.row_scale.data) return scale;
-    return scale * p.row_scale.of(tile.batch, tile.first_q + token(row));
+    float scale = static_cast<float>(p.softmax_scale);
+    if (p.k_scale) scale *= p.k_scale[tile.head];
+    if (!p.query_scale.data) return scale;
+    return scale * p.query_scale.of(tile.batch, tile.first_q + token(row));
   }
   // Calls visit(i, token, head) for row first + i, for a vector's number of rows. It avoids the two
   // divisions per row of the functions above, which take longer than copying the row.

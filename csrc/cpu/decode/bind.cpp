@@ -61,11 +61,8 @@ DecodeParams make_params(const CacheArgs& a, const CallTensors& call,
     a.require(!call.log_decay.has_value() || p.regions.at[r].k_map == p.regions.stored,
               "log_decay (XPOS) needs keys that are stored as every region sees them");
   }
-  check_numbers(a.op, options);
-  p.softcap = static_cast<float>(options.softcap);
-  p.softmax_scale = softmax_scale_of(options, p.cache.head_dim);
-  p.sinks = sinks_of(a.op, call.sinks, p.heads_q);
-  p.query_scale = query_scale_of(a.op, call.query_scale, p.cache.batch, p.seqlen_q, a.packed());
+  static_cast<SoftmaxParams&>(p) =
+      softmax_of(a.op, call, options, p.cache.batch, p.seqlen_q, p.heads_q, p.cache.head_dim);
   p.amplitude = options.attention_factor * options.attention_factor;
   return p;
 }

@@ -58,12 +58,9 @@ class QueryChunk {
     a.q_start.offset = a.seqlen_k - a.seqlen_q;
     a.regions = p.regions;
     a.regions.trim(a.seqlen_k);
-    a.softmax_scale = static_cast<float>(p.softmax_scale);
-    a.softcap = static_cast<float>(p.softcap);
-    a.sinks = p.sinks;
-    a.row_scale = p.query_scale;
-    if (a.row_scale.data)
-      a.row_scale.data += t.batch * a.row_scale.batch + t.begin * a.row_scale.seq;
+    static_cast<SoftmaxParams&>(a) = p;
+    if (a.query_scale.data)
+      a.query_scale.data += t.batch * a.query_scale.batch + t.begin * a.query_scale.seq;
     a.rotation = p.freqs.of_rows(a.head_dim);
     a.q = {at(p.q, (t.batch * p.q_stride_batch + t.begin * p.q_stride_seq) * bytes), 0,
            p.q_stride_seq, p.q_stride_head, a.head_dim};

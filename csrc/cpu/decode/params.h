@@ -25,7 +25,7 @@ struct Frequencies {
   int64_t head() const { return heads > 1 ? padded : 0; }  // stride of heads' rows
 };
 
-struct DecodeParams {
+struct DecodeParams : SoftmaxParams {
   KVCache cache;
   Frequencies freqs;
   Regions regions;
@@ -34,11 +34,7 @@ struct DecodeParams {
   int64_t seqlen_q, heads_q;
   const int32_t* cu_seqlens_q;  // boundaries of packed queries, seqlen_q in all, or nullptr
 
-  double softmax_scale;
-  double softcap;    // 0: none
   double amplitude;  // of rotated dims, for q and k together
-  QueryScale query_scale;
-  Sinks sinks;
 
   float* partial;  // rows of head_dim_v sums, then row_max and row_sum
   void* out;       // contiguous (batch, seqlen_q, heads_q, head_dim_v)

@@ -23,7 +23,7 @@ class Queries {
       : p_(p),
         rotation_(p.freqs.of_rows(p.cache.head_dim)),
         group_(p.heads_q / p.cache.heads),
-        logit_scale_(p.softmax_scale * (p.softcap > 0 ? 1 / p.softcap : kLog2E)),
+        logit_scale_(p.softmax_scale * (p.softcap > 0 ? 1.0 / p.softcap : kLog2E)),
         stride_(round_up(p.cache.head_dim, kFloats)),
         cos_(round_up(p.freqs.half, kFloats)),
         sin_(cos_.size()) {

@@ -55,7 +55,7 @@ class Call {
       p_.q_start = {kStarts, 1, 0}, p_.k_start = {kStarts, 1, -20};
     }
     for (int64_t i = 0; i < c.seqlen_q; ++i) row_scale_.push_back(1.0f + 0x1p-8f * i);
-    if (c.row_scale) p_.row_scale = {row_scale_.data(), 0, 1};
+    if (c.row_scale) p_.query_scale = {row_scale_.data(), 0, 1};
     if (!c.packed && !c.softmax_options) p_.q_start.offset = c.seqlen_k - c.seqlen_q;
     q_ = random_values<T>(elements(true), 31), k_ = random_values<T>(elements(false), 32);
     v_ = random_values<T>(elements(false), 33), dout_ = random_values<T>(elements(true), 34);

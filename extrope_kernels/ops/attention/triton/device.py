@@ -16,7 +16,7 @@ from torch import Tensor
 from ....scores import UNROTATED, Region
 from ....scores.base import PlainMap
 from ..._math.triton.launch import VECTOR_BYTES, strides_of
-from ..call import START_END, AttentionCall
+from ..call import START_END, AttentionCall, with_tensors
 from .configs import MOST_ROWS, Config
 from .maps import map_of
 
@@ -267,12 +267,10 @@ def sequence_stride(x: Tensor | None, dims: int = 1) -> int:
 
 
 def with_contiguous_rows(call: AttentionCall) -> AttentionCall:
-    """Return the call with contiguous rows in its small tensors, which kernels read as such."""
-    for name in ("sinks", "query_scale", "pair_maps", "inv_freq"):
-        x = getattr(call, name)
-        if x is not None and not x.is_contiguous() and (name != "inv_freq" or x.dim() == 3):
-            call = call._replace(**{name: x.contiguous()})
-    return call
+    """Return the call with contiguous tensors: kernels read most of them without strides."""
+    if all(x is None or x.is_contiguous() for x in call.tensors):
+        return call
+    return with_tensors([None if x is None else x.contiguous() for x in call.tensors], call.fixed)
 
 
 def freq_heads_of(call: AttentionCall) -> int:
