@@ -97,6 +97,7 @@ OVERFLOWS = (
     ),
     (False, {"positions": torch.arange(9001) * 2.5}, "got 0 to 22500; no origin covers them"),
     (True, {}, "got 0 to 8999; decay_origin=4499 covers them"),
+    (True, {"cu_seqlens": torch.tensor([0, 9001])}, "got 0 to 9000; decay_origin=4500 covers them"),
     (True, {"positions": -9000}, "got -9000 to -1; decay_origin=-4501 covers them"),
     (True, {"positions": torch.tensor([80, 5])}, "got 5 to 9004; decay_origin=4504 covers them"),
     (True, {"positions": torch.arange(9001) * 2.5}, "got 0 to 22500; no origin covers them"),
@@ -105,12 +106,12 @@ OVERFLOWS = (
 
 @pytest.mark.parametrize("packed, options, message", OVERFLOWS)
 def test_an_amplitude_that_overflows_is_refused(packed, options, message):
-    """Packed as sequences of 1 and of 9000 tokens; else of 9001."""
+    """Packed as sequences of 1 and of 9000 tokens, or of 9001; else of 9001."""
     q, k = make_qk(2, 9001, 1, 1, head_dim=2, dtype=torch.float16)
     if device() == "cuda" and (packed or isinstance(options.get("positions"), torch.Tensor)):
         pytest.skip("positions on the device are not read back")
     if packed:
-        q, k, options = q[0], k[0], {**options, "cu_seqlens": torch.tensor([0, 1, 9001])}
+        q, k, options = q[0], k[0], {"cu_seqlens": torch.tensor([0, 1, 9001]), **options}
     before = q.clone()
     with pytest.raises(ValueError, match=rf"rope: positions .* 4532 of .*float16, {message}"):
         apply_rope_qk(q, k, xpos(2), inplace=True, **options)

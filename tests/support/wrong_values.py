@@ -161,8 +161,8 @@ WRONG = {
     | {"None": None, "True": True, "1e-46": 1e-46, "1e39": 1e39},
     "sliding_window": {k: v for k, v in COUNT.items() if k != "None"} | {"2**62": 2**62},
     "cache_seqlens": not_ints(ints(3, 3))
-    | {"None": None, "-1": -1, "values 33": SLOTS + 1, **HUGE, **NOT_POSITIVE, "one": ints(3),
-       "values 32": ints(3, SLOTS), "values -1": ints(3, -1)},
+    | {"None": None, "values 33": SLOTS + 1, "2**31": 2**31, **HUGE, **NOT_POSITIVE,
+       "one": ints(3), "values 32": ints(3, SLOTS), "values -1": ints(3, -1)},
     "block_table": not_ints(ints(0, 1).view(2, 1))
     | {"long": ints(0, 1).view(2, 1).long(), "row": ints(0, 1), "values 2": ints(2, 1).view(2, 1),
        "values -1": ints(-1, 0).view(2, 1)},
