@@ -52,7 +52,7 @@ SPILLS = {
     ("3.6.0", "decode", "ReRoPE, fp8", 90, 128): 80,
     ("3.6.0", "decode", "ReRoPE, fp8", 100, 128): 48,
     ("3.7.1", "decode", "ReRoPE, fp8", 100, 128): 48,
-    ("3.8.0", "decode", "ReRoPE, fp8", 90, 128): 40,
+    ("3.8.0", "decode", "ReRoPE, fp8", 90, 128): 72,
     ("3.8.0", "decode", "ReRoPE, fp8", 100, 128): 40,
 }
 SCORES = {  # attention's regions of keys: one, two, three

@@ -151,6 +151,19 @@ def test_a_nan_reaches_the_log_sum_exp(many_splits):
     assert torch.equal(out[0, 0].isnan(), of_head.expand(3, out.shape[-1]))
 
 
+def test_a_frequency_that_is_no_number_reaches_rows_with_keys_alone(many_splits):
+    """Its NaN is in the region of a row's own key: other splits of the row do not have it."""
+    many_splits()
+    inputs = make(Case((90, 2, 0), 3, example=WIDE, leftpad=(0, 3, 0)))
+    _, clean = inputs.run("triton")
+    inputs.freqs.inv_freq[2] = torch.nan
+    out, lse = inputs.run("triton")
+    sees = clean.isfinite()  # (batch, heads, seqlen)
+    assert 0 < sees.sum() < sees.numel()
+    assert torch.equal(lse.isnan(), sees)
+    assert torch.equal(out.isnan(), sees.transpose(1, 2)[..., None].expand_as(out))
+
+
 def test_packed_queries_are_split(many_splits):
     """Chunks and single tokens in one call; a sequence has no query, another no key before it."""
     many_splits()

@@ -133,7 +133,7 @@ def _angle(position, freq, pair_maps, pair, MAP: tl.constexpr, HALF: tl.constexp
 def not_finite(freq):
     """Return NaN for frequencies that are no numbers, else 0: angles in fixed point have no NaN.
 
-    Added to the factors of queries, it reaches every logit.
+    Added to a row, or to its cosines, it reaches every logit of the row.
     """
     return (freq * 0.0).to(tl.float32)
 

@@ -260,13 +260,16 @@ def decode_kernel(
         cos, sin = cos_sin_of_map(
             position, freq, q_decay, pair_maps, pair, nth_map(MODEL.q_maps, r), Q_STORED, MODEL.half
         )
-        # NaN joins them, not the factor: that would spill more, in Triton 3.8.0 104 bytes, not 40.
-        cos = (cos + not_finite(freq)) * (MODEL.attention_factor_sq * scale)
-        sin = (sin + not_finite(freq)) * (MODEL.attention_factor_sq * scale)
+        cos *= MODEL.attention_factor_sq * scale
+        sin *= MODEL.attention_factor_sq * scale
         q0, q1, q_rest = load_parts(q_row, valid, MODEL)  # (M, P), (M, P), (M, R)
         q0, q1 = q0.to(tl.float32), q1.to(tl.float32)
         q0, q1 = q0 * cos - q1 * sin, q1 * cos + q0 * sin
         q_rest = q_rest.to(tl.float32) * scale
+        if r + 1 == REGIONS:
+            # Any row that sees a key sees its own, the last: NaN in its region is in the row, and
+            # in what the splits of the row are merged to.
+            q0 += not_finite(freq)
         # Row i sees the keys [row_begin[i], row_end[i]) of the region. Both rise with the row: so
         # [begin, end) holds those of all rows. A region begins where the one before it ends.
         row_begin = region_begin(position, seqlen_k, 0, r, MODEL)  # (M,)
