@@ -99,10 +99,11 @@ def test_frequencies(implementation, value):
     tensors = [torch.randn(1, 20, 2, 16, device=device()) for _ in range(3)]
     for score in (None, scores.rerope(4), scores.dpe(4, [2] * 8)):
         options = {"return_lse": True, "backend": implementation}
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        out, lse = rope_attention(*leaves, freqs, score, **options)
-        grads = torch.autograd.grad(out.sum(), leaves)
-        assert all(x.isnan().all() for x in (out, lse, *grads))
+        for rotated in (None, "k"):
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            out, lse = rope_attention(*leaves, freqs, score, rotated=rotated, **options)
+            grads = torch.autograd.grad(out.sum(), leaves)
+            assert all(x.isnan().all() for x in (out, lse, *grads))
         q, *caches = tensors
         options["cache_seqlens"] = 20
         found = rope_attention_with_kvcache(q[:, :3], *caches, freqs, score, **options)

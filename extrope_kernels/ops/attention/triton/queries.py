@@ -4,8 +4,8 @@ Rotated copies of q, which an earlier launch could write as it does for keys (ro
 0.27 GB more at 8,192 tokens, 32 heads of 128 dims and two regions. And nothing is done twice here:
 a query is read by one program only, while keys are read by each block of queries.
 
-rows.py has Rows, load_tile and tiles; maps.py cos_sin_of_map. MAP: its MapConstants. MODEL, BLOCKS:
-ModelConstants and Blocks of device.py.
+rows.py has Rows, load_tile and tiles; maps.py cos_sin_of_map. MODEL, BLOCKS: ModelConstants and
+Blocks of device.py. REGION is a region's number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class QueryRope(NamedTuple):
 
 
 @triton.jit
-def _cos_sin(pair, q_pos, scale, rope, MAP: tl.constexpr, MODEL: tl.constexpr):
+def _cos_sin(pair, q_pos, scale, rope, REGION: tl.constexpr, MODEL: tl.constexpr):
     """Return the cosine and sine of these pairs, times all factors of a query: (ROWS, pairs).
 
     pair: (pairs,). From HALF on pairs do not rotate: 1 and 0, times `scale`: (ROWS, 1), or 1.
@@ -46,16 +46,19 @@ def _cos_sin(pair, q_pos, scale, rope, MAP: tl.constexpr, MODEL: tl.constexpr):
     if rope.log_decay is not None:
         decay = tl.load(rope.log_decay + pair, mask=rotates, other=0.0).to(tl.float64)[None, :]
     FROM: tl.constexpr = named_map(MODEL.q_stored)
-    cos, sin = cos_sin_of_map(q_pos, freq, decay, rope.pair_maps, pair, MAP, FROM, HALF)
+    TO: tl.constexpr = nth_map(MODEL.q_maps, REGION)
+    cos, sin = cos_sin_of_map(q_pos, freq, decay, rope.pair_maps, pair, TO, FROM, HALF)
     # Keys are rotated without the attention factor: the query carries it for both.
-    factor = tl.where(rotates, MODEL.attention_factor_sq, 1.0)[None, :] + not_finite(freq)
+    factor = tl.where(rotates, MODEL.attention_factor_sq, 1.0)[None, :]
+    if MODEL.sees_given_k[REGION]:  # else the rotated copies of keys have the NaN
+        factor += not_finite(freq)
     factor *= scale
     return cos * factor, sin * factor
 
 
 @triton.jit
 def _rotate_tile(
-    q, rows, q_pos, scale, rope, MAP: tl.constexpr, FIRST: tl.constexpr, DIMS: tl.constexpr,
+    q, rows, q_pos, scale, rope, REGION: tl.constexpr, FIRST: tl.constexpr, DIMS: tl.constexpr,
     ROWS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
     """Load dims FIRST to FIRST + DIMS of ROWS rows and rotate them: (ROWS, DIMS) float32."""
@@ -67,7 +70,7 @@ def _rotate_tile(
         pair = (FIRST - OFFSET) // 2 + tl.arange(0, DIMS // 2)
         if OFFSET > 0:
             pair = tl.where(pair >= 0, pair, HALF)  # no pair: cosine 1, sine 0
-        cos, sin = _cos_sin(pair, q_pos, scale, rope, MAP, MODEL)
+        cos, sin = _cos_sin(pair, q_pos, scale, rope, REGION, MODEL)
         a, b = tl.split(tl.reshape(x, (ROWS, DIMS // 2, 2)))
         rotated = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (ROWS, DIMS))
     else:  # rotated dims i and HALF + i are pair i: the other dim of each is loaded beside it
@@ -91,7 +94,7 @@ def _rotate_tile(
             # of 8. So it runs on in groups of eight dims. The compiler does not see that, and would
             # load one by one.
             other_dim = tl.max_contiguous(tl.multiple_of(other_dim, 8), 8)
-        cos, sin = _cos_sin(pair, q_pos, scale, rope, MAP, MODEL)
+        cos, sin = _cos_sin(pair, q_pos, scale, rope, REGION, MODEL)
         row = tl.arange(0, ROWS)[:, None]
         mask = row < rows if DIMS <= DIMS_LEFT else (row < rows) & (dim < MODEL.head_dim)[None, :]
         other_ptr = q.ptr + (row * tl.cast(q.stride_seq, tl.int32) + other_dim[None, :])
@@ -102,10 +105,10 @@ def _rotate_tile(
 
 @triton.jit
 def _load_rotated(
-    q, rows, q_pos, rope, MAP: tl.constexpr, ROWS: tl.constexpr, MODEL: tl.constexpr,
+    q, rows, q_pos, rope, REGION: tl.constexpr, ROWS: tl.constexpr, MODEL: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Load ROWS queries and rotate them by MAP: (ROWS, D0) and (ROWS, D1), rounded once.
+    """Load ROWS queries and rotate them for REGION: (ROWS, D0) and (ROWS, D1), rounded once.
 
     q: Rows from the first on. rows: how many exist. q_pos: their absolute positions, (ROWS,).
     """
@@ -116,17 +119,17 @@ def _load_rotated(
         row = tl.arange(0, ROWS)
         scale = tl.load(rope.scale + row, mask=row < rows, other=0.0)[:, None]  # (ROWS, 1)
     if BLOCKS.tiles_are_pairs:  # dim i of the first tile and dim i of the second are a pair
-        cos, sin = _cos_sin(tl.arange(0, D0), q_pos, scale, rope, MAP, MODEL)  # (ROWS, D0)
+        cos, sin = _cos_sin(tl.arange(0, D0), q_pos, scale, rope, REGION, MODEL)  # (ROWS, D0)
         a, b = load_rows(q, 0, rows, ROWS, D0, D1, D0 + D1, True)
         a, b = a.to(tl.float32), b.to(tl.float32)
         dtype: tl.constexpr = q.ptr.dtype.element_ty
         return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
     elif D1 > 0:
-        first = _rotate_tile(q, rows, q_pos, scale, rope, MAP, 0, D0, ROWS, MODEL)
-        second = _rotate_tile(q, rows, q_pos, scale, rope, MAP, D0, D1, ROWS, MODEL)
+        first = _rotate_tile(q, rows, q_pos, scale, rope, REGION, 0, D0, ROWS, MODEL)
+        second = _rotate_tile(q, rows, q_pos, scale, rope, REGION, D0, D1, ROWS, MODEL)
         return first, second
     else:
-        return (_rotate_tile(q, rows, q_pos, scale, rope, MAP, 0, D0, ROWS, MODEL),)
+        return (_rotate_tile(q, rows, q_pos, scale, rope, REGION, 0, D0, ROWS, MODEL),)
 
 
 @triton.jit
@@ -146,8 +149,7 @@ def rotated_queries(
     rows, first_pos = queries.rows, queries.first_q_key + queries.key_0_pos
     if REGION == 0 and BLOCKS.tiles_are_pairs:
         q0, q1 = _load_rotated(
-            q, rows, first_pos + tl.arange(0, BLOCK_M), rope, nth_map(MODEL.q_maps, REGION),
-            BLOCK_M, MODEL, BLOCKS,
+            q, rows, first_pos + tl.arange(0, BLOCK_M), rope, REGION, BLOCK_M, MODEL, BLOCKS,
         )  # fmt: skip
         return as_operand(q0), as_operand(q1)
     else:
@@ -162,7 +164,7 @@ def rotated_queries(
                 )
             tiles = _load_rotated(
                 row_of(q, 0, chunk, 0), rows - chunk, first_pos + chunk + tl.arange(0, CHUNK_M),
-                chunk_rope, nth_map(MODEL.q_maps, REGION), CHUNK_M, MODEL, BLOCKS,
+                chunk_rope, REGION, CHUNK_M, MODEL, BLOCKS,
             )  # fmt: skip
             to = row_of(memory, 0, chunk, 0)
             store_rows(to, tiles, rows - chunk, CHUNK_M, D0, D1, HEAD_DIM)

@@ -134,17 +134,19 @@ def _cos_sin_of_copies(
         freq = tl.load(freq_ptr, mask=mask, other=0.0)  # (T, P)
     else:
         freq = of_pairs(inv_freq + freq_offset, TILE)  # (1, P)
-    factor += not_finite(freq)
     cos_sin = ()
     for c in tl.static_range(len(MAPS)):
         cos, sin = cos_sin_of_map(
             position, freq, decay, rope.pair_maps, pair, nth_map(MAPS, c), FROM, HALF
         )
-        if BACKWARD and decay is not None:
-            # Outside of a region the amplitude may overflow. Gradients are 0 there: not NaN.
-            # Forward such a copy may be infinite: attention loads keys that some row sees, only.
-            cos = tl.where(tl.abs(cos) < float("inf"), cos, 0.0)
-            sin = tl.where(tl.abs(sin) < float("inf"), sin, 0.0)
+        if BACKWARD:
+            if decay is not None:
+                # Outside of a region the amplitude may overflow. Gradients are 0 there: not NaN.
+                # Forward such a copy may be infinite: attention loads only keys that a row sees.
+                cos = tl.where(tl.abs(cos) < float("inf"), cos, 0.0)
+                sin = tl.where(tl.abs(sin) < float("inf"), sin, 0.0)
+        else:  # the gradients of rows that see a key have the NaN of the copies
+            cos += not_finite(freq)
         cos_sin = cos_sin + ((cos * factor, sin * factor),)  # noqa: RUF005
     return cos_sin
 
