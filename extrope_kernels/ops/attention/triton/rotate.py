@@ -239,7 +239,6 @@ def rotate_kernel(
     k_stride_batch, k_stride_seq, k_stride_head,
     freq_stride, scale_stride, q_start_stride, k_start_stride,  # between sequences; 0: they share
     num_sequences, search_steps,  # packed sequences, and steps of a binary search for one
-    shift,  # from a query's index to its position, if not packed
     q_tiles, first_k_tile, tiles,  # tiles of q; first tiles of k to skip; those in the grid
     seqlen_q, seqlen_k,  # the totals if packed
     BACKWARD: tl.constexpr,  # the copies hold float32 gradients, and q and k get their sums
@@ -262,11 +261,15 @@ def rotate_kernel(
         q_decay = of_pairs(log_decay, TILE).to(tl.float64)  # (1, P)
         k_decay = -q_decay
     rope = SharedRope(inv_freq, freq_stride, pair_maps, cu_seqlens, num_sequences, search_steps)
+    if q_start is None:  # both sides end together
+        q_shift, q_start, q_start_stride = seqlen_k - seqlen_q, k_start, k_start_stride
+    else:
+        q_shift = 0
     # Two nested conditions: only the first is known to the compiler.
     if len(Q_MAPS) > 0:  # noqa: SIM102
         if tile < q_tiles:
             side = Side(
-                q, q_stride_batch, q_stride_seq, q_stride_head, q_copies, seqlen_q, shift,
+                q, q_stride_batch, q_stride_seq, q_stride_head, q_copies, seqlen_q, q_shift,
                 q_start, q_start_stride, q_decay, query_scale, scale_stride,
             )  # fmt: skip
             _rotate_tokens(
@@ -344,8 +347,7 @@ def _launch(
     rotation.launch.run(
         q=q, k=k, q_copies=q_copies, k_copies=k_copies, inv_freq=call.inv_freq,
         log_decay=call.log_decay, pair_maps=call.pair_maps, cu_seqlens=call.cu_seqlens,
-        q_start=call.k_start if call.q_start is None else call.q_start, k_start=call.k_start,
-        query_scale=call.query_scale,
+        q_start=call.q_start, k_start=call.k_start, query_scale=call.query_scale,
     )  # fmt: skip
 
 
@@ -392,8 +394,6 @@ def _build(
     tiles = q_tiles + (triton.cdiv(seqlen_k, tile.tokens) - first_k_tile if k_maps else 0)
     heads = max(tile.heads_q if q_maps else 0, tile.heads_k if k_maps else 0)
     shares = min(heads, max(1, PROGRAMS // max(tiles * batch, 1)))
-    # Without q_start both sides begin together, but for `shift`: queries then have k's start.
-    places = call._replace(q_start=call.k_start) if call.q_start is None else call
     launch = Launch(
         rotate_kernel,
         (tiles * batch, shares),
@@ -402,11 +402,10 @@ def _build(
             **strides_by_name("k", k, tile.align),
             "freq_stride": sequence_stride(call.inv_freq, dims=2),
             "scale_stride": sequence_stride(call.query_scale, dims=2),
-            "shift": seqlen_k - seqlen_q if call.q_start is None else 0,
             "q_tiles": q_tiles,
             "first_k_tile": first_k_tile,
             "tiles": tiles,
-            **sequence_numbers(q, k, places),
+            **sequence_numbers(q, k, call),
         },
         constants={
             "BACKWARD": backward,
