@@ -15,7 +15,7 @@ from extrope_kernels import (
     rope_append_kvcache,
     scores,
 )
-from extrope_kernels.ops.rope import reference
+from extrope_kernels.ops.rope import norm, reference
 from extrope_kernels.testing import device, make_qk
 
 FREQS = methods.rope(64).to(device())
@@ -198,11 +198,20 @@ def test_inplace_and_memory_that_is_shared(backend, name):
 # The ops themselves
 
 
-def test_raw_bwd_wants_inputs_that_fit():
+@pytest.mark.parametrize(
+    "op",
+    (
+        "rope_bwd", "rope_bwd_triton", reference.rope_bwd,
+        "rope_norm_bwd", "rope_norm_bwd_triton", norm.rope_norm_bwd,
+    ),
+)  # fmt: skip
+def test_raw_bwd_wants_inputs_that_fit(op):
     q, k = make_qk(2, 5, 4, 2)
-    for saved in ((q[:, :4], k), (q, None), (q.half(), k)):
+    op = getattr(torch.ops.extrope, op) if isinstance(op, str) else op
+    weights = [torch.ones(64, device=device())] * 2 if "norm" in op.__name__ else []
+    for saved in ((q[:, :4], k), (q, k[:, :, :1]), (q, None), (q.half(), k)):
         with pytest.raises((RuntimeError, ValueError), match=r"rope: (q|k) must"):
-            torch.ops.extrope.rope_bwd(q, k, *saved, FREQS.inv_freq)
+            op(q, k, *saved, *weights, FREQS.inv_freq)
 
 
 @pytest.mark.parametrize("saved", (make_qk(2, 5, 4, 2)[1], torch.empty(2, 5, 2, 64, device="meta")))
