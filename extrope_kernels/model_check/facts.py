@@ -24,7 +24,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 # By model_type: only layers with a window rotate, which no configuration says.
 _ROTATE_WITH_A_WINDOW = (
     *("afmoe", "beam", "cohere2", "cohere2_moe", "exaone4", "exaone_moe"),
-    *("flint", "kolibri1", "lara_mini"),
+    *("ergo", "flint", "kolibri1", "lara_mini"),
 )
 
 
@@ -230,7 +230,13 @@ def _layers(config: PreTrainedConfig) -> list[Layer]:
 
 def _own_attention(config: PreTrainedConfig) -> str | None:
     """Return why models of transformers that call no registered attention have no score methods."""
-    if config.model_type in ("falcon", "gpt_neox_japanese"):
+    import transformers
+    from packaging.version import Version
+
+    names = {"gpt_neox_japanese"}
+    if Version(transformers.__version__) < Version("5.25"):
+        names.add("falcon")
+    if config.model_type in names:
         return "its layers compute their attention themselves"
     return None
 

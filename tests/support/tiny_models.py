@@ -96,6 +96,14 @@ PER_CLASS: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
     },
     "GraniteDoclingVisionConfig": {"out_hidden_size": 64},
+    "Kolibri1_1Config": {
+        "layer_types": ["sliding_attention", "indexed_attention"],
+        "num_hidden_layers": 2,
+        "index_layers": [1],
+        "kv_source_layers": [0, 1],
+        "index_num_heads": 2,
+    },
+    "LlavaOnevision15VisionConfig": {"out_hidden_size": 64},
     "MistralLarge4TextConfig": {"kv_source_layers": [0, 1], "indexer_types": ["full", "full"]},
     "MiMoV2FlashConfig": {"head_dim": 32},
     # Its unscaled frequencies are for the whole head, of which it rotates a part: YaRN by 1.

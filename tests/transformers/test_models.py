@@ -26,7 +26,8 @@ SERVED = [
 ]
 ALIKE = [
     *("ApertusForCausalLM", "DeepseekV2ForCausalLM", "Gemma2ForCausalLM"),
-    *("Gemma4ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmForCausalLM", "NanoChatForCausalLM"),
+    *("FalconForCausalLM", "Gemma4ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmForCausalLM"),
+    "NanoChatForCausalLM",
     *("LlavaForConditionalGeneration", "NemotronForCausalLM"),
     *("PhimoeForCausalLM", "StableLmForCausalLM"),
     *("Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM", "SmolLM3ForCausalLM"),
@@ -35,7 +36,6 @@ REFUSED = {
     "Cohere2ForCausalLM": "all its layers that rotate have a sliding window or chunks",
     "DeepseekV4ForCausalLM": "keys beside those of the tokens, which have no distance",
     "Exaone4ForCausalLM": "all its layers that rotate have a sliding window or chunks",
-    "FalconForCausalLM": "rotates and weighs keys itself",
     "GPTNeoXJapaneseForCausalLM": "rotates and weighs keys itself",
     "HunYuanDenseV1ForCausalLM": "makes its logits depend on more than distances",
     "Llama4ForCausalLM": "all its layers that rotate have a sliding window or chunks",
@@ -48,6 +48,7 @@ SINCE = {
         ("Lfm2MoeForCausalLM", "FalconH1ForCausalLM", "Qwen3NextForCausalLM"),
         ("5.5", "hybrid models have caches that are no Cache"),
     ),
+    "FalconForCausalLM": ("5.25", "its layers compute their attention themselves"),
 }
 IDS = tokens(2, 20).clamp(max=99)
 PADS = 7

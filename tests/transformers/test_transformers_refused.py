@@ -140,8 +140,8 @@ MODELS = [
     (on_meta, RERO, "LlamaModel must have its weights for rerope"),
     (partial(tiny, DEEPSEEK4, **SLIDING), RERO, WINDOWS),
     (partial(tiny, DEEPSEEK4, **COMPRESSED), RERO, "keys beside those of the tokens"),
-    (FALCON, RERO, "FalconAttention rotates and weighs keys itself"),
-    (FALCON, PI, "ALiBi in place of a rotat"),
+    (FALCON, RERO, "ALiBi in place of a rotation"),
+    (FALCON, PI, "ALiBi in place of a rotation"),
     (
         partial(tiny, "UnlimitedOcrForConditionalGeneration"),
         RERO,

@@ -139,11 +139,17 @@ def _layers_tell_windows(config: type) -> bool:
 
 
 def _names_in(function: Callable[..., Any]) -> Iterator[str]:
-    """Yield the attributes, globals and arguments that a function names."""
-    if inspect.isfunction(function := inspect.unwrap(function)):
-        yield from function.__code__.co_names
-        for each in function.__code__.co_consts:
-            yield from map(str, each) if isinstance(each, tuple) else (str(each),)
+    """Yield the attributes, globals and arguments that a function names, or one that it wraps.
+
+    Not every wrapper of `kernels` says what it wraps; all have it in their closure.
+    """
+    functions = [function]
+    for each in filter(inspect.isfunction, functions):
+        yield from each.__code__.co_names
+        for value in each.__code__.co_consts:
+            yield from map(str, value) if isinstance(value, tuple) else (str(value),)
+        wrapped = [cell.cell_contents for cell in each.__closure__ or ()]
+        functions += [other for other in wrapped if other not in functions]
 
 
 def attention(

@@ -10,6 +10,7 @@ copies of it, whatever other requests come between.
 
 from __future__ import annotations
 
+import math
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -53,8 +54,6 @@ def frequency_patches(
     """
     method, cache, patches = applied.method, applied.cache, Patches()
     for rotary_module in rotary_modules:
-        if getattr(rotary_module.module.config, "alibi", False):
-            raise unsupported(rotary_module.owner, "its layers have ALiBi in place of a rotation")
         functions, freqs, takes_length = {}, {}, False
         for layer_type in rotary_module.layer_types:
             function, takes_length = _bound(rotary_module, layer_type, applied)
@@ -293,8 +292,8 @@ class EachLengthHooks(LengthHooks):
 # DeepSeek's temperature. Latent attention rotates some dims of a head, but YaRN scales the logits
 # of all. So the layers multiply their softmax scale by mscale^2, which they read from the
 # configuration when they are built. Other frequencies bring their own factor. Such layers are known
-# by a function of their modules.
-_MSCALE = "yarn_get_mscale"
+# by a function of their modules: the first since transformers 5.25, the second before.
+_MSCALE = {"yarn_apply_mscale", "yarn_get_mscale"}
 _MSCALE_IN_FORCE = "_extrope_mscale"
 
 
@@ -307,7 +306,8 @@ def _softmax_scales(rotary_module: RotaryModule, applied: Applied) -> list[Overr
         parameters = {"rope_type": method, **own, **applied.parameters}
     overrides: list[Override] = []
     for layer in rotary_module.owner.modules():
-        if (function := _mscale_function(layer)) is not None:
+        forward = forward_of(layer) if hasattr(layer, "scaling") else None
+        if forward is not None and not _MSCALE.isdisjoint(forward.__globals__):
             if parameters.get("mscale_all_dim") and "factor" not in parameters:
                 raise ValueError(
                     f"extend: mscale_all_dim must be 0 for {method} of {type(layer).__name__}, "
@@ -315,20 +315,15 @@ def _softmax_scales(rotary_module: RotaryModule, applied: Applied) -> list[Overr
                     f"{parameters['mscale_all_dim']}"
                 )
             in_force = getattr(layer, _MSCALE_IN_FORCE, config)
-            ratio = _mscale(function, parameters) / _mscale(function, in_force)
+            ratio = _mscale(parameters) / _mscale(in_force)
             overrides.append((layer, "scaling", layer.scaling * ratio))
             overrides.append((layer, _MSCALE_IN_FORCE, parameters))
     return overrides
 
 
-def _mscale_function(layer: nn.Module) -> Callable[..., float] | None:
-    forward = forward_of(layer) if hasattr(layer, "scaling") else None
-    return None if forward is None else forward.__globals__.get(_MSCALE)
-
-
-def _mscale(function: Callable[..., float], parameters: Mapping[str, Any]) -> float:
+def _mscale(parameters: Mapping[str, Any]) -> float:
     """Return a layer's factor on its softmax scale."""
     mscale = parameters.get("mscale_all_dim")
     if parameters.get("rope_type", "default") == "default" or not mscale:
         return 1.0
-    return function(parameters["factor"], mscale) ** 2
+    return (0.1 * mscale * math.log(max(parameters["factor"], 1.0)) + 1.0) ** 2

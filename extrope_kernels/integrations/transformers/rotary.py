@@ -173,6 +173,8 @@ def _language_configs(around: list[nn.Module]) -> tuple[type, ...]:
 
 
 def _rotary_module(owner: nn.Module, rotary: nn.Module, layers: str) -> RotaryModule:
+    if getattr(rotary.config, "alibi", False):
+        raise unsupported(owner, "its layers have ALiBi in place of a rotation")
     layer_types: list[str | None] = [None]
     if isinstance(rotary.rope_type, Mapping):
         kinds = [kind for kind in rotary.rope_type if hasattr(rotary, f"{kind}_inv_freq")]

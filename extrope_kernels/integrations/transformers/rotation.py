@@ -217,12 +217,24 @@ def unwrap_apply(modeling: str, user: object) -> None:
         setattr(module, APPLY, original)
 
 
-def _taking_rotations(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
+class _TakesRotations:
+    """Stands in for a modeling module's `apply_rotary_pos_emb`: takes rotations, beside tables.
+
+    Layers of `kernels` 0.19 have copies of the function, which are loaded as `type(function)()`
+    makes them: of the original's type.
+    """
+
+    original: Callable[..., Any]
+
+    def __new__(cls) -> Any:
+        return type(cls.original)()
+
+    def __call__(self, q, k, cos, sin, *args, **kwargs):
         if isinstance(cos, Tensor):
-            return original(q, k, cos, sin, *args, **kwargs)
+            return self.original(q, k, cos, sin, *args, **kwargs)
         return cos.rotate(q, k, *(args or (kwargs.get("unsqueeze_dim", 1),)))
 
-    apply_rotary_pos_emb.original = original  # type: ignore[attr-defined]
-    return apply_rotary_pos_emb
+
+def _taking_rotations(original: Callable[..., Any]) -> Callable[..., Any]:
+    kind = type(APPLY, (_TakesRotations,), {"original": staticmethod(original)})
+    return functools.update_wrapper(object.__new__(kind), original)
