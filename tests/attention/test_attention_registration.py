@@ -22,6 +22,7 @@ from extrope_kernels import (
     scores,
 )
 from extrope_kernels.methods import RopeFreqs
+from extrope_kernels.ops._torch.library import op_of
 from extrope_kernels.ops.attention import AttentionCall, make_call
 from extrope_kernels.ops.attention.call import read_call
 from extrope_kernels.scores import FIRST_KEY
@@ -44,6 +45,12 @@ def test_both_functions_share_options():
     alone = {"q_start", "k_start", "cu_seqlens"}
     assert {*first} - {*second} == alone and len(shared) == 13
     assert all(x.kind is x.KEYWORD_ONLY for n, x in first.items() if n in shared[2:])
+
+
+@pytest.mark.parametrize("named", ["triton", "flash_attn"])
+def test_a_named_backend_runs_ops_of_its_own(named):
+    for name in ("attention_fwd", "attention_bwd"):
+        assert op_of(name, named) is getattr(OPS, f"{name}_{named}")
 
 
 def calls() -> dict[str, AttentionCall]:
