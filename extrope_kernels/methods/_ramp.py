@@ -113,11 +113,12 @@ def yarn_amplitude(
         if value is not None:
             check_real(method, name, value, at_least=0)
     if mscale and mscale_all_dim:
-        return _temperature(scale, mscale) / _temperature(scale, mscale_all_dim)
-    return _temperature(scale, 1.0)
+        return yarn_temperature(scale, mscale) / yarn_temperature(scale, mscale_all_dim)
+    return yarn_temperature(scale, 1.0)
 
 
-def _temperature(scale: float, weight: float) -> float:
+def yarn_temperature(scale: float, weight: float) -> float:
+    """Return the factor on q and on k at extension `scale`; weight: an mscale."""
     return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
 
 

@@ -14,6 +14,7 @@ from .._rope_types import rope_type
 from .._usage import UsageError
 from ..integrations._shared.choice import why_no_score
 from ..methods import is_bounded
+from ..methods._ramp import yarn_temperature
 from .source import Source, with_one_axis
 
 if TYPE_CHECKING:
@@ -303,9 +304,8 @@ def _temperature(source: Source, rope: Mapping[str, Any]) -> float | None:
         return multiplier * size
     if "self.scaling = 1.0" in source.code:  # Gemma 4
         return size
-    weight, factor = rope.get("mscale_all_dim"), rope.get("factor") or 1.0
-    if getattr(config, "kv_lora_rank", None) and weight and factor > 1:
-        return (0.1 * weight * math.log(factor) + 1.0) ** 2  # DeepSeek's latent attention
+    if getattr(config, "kv_lora_rank", None) and (weight := rope.get("mscale_all_dim")):
+        return yarn_temperature(rope.get("factor") or 1.0, weight) ** 2  # DeepSeek's attention
     return 1.0
 
 

@@ -413,8 +413,9 @@ def test_secondary_tensors_with_the_negative_bit(any_backend):
     assert all(x.is_neg() for x in views.values())
     found = attend(EXAMPLES["rerope"], *tensors, any_backend, **views)
     want = attend(EXAMPLES["rerope"], *tensors, any_backend, sinks=sinks, query_scale=scale)
-    # Not equal: torch, the reference's, takes strided views by other instructions.
-    torch.testing.assert_close(found, want)
+    # Torch takes the reference's logaddexp of such views by other instructions.
+    allowed = 2 * torch.finfo(torch.float32).eps if any_backend == "reference" else 0
+    torch.testing.assert_close(found, want, rtol=allowed, atol=allowed)
 
 
 @pytest.mark.parametrize("mixed", (False, True))

@@ -27,8 +27,7 @@ SERVED = [
 ALIKE = [
     *("ApertusForCausalLM", "DeepseekV2ForCausalLM", "Gemma2ForCausalLM"),
     *("FalconForCausalLM", "Gemma4ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmForCausalLM"),
-    "NanoChatForCausalLM",
-    *("LlavaForConditionalGeneration", "NemotronForCausalLM"),
+    *("LlavaForConditionalGeneration", "NanoChatForCausalLM", "NemotronForCausalLM"),
     *("PhimoeForCausalLM", "StableLmForCausalLM"),
     *("Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM", "SmolLM3ForCausalLM"),
 ]

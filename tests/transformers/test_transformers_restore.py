@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import io
+import pickle
 import sys
 from functools import partial
 
@@ -150,6 +151,14 @@ def test_other_models_of_the_class_are_untouched():
     second.restore()
     assert torch.equal(logits(other, IDS), before)
     assert apply_of(model) is function
+
+
+def test_the_function_that_stands_in_is_copied_by_name():
+    """As the model's own: some layers keep it."""
+    model = build("llama")
+    with extend(model, "yarn", factor=4.0):
+        function = apply_of(model)
+        assert function is copy.deepcopy(function) is pickle.loads(pickle.dumps(function))
 
 
 @pytest.mark.parametrize(("family", "method"), pairs(["llama", "gemma2"], PARAMETERS))

@@ -10,7 +10,6 @@ copies of it, whatever other requests come between.
 
 from __future__ import annotations
 
-import math
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import RopeFreqs
+from ...methods._ramp import yarn_temperature
 from .._shared.parameters import (
     PARAMETERS,
     ModelValues,
@@ -292,7 +292,7 @@ class EachLengthHooks(LengthHooks):
 # DeepSeek's temperature. Latent attention rotates some dims of a head, but YaRN scales the logits
 # of all. So the layers multiply their softmax scale by mscale^2, which they read from the
 # configuration when they are built. Other frequencies bring their own factor. Such layers are known
-# by a function of their modules: the first since transformers 5.25, the second before.
+# by functions of their modules: transformers 5.25 has the first alone, older ones the second.
 _MSCALE = {"yarn_apply_mscale", "yarn_get_mscale"}
 _MSCALE_IN_FORCE = "_extrope_mscale"
 
@@ -326,4 +326,4 @@ def _mscale(parameters: Mapping[str, Any]) -> float:
     mscale = parameters.get("mscale_all_dim")
     if parameters.get("rope_type", "default") == "default" or not mscale:
         return 1.0
-    return (0.1 * mscale * math.log(max(parameters["factor"], 1.0)) + 1.0) ** 2
+    return yarn_temperature(parameters["factor"], mscale) ** 2

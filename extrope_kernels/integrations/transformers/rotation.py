@@ -234,6 +234,10 @@ class _TakesRotations:
             return self.original(q, k, cos, sin, *args, **kwargs)
         return cos.rotate(q, k, *(args or (kwargs.get("unsqueeze_dim", 1),)))
 
+    def __reduce__(self) -> str:
+        """Copy and pickle as functions do, by name."""
+        return APPLY
+
 
 def _taking_rotations(original: Callable[..., Any]) -> Callable[..., Any]:
     kind = type(APPLY, (_TakesRotations,), {"original": staticmethod(original)})
