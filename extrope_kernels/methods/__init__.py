@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .._names import AXES, no_attribute
 from ._hf_source import is_bounded as is_bounded
 from ._hf_source import stray as stray
+from ._ramp import yarn_temperature as yarn_temperature
 
 # "as" exports them to type checkers, which cannot read __all__ from the table.
 from .abf import abf as abf

@@ -13,8 +13,7 @@ from .. import methods
 from .._rope_types import rope_type
 from .._usage import UsageError
 from ..integrations._shared.choice import why_no_score
-from ..methods import is_bounded
-from ..methods._ramp import yarn_temperature
+from ..methods import is_bounded, yarn_temperature
 from .source import Source, with_one_axis
 
 if TYPE_CHECKING:

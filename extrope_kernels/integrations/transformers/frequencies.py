@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import RopeFreqs
-from ...methods._ramp import yarn_temperature
+from ...methods import yarn_temperature
 from .._shared.parameters import (
     PARAMETERS,
     ModelValues,
